@@ -1,0 +1,54 @@
+# `make demo` and `make test` need Python 3.11 or newer, and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/surgery-*)
+PLUGIN_FILES := $(shell find plugins -name '*.py' -not -path '*/tests/*' -not -path '*/build/*') \
+	$(wildcard plugins/*/pyproject.toml)
+WORKERS ?= auto
+
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/installed  ## Pretrain, adapt, merge and save on real data.
+	$(BIN)/surgery demo
+
+test: $(VENV)/plugins-installed  ## All tests, of plugins/ too.
+	$(BIN)/pytest -n $(WORKERS) tests plugins
+
+lint: $(VENV)/dev-installed  ## Style, types, and who may import whom.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev-installed  ## The figures in docs/performance.md.
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info plugins/*/build plugins/*/*.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[demo]'
+	touch $@
+
+$(VENV)/dev-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --group dev
+	touch $@
+
+# As anybody's distributions: built and installed, not linked.
+$(VENV)/plugins-installed: $(VENV)/dev-installed $(PLUGIN_FILES)
+	rm -rf $(addsuffix /build,$(PLUGINS))
+	$(BIN)/pip install --quiet --no-deps --force-reinstall --no-build-isolation \
+		$(addprefix ./,$(PLUGINS))
+	touch $@

@@ -1,0 +1,161 @@
+"""Model surgery for JAX: attach, freeze, train, merge, cut, combine, save.
+
+Names are resolved when they are first used: `import surgery` imports neither
+JAX nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from surgery.builtin.lora import LoRA
+  from surgery.core.adapter import Adapter, named_key
+  from surgery.core.checkpoint import Checkpoint, Leaf
+  from surgery.core.checkpoint import open_checkpoint as open
+  from surgery.core.config import field
+  from surgery.core.errors import (
+    AdapterError,
+    BaseMismatchError,
+    ConfigError,
+    FormatError,
+    OrderError,
+    PluginError,
+    SelectorError,
+    SiteError,
+    SurgeryError,
+    UnknownAdapterType,
+    UnreachedError,
+  )
+  from surgery.core.hookspecs import Refusal, hookimpl
+  from surgery.core.host import Host, PluginWarning, default_host
+  from surgery.core.lowrank import LowRank
+  from surgery.core.selection import Selection
+  from surgery.core.site import ParamSpec, Site
+  from surgery.live.check import check
+  from surgery.live.layers import LoraLinear
+  from surgery.live.params import AdaptedParams
+  from surgery.live.saving import load, load_adapter, save, save_adapter
+  from surgery.live.verbs import (
+    AdapterInfo,
+    adapters,
+    attach,
+    detach,
+    disable,
+    enable,
+    freeze,
+    merge,
+    trainable_mask,
+    unfreeze,
+  )
+  from surgery.passes.choosing import select
+
+# Where each public name lives.
+_HOMES = {
+  'builtin.lora': ('LoRA',),
+  'core.adapter': ('Adapter', 'named_key'),
+  'core.checkpoint': ('Checkpoint', 'Leaf', 'open_checkpoint'),
+  'core.config': ('field',),
+  'core.errors': (
+    'AdapterError',
+    'BaseMismatchError',
+    'ConfigError',
+    'FormatError',
+    'OrderError',
+    'PluginError',
+    'SelectorError',
+    'SiteError',
+    'SurgeryError',
+    'UnknownAdapterType',
+    'UnreachedError',
+  ),
+  'core.hookspecs': ('Refusal', 'hookimpl'),
+  'core.host': ('Host', 'PluginWarning', 'default_host'),
+  'core.lowrank': ('LowRank',),
+  'core.selection': ('Selection',),
+  'core.site': ('ParamSpec', 'Site'),
+  'live.check': ('check',),
+  'live.layers': ('LoraLinear',),
+  'live.params': ('AdaptedParams',),
+  'live.saving': ('load', 'load_adapter', 'save', 'save_adapter'),
+  'live.verbs': (
+    'AdapterInfo',
+    'adapters',
+    'attach',
+    'detach',
+    'disable',
+    'enable',
+    'freeze',
+    'merge',
+    'trainable_mask',
+    'unfreeze',
+  ),
+  'passes.choosing': ('select',),
+}
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+_WHERE['open'] = 'core.checkpoint'
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'AdaptedParams',
+  'Adapter',
+  'AdapterError',
+  'AdapterInfo',
+  'BaseMismatchError',
+  'Checkpoint',
+  'ConfigError',
+  'FormatError',
+  'Host',
+  'Leaf',
+  'LoRA',
+  'LoraLinear',
+  'LowRank',
+  'OrderError',
+  'ParamSpec',
+  'PluginError',
+  'PluginWarning',
+  'Refusal',
+  'Selection',
+  'SelectorError',
+  'Site',
+  'SiteError',
+  'SurgeryError',
+  'UnknownAdapterType',
+  'UnreachedError',
+  'adapters',
+  'attach',
+  'check',
+  'default_host',
+  'detach',
+  'disable',
+  'enable',
+  'field',
+  'freeze',
+  'hookimpl',
+  'load',
+  'load_adapter',
+  'merge',
+  'named_key',
+  'open',
+  'save',
+  'save_adapter',
+  'select',
+  'trainable_mask',
+  'unfreeze',
+]
+
+
+def __getattr__(name: str) -> Any:
+  home = _WHERE.get(name)
+  if home is None:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module = importlib.import_module(f'{__name__}.{home}')
+  value = getattr(module, 'open_checkpoint' if name == 'open' else name)
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *__all__])
