@@ -1,0 +1,1 @@
+"""The words of the library, without arrays: nothing here imports JAX."""

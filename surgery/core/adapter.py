@@ -1,0 +1,293 @@
+"""The contract: an adapter type is two pure functions over parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import typing
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from surgery.core import config, errors, hookspecs, selectors
+from surgery.core.lowrank import LowRank
+from surgery.core.site import Site
+
+if TYPE_CHECKING:
+  import jax
+
+  Weights = Mapping[str, jax.Array]
+
+# Names under which layers keep the parameter that is meant by their name.
+DEFAULT_PARAMS = ('kernel', 'embedding', 'weight')
+
+
+@typing.dataclass_transform(
+  frozen_default=True, kw_only_default=True, field_specifiers=(config.field,)
+)
+class Adapter:
+  """An adapter type; an instance is one configuration of it.
+
+  A subclass is made a frozen dataclass: its annotated attributes are options,
+  checked when an instance is made. All that a subclass must write is `init`
+  and `apply`; what a live model sees, what merging writes, and what happens to
+  a saved file follow from them.
+
+  Attributes:
+    name: name of the type, as its entry point is called.
+    rewrites: parameters of a layer that it rewrites together, the first being
+      the primary one; `'kernel'` stands for the layer's default parameter
+      (`kernel`, `embedding` or `weight`; where there is none of these, each
+      matrix by itself).
+    frozen: names of its weights that never train.
+    adds: True if `apply` adds to the base something that does not depend on
+      it, so that such adapters can be merged in any order.
+    mergeable: False if `apply` is no parameter that could be stored.
+    patterns: options for some sites only, by selector; the first selector that
+      matches a site decides, e.g. `{'**/query': {'rank': 16}}`.
+
+  Example:
+    class IA3(surgery.Adapter):
+      name = 'ia3'
+      rewrites = ('kernel', 'bias')
+
+      def init(self, site, key):
+        return {'scale': jnp.ones(site.out_shape)}
+
+      def apply(self, site, name, base, weights):
+        return base * weights['scale']
+  """
+
+  name: ClassVar[str] = ''
+  rewrites: ClassVar[tuple[str, ...]] = ('kernel',)
+  frozen: ClassVar[tuple[str, ...]] = ()
+  adds: ClassVar[bool] = False
+  mergeable: ClassVar[bool] = True
+
+  if TYPE_CHECKING:
+    # A field of every subclass, given by __init_subclass__.
+    patterns: Any = config.field(default=())
+
+  def __init_subclass__(cls, **kwargs: Any) -> None:
+    super().__init_subclass__(**kwargs)
+    cls.__annotations__ = {
+      **inspect.get_annotations(cls),
+      'patterns': Mapping,
+    }
+    cls.patterns = dataclasses.field(default=(), repr=False)
+    # Equality and hash are by configuration, from this class.
+    dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def checked(self: Adapter, **given: Any) -> None:
+      cls = type(self)
+      config.check_keys(
+        cls, {k: v for k, v in given.items() if k != 'patterns'}
+      )
+      config.check_required(cls, given)
+      made(self, **given)
+
+    cls.__init__ = checked  # type: ignore
+
+  def __post_init__(self) -> None:
+    cls = type(self)
+    if not cls.name:
+      raise errors.PluginError(
+        f'{cls.__module__}.{cls.__qualname__} has no name. Set the class '
+        "attribute `name`, e.g. name = 'mine'."
+      )
+    config.check_declaration(cls)
+    for key in config.options(cls):
+      config.check(cls, key, getattr(self, key))
+    patterns = config.freeze(self.patterns)
+    object.__setattr__(self, 'patterns', patterns)
+    for selector, values in patterns:
+      selectors.parse(selector)
+      config.check_keys(cls, dict(values))
+      for key, value in values:
+        config.check(cls, key, value)
+
+  # The two functions.
+
+  def init(self, site: Site, key: jax.Array) -> Weights:
+    """Returns the weights that this adapter adds to a layer, by name.
+
+    Args:
+      site: the parameters, with shapes and roles, and `site.base()`.
+      key: PRNG key that depends on seed, adapter name and the site's path.
+
+    Returns:
+      Arrays by name. Which of them train is said by `frozen`.
+    """
+    raise NotImplementedError
+
+  def apply(
+    self, site: Site, name: str, base: jax.Array, weights: Weights
+  ) -> jax.Array | LowRank:
+    """Returns what the layer gets when it asks for a parameter.
+
+    Called once for each rewritten parameter. Must be pure and written in JAX.
+
+    Args:
+      site: the parameters, with shapes and roles, and `site.base()`.
+      name: the parameter that is asked for.
+      base: what the inner adapters answer for it, of shape `in_shape +
+        out_shape`, in float32 or wider; the core rounds the result once, to
+        the dtype in which the parameter is stored.
+      weights: what `init` returned, and what `init_shared` returned, as
+        trained since then, in float32 or wider.
+
+    Returns:
+      An array of the shape of `base`, or a `surgery.LowRank`.
+    """
+    raise NotImplementedError
+
+  def init_shared(self, sites: Sequence[Site], key: jax.Array) -> Weights:
+    """Returns weights that all sites of this adapter share, by name.
+
+    Args:
+      sites: all sites of this adapter.
+      key: PRNG key that depends on seed and adapter name.
+    """
+    del sites, key
+    return {}
+
+  # What a type may say beyond them.
+
+  def serves(self, site: Site) -> str | None:
+    """Returns why this type cannot serve a site, or None if it can.
+
+    By default it serves floating-point parameters that have an input and an
+    output axis.
+    """
+    if not site.dtype.startswith(('float', 'bfloat')):
+      return f'its dtype is {site.dtype}, a floating-point one is needed'
+    if not site.in_shape or not site.out_shape:
+      return f'its shape {site.primary.shape} has no input and output axis'
+    return None
+
+  def sharding(self, site: Site, weight: str) -> tuple[Any, ...] | None:
+    """Returns mesh axis names for the axes of a weight, or None.
+
+    Args:
+      site: the site; `site.primary.roles_sharding('i')` are the base's.
+      weight: name of the weight, as `init` returned it.
+    """
+    del site, weight
+    return None
+
+  # The four hooks, in terms of these.
+
+  @hookspecs.hookimpl
+  def surgery_match_layer(self, site: Site, term: str) -> bool | None:
+    """Answers the term `serves:<type>`: whether this type serves the site."""
+    if term != f'serves:{self.name}':
+      return None
+    return self.serves(site) is None
+
+  @hookspecs.hookimpl
+  def surgery_intercept_param(self, site: Site) -> Interceptor:
+    """Stands between the stored parameters of a site and the layer."""
+    return self.at(site) if site.known else self
+
+  @hookspecs.hookimpl
+  def surgery_freeze_param(self, site: Site, policy: str) -> bool | None:
+    """Under the policy `adapters`, what it adds trains unless in `frozen`."""
+    if policy != 'adapters':
+      return None
+    return site.name not in self.frozen
+
+  @hookspecs.hookimpl
+  def surgery_merge_param(
+    self, site: Site, adapter: Adapter
+  ) -> hookspecs.Refusal | None:
+    """Refuses for types that declare `mergeable = False`."""
+    del site, adapter
+    if self.mergeable:
+      return None
+    return hookspecs.Refusal(f"adapter type '{self.name}' cannot be merged")
+
+  # Configuration as data.
+
+  def config(self) -> dict[str, Any]:
+    """Returns the whole configuration as JSON data."""
+    data = {k: _plain(getattr(self, k)) for k in config.options(type(self))}
+    if self.patterns:
+      data['patterns'] = {s: dict(v) for s, v in self.patterns}
+    return data
+
+  @classmethod
+  def from_config(cls, data: Mapping[str, Any]) -> Adapter:
+    """Returns the adapter that `config` described.
+
+    Raises:
+      ConfigError: for an unknown option or a wrong value.
+    """
+    data = dict(data)
+    patterns = data.pop('patterns', {})
+    values = config.from_json(cls, data)
+    patterns = {s: config.from_json(cls, v) for s, v in patterns.items()}
+    return cls(**{**values, 'patterns': patterns})
+
+  def at(self, site: Site) -> Adapter:
+    """Returns this adapter with the options that hold for one site."""
+    for selector, values in self.patterns:
+      if selectors.parse(selector).matches(site.path, site.types):
+        return dataclasses.replace(self, patterns=(), **dict(values))  # type: ignore[type-var]
+    if not self.patterns:
+      return self
+    return dataclasses.replace(self, patterns=())  # type: ignore[type-var]
+
+  def identity(self) -> tuple[type, str]:
+    """Returns what makes two configurations one: class and options."""
+    return type(self), json.dumps(self.config(), sort_keys=True)
+
+  def __eq__(self, other: object) -> bool:
+    if not isinstance(other, Adapter):
+      return NotImplemented
+    return self is other or self.identity() == other.identity()
+
+  def __hash__(self) -> int:
+    try:
+      return int(self.__dict__['_hash'])
+    except KeyError:
+      object.__setattr__(self, '_hash', hash(self.identity()))
+      return int(self.__dict__['_hash'])
+
+
+@typing.runtime_checkable
+class Interceptor(Hashable, typing.Protocol):
+  """What `surgery_intercept_param` returns: what adapters are made of.
+
+  Must be hashable, and equal only to what computes the same.
+  """
+
+  def init(self, site: Site, key: jax.Array) -> Weights:
+    """See `Adapter.init`."""
+    ...
+
+  def apply(
+    self, site: Site, name: str, base: jax.Array, weights: Weights
+  ) -> jax.Array | LowRank:
+    """See `Adapter.apply`."""
+    ...
+
+
+def _plain(value: Any) -> Any:
+  return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+  """Returns a key for one of several weights that `init` draws.
+
+  Args:
+    key: the key that `init` was given.
+    name: name of the weight.
+  """
+  import jax
+
+  digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+  return jax.random.fold_in(key, int.from_bytes(digest, 'little'))

@@ -1,0 +1,262 @@
+"""A checkpoint: an ordered mapping from path to a lazy leaf, and a manifest.
+
+A file is a checkpoint that has not been read yet, `bx.Params` one that is in
+memory. Passes are functions from a checkpoint to a checkpoint; they compose
+leaves lazily, and a writer asks for one leaf at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.core import errors, manifest, paths
+from surgery.core.paths import Path
+
+if TYPE_CHECKING:
+  from surgery.core.host import Host
+  from surgery.core.records import Records
+
+# Bytes an element, for dtypes whose name does not end in their number of bits.
+_ODD_SIZES = {'bool': 1, 'bfloat16': 2}
+
+
+def itemsize(dtype: str) -> int:
+  """Returns bytes an element as stored; int4 and the like take one byte."""
+  if dtype in _ODD_SIZES:
+    return _ODD_SIZES[dtype]
+  if dtype.startswith(('float8', 'float4', 'float6')):
+    return 1
+  digits = ''.join(c for c in dtype if c.isdigit())
+  return max(int(digits) // 8, 1) if digits else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One parameter or tensor, which may not have been read yet.
+
+  Attributes:
+    load: returns the value: an array (numpy from a file, JAX in memory), or
+      the data of a PRNG key (uint32) where `key` is set.
+    shape: its shape; None if the value is no array (a Python scalar, None, an
+      empty dict, or in memory any pytree).
+    dtype: name of its dtype, or None.
+    trainable: whether it trains.
+    metadata: the parameter's metadata.
+    key: PRNG implementation, if the value is a key's data.
+    digest: digest of the bytes, where it is known.
+    scalar: whether a file holds it as a numpy scalar, not a 0-d array.
+    source: what a format keeps to copy the bytes unread; None if computed.
+  """
+
+  load: Callable[[], Any]
+  shape: tuple[int, ...] | None = None
+  dtype: str | None = None
+  trainable: bool = True
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  key: str | None = None
+  digest: str | None = None
+  scalar: bool = False
+  source: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+  def replace(self, **changes: Any) -> Leaf:
+    """Returns a leaf with some attributes changed."""
+    return dataclasses.replace(self, **changes)
+
+  @property
+  def size(self) -> int:
+    """Number of elements; 0 if it is no array."""
+    return 0 if self.shape is None else math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Number of bytes as stored; 0 if it is no array."""
+    return 0 if self.dtype is None else self.size * itemsize(self.dtype)
+
+  def __str__(self) -> str:
+    if self.shape is None:
+      return 'value'
+    return f'{self.dtype}[{",".join(map(str, self.shape))}]'
+
+
+_NOTHING = manifest.Manifest()
+
+
+class Checkpoint(Mapping[Path, Leaf]):
+  """Leaves by path, in order, and what is known beside them.
+
+  Args:
+    leaves: leaves by path.
+    manifest: what else is known.
+    records: adapters, where they have been resolved already.
+    origin: where it came from, for error messages.
+
+  Example:
+    ckpt = surgery.open('m.msgpack')
+    for path, leaf in ckpt.items():
+      print(path, leaf.shape, leaf.dtype)
+    ckpt.write('copy.msgpack')
+  """
+
+  def __init__(
+    self,
+    leaves: Mapping[Path, Leaf],
+    manifest: manifest.Manifest = _NOTHING,
+    records: Records | None = None,
+    origin: str = '',
+  ) -> None:
+    self._leaves = dict(leaves)
+    self.manifest = manifest
+    self._records = records
+    self.origin = origin
+
+  def __getitem__(self, path: Path) -> Leaf:
+    try:
+      return self._leaves[path]
+    except KeyError:
+      raise KeyError(
+        f'{paths.show(path)} is not in {self.origin or "the checkpoint"}.'
+      ) from None
+
+  def __contains__(self, path: object) -> bool:
+    return path in self._leaves
+
+  def __iter__(self) -> Iterator[Path]:
+    return iter(self._leaves)
+
+  def __len__(self) -> int:
+    return len(self._leaves)
+
+  def __repr__(self) -> str:
+    size = sum(leaf.nbytes for leaf in self._leaves.values())
+    name = f'{self.origin}: ' if self.origin else ''
+    return f'Checkpoint({name}{len(self)} tensors, {size:,} bytes)'
+
+  def replace(
+    self,
+    *,
+    leaves: Mapping[Path, Leaf] | None = None,
+    manifest: manifest.Manifest | None = None,
+    records: Records | None = None,
+  ) -> Checkpoint:
+    """Returns a checkpoint with some parts changed."""
+    new = Checkpoint(
+      self._leaves if leaves is None else leaves,
+      self.manifest if manifest is None else manifest,
+      self._records if records is None else records,
+      self.origin,
+    )
+    return new
+
+  def records(self, host: Host) -> Records:
+    """Returns the adapters, with their types from `host`.
+
+    Raises:
+      UnknownAdapterType: if a type is not installed; the error names the
+        distribution that it came from when the file was written.
+    """
+    from surgery.core import recording
+
+    if self._records is None:
+      self._records = recording.from_json(self.manifest.adapters, host)
+    return self._records
+
+  def resolved(self, host: Host) -> manifest.Manifest:
+    """Returns the manifest with the adapters as they are now, for writing."""
+    from surgery.core import recording
+
+    if self._records is None:
+      return self.manifest
+    return self.manifest.replace(
+      adapters=recording.to_json(self._records, host, self.manifest.adapters)
+    )
+
+  def notes(self) -> dict[Path, manifest.LeafNote]:
+    """Returns what the manifest says of each leaf."""
+    return {
+      path: manifest.LeafNote(
+        leaf.trainable, leaf.metadata, leaf.key, leaf.digest
+      )
+      for path, leaf in self._leaves.items()
+    }
+
+  def write(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    format: str | None = None,
+    host: Host | None = None,
+  ) -> None:
+    """Writes the checkpoint to a file, whole or not at all.
+
+    Args:
+      path: the file; its suffix tells the format.
+      overwrite: whether an existing file may be replaced.
+      format: name of the format, where the suffix does not tell it.
+      host: whose formats are known.
+
+    Raises:
+      FormatError: if the checkpoint cannot be written in that format.
+      FileExistsError: if the file exists and `overwrite` is False.
+    """
+    from surgery.core import host as hosts
+
+    host = host or hosts.default_host()
+    whole = self.replace(manifest=self.resolved(host))
+    host.format_of(path, format).write(whole, path, overwrite=overwrite)
+
+
+def open_checkpoint(
+  path: str | os.PathLike[str],
+  *,
+  format: str | None = None,
+  host: Host | None = None,
+) -> Checkpoint:
+  """Opens a saved model without reading its tensors.
+
+  Args:
+    path: the file; its suffix tells the format.
+    format: name of the format, where the suffix does not tell it.
+    host: whose formats are known.
+
+  Returns:
+    A checkpoint whose leaves are read when they are asked for.
+
+  Raises:
+    FormatError: if it is not what it should be, with path and offset.
+    FileNotFoundError: if there is no such file.
+  """
+  from surgery.core import host as hosts
+
+  host = host or hosts.default_host()
+  return host.format_of(path, format).open(path)
+
+
+def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+  """Returns the leaves as nested dicts.
+
+  Raises:
+    FormatError: if a path is a leaf and a prefix of another, or is empty.
+  """
+  tree: dict[str, Any] = {}
+  inner: set[Path] = set()
+  for path in leaves:
+    inner.update(path[:n] for n in range(1, len(path)))
+  for path, value in leaves.items():
+    if not path:
+      raise errors.FormatError('a parameter has an empty path.')
+    if path in inner:
+      other = next(p for p in leaves if p[: len(path)] == path and p != path)
+      raise errors.FormatError(
+        f'{paths.show(path)} is a parameter and {paths.show(other)} lies '
+        'beneath it: a file cannot hold both. Rename one of them.'
+      )
+    node = tree
+    for segment in path[:-1]:
+      node = node.setdefault(segment, {})
+    node[path[-1]] = value
+  return tree

@@ -1,0 +1,90 @@
+"""Every error that the library raises on purpose.
+
+An error says where (a path), what was expected, what was found and what to
+do. All derive from `SurgeryError`, so that one `except` catches them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SurgeryError(Exception):
+  """Something that was asked for cannot be done; nothing was changed."""
+
+
+class ConfigError(SurgeryError, ValueError):
+  """A configuration has an unknown key, or a value of wrong type or range."""
+
+
+class SelectorError(SurgeryError, ValueError):
+  """A selector cannot be read, or matches nothing."""
+
+
+class SiteError(SurgeryError, ValueError):
+  """An adapter cannot serve a parameter: wrong dtype, rank or shape."""
+
+
+class AdapterError(SurgeryError):
+  """An adapter name is unknown or taken, or its records are missing."""
+
+
+class OrderError(SurgeryError):
+  """Adapters do not commute, so the one asked for cannot be merged alone."""
+
+
+class UnreachedError(SurgeryError):
+  """A traced call never asked for parameters that an adapter rewrites.
+
+  Attributes:
+    paths: the parameters that were never asked for, as tuples of strings.
+  """
+
+  def __init__(self, message: str, paths: Iterable[tuple[str, ...]]) -> None:
+    super().__init__(message)
+    self.paths = tuple(paths)
+
+
+class PluginError(SurgeryError):
+  """A plugin is broken, unknown or breaks the contract."""
+
+
+class UnknownAdapterType(PluginError, KeyError):  # noqa: N818
+  """No installed distribution offers an adapter type of that name."""
+
+  def __str__(self) -> str:  # KeyError would print the repr of its argument.
+    return str(self.args[0]) if self.args else ''
+
+
+class FormatError(SurgeryError, ValueError):
+  """A file is not what it should be.
+
+  Attributes:
+    offset: byte offset at which reading stopped, where it is known.
+  """
+
+  def __init__(self, message: str, offset: int | None = None) -> None:
+    super().__init__(message)
+    self.offset = offset
+
+
+class BaseMismatchError(SurgeryError, ValueError):
+  """An adapter's file was made for a base with other values."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+  """Returns ` Did you mean 'x'?`, or what is known, or nothing.
+
+  Args:
+    word: what was written.
+    known: what could have been written.
+  """
+  known = sorted(known)
+  close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+  if close:
+    return f' Did you mean {" or ".join(repr(c) for c in close)}?'
+  if known:
+    shown = ', '.join(known[:12]) + (', …' if len(known) > 12 else '')
+    return f' Known: {shown}.'
+  return ''

@@ -1,0 +1,47 @@
+r"""Paths: tuples of strings, and how they are written down.
+
+A path names a parameter, a layer or a tensor in a file. The tuple is
+canonical, because names may contain any character. Written down, segments are
+joined by `/`, and a `/` or a `\` inside of a name is escaped by a `\`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+
+Path = tuple[str, ...]
+
+# What has a meaning in a selector and so needs an escape to stand for itself.
+_SPECIAL = re.compile(r'([\\/*?\[\]{},!:])')
+
+
+@functools.lru_cache(maxsize=131072)
+def show(path: Path) -> str:
+  r"""Returns `path` written down: `('net', 'a/b')` is `net/a\/b`."""
+  return '/'.join(s.replace('\\', '\\\\').replace('/', '\\/') for s in path)
+
+
+def parse(text: str) -> Path:
+  """Returns the path that `show` wrote as `text`."""
+  if text == '':
+    return ()
+  segments, current, escaped = [], [], False
+  for char in text:
+    if escaped:
+      current.append(char)
+      escaped = False
+    elif char == '\\':
+      escaped = True
+    elif char == '/':
+      segments.append(''.join(current))
+      current = []
+    else:
+      current.append(char)
+  segments.append(''.join(current))
+  return tuple(segments)
+
+
+def literal(path: Path) -> str:
+  """Returns a selector that matches `path` and nothing else at its level."""
+  return '/'.join(_SPECIAL.sub(r'\\\1', segment) for segment in path)

@@ -1,0 +1,127 @@
+"""Records as JSON data, for the manifest, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.core import errors, paths, records
+from surgery.core.site import Site
+
+if TYPE_CHECKING:
+  from surgery.core.host import Host
+
+
+def adapter_to_json(
+  record: records.AdapterRecord,
+  host: Host,
+  known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Returns one adapter as JSON data.
+
+  Args:
+    record: the adapter.
+    host: knows the distribution that its type comes from.
+    known: what a file said of it; what is not recorded live is kept from it.
+  """
+  known = known or {}
+  kept = {k: known[k] for k in ('seed', 'to') if k in known}
+  if record.seed is not None:
+    kept['seed'] = record.seed
+  if record.pending is not None:
+    kept['to'] = record.pending.selector.text
+  return {
+    'name': record.name,
+    'type': record.adapter.name,
+    'distribution': host.distribution(record.adapter.name)
+    or known.get('distribution', ''),
+    'config': record.adapter.config(),
+    'enabled': record.enabled,
+    **kept,
+    'sites': [
+      {
+        **r.site.to_json(),
+        'weights': {name: spec.to_json() for name, spec in r.weights.items()},
+      }
+      for r in record.sites.values()
+    ],
+    'shared': {n: spec.to_json() for n, spec in record.shared.items()},
+  }
+
+
+def to_json(
+  all_records: records.Records,
+  host: Host,
+  known: Iterable[Mapping[str, Any]] = (),
+) -> tuple[dict[str, Any], ...]:
+  """Returns all adapters as JSON data, innermost first."""
+  by_name = {k['name']: k for k in known}
+  return tuple(
+    adapter_to_json(a, host, by_name.get(a.name)) for a in all_records.adapters
+  )
+
+
+def adapter_from_json(
+  data: Mapping[str, Any], host: Host
+) -> records.AdapterRecord:
+  """Returns the adapter that `adapter_to_json` wrote.
+
+  Raises:
+    UnknownAdapterType: if its type is not installed.
+    FormatError: if the data is malformed.
+  """
+  try:
+    name, kind = data['name'], data['type']
+  except (KeyError, TypeError):
+    raise errors.FormatError(
+      'manifest: an adapter without name or type.'
+    ) from None
+  try:
+    cls = host.adapter_type(kind)
+  except errors.UnknownAdapterType as error:
+    came = data.get('distribution') or 'a distribution that was not recorded'
+    raise errors.UnknownAdapterType(
+      f'adapter {name!r} needs its type, which came from {came}. {error}'
+    ) from None
+  try:
+    adapter = cls.from_config(data['config'])
+    sites = {}
+    for entry in data['sites']:
+      site = Site.from_json(entry)
+      sites[site.path] = records.SiteRecord(
+        site,
+        {
+          n: records.WeightSpec.from_json(w)
+          for n, w in entry['weights'].items()
+        },
+        host.ask('surgery_intercept_param', of=adapter, site=site),
+      )
+    shared = {
+      n: records.WeightSpec.from_json(w) for n, w in data['shared'].items()
+    }
+    return records.AdapterRecord(
+      name, adapter, bool(data['enabled']), sites, shared
+    )
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    if isinstance(error, errors.SurgeryError):
+      raise
+    raise errors.FormatError(
+      f'manifest: adapter {name!r} is malformed: '
+      f'{type(error).__name__}: {error}.'
+    ) from None
+
+
+def from_json(data: Iterable[Mapping[str, Any]], host: Host) -> records.Records:
+  """Returns the adapters that `to_json` wrote."""
+  return records.Records(adapter_from_json(d, host) for d in data)
+
+
+def describe(data: Mapping[str, Any]) -> str:
+  """Returns an adapter's JSON data in a few words, for people."""
+  config = ', '.join(f'{k}={v}' for k, v in data.get('config', {}).items())
+  sites = [
+    paths.show((*paths.parse(s['layer']), s['params'][0]['name']))
+    for s in data.get('sites', [])
+  ]
+  state = '' if data.get('enabled', True) else ', disabled'
+  return f'{data["name"]}: {data["type"]}({config}) on {len(sites)}{state}'
