@@ -1,0 +1,1 @@
+"""Plugins that come with the library, declared like anybody's."""

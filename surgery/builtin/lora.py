@@ -1,0 +1,73 @@
+"""LoRA: low-rank updates of a layer's matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from surgery.core import errors, paths
+from surgery.core.adapter import Adapter, named_key
+from surgery.core.config import field
+from surgery.core.lowrank import LowRank
+from surgery.core.site import Site
+
+
+class LoRA(Adapter):
+  """Adds a product of two small matrices (Hu et al. 2021, arXiv 2106.09685).
+
+  `W' = W + s·A·B`, with `A` of shape `in_shape + (rank,)`, `B` of shape
+  `(rank,) + out_shape`, and `s = alpha / rank`, or `alpha / √rank` with
+  `rslora` (Kalajdzievski 2023, arXiv 2312.03732). `A` is Gaussian with
+  standard deviation `1 / √rank`, `B` is zero, so `W' = W` at the start.
+  """
+
+  name = 'lora'
+  adds = True
+
+  rank: int = field(default=8, ge=1, doc='Rank of the update.')
+  alpha: float | None = field(
+    default=None, gt=0, doc='Scale times rank; twice the rank by default.'
+  )
+  rslora: bool = field(default=False, doc='Scale by 1/√rank instead of 1/rank.')
+
+  @property
+  def scale(self) -> float:
+    """Factor of the product."""
+    alpha = 2 * self.rank if self.alpha is None else self.alpha
+    return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+  def init(self, site: Site, key: Any) -> dict[str, Any]:
+    """Returns `lora_a`, `in_shape + (rank,)`, and `lora_b`, zeros.
+
+    Raises:
+      SiteError: if the rank exceeds the smaller side of the matrix.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    largest = min(site.in_size, site.out_size)
+    if self.rank > largest:
+      raise errors.SiteError(
+        f'{paths.show(site.path)}: rank {self.rank} exceeds the smaller side '
+        f'of {site.in_size}×{site.out_size}. Choose a rank of at most '
+        f'{largest}, for this site alone by patterns='
+        f'{{{paths.literal(site.path)!r}: {{"rank": {largest}}}}}.'
+      )
+    draw = jax.random.normal(
+      named_key(key, 'lora_a'), (*site.in_shape, self.rank)
+    )
+    return {
+      'lora_a': draw / math.sqrt(self.rank),
+      'lora_b': jnp.zeros((self.rank, *site.out_shape)),
+    }
+
+  def apply(self, site: Site, name: str, base: Any, weights: Any) -> LowRank:
+    """Returns `base + scale · lora_a · lora_b`, as factors."""
+    del site, name
+    return LowRank(base, weights['lora_a'], weights['lora_b'], self.scale)
+
+  def sharding(self, site: Site, weight: str) -> tuple[Any, ...]:
+    """The outer axes of the factors are split as the base's are."""
+    if weight == 'lora_a':
+      return (*site.primary.roles_sharding('i'), None)
+    return (None, *site.primary.roles_sharding('o'))

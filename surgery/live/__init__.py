@@ -1,0 +1,1 @@
+"""Surgery on `bx.Params` in memory."""

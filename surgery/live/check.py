@@ -1,0 +1,62 @@
+"""Check: does a model ask for what adapters rewrite?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import blox as bx
+import jax
+
+from surgery.core import errors, paths
+from surgery.core.paths import Path
+from surgery.core.records import Probe
+from surgery.live import designed
+from surgery.live import params as live
+
+
+def check(
+  model: Callable[..., Any], params: bx.Params, *args: Any, **kwargs: Any
+) -> tuple[Path, ...]:
+  """Traces a call and raises if an adapter's parameter is never asked for.
+
+  Layers that read `params[path].value` themselves cannot be reached by any
+  adapter; this names them. Nothing is computed.
+
+  Args:
+    model: a module, or any function that takes params first.
+    params: params with adapters.
+    *args: further arguments of the call.
+    **kwargs: further arguments of the call.
+
+  Returns:
+    The parameters that are rewritten, all of which were asked for.
+
+  Raises:
+    UnreachedError: naming the parameters that were never asked for.
+    AdapterError: if no adapter is attached.
+  """
+  params = designed.adopted(params)
+  records = live.records_of(params)
+  if not records.adapters:
+    raise errors.AdapterError('check: no adapter is attached.')
+  probe = Probe()
+  probed = live.with_records(params, records.probed(probe))
+
+  def call(params: bx.Params) -> int:
+    model(params, *args, **kwargs)
+    return 0
+
+  jax.eval_shape(call, probed)
+  missed = [p for p in records.chains if p not in probe.asked]
+  if missed:
+    shown = ', '.join(paths.show(p) for p in missed[:10])
+    more = f' and {len(missed) - 10} more' if len(missed) > 10 else ''
+    raise errors.UnreachedError(
+      f'{len(missed)} of {len(records.chains)} adapted parameters were never '
+      f'asked for through get_param: {shown}{more}. Either this call does not '
+      'use them, or a layer reads params[…].value itself, which no adapter '
+      'reaches: let it call get_param.',
+      missed,
+    )
+  return tuple(records.chains)

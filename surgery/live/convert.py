@@ -1,0 +1,275 @@
+"""Params as a checkpoint, and back.
+
+In memory a leaf is a parameter, whatever its value. In a file a leaf is a
+tensor: a parameter whose value is a pytree becomes several, and its structure
+goes to the manifest; a PRNG key becomes the array of its data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.manifest import Manifest
+from surgery.core.paths import Path
+from surgery.live import params as live
+
+_SCALARS = (bool, int, float, complex, str)
+
+
+def _value(value: Any) -> Any:
+  return value
+
+
+def leaf_of(param: bx.Param) -> Leaf:
+  """Returns a parameter in memory as a leaf."""
+  value = param.value
+  load = functools.partial(_value, value)
+  flags = {'trainable': param.trainable, 'metadata': param.metadata}
+  if live.is_key(value):
+    return Leaf(load, key=_impl(value), **flags)
+  shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+  if shape is None or dtype is None:
+    return Leaf(load, **flags)
+  scalar = isinstance(value, np.generic)
+  return Leaf(load, tuple(shape), str(dtype), scalar=scalar, **flags)
+
+
+def _impl(key: Any) -> str:
+  return str(jax.random.key_impl(key))
+
+
+def to_checkpoint(params: bx.Params) -> Checkpoint:
+  """Returns params as a checkpoint of which each leaf is a parameter."""
+  manifest = live.notes_of(params).get('manifest', Manifest())
+  return Checkpoint(
+    {path: leaf_of(param) for path, param in params.items()},
+    manifest.replace(locked=params.is_locked),
+    live.records_of(params),
+    'params',
+  )
+
+
+def to_params(
+  checkpoint: Checkpoint, host: Host, like: bx.Params | None = None
+) -> bx.Params:
+  """Returns a checkpoint, whose leaves are parameters, as params.
+
+  Args:
+    checkpoint: the checkpoint.
+    host: knows the adapters' types.
+    like: the params that it came from, of which unchanged parts are kept.
+  """
+  data = {}
+  for path, leaf in checkpoint.items():
+    value = leaf.load()
+    old = like[path] if like is not None and path in like else None
+    if old is not None and _unchanged(old, leaf, value):
+      data[path] = old
+    else:
+      data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
+  notes = {} if like is None else live.notes_of(like)
+  return live.make(
+    data, checkpoint.manifest.locked, checkpoint.records(host), notes
+  )
+
+
+def _unchanged(old: bx.Param, leaf: Leaf, value: Any) -> bool:
+  return (
+    old.value is value
+    and old.trainable == leaf.trainable
+    and old.metadata == leaf.metadata
+  )
+
+
+# To tensors, for a file.
+
+
+def _structure(value: Any, where: Path, found: dict[Path, Any]) -> Any:
+  """Returns the structure of a pytree as JSON data, and collects its leaves.
+
+  Raises:
+    FormatError: for a node that a file cannot hold.
+  """
+  if value is None:
+    return None
+  if type(value) is dict:
+    for key in value:
+      if not isinstance(key, str):
+        raise errors.FormatError(
+          f'{paths.show(where)}: a dict in a parameter has the key {key!r}; '
+          'only strings can be saved.'
+        )
+    return {
+      'dict': {k: _structure(v, (*where, k), found) for k, v in value.items()}
+    }
+  if type(value) in (list, tuple):
+    kind = type(value).__name__
+    return {
+      kind: [
+        _structure(v, (*where, str(i)), found) for i, v in enumerate(value)
+      ]
+    }
+  is_array = hasattr(value, 'shape') and hasattr(value, 'dtype')
+  if is_array or isinstance(value, _SCALARS):
+    found[where] = value
+    return 'leaf'
+  raise errors.FormatError(
+    f'{paths.show(where)}: a value of type {type(value).__name__} cannot be '
+    'saved. Use arrays, numbers, text, None, and dicts, lists and tuples of '
+    'these.'
+  )
+
+
+def _numpy(value: Any) -> Any:
+  """Returns an array, a key's data or a scalar as a file holds it."""
+  if live.is_key(value):
+    return np.asarray(jax.random.key_data(value))
+  return np.asarray(value) if isinstance(value, jax.Array) else value
+
+
+def _tensor(value: Any, leaf: Leaf) -> Leaf:
+  """Returns one array of a parameter as a leaf that a file can hold."""
+  load: Callable[[], Any] = functools.partial(_numpy, value)
+  if isinstance(value, _SCALARS):
+    return leaf.replace(load=load, shape=None, dtype=None, key=None)
+  key = _impl(value) if live.is_key(value) else None
+  if key is not None:
+    # Only its shape is needed here; the data are read when they are written.
+    struct = jax.eval_shape(jax.random.key_data, value)
+    shape, dtype = struct.shape, struct.dtype
+  else:
+    shape, dtype = value.shape, value.dtype
+  if isinstance(value, jax.core.Tracer):
+    raise errors.SurgeryError(
+      'params with traced values cannot be saved. Save outside of jit.'
+    )
+  if isinstance(value, jax.ShapeDtypeStruct):
+    raise errors.SurgeryError(
+      'params with shapes instead of values cannot be saved.'
+    )
+  return leaf.replace(
+    load=load,
+    shape=tuple(shape),
+    dtype=str(dtype),
+    key=key,
+    scalar=isinstance(value, np.generic),
+  )
+
+
+def to_tensors(checkpoint: Checkpoint) -> Checkpoint:
+  """Returns a checkpoint of parameters as one of tensors, in sorted order.
+
+  Raises:
+    FormatError: for a value that a file cannot hold.
+  """
+  leaves: dict[Path, Leaf] = {}
+  trees: dict[Path, Any] = {}
+  for path in sorted(checkpoint):
+    leaf = checkpoint[path]
+    value = leaf.load()
+    if value is None:
+      leaves[path] = leaf
+      continue
+    found: dict[Path, Any] = {}
+    structure = _structure(value, path, found)
+    if structure != 'leaf':
+      trees[path] = {
+        'value': structure,
+        'trainable': leaf.trainable,
+      }
+      if not found:
+        # Nothing carries the flags of a pytree without arrays.
+        trees[path]['metadata'] = dict(leaf.metadata)
+    for where, one in found.items():
+      leaves[where] = _tensor(one, leaf)
+  return checkpoint.replace(
+    leaves=leaves, manifest=checkpoint.manifest.replace(trees=trees)
+  )
+
+
+# From tensors.
+
+
+def _array(leaf: Leaf, where: Path) -> Any:
+  """Returns a tensor of a file as a parameter's value, bit for bit."""
+  value = leaf.load()
+  if leaf.key is not None:
+    try:
+      return jax.random.wrap_key_data(jnp.asarray(value), impl=leaf.key)
+    except (ValueError, TypeError) as error:
+      raise errors.FormatError(
+        f'{paths.show(where)}: not a PRNG key of implementation {leaf.key!r}: '
+        f'{error}'
+      ) from None
+  if not isinstance(value, np.ndarray):
+    return value
+  # A copy of its own: memory of a file may change or go.
+  value = np.array(value)
+  if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+    return value  # JAX would narrow it (64 bits); numpy keeps its bits.
+  return jax.device_put(value)
+
+
+def _rebuilt(structure: Any, where: Path, leaves: Mapping[Path, Leaf]) -> Any:
+  if structure is None:
+    return None
+  if structure == 'leaf':
+    if where not in leaves:
+      raise errors.FormatError(
+        f'{paths.show(where)}: the manifest speaks of this tensor, and it is '
+        'not in the file.'
+      )
+    return _array(leaves[where], where)
+  (kind, inner), *rest = structure.items()
+  if kind == 'dict' and not rest:
+    return {k: _rebuilt(s, (*where, k), leaves) for k, s in inner.items()}
+  if kind in ('list', 'tuple') and not rest:
+    values = [
+      _rebuilt(s, (*where, str(i)), leaves) for i, s in enumerate(inner)
+    ]
+    return tuple(values) if kind == 'tuple' else values
+  raise errors.FormatError(
+    f'{paths.show(where)}: unknown structure {kind!r} in the manifest.'
+  )
+
+
+def _beneath(path: Path, trees: Mapping[Path, Any]) -> bool:
+  return any(path[:n] in trees for n in range(1, len(path) + 1))
+
+
+def from_tensors(checkpoint: Checkpoint) -> Checkpoint:
+  """Returns a checkpoint of tensors as one of parameters, values loaded.
+
+  Raises:
+    FormatError: if manifest and tensors do not fit together.
+  """
+  trees = checkpoint.manifest.trees
+  leaves: dict[Path, Leaf] = {}
+  for path, leaf in checkpoint.items():
+    if not _beneath(path, trees):
+      value = _array(leaf, path)
+      leaves[path] = leaf.replace(load=functools.partial(_value, value))
+  for path, tree in trees.items():
+    value = _rebuilt(tree['value'], path, checkpoint)
+    first = next(
+      (leaf for p, leaf in checkpoint.items() if p[: len(path)] == path), None
+    )
+    metadata = first.metadata if first else tree.get('metadata', {})
+    leaves[path] = Leaf(
+      functools.partial(_value, value),
+      trainable=tree['trainable'],
+      metadata=metadata,
+    )
+  return checkpoint.replace(
+    leaves=leaves, manifest=checkpoint.manifest.replace(trees={})
+  )

@@ -1,0 +1,151 @@
+"""Designed-in adapters: layers that make their own weights, and tag them.
+
+Such a layer lives in plain params. Its weights carry in their metadata what a
+record would say, so that any verb can adopt them into one: from then on they
+are an adapter like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import blox as bx
+
+from surgery.builtin.lora import LoRA
+from surgery.core import errors, paths
+from surgery.core.adapter import Adapter
+from surgery.core.paths import Path
+from surgery.core.records import (
+  AdapterRecord,
+  Records,
+  SiteRecord,
+  WeightSpec,
+)
+from surgery.core.site import ParamSpec, Site
+from surgery.live import params as live
+
+TAG = 'surgery'
+
+# Types of layers that this library itself offers; a tag names one of them.
+_TYPES: Mapping[str, type[Adapter]] = {'lora': LoRA}
+
+
+def tag(
+  adapter: Adapter, param: str, layout: str, weight: str
+) -> dict[str, Any]:
+  """Returns the metadata of a weight that a layer makes itself.
+
+  Args:
+    adapter: type and configuration.
+    param: the parameter of the layer that it rewrites.
+    layout: roles of that parameter's axes.
+    weight: the weight's name, as `init` would call it.
+  """
+  return {
+    'adapter': 'default',
+    TAG: {
+      'type': adapter.name,
+      'config': adapter.config(),
+      'param': param,
+      'layout': layout,
+      'weight': weight,
+    },
+  }
+
+
+def _orphans(params: bx.Params) -> list[tuple[Path, bx.Param]]:
+  owned = live.records_of(params).owned
+  return [
+    (path, param)
+    for path, param in params.items()
+    if path not in owned and live.owner_of(param)
+  ]
+
+
+def adopted(params: bx.Params) -> bx.Params:
+  """Returns params in which every weight of an adapter is on record.
+
+  Raises:
+    AdapterError: if there are weights whose record is lost.
+  """
+  orphans = _orphans(params)
+  if not orphans:
+    return params
+  lost = [(path, param) for path, param in orphans if TAG not in param.metadata]
+  if lost:
+    path, param = lost[0]
+    raise errors.AdapterError(
+      f'{paths.show(path)}: a weight of adapter {live.owner_of(param)!r} whose '
+      'record is not in these params: the model would go on unadapted. Records '
+      'are lost by plain.merge(adapted); write adapted.merge(plain), or load '
+      'the adapter with surgery.load_adapter.'
+    )
+  by_site: dict[tuple[str, Path], dict[str, bx.Param]] = {}
+  for path, param in orphans:
+    said = param.metadata[TAG]
+    key = (live.owner_of(param) or '', (*path[:-1], said['param']))
+    by_site.setdefault(key, {})[path[-1]] = param
+  records = live.records_of(params)
+  for (name, site_path), weights in by_site.items():
+    records = _with_site(params, records, name, site_path, weights)
+  return live.with_records(params, records)
+
+
+def _with_site(
+  params: bx.Params,
+  records: Records,
+  name: str,
+  site_path: Path,
+  weights: Mapping[str, bx.Param],
+) -> Records:
+  said = next(iter(weights.values())).metadata[TAG]
+  adapter = _TYPES[said['type']].from_config(said['config'])
+  layer, rank = site_path[:-1], len(said['layout'])
+  # A half that split() made may lack the kernel.
+  base = params[site_path].value if site_path in params else None
+  if base is None:
+    raise errors.AdapterError(
+      f'{paths.show(site_path)}: not in these params, but weights of the '
+      f'adapter {name!r} on it are. Call the verb before split().'
+    )
+  core = tuple(base.shape[len(base.shape) - rank :])
+  stack = len(base.shape) - rank
+  spec = ParamSpec(site_path[-1], core, str(base.dtype), said['layout'])
+  specs = {
+    param.metadata[TAG]['weight']: WeightSpec(
+      (*layer, stored),
+      tuple(param.value.shape[stack:]),
+      str(param.value.dtype),
+    )
+    for stored, param in weights.items()
+  }
+  site = SiteRecord(Site(layer, (spec,)), specs, adapter)
+  if name not in records.names:
+    return records.add(AdapterRecord(name, adapter, sites={site_path: site}))
+  record = records.get(name)
+  if type(record.adapter) is not type(adapter):
+    raise errors.AdapterError(
+      f'{paths.show(site_path)}: the layer has an adapter {name!r} of type '
+      f"'{adapter.name}' of its own, and one of type '{record.adapter.name}' "
+      'is attached. Attach under another name=.'
+    )
+  return records.replace(_joined(record, adapter, site))
+
+
+def _joined(
+  record: AdapterRecord, adapter: Adapter, site: SiteRecord
+) -> AdapterRecord:
+  """Returns a record with one more site, whose options may differ."""
+  theirs = dataclasses.replace(record.adapter, patterns=())  # type: ignore[type-var]
+  if adapter != theirs:
+    patterns = {
+      **{s: dict(v) for s, v in record.adapter.patterns},
+      paths.literal(site.site.path): adapter.config(),
+    }
+    whole = dataclasses.replace(record.adapter, patterns=patterns)  # type: ignore[type-var]
+    record = dataclasses.replace(record, adapter=whole)
+  return dataclasses.replace(
+    record, sites={**record.sites, site.site.path: site}, total=None
+  )

@@ -1,0 +1,512 @@
+"""Interception: params that answer with adapted parameters.
+
+Every blox layer asks `get_param(params, name, …)`, which asks `params._get`.
+`AdaptedParams` holds the weights of adapters beside the base's and answers that
+question. The model is not touched, wrapped or known.
+
+This module rests on private names of blox (`_get`, `_set`, `_clone`, and the
+attributes `_data` and `_locked`), and no other module does. Its children as a
+pytree are exactly blox's, its static data are blox's and the `Records`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+
+from surgery.core import errors, layers, paths, selectors
+from surgery.core.adapter import DEFAULT_PARAMS
+from surgery.core.checkpoint import Leaf
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.core.records import (
+  AdapterRecord,
+  Pending,
+  Records,
+  unite,
+)
+from surgery.core.site import Site
+from surgery.passes import attach, compute, finding
+
+_EMPTY = Records()
+
+
+class AdaptedParams(bx.Params):
+  """`bx.Params` in which adapters sit between what is stored and the layers.
+
+  `params[path]`, `keys`, `items` and `len` speak of what is stored, adapters'
+  weights included; a layer that asks for a parameter gets it adapted. Made by
+  the verbs (`surgery.attach`, `surgery.load`, …), not by calling the class.
+  """
+
+  _records: Records
+  # What is known beside the arrays (where adapters came from). It is no part of
+  # the pytree, so a transformation drops it rather than return another's.
+  _notes: Mapping[str, Any]
+
+  def __init__(self) -> None:
+    super().__init__()
+    self._records = _EMPTY
+    self._notes = {}
+
+  @property
+  def records(self) -> Records:
+    """The adapters, innermost first."""
+    return self._records
+
+  # What blox calls.
+
+  def _clone(self) -> AdaptedParams:
+    return _make(self._data.copy(), self._locked, self._records, self._notes)
+
+  def _get(
+    self,
+    path: Path,
+    shape: Any,
+    init: Any,
+    dtype: Any = jnp.float32,
+    trainable: bool = True,
+    metadata: dict[str, Any] | None = None,
+    rng: Any = None,
+  ) -> tuple[Any, bx.Params]:
+    self._refuse_owned(path)
+    value, params = super()._get(
+      path, shape, init, dtype, trainable, metadata, rng
+    )
+    params = cast(AdaptedParams, params)
+    if params._records.pending and path not in params._records.chains:
+      params = _adopted(params, path)
+    return params._answered(path, value), params
+
+  def _set(
+    self,
+    path: Path,
+    value: Any,
+    trainable: bool | None = None,
+    metadata: dict[str, Any] | None = None,
+  ) -> bx.Params:
+    if value is not None:
+      self._refuse_owned(path)
+      chain = compute.enabled(self._records.chains.get(path, ()))
+      if chain:
+        names = ', '.join(repr(a.name) for a, _ in chain)
+        raise errors.AdapterError(
+          f'{paths.show(path)}: a layer writes this parameter, and adapter '
+          f'{names} rewrites it: what was read would be folded in again at '
+          'every call. Attach elsewhere, or merge or disable the adapter.'
+        )
+    return super()._set(path, value, trainable, metadata)
+
+  def _refuse_owned(self, path: Path) -> None:
+    owner = self._records.owned.get(path)
+    if owner is not None:
+      raise errors.AdapterError(
+        f'{paths.show(path)}: a layer asks for this parameter, and it is a '
+        f'weight of adapter {owner!r}. Attach the adapter under another '
+        'name=.'
+      )
+
+  def _answered(self, path: Path, value: Any, without: str = '') -> Any:
+    """Returns a parameter as its layer gets it.
+
+    Args:
+      path: the parameter.
+      value: what is stored.
+      without: an adapter that does not take part.
+    """
+    records = self._records
+    chain = records.chains.get(path)
+    if chain is None:
+      return value
+    if records.probe is not None:
+      records.probe.asked.add(path)
+    on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
+    if not on:
+      return value
+    return compute.answer(on, path, self._fetch, records.chains)
+
+  def _fetch(self, path: Path) -> Any:
+    try:
+      return self._data[path].value
+    except KeyError:
+      owner = self._records.owned.get(path)
+      raise errors.AdapterError(
+        f'{paths.show(path)}: this weight of adapter {owner!r} is not in these '
+        'params. Merge the halves that split() made before calling the model.'
+        if owner
+        else f'{paths.show(path)}: not in these params.'
+      ) from None
+
+  # Params' own methods.
+
+  def locked(self) -> AdaptedParams:
+    """Returns locked params; adapters stop looking for sites.
+
+    Raises:
+      SelectorError: if a selector of an adapter has matched nothing.
+    """
+    params = _closed(self) if self._records.pending else self
+    return cast(AdaptedParams, bx.Params.locked(params))
+
+  def merge(self, other: bx.Params) -> AdaptedParams:
+    """Combines two containers, and the adapters of both.
+
+    Args:
+      other: params of which conflicting ones win, as in blox.
+
+    Raises:
+      AdapterError: if both have an adapter of one name that differs.
+      ValueError: if one is locked and the other is not.
+    """
+    records = self._records
+    if isinstance(other, AdaptedParams):
+      records = unite(records, other._records)
+    merged = cast(AdaptedParams, super().merge(other))
+    merged._records = records
+    if isinstance(other, AdaptedParams):
+      merged._notes = {**other._notes, **self._notes}
+    return merged
+
+  def __repr__(self) -> str:
+    lines = super().__repr__().splitlines()
+    lines[0] = lines[0].replace('Params', 'AdaptedParams', 1)
+    for record in self._records.adapters:
+      state = '' if record.enabled else ', disabled'
+      if record.pending:
+        state += ', looking for sites'
+      lines.append(
+        f'# {record.name}: {record.adapter!r} on {len(record.sites)} '
+        f'sites{state}'
+      )
+    return '\n'.join(lines)
+
+  def __getstate__(self) -> dict[str, Any]:
+    for path, param in self._data.items():
+      if is_key(param.value):
+        raise errors.SurgeryError(
+          f'{paths.show(path)}: PRNG keys cannot be pickled. Use surgery.save.'
+        )
+    return self.__dict__.copy()
+
+  # Pytree registration.
+
+  def tree_flatten(self) -> tuple[Any, Any]:
+    """Flattens as blox does, with the adapters as static data."""
+    return (self._data,), (self._locked, self._records)
+
+  @classmethod
+  def tree_unflatten(cls, aux: Any, children: Any) -> AdaptedParams:
+    """Unflattens what `tree_flatten` flattened."""
+    return _make(children[0], aux[0], aux[1], {})
+
+
+jax.tree_util.register_pytree_node(
+  AdaptedParams, AdaptedParams.tree_flatten, AdaptedParams.tree_unflatten
+)
+
+
+def _make(
+  data: dict[Path, bx.Param],
+  locked: bool,
+  records: Records,
+  notes: Mapping[str, Any],
+) -> AdaptedParams:
+  params = cast(AdaptedParams, object.__new__(AdaptedParams))
+  params._data = data
+  params._locked = locked
+  params._records = records
+  params._notes = notes
+  return params
+
+
+def make(
+  data: Mapping[Path, bx.Param],
+  locked: bool,
+  records: Records,
+  notes: Mapping[str, Any] | None = None,
+) -> bx.Params:
+  """Returns params; plain ones if there is no adapter.
+
+  Args:
+    data: parameters by path.
+    locked: whether new ones are refused.
+    records: the adapters.
+    notes: what is known of where they came from.
+  """
+  if records.adapters:
+    return _make(dict(data), locked, records, notes or {})
+  params = bx.Params()
+  params._data = dict(data)
+  params._locked = locked
+  return params
+
+
+def records_of(params: bx.Params) -> Records:
+  """Returns the adapters of any params."""
+  return params._records if isinstance(params, AdaptedParams) else _EMPTY
+
+
+def notes_of(params: bx.Params) -> Mapping[str, Any]:
+  """Returns what is known of where adapters came from."""
+  return params._notes if isinstance(params, AdaptedParams) else {}
+
+
+def with_records(
+  params: bx.Params, records: Records, notes: Mapping[str, Any] | None = None
+) -> bx.Params:
+  """Returns params with other adapters and the same arrays."""
+  kept = notes_of(params) if notes is None else notes
+  return make(params._data, params._locked, records, kept)
+
+
+def is_key(value: Any) -> bool:
+  """Whether a value is an array of typed PRNG keys."""
+  dtype = getattr(value, 'dtype', None)
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def info_of(param: bx.Param) -> finding.Info | None:
+  """Returns what an adapter needs to know of a parameter.
+
+  None for what cannot be adapted: what is no array, keys, adapters' weights.
+  """
+  value = param.value
+  shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+  if shape is None or dtype is None or is_key(value) or owner_of(param):
+    return None
+  return finding.Info(
+    tuple(shape),
+    str(jnp.dtype(dtype)),
+    tuple(param.metadata.get('sharding') or ()),
+  )
+
+
+def owner_of(param: bx.Param) -> str | None:
+  """Returns the adapter that a parameter is a weight of, by its metadata."""
+  owner = param.metadata.get('adapter')
+  return owner if isinstance(owner, str) else None
+
+
+# Adapters that were attached before initialisation.
+
+
+def _types(pending: Pending, layer: Path) -> layers.LayerTypes:
+  """Returns the types of layers; asks the graph for one that was made later."""
+  if pending.graph is not None and layer not in pending.types:
+    return layers.of_graph(pending.graph)
+  return pending.types
+
+
+def _finder(record: AdapterRecord, layer: Path) -> finding.Finder:
+  pending = record.pending
+  assert pending is not None
+  return finding.Finder(
+    record.adapter,
+    _NO_HOOKS,
+    _types(pending, layer),
+    pending.layouts,
+    pending.stacked,
+  )
+
+
+class _NoHooks(Host):
+  """Asks the adapter alone: hooks are not asked during initialisation."""
+
+  def ask(self, hook: str, *, of: Any = None, **arguments: Any) -> Any:
+    return getattr(of, hook)(**arguments)
+
+
+_NO_HOOKS = _NoHooks(entry_points=False)
+
+
+def _adopted(params: AdaptedParams, path: Path) -> AdaptedParams:
+  """Returns params in which adapters that wait for a parameter have it."""
+  for record in params._records.adapters:
+    if record.pending is not None:
+      params = _adopted_by(params, record, path)
+  return params
+
+
+def _candidates(
+  params: AdaptedParams, record: AdapterRecord, path: Path
+) -> dict[Path, finding.Info]:
+  """Returns the parameters of a layer that could belong to one site."""
+  layer = path[:-1]
+  names = dict.fromkeys((*DEFAULT_PARAMS, *record.adapter.rewrites, path[-1]))
+  found = {}
+  for name in names:
+    param = params._data.get((*layer, name))
+    info = None if param is None else info_of(param)
+    if info is not None and (*layer, name) not in params._records.owned:
+      found[(*layer, name)] = info
+  return found
+
+
+def _adopted_by(
+  params: AdaptedParams, record: AdapterRecord, path: Path
+) -> AdaptedParams:
+  pending = record.pending
+  assert pending is not None
+  layer = path[:-1]
+  info = _candidates(params, record, path)
+  if path not in info:
+    return params
+  finder = _finder(record, layer)
+  found = finding.sites(finder, pending.selector, info, missing='pass')
+  for site, met in found:
+    old = record.sites.get(site.path)
+    if old is not None and old.site.params == site.params:
+      continue
+    if path[-1] not in [p.name for p in site.params]:
+      continue
+    _refuse_ambiguous(record, site, finder, info)
+    params = _grown(params, record, site, met)
+    record = params._records.get(record.name)
+  return params
+
+
+def _refuse_ambiguous(
+  record: AdapterRecord,
+  site: Site,
+  finder: finding.Finder,
+  info: Mapping[Path, finding.Info],
+) -> None:
+  """Raises if a layer turns out to have another default parameter.
+
+  Raises:
+    SiteError: naming both parameters.
+  """
+  usual = finder.defaults(
+    site.layer, {p[-1]: i for p, i in info.items() if p[:-1] == site.layer}
+  )
+  for other in record.sites.values():
+    if (
+      other.site.layer == site.layer
+      and other.site.name not in usual
+      and site.name in usual
+      and not _named(record, other.site)
+    ):
+      raise errors.SiteError(
+        f'{paths.show(other.site.path)} was adapted as the only matrix of its '
+        f'layer, and now the layer makes {site.name!r}. Name the parameter: '
+        f'to={paths.literal(site.path)!r}, or attach after initialisation.'
+      )
+
+
+def _named(record: AdapterRecord, site: Site) -> bool:
+  pending = record.pending
+  return pending is not None and any(
+    item.kind == 'all' or item.param(site.path)
+    for item in pending.selector.positive
+  )
+
+
+def _grown(
+  params: AdaptedParams, record: AdapterRecord, site: Site, met: Iterable[int]
+) -> AdaptedParams:
+  """Returns params in which an adapter has one more site, or a larger one."""
+  pending = record.pending
+  assert pending is not None and record.seed is not None
+  who = attach.at(pending.interceptor, site)
+  old = record.sites.get(site.path)
+  kept = {} if old is None else old.weights
+
+  def taken(path: Path) -> bool:
+    return path in params._data and path not in {s.path for s in kept.values()}
+
+  new = attach.site_record(record.adapter, record.name, site, who, taken)
+  # A site that grows keeps the weights that it has.
+  new = dataclasses.replace(new, weights={**new.weights, **kept})
+  grown = record.with_site(new, met)
+  info = {site.path: cast(finding.Info, info_of(params._data[site.path]))}
+  single = dataclasses.replace(grown, sites={site.path: new}, total=None)
+  drawn = attach.weight_leaves(
+    _Stored(params),
+    _inside(params._records, record.name),
+    single,
+    record.seed,
+    info,
+  )
+  result = params._clone()
+  for path, leaf in drawn.items():
+    if path not in {s.path for s in kept.values()}:
+      result._data[path] = bx.Param(
+        leaf.load(), leaf.trainable, dict(leaf.metadata)
+      )
+  result._records = params._records.grown(grown, new)
+  return result
+
+
+def _inside(records: Records, name: str) -> Records:
+  """Returns the adapters that lie inside of one."""
+  index = records.names.index(name)
+  return Records(records.adapters[:index])
+
+
+class _Stored(Mapping[Path, Any]):
+  """Stored parameters as leaves, for what is drawn from a base."""
+
+  def __init__(self, params: AdaptedParams) -> None:
+    self._params = params
+
+  def __getitem__(self, path: Path) -> Any:
+    value = self._params._data[path].value
+    return Leaf(lambda: value)
+
+  def __iter__(self) -> Any:
+    return iter(self._params._data)
+
+  def __len__(self) -> int:
+    return len(self._params._data)
+
+
+def _closed(params: AdaptedParams) -> AdaptedParams:
+  """Returns params in which no adapter looks for sites any more.
+
+  Raises:
+    SelectorError: if an item of a selector has matched nothing.
+  """
+  for path in list(params._data):
+    if path not in params._records.chains and path not in params._records.owned:
+      params = _adopted(params, path)
+  universe = [p for p in params._data if p not in params._records.owned]
+  for record in params._records.adapters:
+    pending = record.pending
+    if pending is None:
+      continue
+    for index, item in enumerate(pending.selector.positive):
+      if index not in pending.met:
+        raise errors.SelectorError(
+          f'adapter {record.name!r} was attached before initialisation and its '
+          f'{_unmet(item, universe)}'
+        )
+    attach.check_patterns(
+      record.adapter, [r.site for r in record.sites.values()]
+    )
+  result = params._clone()
+  result._notes = {
+    **params._notes,
+    **{
+      a.name: {'seed': a.seed, 'to': a.pending.selector.text}
+      for a in params._records.adapters
+      if a.pending is not None
+    },
+  }
+  result._records = params._records.closed()
+  return result
+
+
+def _unmet(item: Any, universe: list[Path]) -> str:
+  met = [p for p in universe if item.layer(p[:-1]) or item.param(p)]
+  if met:
+    shown = ', '.join(paths.literal(p) for p in met[:5])
+    return (
+      f'selector {item.written!r} matches no parameter that it can serve by '
+      f'default. Name one of them: {shown}.'
+    )
+  return str(selectors.nothing(item, universe))

@@ -1,0 +1,186 @@
+"""Saving and loading params, and adapters alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import blox as bx
+
+from surgery.core import errors, layers, manifest, recording
+from surgery.core.checkpoint import open_checkpoint
+from surgery.core.host import Host, default_host
+from surgery.live import convert, designed
+from surgery.live import params as live
+from surgery.passes import extract
+
+PathLike = str | os.PathLike[str]
+
+
+def save(
+  path: PathLike,
+  params: bx.Params,
+  *,
+  graph: bx.Graph | None = None,
+  overwrite: bool = True,
+  host: Host | None = None,
+) -> None:
+  """Saves params: values, flags, metadata, keys, adapters, lock state.
+
+  The file is plain flax msgpack with one more key; it appears whole or not at
+  all.
+
+  Args:
+    path: the file; its suffix tells the format.
+    params: the params.
+    graph: the model's graph; records types of layers, for selectors on the
+      file.
+    overwrite: whether an existing file may be replaced.
+    host: whose formats are known.
+
+  Raises:
+    FormatError: for a value or metadata that a file cannot hold.
+    AdapterError: if an adapter has matched nothing yet.
+    FileExistsError: if the file exists and `overwrite` is False.
+  """
+  host = host or default_host()
+  params = _settled(params)
+  checkpoint = convert.to_tensors(convert.to_checkpoint(params))
+  notes = live.notes_of(params)
+  known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
+  said = checkpoint.manifest.replace(
+    adapters=recording.to_json(checkpoint.records(host), host, known)
+  )
+  if graph is not None:
+    said = said.replace(layer_types=layers.of_graph(graph))
+  checkpoint.replace(manifest=said).write(path, overwrite=overwrite, host=host)
+
+
+def _settled(params: Any) -> bx.Params:
+  """Returns params that can be saved.
+
+  Raises:
+    SurgeryError: if it is something else.
+    AdapterError: if an adapter still looks for sites.
+  """
+  if not isinstance(params, bx.Params):
+    raise errors.SurgeryError(
+      f'save: expected bx.Params, found {type(params).__name__}.'
+    )
+  params = designed.adopted(params)
+  for record in live.records_of(params).adapters:
+    if record.pending is not None:
+      raise errors.AdapterError(
+        f'adapter {record.name!r} still looks for sites. Call params.locked() '
+        'before saving.'
+      )
+  return params
+
+
+def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
+  """Loads what `save` wrote, or any flax msgpack file of nested dicts.
+
+  Args:
+    path: the file; its suffix tells the format.
+    host: knows formats and adapters' types.
+
+  Returns:
+    Params; adapted ones if the file has adapters. 64-bit arrays stay numpy
+    arrays unless JAX's 64-bit mode is on.
+
+  Raises:
+    FormatError: if the file is not what it should be.
+    UnknownAdapterType: if an adapter's type is not installed.
+  """
+  host = host or default_host()
+  checkpoint = open_checkpoint(path, host=host)
+  if checkpoint.manifest.kind == manifest.ADAPTER:
+    raise errors.FormatError(
+      f'{path}: an adapter without its base. Use surgery.load_adapter.'
+    )
+  params = convert.to_params(convert.from_tensors(checkpoint), host)
+  said = checkpoint.manifest.replace(adapters=(), trees={})
+  adapters = {
+    a['name']: {k: a[k] for k in ('seed', 'to') if k in a}
+    for a in checkpoint.manifest.adapters
+  }
+  return live.with_records(
+    params, live.records_of(params), {'manifest': said, 'adapters': adapters}
+  )
+
+
+def save_adapter(
+  path: PathLike,
+  params: bx.Params,
+  name: str = 'default',
+  *,
+  overwrite: bool = True,
+  host: Host | None = None,
+) -> None:
+  """Saves one adapter: weights and configuration, bound to its base.
+
+  Args:
+    path: the file; its suffix tells the format.
+    params: params with the adapter.
+    name: the adapter's name.
+    overwrite: whether an existing file may be replaced.
+    host: whose formats are known.
+
+  Raises:
+    AdapterError: for an unknown name.
+    FileExistsError: if the file exists and `overwrite` is False.
+  """
+  host = host or default_host()
+  params = _settled(params)
+  checkpoint = convert.to_tensors(convert.to_checkpoint(params))
+  said = live.notes_of(params).get('adapters', {}).get(name, {})
+  alone = extract.extract(checkpoint, name, host=host, known=said)
+  alone.write(path, overwrite=overwrite, host=host)
+
+
+def load_adapter(
+  path: PathLike,
+  params: bx.Params,
+  name: str | None = None,
+  *,
+  check_base: bool = True,
+  host: Host | None = None,
+) -> live.AdaptedParams:
+  """Attaches an adapter that `save_adapter` wrote.
+
+  Args:
+    path: the file.
+    params: the base; not changed.
+    name: the adapter's name here; the one that it was saved under by default.
+    check_base: whether the base must have the very values that the adapter
+      was saved with.
+    host: knows formats and adapters' types.
+
+  Raises:
+    BaseMismatchError: if a parameter of the base has other values or another
+      shape than the adapter was made for.
+    AdapterError: if the name is taken.
+    FormatError: if the file holds no adapter.
+  """
+  host = host or default_host()
+  params = designed.adopted(params)
+  alone = convert.from_tensors(open_checkpoint(path, host=host))
+  before = convert.to_checkpoint(params)
+  after = extract.insert(
+    before, alone, name=name, check_base=check_base, host=host
+  )
+  result = convert.to_params(after, host, like=params)
+  return _noted(
+    result, alone.manifest.adapters[0], after.records(host).names[-1]
+  )
+
+
+def _noted(
+  params: bx.Params, said: Mapping[str, Any], name: str
+) -> live.AdaptedParams:
+  """Returns params that remember seed and selector of an adapter."""
+  notes = live.notes_of(params)
+  kept = {k: said[k] for k in ('seed', 'to') if k in said}
+  notes = {**notes, 'adapters': {**notes.get('adapters', {}), name: kept}}
+  return live.with_records(params, live.records_of(params), notes)  # type: ignore[return-value]

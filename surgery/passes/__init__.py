@@ -1,0 +1,1 @@
+"""Passes, one file each: functions from a `Checkpoint` to a `Checkpoint`."""

@@ -1,0 +1,32 @@
+"""Detach: an adapter's weights gone, the base as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery.core.checkpoint import Checkpoint
+from surgery.core.host import Host
+from surgery.passes.merge import names_of
+
+
+def detach(
+  checkpoint: Checkpoint,
+  names: str | Sequence[str] | None = None,
+  *,
+  host: Host,
+) -> Checkpoint:
+  """Takes adapters off; the stored base was never touched.
+
+  Args:
+    checkpoint: the model.
+    names: an adapter, several, or None for all.
+    host: knows the adapters' types.
+
+  Raises:
+    AdapterError: for an unknown name.
+  """
+  records = checkpoint.records(host)
+  names = names_of(records, names)
+  gone = {p for n in names for p in records.get(n).weight_paths()}
+  leaves = {p: leaf for p, leaf in checkpoint.items() if p not in gone}
+  return checkpoint.replace(leaves=leaves, records=records.remove(names))

@@ -1,0 +1,56 @@
+"""Enable and disable: whether an adapter takes part in what layers get."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from surgery.core.checkpoint import Checkpoint
+from surgery.core.host import Host
+from surgery.core.records import Records
+from surgery.passes.merge import names_of
+
+
+def switched(
+  records: Records, names: str | Sequence[str] | None, enabled: bool
+) -> Records:
+  """Returns records in which adapters are on or off.
+
+  Raises:
+    AdapterError: for an unknown name.
+  """
+  for name in names_of(records, names):
+    record = records.get(name)
+    if record.enabled != enabled:
+      records = records.replace(dataclasses.replace(record, enabled=enabled))
+  return records
+
+
+def enable(
+  checkpoint: Checkpoint,
+  names: str | Sequence[str] | None = None,
+  *,
+  host: Host,
+) -> Checkpoint:
+  """Switches adapters on; all by default.
+
+  Raises:
+    AdapterError: for an unknown name.
+  """
+  records = checkpoint.records(host)
+  return checkpoint.replace(records=switched(records, names, True))
+
+
+def disable(
+  checkpoint: Checkpoint,
+  names: str | Sequence[str] | None = None,
+  *,
+  host: Host,
+) -> Checkpoint:
+  """Switches adapters off; layers get the base as it is stored.
+
+  Raises:
+    AdapterError: for an unknown name.
+  """
+  records = checkpoint.records(host)
+  return checkpoint.replace(records=switched(records, names, False))

@@ -1,0 +1,192 @@
+"""Extract and insert: an adapter in a file of its own, bound to its base."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from surgery.core import errors, manifest, paths, recording
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.core.records import AdapterRecord, SiteRecord, WeightSpec
+from surgery.files.digest import digest
+from surgery.passes import attach
+
+BASE = 'base'
+
+
+def _digest(leaf: Leaf) -> str:
+  """Returns the digest of a parameter, as recorded or computed."""
+  return leaf.digest or digest(np.asarray(leaf.load()))
+
+
+def _base(record: AdapterRecord) -> list[Path]:
+  """Returns the parameters that an adapter rewrites."""
+  return [
+    (*one.site.layer, spec.name)
+    for one in record.sites.values()
+    for spec in one.site.params
+  ]
+
+
+def extract(
+  checkpoint: Checkpoint,
+  name: str,
+  *,
+  host: Host,
+  known: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+  """Returns an adapter without its base.
+
+  Args:
+    checkpoint: the model.
+    name: the adapter's name.
+    host: knows the adapter's type.
+    known: seed and selector, where they are known.
+
+  Raises:
+    AdapterError: for an unknown name.
+  """
+  record = checkpoint.records(host).get(name)
+  said = next(
+    (a for a in checkpoint.manifest.adapters if a['name'] == name), {}
+  )
+  entry = recording.adapter_to_json(record, host, {**said, **(known or {})})
+  entry[BASE] = {
+    paths.show(path): _digest(checkpoint[path]) for path in _base(record)
+  }
+  return Checkpoint(
+    {path: checkpoint[path] for path in record.weight_paths()},
+    manifest.Manifest(
+      kind=manifest.ADAPTER,
+      locked=True,
+      adapters=(entry,),
+      history=checkpoint.manifest.history,
+    ),
+    origin=f'adapter {name!r}',
+  )
+
+
+def _only(alone: Checkpoint) -> Mapping[str, Any]:
+  if alone.manifest.kind != manifest.ADAPTER or not alone.manifest.adapters:
+    raise errors.FormatError(
+      f'{alone.origin}: not the file of an adapter. Write one with '
+      'surgery.save_adapter.'
+    )
+  return alone.manifest.adapters[0]
+
+
+def _check_base(
+  checkpoint: Checkpoint,
+  record: AdapterRecord,
+  said: Mapping[str, Any],
+  values: bool,
+) -> None:
+  """Raises unless the base is the one that the adapter was made for."""
+  for one in record.sites.values():
+    for spec in one.site.params:
+      path = (*one.site.layer, spec.name)
+      if path not in checkpoint:
+        raise errors.BaseMismatchError(
+          f'{paths.show(path)}: adapter {record.name!r} was made for a base '
+          'that has this parameter, this one has not.'
+        )
+      shape = checkpoint[path].shape or ()
+      if shape[len(shape) - len(spec.shape) :] != spec.shape:
+        raise errors.BaseMismatchError(
+          f'{paths.show(path)}: adapter {record.name!r} was made for shape '
+          f'{spec.shape}, found {shape}.'
+        )
+  if not values:
+    return
+  expected = said.get(BASE, {})
+  for path in _base(record):
+    want = expected.get(paths.show(path))
+    found = _digest(checkpoint[path])
+    if want != found:
+      raise errors.BaseMismatchError(
+        f'{paths.show(path)}: adapter {record.name!r} was made for other '
+        f'values of this parameter (digest {want}, found {found}). Load it '
+        'onto its own base, or say check_base=False.'
+      )
+
+
+def _renamed(
+  record: AdapterRecord, name: str, checkpoint: Checkpoint
+) -> tuple[AdapterRecord, dict[Path, Path]]:
+  """Returns the record under another name, and where its weights go."""
+  taken = checkpoint.__contains__
+  moved: dict[Path, Path] = {}
+  sites = {}
+  for path, one in record.sites.items():
+    weights = {}
+    for weight, spec in one.weights.items():
+      to = attach.weight_path(
+        one.site.layer, one.site.name, weight, name, taken
+      )
+      moved[spec.path] = to
+      weights[weight] = dataclasses.replace(spec, path=to)
+    sites[path] = SiteRecord(one.site, weights, one.interceptor)
+  shared: dict[str, WeightSpec] = {}
+  for weight, spec in record.shared.items():
+    to = attach.shared_path(weight, name)
+    moved[spec.path] = to
+    shared[weight] = dataclasses.replace(spec, path=to)
+  return (
+    dataclasses.replace(
+      record, name=name, sites=sites, shared=shared, total=None
+    ),
+    moved,
+  )
+
+
+def insert(
+  checkpoint: Checkpoint,
+  alone: Checkpoint,
+  *,
+  name: str | None = None,
+  check_base: bool = True,
+  host: Host,
+) -> Checkpoint:
+  """Attaches an adapter that `extract` took out.
+
+  Args:
+    checkpoint: the base.
+    alone: the adapter.
+    name: its name here; the one that it had by default.
+    check_base: whether the base must have the very values that it had.
+    host: knows the adapter's type.
+
+  Raises:
+    BaseMismatchError: if the base is another one.
+    AdapterError: if the name is taken.
+    FormatError: if `alone` is no adapter.
+  """
+  said = _only(alone)
+  record = recording.adapter_from_json(said, host)
+  name = record.name if name is None else name
+  attach.check_name(name, checkpoint.records(host))
+  _check_base(checkpoint, record, said, check_base)
+  renamed, moved = _renamed(record, name, checkpoint)
+  new: dict[Path, Leaf] = {}
+  for source, target in moved.items():
+    if source not in alone:
+      raise errors.FormatError(
+        f'{alone.origin}: weight {paths.show(source)} is missing.'
+      )
+    leaf = alone[source]
+    metadata = {**leaf.metadata, 'adapter': name}
+    new[target] = leaf.replace(metadata=metadata)
+  leaves = attach.inserted(checkpoint, new)
+  known = {k: said[k] for k in ('seed', 'to') if k in said}
+  return checkpoint.replace(
+    leaves=leaves,
+    records=checkpoint.records(host).add(renamed),
+    manifest=checkpoint.manifest.replace(
+      adapters=(*checkpoint.manifest.adapters, {'name': name, **known})
+    ),
+  )

@@ -1,0 +1,309 @@
+"""Finding sites: from a selector to the parameters that an adapter rewrites."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from surgery.core import errors, paths, selectors
+from surgery.core.adapter import DEFAULT_PARAMS, Adapter
+from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
+from surgery.core.paths import Path
+from surgery.core.selection import Selection
+from surgery.core.site import ParamSpec, Site, default_layout
+
+# By selector, for some parameters; or for all of them.
+Layouts = str | Mapping[str, str] | None
+Stacked = int | Mapping[str, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+  """What finding needs to know of a parameter.
+
+  Attributes:
+    shape: its whole shape.
+    dtype: name of its dtype.
+    sharding: mesh axis names of its axes, or empty.
+  """
+
+  shape: tuple[int, ...]
+  dtype: str
+  sharding: tuple[Any, ...] = ()
+
+
+def layout_pairs(layout: Layouts) -> tuple[tuple[str, str], ...]:
+  """Returns layouts as pairs of selector and letters, checked.
+
+  Raises:
+    ConfigError: if letters other than `i`, `o` and leading `s` are used.
+  """
+  pairs = {'all': layout} if isinstance(layout, str) else dict(layout or {})
+  for selector, letters in pairs.items():
+    core = letters.lstrip('s')
+    if not core or set(core) - set('io'):
+      raise errors.ConfigError(
+        f'layout for {selector!r}: expected a letter an axis, s (stacked, in '
+        f"front), i (input) or o (output), e.g. 'sio', found {letters!r}."
+      )
+    selectors.parse(selector)
+  return tuple(pairs.items())
+
+
+def stacked_pairs(stacked: Stacked) -> tuple[tuple[str, int], ...]:
+  """Returns numbers of stacked axes as pairs with selectors, checked.
+
+  Raises:
+    ConfigError: if a number is negative or no integer.
+  """
+  pairs = {'all': stacked} if isinstance(stacked, int) else dict(stacked or {})
+  for selector, number in pairs.items():
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+      raise errors.ConfigError(
+        f'stacked for {selector!r}: expected a number of axes >= 0, found '
+        f'{number!r}.'
+      )
+    selectors.parse(selector)
+  return tuple(pairs.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Finder:
+  """Finds the sites of one adapter.
+
+  Attributes:
+    adapter: the adapter.
+    host: whose hooks are asked.
+    types: types of layers, where they are known.
+    layouts: layouts by selector.
+    stacked: numbers of stacked axes by selector.
+  """
+
+  adapter: Adapter
+  host: Host
+  types: LayerTypes
+  layouts: tuple[tuple[str, str], ...] = ()
+  stacked: tuple[tuple[str, int], ...] = ()
+
+  def names(self, layer: Path) -> tuple[str, ...]:
+    """Returns names of a layer's class and bases, if known."""
+    known = self.types.get(layer)
+    return known.names if known else ()
+
+  def spec(self, path: Path, info: Info) -> ParamSpec:
+    """Returns what is known of a parameter, with roles of its axes.
+
+    Raises:
+      SiteError: if a layout or number of stacked axes does not fit its rank.
+    """
+    layer, name = path[:-1], path[-1]
+    rank, stack = len(info.shape), None
+    layout: str | None = None
+    for selector, letters in self.layouts:
+      if selectors.parse(selector).matches(path, self.names(layer)):
+        layout = letters
+        break
+    if layout is not None:
+      stack = len(layout) - len(layout.lstrip('s'))
+      layout = layout.lstrip('s')
+    for selector, number in self.stacked:
+      if selectors.parse(selector).matches(path, self.names(layer)):
+        stack = number
+        break
+    known = self.types.get(layer)
+    if layout is None and known is not None and name in known.layouts:
+      layout = known.layouts[name]
+    if layout is None:
+      layout = default_layout(max(rank - (stack or 0), 0))
+    extra = rank - len(layout)
+    if extra < 0 or (stack is not None and extra != stack):
+      raise errors.SiteError(
+        f'{paths.show(path)}: shape {info.shape} does not fit the layout '
+        f'{layout!r} with {stack or 0} stacked axes. Give the right layout= or '
+        'stacked= for it.'
+      )
+    sharding = info.sharding if len(info.sharding) == rank else ()
+    return ParamSpec(
+      name, info.shape[extra:], info.dtype, layout, tuple(sharding[extra:])
+    )
+
+  def site(
+    self, layer: Path, name: str, params: Mapping[str, Info], extras: bool
+  ) -> Site:
+    """Returns the site whose primary parameter is `name`.
+
+    Args:
+      layer: path of the layer.
+      name: the primary parameter.
+      params: the layer's parameters.
+      extras: whether the others in `rewrites` belong to it.
+    """
+    names = [name]
+    if extras:
+      names += [
+        n for n in self.adapter.rewrites[1:] if n in params and n != name
+      ]
+    specs = tuple(self.spec((*layer, n), params[n]) for n in names)
+    return Site(layer, specs, self.names(layer))
+
+  def serves(self, site: Site) -> bool:
+    """Asks hooks, the adapter's first, whether it can serve a site."""
+    term = f'serves:{self.adapter.name}'
+    return bool(
+      self.host.ask(
+        'surgery_match_layer', of=self.adapter, site=site, term=term
+      )
+    )
+
+  def defaults(self, layer: Path, params: Mapping[str, Info]) -> list[str]:
+    """Returns the primary parameters that the layer's name stands for."""
+    first = self.adapter.rewrites[0]
+    if first != 'kernel':
+      return [first] if first in params else []
+    usual = [n for n in DEFAULT_PARAMS if n in params]
+    if usual:
+      return usual
+    return [
+      n
+      for n, info in params.items()
+      if len(self.spec((*layer, n), info).shape) > 1
+    ]
+
+  def term(self, layers: Mapping[Path, Mapping[str, Info]]) -> Any:
+    """Returns a function that asks hooks for a selector's terms."""
+
+    def ask(text: str, layer: Path) -> bool:
+      params = layers.get(layer)
+      if not params:
+        return False
+      specs = tuple(self.spec((*layer, n), i) for n, i in params.items())
+      site = Site(layer, specs, self.names(layer))
+      return bool(
+        self.host.ask(
+          'surgery_match_layer', of=self.adapter, site=site, term=text
+        )
+      )
+
+    return ask
+
+
+def by_layer(info: Mapping[Path, Info]) -> dict[Path, dict[str, Info]]:
+  """Returns parameters by layer and name."""
+  layers: dict[Path, dict[str, Info]] = {}
+  for path, one in info.items():
+    layers.setdefault(path[:-1], {})[path[-1]] = one
+  return layers
+
+
+def sites(
+  finder: Finder,
+  to: selectors.Selector | Selection,
+  info: Mapping[Path, Info],
+  *,
+  missing: str = 'error',
+) -> list[tuple[Site, frozenset[int]]]:
+  """Finds the sites that a selector means.
+
+  A layer means its default sites, `all` every site that the adapter can
+  serve, a parameter that site.
+
+  Args:
+    finder: knows adapter, types and layouts.
+    to: the selector, or a selection of parameters.
+    info: all parameters that may be rewritten.
+    missing: `'error'` raises for an item that yields no site, `'pass'` not.
+
+  Returns:
+    Sites, each with the indices of the selector's items that mean it.
+
+  Raises:
+    SelectorError: for an item that matches nothing.
+    SiteError: for a named parameter that cannot be served.
+  """
+  layers = by_layer(info)
+  if isinstance(to, Selection):
+    return _of_selection(finder, to, layers)
+  types = finder.names
+  match = selectors.resolve(
+    to, info, types, finder.term(layers), missing=missing
+  )
+  items = list(to.positive)
+  found: dict[Path, tuple[Site, set[int]]] = {}
+  reasons: dict[int, str] = {}
+  defaults = {
+    layer: finder.defaults(layer, params)
+    for layer, params in layers.items()
+    if any((*layer, n) in match.levels for n in params)
+  }
+  for index, item in enumerate(items):
+    for path in match.by_item[item]:
+      layer, name = path[:-1], path[-1]
+      at_layer = item.layer(layer, types, finder.term(layers))
+      usual = name in defaults[layer]
+      if at_layer and item.kind != selectors.ALL and not usual:
+        continue
+      if path in found:
+        found[path][1].add(index)
+        continue
+      site = finder.site(layer, name, layers[layer], usual)
+      if not finder.serves(site):
+        why = finder.adapter.serves(site) or 'a plugin refused it'
+        reasons.setdefault(index, f'{paths.show(path)}: {why}')
+        if not at_layer and item.literal:
+          raise errors.SiteError(
+            f"{paths.show(path)}: adapter type '{finder.adapter.name}' cannot "
+            f'serve it: {why}.'
+          )
+        continue
+      found[path] = (site, {index})
+  if missing == 'error':
+    met = set().union(*(ids for _, ids in found.values()))
+    for index, item in enumerate(items):
+      if index not in met:
+        raise _no_site(finder, item, match.by_item[item], reasons.get(index))
+  return [(site, frozenset(ids)) for site, ids in found.values()]
+
+
+def _of_selection(
+  finder: Finder, chosen: Selection, layers: Mapping[Path, Mapping[str, Info]]
+) -> list[tuple[Site, frozenset[int]]]:
+  """The default sites among the parameters of a selection."""
+  found = []
+  for layer, params in layers.items():
+    for name in finder.defaults(layer, params):
+      if (*layer, name) in chosen or layer in chosen:
+        site = finder.site(layer, name, params, True)
+        if finder.serves(site):
+          found.append((site, frozenset({0})))
+  if not found:
+    raise errors.SelectorError(
+      f"adapter type '{finder.adapter.name}' can serve none of the "
+      f'{len(chosen)} selected parameters by default. Name parameters by a '
+      'selector.'
+    )
+  return found
+
+
+def _no_site(
+  finder: Finder, item: selectors.Item, met: Iterable[Path], reason: str | None
+) -> errors.SurgeryError:
+  met = list(met)
+  kind = finder.adapter.name
+  if not met:
+    return errors.SelectorError(
+      f'selector {item.written!r}: all that it matches is taken out again by '
+      "a '!' item."
+    )
+  shown = ', '.join(paths.literal(p) for p in met[:5])
+  if reason:
+    return errors.SiteError(
+      f"selector {item.written!r}: adapter type '{kind}' can serve nothing "
+      f'that it matches. {reason}.'
+    )
+  return errors.SelectorError(
+    f'selector {item.written!r}: it matches {len(met)} parameters, none of '
+    f"which is a default site of adapter type '{kind}' "
+    f'({finder.adapter.rewrites[0]}). Name one of them: {shown}.'
+  )

@@ -1,0 +1,156 @@
+"""Freeze and unfreeze: which parameters train."""
+
+from __future__ import annotations
+
+from surgery.core import errors, paths, selectors
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
+from surgery.core.paths import Path
+from surgery.core.records import AdapterRecord
+from surgery.core.selection import Selection
+from surgery.core.site import ParamSpec, Site, default_layout
+from surgery.passes import choosing
+
+# Metadata of what `freeze` froze, so that `unfreeze` restores that alone.
+MARK, OURS = 'frozen', 'surgery'
+
+ADAPTERS = 'adapters'
+
+
+def _frozen(leaf: Leaf) -> Leaf:
+  if not leaf.trainable:
+    return leaf
+  return leaf.replace(trainable=False, metadata={**leaf.metadata, MARK: OURS})
+
+
+def _thawed(leaf: Leaf) -> Leaf:
+  metadata = {k: v for k, v in leaf.metadata.items() if k != MARK}
+  return leaf.replace(trainable=True, metadata=metadata)
+
+
+def is_ours(leaf: Leaf) -> bool:
+  """Whether `freeze` froze the parameter."""
+  return leaf.metadata.get(MARK) == OURS
+
+
+def _site(path: Path, name: str, leaf: Leaf, types: LayerTypes) -> Site:
+  """Returns a parameter as hooks are shown it."""
+  shape = leaf.shape or ()
+  spec = ParamSpec(name, shape, leaf.dtype or '', default_layout(len(shape)))
+  known = types.get(path[:-1])
+  return Site(path[:-1], (spec,), known.names if known else ())
+
+
+def _trains(
+  site: Site, owner: AdapterRecord | None, policy: str, host: Host
+) -> bool | None:
+  """Asks who knows the policy, the owning adapter first."""
+  if owner is None and policy == ADAPTERS:
+    return False
+  adapter = None if owner is None else owner.adapter
+  return host.ask('surgery_freeze_param', of=adapter, site=site, policy=policy)
+
+
+def freeze(
+  checkpoint: Checkpoint,
+  select: selectors.Text | Selection | None = None,
+  *,
+  policy: str | None = None,
+  layer_types: LayerTypes | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Freezes parameters: by selector, by policy, or all but adapters' weights.
+
+  What is frozen already stays as it is.
+
+  Args:
+    checkpoint: the model.
+    select: what to freeze; a layer means everything beneath it.
+    policy: name of a policy that says of each parameter whether it trains;
+      `adapters` where neither is given.
+    layer_types: types of layers; by default those of the checkpoint.
+    host: whose hooks are asked.
+
+  Raises:
+    SelectorError: for a selector that matches nothing.
+    PluginError: for a policy that nobody knows.
+  """
+  if select is not None and policy is not None:
+    raise errors.SurgeryError('freeze: give a selector or a policy, not both.')
+  types = (
+    checkpoint.manifest.layer_types if layer_types is None else layer_types
+  )
+  if select is not None:
+    chosen = set(choosing.chosen(checkpoint, select, types, host))
+    leaves = {
+      path: _frozen(leaf) if path in chosen else leaf
+      for path, leaf in checkpoint.items()
+    }
+    return checkpoint.replace(leaves=leaves)
+  policy = policy or ADAPTERS
+  # Adapters know their weights by the names that `init` gave them.
+  owners = {
+    spec.path: (record, name)
+    for record in checkpoint.records(host).adapters
+    for name, spec in record.weights()
+  }
+  known, leaves = False, {}
+  for path, leaf in checkpoint.items():
+    owner, name = owners.get(path, (None, path[-1]))
+    trains = _trains(_site(path, name, leaf, types), owner, policy, host)
+    known = known or trains is not None
+    leaves[path] = _frozen(leaf) if trains is False else leaf
+  if not known:
+    raise errors.PluginError(
+      f'freeze: no plugin knows the policy {policy!r}. `surgery plugins` lists '
+      'plugins and their hooks.'
+    )
+  return checkpoint.replace(leaves=leaves)
+
+
+def unfreeze(
+  checkpoint: Checkpoint,
+  select: selectors.Text | Selection | None = None,
+  *,
+  layer_types: LayerTypes | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Lets parameters train again that `freeze` froze, and only those.
+
+  Args:
+    checkpoint: the model.
+    select: which; all that `freeze` froze by default.
+    layer_types: types of layers; by default those of the checkpoint.
+    host: whose hooks are asked.
+
+  Raises:
+    SelectorError: for a selector that matches nothing.
+    SurgeryError: if `freeze` froze none of what is selected.
+  """
+  types = (
+    checkpoint.manifest.layer_types if layer_types is None else layer_types
+  )
+  chosen = set(
+    checkpoint
+    if select is None
+    else choosing.chosen(checkpoint, select, types, host)
+  )
+  ours = {p for p in chosen if is_ours(checkpoint[p])}
+  if not ours:
+    others = [p for p in chosen if not checkpoint[p].trainable]
+    hint = (
+      f' {paths.show(min(others))} is not trainable, but freeze did not do '
+      'that.'
+      if others
+      else ''
+    )
+    raise errors.SurgeryError(
+      f'unfreeze: freeze froze none of the {len(chosen)} selected parameters.'
+      f'{hint}'
+    )
+  leaves = {
+    path: _thawed(leaf) if path in ours else leaf
+    for path, leaf in checkpoint.items()
+  }
+  return checkpoint.replace(leaves=leaves)

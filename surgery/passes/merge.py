@@ -1,0 +1,173 @@
+"""Merge: what adapters answer, written down as the base."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from surgery.core import errors, hookspecs, paths
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.core.records import AdapterRecord, Chain, Records
+from surgery.passes import compute
+
+
+def names_of(
+  records: Records, names: str | Sequence[str] | None
+) -> tuple[str, ...]:
+  """Returns the adapters that are meant, in the order of attaching.
+
+  Args:
+    records: the adapters.
+    names: a name, several, or None for all.
+
+  Raises:
+    AdapterError: for an unknown name, or if there is no adapter at all.
+  """
+  if names is None:
+    if not records.names:
+      raise errors.AdapterError('no adapter is attached.')
+    return records.names
+  wanted = [names] if isinstance(names, str) else list(names)
+  if not wanted:
+    raise errors.AdapterError('no adapter was named.')
+  for name in wanted:
+    records.get(name)
+  return tuple(n for n in records.names if n in wanted)
+
+
+def check_order(records: Records, names: Sequence[str]) -> None:
+  """Raises unless merging these adapters leaves the others as they are.
+
+  Raises:
+    OrderError: naming the adapter that is in the way.
+  """
+  for path, chain in records.chains.items():
+    inside: list[AdapterRecord] = []
+    for adapter, _ in chain:
+      if adapter.name not in names:
+        inside.append(adapter)
+        continue
+      for other in inside:
+        if adapter.adapter.adds and other.adapter.adds:
+          continue
+        raise errors.OrderError(
+          f'{paths.show(path)}: adapter {adapter.name!r} '
+          f"('{adapter.adapter.name}') was attached over {other.name!r} "
+          f"('{other.adapter.name}') and they do not commute. Merge "
+          f'{other.name!r} first, or both together.'
+        )
+
+
+def merge(
+  checkpoint: Checkpoint,
+  names: str | Sequence[str] | None = None,
+  *,
+  host: Host,
+  check_finite: bool = True,
+) -> Checkpoint:
+  """Folds adapters into the base; their weights are gone.
+
+  What is stored is what layers got: arithmetic in float32 or wider, rounded
+  once to the dtype of the parameter.
+
+  Args:
+    checkpoint: the model.
+    names: an adapter, several, or None for all.
+    host: whose hooks are asked.
+    check_finite: whether a result with NaN or infinity is an error.
+
+  Returns:
+    The checkpoint without these adapters, computed when leaves are asked for.
+
+  Raises:
+    AdapterError: for an unknown name, or one that is disabled.
+    OrderError: if an adapter inside does not commute.
+    SiteError: if a result is not finite.
+  """
+  records = checkpoint.records(host)
+  merged = names_of(records, names)
+  for name in merged:
+    if not records.get(name).enabled:
+      raise errors.AdapterError(
+        f'adapter {name!r} is disabled: layers do not get what it would merge. '
+        'Enable it first, or detach it.'
+      )
+    if not records.get(name).sites:
+      raise errors.AdapterError(
+        f'adapter {name!r} has no site yet. Initialise the model first.'
+      )
+  check_order(records, merged)
+  encode = _asked(records, merged, host)
+  gone = {p for n in merged for p in records.get(n).weight_paths()}
+  leaves: dict[Path, Leaf] = {}
+  for path, leaf in checkpoint.items():
+    if path in gone:
+      continue
+    chain = tuple(
+      link for link in records.chains.get(path, ()) if link[0].name in merged
+    )
+    if chain:
+      load = functools.partial(
+        _merged,
+        checkpoint,
+        chain,
+        path,
+        records,
+        encode.get(path),
+        check_finite,
+      )
+      leaf = leaf.replace(load=load, source=None, digest=None)
+    leaves[path] = leaf
+  return checkpoint.replace(leaves=leaves, records=records.remove(merged))
+
+
+def _asked(
+  records: Records, names: Sequence[str], host: Host
+) -> dict[Path, list[Callable[[Any], Any]]]:
+  """Asks hooks whether they refuse, or re-encode the results."""
+  encode: dict[Path, list[Callable[[Any], Any]]] = {}
+  for name in names:
+    adapter = records.get(name).adapter
+    for record in records.get(name).sites.values():
+      said = host.ask(
+        'surgery_merge_param', of=adapter, site=record.site, adapter=adapter
+      )
+      if isinstance(said, hookspecs.Refusal):
+        raise errors.AdapterError(
+          f'{paths.show(record.site.path)}: adapter {name!r} cannot be merged: '
+          f'{said.reason}.'
+        )
+      if said is not None:
+        encode.setdefault(record.site.path, []).append(said)
+  return encode
+
+
+def _merged(
+  leaves: Mapping[Path, Leaf],
+  chain: Chain,
+  path: Path,
+  records: Records,
+  encode: Sequence[Callable[[Any], Any]] | None,
+  check_finite: bool,
+) -> Any:
+  value = compute.answer(
+    chain, path, lambda p: leaves[p].load(), records.chains
+  )
+  if check_finite and not compute.finite(value):
+    raise errors.SiteError(
+      f'{paths.show(path)}: the merged parameter has NaN or infinity; nothing '
+      'was changed. Look at the weights of '
+      f'{", ".join(repr(a.name) for a, _ in chain)}.'
+    )
+  for one in encode or ():
+    stored = one(value)
+    if stored.shape != value.shape or stored.dtype != value.dtype:
+      raise errors.PluginError(
+        f'{paths.show(path)}: a plugin re-encoded the merged parameter as '
+        f'{stored.dtype}{stored.shape}, expected {value.dtype}{value.shape}.'
+      )
+    value = stored
+  return value
