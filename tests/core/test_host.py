@@ -1,0 +1,291 @@
+import importlib
+import importlib.metadata
+import re
+import sys
+import textwrap
+import warnings
+
+import pytest
+
+import surgery
+from surgery.core import errors
+from surgery.core.host import Host
+from surgery.core.site import ParamSpec, Site
+
+SITE = Site(('net', 'a'), (ParamSpec('kernel', (4, 2), 'float32', 'io'),))
+
+
+class Double(surgery.Adapter):
+  name = 'double'
+
+  def init(self, site, key):
+    return {}
+
+  def apply(self, site, name, base, weights):
+    return 2 * base
+
+
+class Hooks:
+  """A plugin that implements every hook."""
+
+  def __init__(self):
+    self.events = []
+
+  @surgery.hookimpl
+  def surgery_match_layer(self, site, term):
+    return site.layer[-1] == 'a' if term == 'mine:' else None
+
+  @surgery.hookimpl
+  def surgery_intercept_param(self, site):
+    return None
+
+  @surgery.hookimpl
+  def surgery_freeze_param(self, site, policy):
+    return site.name == 'bias' if policy == 'mine' else None
+
+  @surgery.hookimpl
+  def surgery_merge_param(self, site):  # Takes fewer arguments.
+    return surgery.Refusal('it is locked in a safe')
+
+  @surgery.hookimpl
+  def surgery_passes(self):
+    return {'nothing': lambda checkpoint: checkpoint}
+
+  @surgery.hookimpl
+  def surgery_formats(self):
+    return {'none': self}
+
+  suffixes = ('.none',)
+
+  @surgery.hookimpl
+  def surgery_methods(self):
+    return {'first': lambda arrays: arrays[0]}
+
+  @surgery.hookimpl
+  def surgery_started(self, event):
+    self.events.append(('started', event.verb))
+
+  @surgery.hookimpl
+  def surgery_finished(self, event):
+    self.events.append(('finished', event.verb, type(event.failed)))
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+  """Returns a function that puts a distribution on the path."""
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def install(name, module, source, *, adapters='', plugins='', version='1.0'):
+    (tmp_path / f'{module}.py').write_text(textwrap.dedent(source))
+    info = tmp_path / f'{name}-{version}.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text(
+      f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
+    )
+    points = ''
+    if adapters:
+      points += f'[surgery.adapters]\n{adapters}\n'
+    if plugins:
+      points += f'[surgery.plugins]\n{plugins}\n'
+    (info / 'entry_points.txt').write_text(points)
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, module, raising=False)
+
+  return install
+
+
+ADAPTER = """
+  import surgery
+
+  class Mine(surgery.Adapter):
+    name = 'mine'
+    def init(self, site, key):
+      return {}
+    def apply(self, site, name, base, weights):
+      return base
+"""
+
+
+def test_lora_is_found_by_its_entry_point():
+  assert 'lora' in Host().adapter_names()
+  assert surgery.LoRA is Host().adapter_type('lora')
+
+
+def test_without_lora_the_core_works_and_says_that_it_is_unknown():
+  host = Host(plugins=[Double], block=['lora'])
+  assert Double is host.adapter_type('double')
+  assert 'lora' not in host.adapter_names()
+  message = (
+    "unknown adapter type 'lora'.{} Adapter types come from installed "
+    "distributions (entry points in 'surgery.adapters'); `surgery plugins` "
+    'lists them.'
+  )
+  with pytest.raises(errors.UnknownAdapterType) as raised:
+    Host(block=['lora'], entry_points=False).adapter_type('lora')
+  assert message.format('') == str(raised.value)
+
+
+def test_an_unknown_type_gets_suggestions():
+  with pytest.raises(errors.UnknownAdapterType, match="Did you mean 'lora'"):
+    Host().adapter_type('lorra')
+
+
+def test_an_installed_type_is_imported_only_when_it_is_asked_for(installed):
+  installed('theirs', 'theirs_mod', ADAPTER, adapters='mine = theirs_mod:Mine')
+  host = Host()
+  assert 'mine' in host.adapter_names()
+  assert 'theirs_mod' not in sys.modules
+  assert 'mine' == host.adapter_type('mine').name
+  assert 'theirs 1.0' == host.distribution('mine')
+
+
+def test_a_broken_type_is_named_when_asked_for_and_hurts_nobody_else(installed):
+  installed(
+    'broken', 'broken_mod', 'import not_there', adapters='bad = broken_mod:Bad'
+  )
+  host = Host()
+  assert surgery.LoRA is host.adapter_type('lora')
+  with pytest.raises(
+    errors.PluginError,
+    match=re.escape(
+      "adapter type 'bad' of broken 1.0 is broken: ModuleNotFoundError: No "
+      "module named 'not_there' (broken_mod.py:1)"
+    ),
+  ):
+    host.adapter_type('bad')
+  states = {i.name: (i.state, i.distribution) for i in host.plugins()}
+  assert ('broken', 'broken') == states['bad']
+  assert ('loaded', 'blox-surgery') == states['lora']
+
+
+def test_what_is_no_adapter_type_is_refused(installed):
+  installed('odd', 'odd_mod', 'thing = 3', adapters='odd = odd_mod:thing')
+  with pytest.raises(errors.PluginError, match='expected a subclass of surgery'):
+    Host().adapter_type('odd')
+
+
+def test_two_distributions_with_one_name_are_both_named(installed):
+  installed('one', 'one_mod', ADAPTER, adapters='mine = one_mod:Mine')
+  installed('two', 'two_mod', ADAPTER, adapters='mine = two_mod:Mine')
+  with pytest.raises(
+    errors.PluginError, match=re.escape('offered by one 1.0 and two 1.0')
+  ):
+    Host().adapter_type('mine')
+
+
+def test_an_entry_must_be_called_as_its_type(installed):
+  installed('one', 'one_mod', ADAPTER, adapters='other = one_mod:Mine')
+  with pytest.raises(errors.PluginError, match="calls itself 'mine'"):
+    Host().adapter_type('other')
+
+
+def test_a_broken_plugin_is_warned_of_once_and_left_out(installed):
+  installed('bad', 'bad_mod', 'raise OSError("gone")', plugins='bad = bad_mod')
+  host = Host()
+  with pytest.warns(
+    surgery.PluginWarning, match="plugin 'bad' of bad 1.0 is broken"
+  ):
+    assert 'msgpack' in host.formats
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    assert {} == dict(host.methods)
+  reasons = {i.name: i.reason for i in host.plugins()}
+  assert 'OSError: gone (bad_mod.py:1)' == reasons['bad']
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    (
+      """
+      import surgery
+      @surgery.hookimpl
+      def surgery_mathc_layer(site, term):
+        return None
+      """,
+      'surgery_mathc_layer',
+    ),
+    (
+      """
+      import surgery
+      @surgery.hookimpl
+      def surgery_match_layer(site, term, mood):
+        return None
+      """,
+      'mood',
+    ),
+    ('x = 3', 'implements no hook'),
+  ],
+)
+def test_a_plugin_with_a_wrong_hook_is_reported(installed, source, message):
+  installed('bad', 'bad_mod', source, plugins='bad = bad_mod')
+  with pytest.warns(surgery.PluginWarning, match=message):
+    Host().formats
+
+
+def test_an_exception_in_a_hook_names_plugin_and_hook():
+  class Bad:
+    @surgery.hookimpl
+    def surgery_match_layer(self, site, term):
+      raise ZeroDivisionError('oh')
+
+  host = Host(plugins=[Bad()], entry_points=False)
+  with pytest.raises(
+    errors.PluginError,
+    match=r"plugin '.*' failed in surgery_match_layer: ZeroDivisionError: oh",
+  ):
+    host.ask('surgery_match_layer', site=SITE, term='x:')
+
+
+def test_the_object_that_is_asked_about_answers_first():
+  class Other:
+    @surgery.hookimpl
+    def surgery_match_layer(self, site, term):
+      return False
+
+  host = Host(plugins=[Other(), Double], entry_points=False)
+  assert host.ask(
+    'surgery_match_layer', of=Double(), site=SITE, term='serves:double'
+  )
+
+
+def test_every_hook_of_a_plugin_is_asked():
+  plugin = Hooks()
+  host = Host(plugins=[plugin], entry_points=False)
+  ask = lambda hook, **given: host.ask(hook, **given)
+  assert ask('surgery_match_layer', site=SITE, term='mine:') is True
+  assert ask('surgery_match_layer', site=SITE, term='yours:') is None
+  assert ask('surgery_intercept_param', site=SITE) is None
+  assert ask('surgery_freeze_param', site=SITE, policy='mine') is False
+  refused = ask('surgery_merge_param', site=SITE, adapter=Double())
+  assert surgery.Refusal('it is locked in a safe') == refused
+  assert ['nothing'] == list(host.passes)
+  assert ['first'] == list(host.methods)
+  assert plugin is host.format_of('model.none')
+  with pytest.raises(KeyError), host.observed('merge', {}):
+    raise KeyError('x')
+  assert [('started', 'merge'), ('finished', 'merge', KeyError)] == plugin.events
+
+
+def test_two_plugins_that_offer_one_name_are_an_error():
+  host = Host(plugins=[Hooks(), Hooks()], entry_points=False)
+  with pytest.raises(errors.PluginError, match="'nothing' is offered by two"):
+    host.passes
+
+
+def test_an_unknown_suffix_names_those_that_are_known():
+  with pytest.raises(errors.FormatError, match=r"suffix '\.pt'.*\.msgpack"):
+    Host().format_of('model.pt')
+
+
+def test_hosts_share_nothing():
+  one = Host(plugins=[Double], entry_points=False)
+  two = Host(entry_points=False)
+  assert ('double',) == one.adapter_names()
+  assert () == two.adapter_names()
+
+
+def test_a_type_is_registered_once():
+  host = Host(plugins=[Double], entry_points=False)
+  with pytest.raises(errors.PluginError, match='registered already'):
+    host.register(Double)
