@@ -243,7 +243,11 @@ class Adapter:
 
   def identity(self) -> tuple[type, str]:
     """Returns what makes two configurations one: class and options."""
-    return type(self), json.dumps(self.config(), sort_keys=True)
+    known = self.__dict__.get('_identity')
+    if known is None:
+      known = type(self), json.dumps(self.config(), sort_keys=True)
+      object.__setattr__(self, '_identity', known)
+    return known  # type: ignore[no-any-return]
 
   def __eq__(self, other: object) -> bool:
     if not isinstance(other, Adapter):
@@ -251,11 +255,7 @@ class Adapter:
     return self is other or self.identity() == other.identity()
 
   def __hash__(self) -> int:
-    try:
-      return int(self.__dict__['_hash'])
-    except KeyError:
-      object.__setattr__(self, '_hash', hash(self.identity()))
-      return int(self.__dict__['_hash'])
+    return hash(self.identity())
 
 
 @typing.runtime_checkable

@@ -266,8 +266,8 @@ class Host:
 
     Args:
       hook: its name.
-      of: an object whose implementation takes part first, e.g. the adapter
-        that is being attached.
+      of: an object whose method takes part first, for hooks of which the first
+        result wins; e.g. the adapter that is being attached.
       **arguments: the hook's arguments.
 
     Returns:
@@ -282,6 +282,9 @@ class Host:
     try:
       if extra is None:
         return caller(**arguments)
+      if not caller.get_hookimpls():
+        # Nobody else has a say: a model of ten thousand layers asks often.
+        return extra(**{n: arguments[n] for n in _names(extra.__func__)})
       return caller.call_extra([extra], arguments)
     except errors.SurgeryError:
       raise
@@ -405,6 +408,12 @@ class _Observed:
   def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
     event = dataclasses.replace(self._event, failed=error)
     self._host.ask('surgery_finished', event=event)
+
+
+@functools.lru_cache(maxsize=256)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+  """Returns the arguments that an implementation takes, without self."""
+  return tuple(inspect.signature(function).parameters)[1:]
 
 
 def _check_type(value: Any, name: str) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -27,10 +26,23 @@ _MODULUS = 1 << 128
 
 
 def _hash(*parts: object) -> int:
-  text = json.dumps(parts, sort_keys=True, default=str)
+  # Of strings, numbers, None and tuples of these: their repr is one to one.
+  text = repr(parts)
   return int.from_bytes(
     hashlib.blake2b(text.encode(), digest_size=16).digest(), 'little'
   )
+
+
+def _token(adapter: Adapter) -> tuple[str, str]:
+  kind, config = adapter.identity()
+  return f'{kind.__module__}.{kind.__qualname__}', config
+
+
+def _weights(specs: Mapping[str, WeightSpec]) -> list[Any]:
+  return [
+    (name, spec.path, spec.shape, spec.dtype)
+    for name, spec in sorted(specs.items())
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +99,17 @@ class SiteRecord:
   def digest(self) -> int:
     """128 bits that stand for all that a compiled function depends on."""
     who: Any = self.interceptor
-    token = (
-      [f'{type(who).__module__}.{type(who).__qualname__}', who.config()]
-      if isinstance(who, Adapter)
-      else [id(who)]
-    )
-    weights = [
-      (name, spec.path, spec.shape, spec.dtype)
-      for name, spec in sorted(self.weights.items())
+    token = _token(who) if isinstance(who, Adapter) else id(who)
+    # Types and sharding too: equal records are one object, and it is saved.
+    params = [
+      (p.name, p.shape, p.dtype, p.layout, p.sharding) for p in self.site.params
     ]
-    params = [(p.name, p.shape, p.dtype, p.layout) for p in self.site.params]
-    return _hash(list(self.site.layer), params, weights, token)
+    weights = _weights(self.weights)
+    return _hash(self.site.layer, self.site.types, params, weights, token)
+
+  def __reduce__(self) -> Any:
+    # Without the digest: it may stand for an object of this process.
+    return SiteRecord, (self.site, self.weights, self.interceptor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,22 +178,21 @@ class AdapterRecord:
   @functools.cached_property
   def digest(self) -> int:
     """128 bits that stand for all that a compiled function depends on."""
-    kind = type(self.adapter)
-    shared = [
-      (name, spec.path, spec.shape, spec.dtype)
-      for name, spec in sorted(self.shared.items())
-    ]
     waiting = [self.seed, self.pending.token] if self.pending else None
     return _hash(
       self.name,
-      f'{kind.__module__}.{kind.__qualname__}',
-      self.adapter.config(),
+      _token(self.adapter),
       self.enabled,
-      str(self.total),
+      self.total,
       len(self.sites),
-      shared,
+      _weights(self.shared),
       waiting,
     )
+
+  def __reduce__(self) -> Any:
+    fields = dataclasses.fields(self)
+    values = (getattr(self, f.name) for f in fields if f.name != 'total')
+    return AdapterRecord, tuple(values)
 
   def with_site(self, record: SiteRecord, met: Iterable[int]) -> AdapterRecord:
     """Returns this record with a site added or replaced."""
@@ -263,7 +274,7 @@ class Records:
     """Returns the one object for these adapters."""
     adapters = tuple(adapters)
     number = probe.number if probe is not None else 0
-    digest = _hash([str(a.digest) for a in adapters], number)
+    digest = _hash([a.digest for a in adapters], number)
     known = cls._interned.get(digest)
     if known is not None and known._same(adapters):
       return known
@@ -430,18 +441,15 @@ def unite(a: Records, b: Records) -> Records:
       'two params cannot be merged: their adapters were attached in different '
       f'orders, {list(a.names)} and {list(b.names)}.'
     )
+  # Between two that are common, what only `a` has lies inside of what only `b`
+  # has: `b` is merged into `a`.
   merged: list[AdapterRecord] = []
-  rest = list(a.adapters)
-  for record in b.adapters:
-    if record.name in a.names:
-      while rest[0].name != record.name:
-        merged.append(rest.pop(0))
-      merged.append(rest.pop(0))
-    else:
-      merged.append(record)
-  # What only `a` has, beyond the last common one, was attached before what
-  # only `b` has: `b` was merged into `a`.
-  if not common:
-    merged = [*a.adapters, *b.adapters]
-    rest = []
-  return Records([*merged, *rest], a.probe)
+  ours, theirs = list(a.adapters), list(b.adapters)
+  for name in (*common, None):
+    while ours and ours[0].name != name:
+      merged.append(ours.pop(0))
+    while theirs and theirs[0].name != name:
+      merged.append(theirs.pop(0))
+    merged += ours[:1]
+    del ours[:1], theirs[:1]
+  return Records(merged, a.probe)

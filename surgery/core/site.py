@@ -80,6 +80,9 @@ class _Anywhere(tuple[str, ...]):
     del args
     raise PathNeeded
 
+  def __reduce__(self) -> str:
+    return '_ANYWHERE'  # There is one.
+
   __iter__ = __getitem__ = __len__ = __contains__ = __add__ = _refuse
   __str__ = __repr__ = __format__ = __hash__ = _refuse
   __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse

@@ -41,7 +41,9 @@ def leaf_of(param: bx.Param) -> Leaf:
   if shape is None or dtype is None:
     return Leaf(load, **flags)
   scalar = isinstance(value, np.generic)
-  return Leaf(load, tuple(shape), str(dtype), scalar=scalar, **flags)
+  return Leaf(
+    load, tuple(shape), live.dtype_name(dtype), scalar=scalar, **flags
+  )
 
 
 def _impl(key: Any) -> str:

@@ -12,12 +12,14 @@ pytree are exactly blox's, its static data are blox's and the `Records`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import blox as bx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from surgery.core import errors, layers, paths, selectors
 from surgery.core.adapter import DEFAULT_PARAMS
@@ -216,7 +218,7 @@ def _make(
   records: Records,
   notes: Mapping[str, Any],
 ) -> AdaptedParams:
-  params = cast(AdaptedParams, object.__new__(AdaptedParams))
+  params = object.__new__(AdaptedParams)
   params._data = data
   params._locked = locked
   params._records = records
@@ -281,9 +283,15 @@ def info_of(param: bx.Param) -> finding.Info | None:
     return None
   return finding.Info(
     tuple(shape),
-    str(jnp.dtype(dtype)),
+    dtype_name(dtype),
     tuple(param.metadata.get('sharding') or ()),
   )
+
+
+@functools.lru_cache(maxsize=256)
+def dtype_name(dtype: Any) -> str:
+  """Returns a dtype's name; numpy makes it anew each time."""
+  return str(np.dtype(dtype))
 
 
 def owner_of(param: bx.Param) -> str | None:

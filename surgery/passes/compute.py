@@ -407,10 +407,23 @@ def shapes(who: Interceptor, site: Site) -> tuple[Any, frozenset[str]]:
   return jax.eval_shape(probe, key, bases), frozenset(used)
 
 
+# Numbers of sites that are drawn at once.
+_PIECES = (4, 64)
+
+
 @functools.lru_cache(maxsize=4096)
 def _drawing(
-  who: Interceptor, site: Site, stack: tuple[int, ...], many: bool
+  who: Interceptor, site: Site, stack: tuple[int, ...], many: int
 ) -> Callable[[Any, Arrays], Any]:
+  """Returns the compiled function that draws for one site, or for several.
+
+  Args:
+    who: the adapter.
+    site: the site, or one like all of them.
+    stack: sizes of the stacked axes.
+    many: for how many sites; 0 for one, whose base may be asked for.
+  """
+
   def one(key: Any, bases: Arrays) -> Any:
     if not stack:
       return _initial(who, site, key, bases)
@@ -424,8 +437,11 @@ def _drawing(
   def draw(key: Any, bases: Arrays) -> Any:
     # Fences on both sides: the same arithmetic whatever surrounds it.
     key = jax.lax.optimization_barrier(key)
-    out = (jax.vmap(one, (0, None)) if many else one)(key, bases)
-    return jax.lax.optimization_barrier(out)
+    if not many:
+      return jax.lax.optimization_barrier(one(key, bases))
+    out = jax.vmap(one, (0, None))(key, bases)
+    out = jax.lax.optimization_barrier(out)
+    return [{n: w[i] for n, w in out.items()} for i in range(many)]
 
   return jax.jit(draw)
 
@@ -455,15 +471,21 @@ def draw(
     if used:
       assert base is not None
       # One by one: bases of many sites at once would double the memory.
-      run = _drawing(who, like, stack, False)
+      run = _drawing(who, like, stack, 0)
       return [
         run(key, {n: base(site, n) for n in used})
         for site, key in zip(sites, key_data, strict=True)
       ]
     if len(sites) == 1:
-      return [_drawing(who, like, stack, False)(key_data[0], {})]
-    drawn = _drawing(who, like, stack, True)(key_data, {})
-    return _unstacked(drawn, len(sites))
+      return [_drawing(who, like, stack, 0)(key_data[0], {})]
+    # In pieces of one size, so that one program serves any number of sites.
+    size = next(s for s in _PIECES if len(sites) <= s or s == _PIECES[-1])
+    run = _drawing(who, like, stack, size)
+    drawn: list[dict[str, Any]] = []
+    for start in range(0, len(sites), size):
+      piece = key_data[start : start + size]
+      drawn += run(np.resize(piece, (size, 2)), {})[: len(piece)]
+    return drawn
 
   try:
     try:
@@ -491,17 +513,6 @@ def site_shapes(who: Interceptor, site: Site) -> tuple[Any, frozenset[str]]:
     if raised is error:
       raise
     raise raised from error
-
-
-def _unstacked(drawn: Arrays, count: int) -> list[dict[str, Any]]:
-  """Splits arrays along their first axis, each part with its own buffer."""
-  if any(isinstance(v, jax.core.Tracer) for v in drawn.values()):
-    return [{n: v[i] for n, v in drawn.items()} for i in range(count)]
-  host = {n: np.asarray(v) for n, v in drawn.items()}
-  # One transfer of many arrays costs a fraction of as many transfers.
-  return jax.device_put(
-    [{n: v[i].copy() for n, v in host.items()} for i in range(count)]
-  )
 
 
 def draw_shared(
