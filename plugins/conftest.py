@@ -1,0 +1,143 @@
+"""What the tests of all plugins share: a network, and PEFT's outputs on it."""
+
+import dataclasses
+import json
+import pathlib
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import surgery
+
+LAYERS = {'hidden0': 64, 'hidden1': 32, 'output': 10}
+
+
+class MLP(bx.Module):
+  """16 → 64 → 32 → 10 with ReLU between."""
+
+  def __init__(self, graph, rng):
+    super().__init__(graph)
+    self.layers = [
+      bx.Linear(graph.child(name), size, rng=rng)
+      for name, size in LAYERS.items()
+    ]
+
+  def __call__(self, params, x):
+    for layer in self.layers[:-1]:
+      x, params = layer(params, x)
+      x = jax.nn.relu(x)
+    return self.layers[-1](params, x)
+
+
+@dataclasses.dataclass
+class Net:
+  """A network with PEFT's base weights, and what PEFT made of it."""
+
+  model: MLP
+  params: bx.Params
+  config: dict
+  weights: dict
+  x: jax.Array
+  y: jax.Array
+  merged: dict
+
+  def path(self, layer, name):
+    return ('net', 'mlp', layer, name)
+
+  def output(self, params):
+    return self.model(params, self.x)[0]
+
+  def written(self, params, values):
+    """Returns params with values of adapter weights written in."""
+    locked, params = params.is_locked, params.unlocked()
+    for path, value in values.items():
+      assert params[path].value.shape == value.shape, path
+      params[path] = params[path].replace(value=jnp.asarray(value))
+    return params.locked() if locked else params
+
+  def randomised(self, params, seed=0):
+    """Returns params in which what trains of adapters is random."""
+    draw = np.random.default_rng(seed)
+    values = {
+      path: params[path].value
+      + 0.3 * draw.normal(size=params[path].value.shape).astype(np.float32)
+      for path, param in params.items()
+      if 'adapter' in param.metadata and param.trainable
+    }
+    return self.written(params, values)
+
+  def of_layer(self, layer):
+    """Returns PEFT's weights of a layer, by their names."""
+    prefix = f'base_model.model.mlp.{layer}.'
+    return {
+      key.removeprefix(prefix): value
+      for key, value in self.weights.items()
+      if key.startswith(prefix)
+    }
+
+  def assert_equals_peft(self, params):
+    """Output and merged weights are PEFT's."""
+    np.testing.assert_allclose(
+      self.output(params), self.y, rtol=1e-5, atol=1e-5
+    )
+    merged = surgery.merge(params)
+    assert type(merged) is bx.Params
+    for key, value in self.merged.items():
+      _, layer, kind = key.split('.')
+      name = 'kernel' if kind == 'weight' else 'bias'
+      np.testing.assert_allclose(
+        merged[self.path(layer, name)].value, value.T, rtol=1e-5, atol=1e-5
+      )
+
+  def assert_lawful(self, params):
+    """The laws that every adapter type keeps, on the adapter `default`."""
+    base = self.output(self.params)
+    adapted = self.randomised(params)
+    changed = self.output(adapted)
+    assert not jnp.allclose(base, changed), 'random weights change nothing'
+    merged = surgery.merge(adapted)
+    assert jnp.array_equal(changed, self.output(merged))
+    off = surgery.disable(adapted)
+    assert jnp.array_equal(base, self.output(off))
+    bare = surgery.detach(adapted)
+    assert set(self.params.keys()) == set(bare.keys())
+    for path, param in self.params.items():
+      if path[-1] in ('kernel', 'bias'):
+        assert jnp.array_equal(param.value, bare[path].value), path
+
+  def gradients(self, params):
+    """Returns gradients of what trains when the base is frozen, by path."""
+    trainable, rest = surgery.freeze(params).split()
+
+    def loss(trainable):
+      return jnp.sum(self.output(trainable.merge(rest)) ** 2)
+
+    return dict(jax.grad(loss)(trainable).items())
+
+
+@pytest.fixture
+def net(request):
+  data = pathlib.Path(request.path).parent / 'data'
+  base = load_file(data / 'base_net.safetensors')
+  inputs = load_file(data / 'inputs_net.safetensors')
+  graph = bx.Graph('net')
+  rng = bx.Rng(graph.child('rng'))
+  model = MLP(graph.child('mlp'), rng)
+  params = bx.Params()
+  for layer in LAYERS:
+    for kind, name in (('weight', 'kernel'), ('bias', 'bias')):
+      value = base.get(f'mlp.{layer}.{kind}')
+      params[('net', 'mlp', layer, name)] = bx.Param(jnp.asarray(value.T))
+  return Net(
+    model,
+    params.locked(),
+    json.loads((data / 'adapter_config.json').read_text()),
+    load_file(data / 'adapter_model.safetensors'),
+    jnp.asarray(inputs['x0']),
+    load_file(data / 'y.safetensors')['y'],
+    load_file(data / 'merged_changed.safetensors'),
+  )
