@@ -8,6 +8,7 @@ leaves lazily, and a writer asks for one leaf at a time.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _ODD_SIZES = {'bool': 1, 'bfloat16': 2}
 
 
+@functools.cache
 def itemsize(dtype: str) -> int:
   """Returns bytes an element as stored; int4 and the like take one byte."""
   if dtype in _ODD_SIZES:

@@ -154,8 +154,13 @@ def dumps(manifest: Manifest, notes: Mapping[Path, LeafNote]) -> bytes:
     data['adapters'] = list(manifest.adapters)
   if manifest.history:
     data['history'] = list(manifest.history)
-  text = json.dumps(data, ensure_ascii=False, separators=(',', ':'))
-  return text.encode()
+  try:
+    text = json.dumps(data, ensure_ascii=False, separators=(',', ':'))
+    return text.encode()
+  except (TypeError, ValueError) as error:
+    raise errors.FormatError(
+      f'manifest ({KEY}): cannot be written as JSON: {error}.'
+    ) from None
 
 
 def _expect(condition: bool, what: str) -> None:

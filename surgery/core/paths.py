@@ -19,6 +19,8 @@ _SPECIAL = re.compile(r'([\\/*?\[\]{},!:])')
 @functools.lru_cache(maxsize=131072)
 def show(path: Path) -> str:
   r"""Returns `path` written down: `('net', 'a/b')` is `net/a\/b`."""
+  if path == ('',):
+    return '\\'  # Not the empty path.
   return '/'.join(s.replace('\\', '\\\\').replace('/', '\\/') for s in path)
 
 
@@ -26,6 +28,8 @@ def parse(text: str) -> Path:
   """Returns the path that `show` wrote as `text`."""
   if text == '':
     return ()
+  if '\\' not in text:
+    return tuple(text.split('/'))
   segments, current, escaped = [], [], False
   for char in text:
     if escaped:
@@ -44,4 +48,6 @@ def parse(text: str) -> Path:
 
 def literal(path: Path) -> str:
   """Returns a selector that matches `path` and nothing else at its level."""
+  if path == ('',):
+    return '\\'  # Not the empty path.
   return '/'.join(_SPECIAL.sub(r'\\\1', segment) for segment in path)

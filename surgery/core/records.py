@@ -135,6 +135,12 @@ class Pending:
   interceptor: Any = None
 
   @property
+  def unmet(self) -> list[selectors.Item]:
+    """The items of the selector that have found no site yet."""
+    items = enumerate(self.selector.positive)
+    return [item for index, item in items if index not in self.met]
+
+  @property
   def token(self) -> list[Any]:
     """What of it a compiled initialisation depends on."""
     return [
@@ -212,6 +218,21 @@ class AdapterRecord:
   def closed(self) -> AdapterRecord:
     """Returns this record without what only initialisation needs."""
     return dataclasses.replace(self, pending=None, seed=None)
+
+  def check_met(self, verb: str) -> None:
+    """Raises if the adapter still looks for some of what it was attached to.
+
+    Args:
+      verb: what would do half of its work.
+
+    Raises:
+      AdapterError: naming the item of the selector.
+    """
+    for item in self.pending.unmet if self.pending else ():
+      raise errors.AdapterError(
+        f'{verb}: adapter {self.name!r} has found nothing for its selector '
+        f'{item.written!r} yet. Initialise the model and lock its params first.'
+      )
 
   def weights(self) -> Iterator[tuple[str, WeightSpec]]:
     """Yields all weights that the adapter added, with `init`'s names."""

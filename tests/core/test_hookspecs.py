@@ -8,9 +8,7 @@ import pytest
 
 from surgery.core import hookspecs
 
-HOOKS = sorted(
-  name for name in vars(hookspecs) if name.startswith('surgery_')
-)
+HOOKS = sorted(name for name in vars(hookspecs) if name.startswith('surgery_'))
 TESTS = pathlib.Path(__file__).parents[1]
 
 

@@ -160,7 +160,9 @@ def test_a_broken_type_is_named_when_asked_for_and_hurts_nobody_else(installed):
 
 def test_what_is_no_adapter_type_is_refused(installed):
   installed('odd', 'odd_mod', 'thing = 3', adapters='odd = odd_mod:thing')
-  with pytest.raises(errors.PluginError, match='expected a subclass of surgery'):
+  with pytest.raises(
+    errors.PluginError, match='expected a subclass of surgery'
+  ):
     Host().adapter_type('odd')
 
 
@@ -264,7 +266,10 @@ def test_every_hook_of_a_plugin_is_asked():
   assert plugin is host.format_of('model.none')
   with pytest.raises(KeyError), host.observed('merge', {}):
     raise KeyError('x')
-  assert [('started', 'merge'), ('finished', 'merge', KeyError)] == plugin.events
+  assert [
+    ('started', 'merge'),
+    ('finished', 'merge', KeyError),
+  ] == plugin.events
 
 
 def test_two_plugins_that_offer_one_name_are_an_error():

@@ -9,14 +9,18 @@ from surgery.core import errors, manifest
 from surgery.core.layers import LayerType
 
 values = st.recursive(
-  st.none() | st.booleans() | st.integers() | st.text(max_size=5)
+  st.none()
+  | st.booleans()
+  | st.integers()
+  | st.text(max_size=5)
   | st.floats(allow_nan=False),
   lambda inner: (
     st.lists(inner, max_size=3)
     | st.lists(inner, max_size=3).map(tuple)
     | st.dictionaries(st.text(max_size=12), inner, max_size=3)
     | st.dictionaries(
-      st.sampled_from(['__tuple__', '__dict__', '__float__']), inner,
+      st.sampled_from(['__tuple__', '__dict__', '__float__']),
+      inner,
       max_size=2,
     )
   ),
@@ -59,7 +63,10 @@ def test_what_needs_no_word_is_not_written():
   ('metadata', 'message'),
   [
     ({'a': object}, "net/x: metadata of type type (<class 'object'>)"),
-    ({'a': {1: 2}}, 'net/x: metadata keys must be strings to be saved, found 1'),
+    (
+      {'a': {1: 2}},
+      'net/x: metadata keys must be strings to be saved, found 1',
+    ),
     ({'a': b'x'}, 'net/x: metadata of type bytes'),
   ],
 )
@@ -78,7 +85,10 @@ def test_metadata_that_json_cannot_hold_is_refused_by_name(metadata, message):
     (b'{}', 'expected a version, found None'),
     (b'{"version":99,"kind":"model"}', 'version 99 is newer'),
     (b'{"version":1}', 'kind None'),
-    (b'{"version":1,"kind":"model","tensors":[]}', "'tensors' should be an obj"),
+    (
+      b'{"version":1,"kind":"model","tensors":[]}',
+      "'tensors' should be an obj",
+    ),
     (b'{"version":1,"kind":"model","adapters":{}}', "'adapters' should be a l"),
     (b'{"version":1,"kind":"model","tensors":{"a":3}}', 'malformed entry'),
     (b'{"version":1,"kind":"model","layers":{"a":{}}}', 'malformed entry'),

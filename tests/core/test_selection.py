@@ -33,9 +33,8 @@ def test_paths_keep_the_order_of_the_model():
 
 def test_repr_shows_what_would_be_touched():
   chosen = Selection(UNIVERSE, [('net', '4'), ('net', '1')])
-  assert (
-    'Selection(2 of 6):\n  net/1  float32[1]\n  net/4  float32[4]'
-    == repr(chosen)
+  assert 'Selection(2 of 6):\n  net/1  float32[1]\n  net/4  float32[4]' == repr(
+    chosen
   )
 
 

@@ -23,9 +23,7 @@ TYPES = {
 
 def chosen(text, **options):
   types = lambda layer: TYPES.get(layer, ())
-  match = selectors.resolve(
-    selectors.parse(text), UNIVERSE, types, **options
-  )
+  match = selectors.resolve(selectors.parse(text), UNIVERSE, types, **options)
   return ['/'.join(path) for path in match.levels]
 
 
@@ -80,8 +78,9 @@ def test_everything_is_chosen_by_all_and_by_two_stars():
 
 
 def test_a_name_that_is_part_of_another_does_not_match_it():
-  assert 'net/block10/attention/query/kernel' not in chosen('net/block1*0/nor*',
-                                                            missing='pass')
+  assert 'net/block10/attention/query/kernel' not in chosen(
+    'net/block1*0/nor*', missing='pass'
+  )
   assert [] == chosen('net/block', missing='pass')
 
 
@@ -137,9 +136,7 @@ def test_a_parameter_that_is_named_wins_over_its_layer():
   match = selectors.resolve(
     selectors.parse(['**/value', '**/value/bias']), UNIVERSE
   )
-  item, at_layer = match.levels[
-    ('net', 'block0', 'attention', 'value', 'bias')
-  ]
+  item, at_layer = match.levels[('net', 'block0', 'attention', 'value', 'bias')]
   assert ('**/value/bias', False) == (item.text, at_layer)
 
 

@@ -1,0 +1,1 @@
+"""Saved models: formats and atomic writing. Reading imports no JAX."""

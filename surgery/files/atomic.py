@@ -1,0 +1,189 @@
+"""Files that appear whole or not at all.
+
+A file is written under a temporary name beside its own and takes its name when
+it is complete and on the disk. Whatever goes wrong before leaves the old file
+as it was. A writer that was killed leaves its temporary file behind; the next
+one recognises it by its lock, which died with its owner, and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import secrets
+import stat
+from collections.abc import Iterator
+
+from surgery.core import errors
+
+_SUFFIX = '.tmp'
+# Leaves room for the rest of a temporary name within 255 bytes.
+_LONGEST = 180
+
+
+@contextlib.contextmanager
+def writing(
+  path: str | os.PathLike[str], *, overwrite: bool = False
+) -> Iterator[int]:
+  """Yields a descriptor; what is written to it becomes the file at the end.
+
+  A new file has the permissions that the umask leaves, one that replaces
+  another has that one's. A symbolic link is followed.
+
+  Args:
+    path: the file.
+    overwrite: whether an existing file may be replaced.
+
+  Raises:
+    FileExistsError: if the file exists and `overwrite` is False.
+    FormatError: if it exists and is a pipe or a device.
+    OSError: if it cannot be written: no such folder, a full disk, …
+
+  Example:
+    with atomic.writing('out.bin') as fd:
+      os.write(fd, b'…')
+  """
+  target = pathlib.Path(os.path.realpath(path))
+  shown = os.fspath(path)
+  mode = _mode(target, shown, overwrite)
+  with _folder(target.parent) as folder:
+    _clean(target)
+    fd, temporary = _create(target, mode)
+    try:
+      try:
+        yield fd
+        os.fsync(fd)
+        _publish(temporary, target, shown, overwrite)
+      finally:
+        os.close(fd)
+    except BaseException:
+      temporary.unlink(missing_ok=True)
+      raise
+    _sync_folder(folder)
+
+
+def _exists(shown: str) -> FileExistsError:
+  return FileExistsError(
+    errno.EEXIST,
+    'file exists and is not replaced unless overwrite=True (--force) is given',
+    shown,
+  )
+
+
+def _mode(target: pathlib.Path, shown: str, overwrite: bool) -> int | None:
+  """Returns the permissions of the file that is to be replaced, if any."""
+  try:
+    status = target.stat()
+  except FileNotFoundError:
+    return None
+  if stat.S_ISDIR(status.st_mode):
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), shown)
+  if not stat.S_ISREG(status.st_mode):
+    # Renaming would put a file in the place of, say, /dev/null.
+    raise errors.FormatError(
+      f'{shown}: expected a file, found a pipe or a device. Write to a file.'
+    )
+  if not overwrite:
+    raise _exists(shown)
+  return stat.S_IMODE(status.st_mode)
+
+
+@contextlib.contextmanager
+def _folder(path: pathlib.Path) -> Iterator[int]:
+  """Yields a descriptor of the folder; opening it names it if it is none."""
+  fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+  try:
+    yield fd
+  finally:
+    os.close(fd)
+
+
+def _prefix(target: pathlib.Path) -> str:
+  short = os.fsencode(target.name)[:_LONGEST]
+  return f'.{os.fsdecode(short)}.surgery-'
+
+
+def _create(target: pathlib.Path, mode: int | None) -> tuple[int, pathlib.Path]:
+  """Creates and locks the temporary file.
+
+  Returns:
+    Its descriptor and path.
+  """
+  flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+  while True:
+    name = f'{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}'
+    temporary = target.with_name(name)
+    try:
+      fd = os.open(temporary, flags, 0o666 if mode is None else mode)
+    except FileExistsError:
+      continue
+    try:
+      if mode is not None:
+        os.fchmod(fd, mode)
+      # Without locks nobody can tell that a temporary file is dead.
+      with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX)
+      # Another writer may have removed it before it was locked.
+      if os.fstat(fd).st_nlink:
+        return fd, temporary
+    except BaseException:
+      os.close(fd)
+      temporary.unlink(missing_ok=True)
+      raise
+    os.close(fd)
+
+
+def _clean(target: pathlib.Path) -> None:
+  """Removes temporary files of writers that died."""
+  prefix = _prefix(target)
+  with os.scandir(target.parent) as entries:
+    found = [
+      entry.path
+      for entry in entries
+      if entry.name.startswith(prefix) and entry.name.endswith(_SUFFIX)
+    ]
+  for path in found:
+    # One that is locked, gone or not ours is left alone.
+    with contextlib.suppress(OSError):
+      _remove_dead(pathlib.Path(path))
+
+
+def _remove_dead(path: pathlib.Path) -> None:
+  """Removes a temporary file, or raises OSError if its writer lives."""
+  fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+  try:
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      path.unlink()
+  finally:
+    os.close(fd)
+
+
+def _publish(
+  temporary: pathlib.Path, target: pathlib.Path, shown: str, overwrite: bool
+) -> None:
+  """Gives the file its name."""
+  if overwrite:
+    temporary.replace(target)
+    return
+  try:
+    # Unlike renaming, linking fails if somebody else was faster.
+    os.link(temporary, target)
+  except FileExistsError:
+    raise _exists(shown) from None
+  except OSError:
+    # A file system without links.
+    if os.path.lexists(target):
+      raise _exists(shown) from None
+    temporary.replace(target)
+  else:
+    temporary.unlink()
+
+
+def _sync_folder(fd: int) -> None:
+  """Makes the new name last; the file is there already, so never raises."""
+  with contextlib.suppress(OSError):
+    os.fsync(fd)

@@ -1,0 +1,267 @@
+"""Writes a checkpoint as a flax msgpack file, one leaf at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core import manifest as manifests
+from surgery.core.checkpoint import Checkpoint, Leaf, nested
+from surgery.core.manifest import LeafNote, Manifest
+from surgery.core.paths import Path
+from surgery.files import arrays, atomic
+from surgery.files.digest import Digester
+from surgery.files.msgpack import chunks, encoding, walk
+from surgery.files.msgpack.values import ARRAY, SCALAR
+from surgery.files.output import Output
+from surgery.files.source import Source
+
+# An array in chunks lies two maps deeper than its name tells.
+_MAX_DEPTH = walk.MAX_DEPTH - 2
+
+_Emit = Callable[[int, int], None]
+
+
+def write_file(
+  checkpoint: Checkpoint,
+  path: str | os.PathLike[str],
+  *,
+  overwrite: bool = False,
+  manifest: bool = True,
+) -> None:
+  """Writes a file, whole or not at all.
+
+  The bytes are those of `flax.serialization.to_bytes`, and of one more entry if
+  there is something to say that arrays cannot. Of leaves that come unchanged
+  from a file the bytes are copied unread.
+
+  Args:
+    checkpoint: what to write.
+    path: the file.
+    overwrite: whether an existing file may be replaced.
+    manifest: whether flags, metadata, adapters and so on are written too.
+
+  Raises:
+    FormatError: if a file cannot hold a name, a value or the metadata.
+    FileExistsError: if the file exists and `overwrite` is False.
+    OSError: if it cannot be written.
+  """
+  for where in checkpoint:
+    _check_path(where)
+  tree = nested(checkpoint)
+  _check_limits(tree)
+  manifest = manifest and _worth_saying(checkpoint)
+  notes = checkpoint.notes()
+  if manifest:
+    # What cannot be said should be known before gigabytes are written.
+    _dumps(checkpoint.manifest, notes)
+  with atomic.writing(path, overwrite=overwrite) as fd:
+    output = Output(fd)
+    writer = _Writer(output, notes)
+    output.write(encoding.map_header(len(tree) + manifest))
+    writer.entries(tree, ())
+    if manifest:
+      text = _dumps(checkpoint.manifest, notes)
+      output.write(encoding.plain(manifests.KEY))
+      writer.array(np.frombuffer(text, np.uint8), False)
+    output.flush()
+
+
+def _check_path(path: Path) -> None:
+  """Raises unless a file can hold a tensor of that name."""
+  shown = '/'.join(map(str, path))
+  if not path or not all(isinstance(key, str) for key in path):
+    raise errors.FormatError(
+      f'expected a path of one or more strings, found {path!r}.'
+    )
+  if path[0] == manifests.KEY or chunks.MARK in path:
+    raise errors.FormatError(
+      f'{shown}: the names {manifests.KEY!r} and {chunks.MARK!r} are reserved '
+      'in a file. Rename the parameter.'
+    )
+  if len(path) > _MAX_DEPTH:
+    raise errors.FormatError(
+      f'{shown[:200]}…: expected a path of at most {_MAX_DEPTH} segments, '
+      f'found {len(path)}.'
+    )
+  try:
+    longest = max(len(key.encode()) for key in path)
+  except UnicodeEncodeError as error:
+    raise errors.FormatError(
+      f'{shown!a}: a name cannot be written as UTF-8: {error.reason}. Rename '
+      'the parameter.'
+    ) from None
+  if longest > walk.MAX_KEY:
+    raise errors.FormatError(
+      f'{shown[:200]}…: expected names of at most {walk.MAX_KEY} bytes, found '
+      f'{longest}.'
+    )
+
+
+def _check_limits(tree: dict[str, Any]) -> None:
+  """Raises if there is more to write than can be read again."""
+  count, cost = 0, 0
+  maps = [(tree, 0)]
+  while maps:
+    one, above = maps.pop()
+    for key, child in one.items():
+      own = walk.cost(above, key)
+      count, cost = count + 1, cost + own
+      if isinstance(child, dict):
+        maps.append((child, own))
+  if count > walk.MAX_NODES or cost > walk.MAX_PATHS:
+    raise errors.FormatError(
+      f'expected at most {walk.MAX_NODES:,} names with paths of '
+      f'{walk.MAX_PATHS:,} bytes in all, found {count:,} with {cost:,}.'
+    )
+
+
+def _worth_saying(checkpoint: Checkpoint) -> bool:
+  """Whether there is anything that a manifest would say."""
+  nothing = LeafNote()
+  return (
+    checkpoint.manifest != Manifest()
+    or any(note != nothing for note in checkpoint.notes().values())
+    # Arrays that are not copied unread get a digest.
+    or any(
+      leaf.shape is not None and _source(leaf) is None
+      for leaf in checkpoint.values()
+    )
+  )
+
+
+def _dumps(manifest: Manifest, notes: dict[Path, LeafNote]) -> bytes:
+  try:
+    return manifests.dumps(manifest, notes)
+  except errors.FormatError:
+    raise
+  except (TypeError, ValueError, RecursionError) as error:
+    raise errors.FormatError(
+      f'manifest ({manifests.KEY}): cannot be written as JSON: {error}.'
+    ) from None
+
+
+def _source(leaf: Leaf) -> Source | None:
+  """Returns where the leaf's bytes can be copied from unread, if anywhere."""
+  source = leaf.source
+  if (
+    isinstance(source, Source)
+    and leaf.load is source  # Else a pass computes something from it.
+    and (leaf.shape, leaf.dtype) == (source.shape, source.dtype)
+  ):
+    return source
+  return None
+
+
+class _Writer:
+  """Writes leaves.
+
+  Args:
+    output: takes the bytes.
+    notes: what is known of each leaf; digests are put right.
+  """
+
+  def __init__(self, output: Output, notes: dict[Path, LeafNote]) -> None:
+    self._output = output
+    self._notes = notes
+
+  def entries(self, tree: dict[str, Any], path: Path) -> None:
+    """Writes keys and values of a map."""
+    for key, child in tree.items():
+      here = (*path, key)
+      self._output.write(encoding.plain(key))
+      if isinstance(child, dict):
+        self._output.write(encoding.map_header(len(child)))
+        self.entries(child, here)
+      elif (source := _source(child)) is not None:
+        self._copy(source, child.scalar)
+      else:
+        digest = self._computed(child, here)
+        self._notes[here] = _with_digest(self._notes[here], digest)
+
+  def _copy(self, source: Source, scalar: bool) -> None:
+    def emit(start: int, stop: int) -> None:
+      for begin, end in source.ranges(start, stop):
+        self._output.copy(source.file, begin, end)
+
+    self._tensor(source.shape, source.dtype, source.nbytes, scalar, emit)
+
+  def _computed(self, leaf: Leaf, path: Path) -> str | None:
+    """Writes what a leaf loads; returns its digest if it is an array."""
+    value = leaf.load()
+    try:
+      if not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
+        if leaf.shape is not None:
+          raise errors.FormatError(
+            f'expected {leaf}, found a value of type {type(value).__name__}.'
+          )
+        self._output.write(encoding.plain(value))
+        return None
+      scalar = leaf.scalar
+      if leaf.shape is None:
+        scalar = isinstance(value, np.generic)
+      array = arrays.little(value)
+      _check_promise(leaf, array, str(value.dtype))
+    except errors.FormatError as error:
+      raise errors.FormatError(f'{paths.show(path)}: {error}') from None
+    del value
+    return self.array(array, scalar)
+
+  def array(self, array: np.ndarray, scalar: bool) -> str:
+    """Writes what `arrays.little` returned; returns its digest."""
+    payload = arrays.payload(array)
+    digester = Digester()
+
+    def emit(start: int, stop: int) -> None:
+      for block in arrays.blocks(payload[start:stop]):
+        digester.update(block)
+        self._output.write(block)
+
+    self._tensor(array.shape, array.dtype.name, len(payload), scalar, emit)
+    return digester.digest()
+
+  def _tensor(
+    self,
+    shape: tuple[int, ...],
+    dtype: str,
+    nbytes: int,
+    scalar: bool,
+    emit: _Emit,
+  ) -> None:
+    """Writes headers, and lets `emit` write parts of the bytes after them."""
+    write = self._output.write
+    # As flax has it, a numpy scalar is no array.
+    if scalar or nbytes <= chunks.MAX_CHUNK_SIZE:
+      code = SCALAR if scalar else ARRAY
+      write(encoding.array_header(code, shape, dtype, nbytes))
+      emit(0, nbytes)
+      return
+    itemsize = arrays.DTYPES[dtype].itemsize
+    step = max(1, chunks.MAX_CHUNK_SIZE // itemsize) * itemsize
+    starts = range(0, nbytes, step)
+    write(encoding.chunks_header(shape, len(starts)))
+    for index, start in enumerate(starts):
+      stop = min(start + step, nbytes)
+      flat = ((stop - start) // itemsize,)
+      write(encoding.plain(str(index)))
+      write(encoding.array_header(ARRAY, flat, dtype, stop - start))
+      emit(start, stop)
+
+
+def _with_digest(note: LeafNote, digest: str | None) -> LeafNote:
+  return LeafNote(note.trainable, note.metadata, note.key, digest)
+
+
+def _check_promise(leaf: Leaf, array: np.ndarray, dtype: str) -> None:
+  """Raises unless a leaf loads what it said; plans were made by that."""
+  if leaf.shape is None:
+    return
+  found = Leaf(leaf.load, array.shape, array.dtype.name)
+  if found.shape != leaf.shape or leaf.dtype not in (found.dtype, dtype):
+    raise errors.FormatError(f'expected {leaf}, found {found}.')
+  if leaf.scalar and leaf.shape:
+    raise errors.FormatError(f'expected a numpy scalar, found {found}.')

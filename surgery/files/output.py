@@ -1,0 +1,156 @@
+"""Writes bytes, and ranges of other files that it need not read."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+
+from surgery.core import errors
+from surgery.files.source import MappedFile
+
+# Shorter ranges are cheaper to read than to copy by a call of the system.
+_SMALL = 1 << 16
+_BUFFER = 1 << 20
+_AT_ONCE = 1 << 26
+
+# What a system answers that cannot copy between these two files.
+_CANNOT = {
+  errno.EXDEV,
+  errno.ENOSYS,
+  errno.EINVAL,
+  errno.EOPNOTSUPP,
+  errno.EPERM,
+  errno.ETXTBSY,
+}
+
+
+class Output:
+  """Bytes and copied ranges, in order, to one file.
+
+  Two ranges of a file become one if what is written between them is what lies
+  between them in that file. So an unchanged part of a saved model, names and
+  headers and all, is copied in one go.
+
+  Args:
+    fd: descriptor of the file.
+
+  Raises:
+    OSError: if it cannot be written, e.g. because the disk is full.
+  """
+
+  def __init__(self, fd: int) -> None:
+    self._fd = fd
+    self._ready = bytearray()
+    # A range that is yet to be copied, and what is to be written after it.
+    self._range: tuple[MappedFile, int, int] | None = None
+    self._after = bytearray()
+
+  def write(self, data: bytes | memoryview) -> None:
+    """Writes bytes."""
+    if len(data) >= _SMALL:
+      self.flush()
+      _write(self._fd, data)
+      return
+    part = self._ready if self._range is None else self._after
+    part += data
+    if len(part) >= _BUFFER:
+      self.flush()
+
+  def copy(self, file: MappedFile, start: int, stop: int) -> None:
+    """Writes bytes `start` to `stop` of another file."""
+    if self._range is not None:
+      last, begin, end = self._range
+      if (
+        file is last
+        and start - end == len(self._after)
+        and file.data[end:start] == self._after
+      ):
+        self._range = file, begin, stop
+        self._after.clear()
+        return
+      self._settle()
+    self._range = file, start, stop
+
+  def flush(self) -> None:
+    """Hands everything to the system."""
+    self._settle()
+    self._drain()
+
+  def _settle(self) -> None:
+    """Copies the range that waits."""
+    if self._range is not None:
+      file, start, stop = self._range
+      if stop - start < _SMALL:
+        self._ready += file.data[start:stop]
+      else:
+        self._drain()
+        _copy(file, self._fd, start, stop)
+      self._range = None
+      self._ready += self._after
+      self._after.clear()
+    if len(self._ready) >= _BUFFER:
+      self._drain()
+
+  def _drain(self) -> None:
+    _write(self._fd, self._ready)
+    self._ready = bytearray()
+
+
+def _write(fd: int, data: bytes | bytearray | memoryview) -> None:
+  view = memoryview(data)
+  while view:
+    view = view[os.write(fd, view) :]
+
+
+def _copy(file: MappedFile, fd: int, start: int, stop: int) -> None:
+  """Copies a range to where the descriptor stands, as cheaply as may be.
+
+  Raises:
+    FormatError: if the file was cut while it was read.
+  """
+  for way in (_by_range, _by_sendfile, _by_reading):
+    start = _all(way, file.fd, fd, start, stop)
+    if start == stop:
+      return
+  raise errors.FormatError(
+    f'{file.name}: expected {stop - start} more bytes, found the end. Another '
+    'program cut it while it was read.',
+    start,
+  )
+
+
+def _all(
+  way: Callable[[int, int, int, int], int],
+  source: int,
+  target: int,
+  start: int,
+  stop: int,
+) -> int:
+  """Copies as far as this way goes; returns where it ended."""
+  try:
+    while start < stop:
+      done = way(source, target, start, min(stop - start, _AT_ONCE))
+      if not done:
+        break
+      start += done
+  except OSError as error:
+    if error.errno not in _CANNOT:
+      raise
+  return start
+
+
+def _by_range(source: int, target: int, start: int, length: int) -> int:
+  if not hasattr(os, 'copy_file_range'):
+    return 0
+  return os.copy_file_range(source, target, length, start)
+
+
+def _by_sendfile(source: int, target: int, start: int, length: int) -> int:
+  return os.sendfile(target, source, start, length)
+
+
+def _by_reading(source: int, target: int, start: int, length: int) -> int:
+  data = os.pread(source, min(length, _BUFFER), start)
+  _write(target, data)
+  return len(data)

@@ -1,0 +1,159 @@
+"""Files that are read through memory, and tensors that lie in them."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import stat
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.paths import Path
+from surgery.files import arrays
+
+Span = tuple[int, int]
+
+# Pages of a tensor of at least that many bytes are dropped after use.
+_LARGE = 1 << 20
+
+
+class MappedFile:
+  """A file that is open for reading, mapped into memory.
+
+  It stays readable when another file takes its name. It is closed when the
+  last array that lies in it is gone.
+
+  Attributes:
+    name: its path, for messages.
+    fd: its descriptor.
+    size: number of its bytes.
+    data: its bytes.
+
+  Raises:
+    FormatError: if it is empty or no regular file.
+    FileNotFoundError: if there is no such file.
+    IsADirectoryError: if it is a folder.
+  """
+
+  def __init__(self, path: str | os.PathLike[str]) -> None:
+    self.name = os.fsdecode(path)
+    # Without O_NONBLOCK to open a pipe would wait for its writer.
+    self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    weakref.finalize(self, os.close, self.fd)
+    status = os.fstat(self.fd)
+    if stat.S_ISDIR(status.st_mode):
+      raise IsADirectoryError(
+        errno.EISDIR, os.strerror(errno.EISDIR), self.name
+      )
+    if not stat.S_ISREG(status.st_mode):
+      raise errors.FormatError(
+        f'{self.name}: expected a file, found a pipe or a device. Write it to '
+        'a file first.'
+      )
+    self.size = status.st_size
+    if not self.size:
+      raise errors.FormatError(
+        f'{self.name}: at byte 0: expected a saved model, found an empty file. '
+        'Save or fetch it again.',
+        0,
+      )
+    self.data = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
+
+  def forget(self, start: int, stop: int) -> None:
+    """Gives back the memory of a range; its bytes are read again if needed."""
+    start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length > 0 and hasattr(mmap, 'MADV_DONTNEED'):
+      self.data.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+class Source:
+  """A tensor in a file. Called, it returns the tensor.
+
+  It is a leaf's `load` and its `source` at once. So a writer sees whether a
+  pass put something else in the place of `load`: only a leaf of which
+  `leaf.load is leaf.source` is copied unread.
+
+  Attributes:
+    file: the file.
+    path: the tensor's name, for messages.
+    shape: its shape.
+    dtype: name of its dtype.
+    scalar: whether it is a numpy scalar, not a 0-d array.
+    spans: where its bytes lie, as (start, stop) in C order; one span, or one a
+      chunk.
+  """
+
+  __slots__ = ('dtype', 'file', 'path', 'scalar', 'shape', 'spans')
+
+  def __init__(
+    self,
+    file: MappedFile,
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    spans: tuple[Span, ...],
+    scalar: bool = False,
+  ) -> None:
+    self.file = file
+    self.path = path
+    self.shape = shape
+    self.dtype = dtype
+    self.spans = spans
+    self.scalar = scalar
+
+  @property
+  def nbytes(self) -> int:
+    """Number of bytes."""
+    return sum(stop - start for start, stop in self.spans)
+
+  def ranges(self, start: int, stop: int) -> Iterator[Span]:
+    """Returns where in the file bytes `start` to `stop` of the tensor lie."""
+    before = 0
+    for first, last in self.spans:
+      begin, end = max(start - before, 0), min(stop - before, last - first)
+      if begin < end:
+        yield first + begin, first + end
+      before += last - first
+
+  def __call__(self) -> Any:
+    """Returns the tensor as a read-only array or a numpy scalar.
+
+    The array is a view on the file, and often not aligned: `np.array` makes a
+    copy that is. A tensor in chunks is a copy.
+
+    Raises:
+      FormatError: for a boolean that is neither 0 nor 1.
+    """
+    dtype = arrays.DTYPES[self.dtype]
+    if len(self.spans) == 1:
+      flat = self._view(*self.spans[0])
+    else:
+      flat = np.empty(self.nbytes, np.uint8)
+      at = 0
+      for start, stop in self.spans:
+        flat[at : at + stop - start] = self._view(start, stop)
+        at += stop - start
+    if self.dtype == 'bool' and flat.size and flat.max() > 1:
+      raise errors.FormatError(
+        f'{self.file.name}: {paths.show(self.path)}: expected booleans, found '
+        f'the byte {flat.max()}. The file is damaged; save or fetch it again.',
+        self.spans[0][0],
+      )
+    array = flat.view(dtype).reshape(self.shape)
+    array.setflags(write=False)
+    return array[()] if self.scalar else array
+
+  def _view(self, start: int, stop: int) -> np.ndarray:
+    """Returns bytes of the file as a uint8 array `(stop - start,)`."""
+    view = np.frombuffer(self.file.data, np.uint8, stop - start, start)
+    if stop - start >= _LARGE:
+      # Pages of a mapped file count as the process's own until dropped.
+      done = weakref.finalize(view, self.file.forget, start, stop)
+      done.atexit = False
+    return view
