@@ -27,7 +27,10 @@ def model():
   params = rng.seed(bx.Params(), seed=0)
   _, params = layer(params, x)
   return {
-    'graph': graph, 'model': layer, 'params': params.locked(), 'x': x,
+    'graph': graph,
+    'model': layer,
+    'params': params.locked(),
+    'x': x,
   }
 
 

@@ -1,0 +1,199 @@
+"""`surgery attach`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import click
+
+from surgery.cli import shared
+from surgery.core import config, errors
+from surgery.core.host import default_host
+
+
+def _configured(kind: str, settings: tuple[str, ...]) -> Any:
+  """Returns an adapter from `--set` options.
+
+  Raises:
+    UnknownAdapterType: if nothing offers the type.
+    ConfigError: for an unknown option or a wrong value.
+  """
+  cls = default_host().adapter_type(kind)
+  general: dict[str, str] = {}
+  patterns: dict[str, dict[str, str]] = {}
+  for key, value in shared.pairs(settings, '--set'):
+    # Options are identifiers, so what stands before the last ':' is a selector.
+    selector, _, option = key.rpartition(':')
+    target = patterns.setdefault(selector, {}) if selector else general
+    if option in target:
+      raise errors.ConfigError(f'--set {key}: given twice.')
+    target[option] = value
+  return cls(
+    **config.parse(cls, general),
+    patterns={s: config.parse(cls, v) for s, v in patterns.items()},
+  )
+
+
+@click.command()
+@click.argument('file', type=shared.FILE)
+@click.option('--adapter', 'kind', metavar='TYPE', help='Adapter type: lora, …')
+@click.option(
+  '--to',
+  multiple=True,
+  metavar='SELECTOR',
+  help="Layers or parameters, e.g. '**/{query,value}'; may be repeated.",
+)
+@click.option(
+  '--set',
+  'settings',
+  multiple=True,
+  metavar='[SELECTOR:]KEY=VALUE',
+  help="An option of the adapter, e.g. rank=8, or '**/query:rank=16' for some "
+  'sites only. `surgery plugins show TYPE` lists them.',
+)
+@click.option('--name', help="The adapter's name; `default` by default.")
+@click.option(
+  '--seed', type=int, help='From which its weights derive; 0 by default.'
+)
+@click.option(
+  '--stacked',
+  type=click.IntRange(0),
+  help='Number of axes stacked in front of parameters.',
+)
+@click.option(
+  '--layout',
+  multiple=True,
+  metavar='[SELECTOR=]LETTERS',
+  help='A letter an axis: s stacked, i input, o output.',
+)
+@click.option(
+  '--from',
+  'source',
+  type=shared.FILE,
+  help='Attach the adapter in this file instead of a new one.',
+)
+@click.option(
+  '--no-check-base',
+  is_flag=True,
+  help='With --from: take a base with other values.',
+)
+@shared.writes
+def command(
+  file: pathlib.Path,
+  kind: str | None,
+  to: tuple[str, ...],
+  settings: tuple[str, ...],
+  name: str | None,
+  seed: int | None,
+  stacked: int | None,
+  layout: tuple[str, ...],
+  source: pathlib.Path | None,
+  no_check_base: bool,
+  output: shared.Output,
+) -> None:
+  r"""Attach an adapter to the model in FILE.
+
+  \b
+  surgery attach base.msgpack --adapter lora --to '**/{query,value}' \
+    --set rank=8 --seed 0 -o adapted.msgpack
+  surgery attach base.msgpack --from a.msgpack -o adapted.msgpack
+  """
+  if (kind is None) == (source is None):
+    raise click.UsageError('give --adapter TYPE, or --from FILE.')
+  if source is not None:
+    _refuse_with_from(
+      to=to, set=settings, seed=seed, stacked=stacked, layout=layout
+    )
+    _insert(file, source, name, not no_check_base, output)
+    return
+  if not to:
+    raise click.UsageError("give --to SELECTOR, e.g. --to '**/query'.")
+  if no_check_base:
+    raise click.UsageError('--no-check-base goes with --from.')
+  assert kind is not None
+  adapter = _configured(kind, settings)
+  from surgery.passes import attach
+
+  before = shared.model(file)
+  after = attach.attach(
+    before,
+    adapter,
+    to=list(to),
+    name=name or 'default',
+    seed=seed or 0,
+    stacked=stacked,
+    layout=_layouts(layout),
+    host=default_host(),
+  )
+  after = _remembering(after, name or 'default', seed or 0, list(to))
+  shared.finish(
+    before,
+    after,
+    output,
+    'attach',
+    {
+      'adapter': kind,
+      'config': adapter.config(),
+      'to': list(to),
+      'name': name or 'default',
+      'seed': seed or 0,
+      'stacked': stacked,
+      'layout': _layouts(layout),
+    },
+  )
+
+
+def _remembering(after: Any, name: str, seed: int, to: list[str]) -> Any:
+  """Returns a checkpoint whose manifest knows seed and selector."""
+  said = after.manifest
+  where = to[0] if len(to) == 1 else to
+  known = (*said.adapters, {'name': name, 'seed': seed, 'to': where})
+  return after.replace(manifest=said.replace(adapters=known))
+
+
+def _refuse_with_from(**given: Any) -> None:
+  for name, value in given.items():
+    if value not in (None, ()):
+      raise click.UsageError(
+        f'--{name} does not go with --from: the file says it.'
+      )
+
+
+def _layouts(items: tuple[str, ...]) -> Any:
+  if not items:
+    return None
+  if len(items) == 1 and '=' not in items[0]:
+    return items[0]
+  return dict(shared.pairs(items, '--layout'))
+
+
+def _insert(
+  file: pathlib.Path,
+  source: pathlib.Path,
+  name: str | None,
+  check_base: bool,
+  output: shared.Output,
+) -> None:
+  from surgery.core.checkpoint import open_checkpoint
+  from surgery.passes import extract
+
+  before = shared.model(file)
+  after = extract.insert(
+    before,
+    open_checkpoint(source),
+    name=name,
+    check_base=check_base,
+    host=default_host(),
+  )
+  shared.finish(
+    before,
+    after,
+    output,
+    'attach',
+    {
+      'from': source.name,
+      'name': name,
+      'check_base': check_base,
+    },
+  )

@@ -1,0 +1,128 @@
+"""`surgery inspect`."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli import shared
+from surgery.core import manifest, paths, recording
+from surgery.core.paths import Path
+
+if TYPE_CHECKING:
+  from surgery.core.checkpoint import Checkpoint, Leaf
+
+
+def _flags(leaf: Leaf) -> list[str]:
+  flags = [] if leaf.trainable else ['frozen']
+  if leaf.key:
+    flags.append(f'key {leaf.key}')
+  if leaf.metadata.get('adapter'):
+    flags.append(f'adapter {leaf.metadata["adapter"]}')
+  return flags
+
+
+@click.command()
+@click.argument('file', type=shared.FILE)
+@click.argument('selectors', nargs=-1, metavar='[SELECTOR]…')
+@click.option('--history', is_flag=True, help='Show the passes that made it.')
+@click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
+def command(
+  file: pathlib.Path, selectors: tuple[str, ...], history: bool, as_json: bool
+) -> None:
+  r"""Show the tensors, flags and adapters of FILE, without reading tensors.
+
+  \b
+  surgery inspect adapted.msgpack
+  surgery inspect adapted.msgpack '**/lora_*' --json
+  """
+  from surgery.core.checkpoint import open_checkpoint
+  from surgery.passes import choosing
+
+  opened = open_checkpoint(file)
+  chosen: Iterable[Path] = opened
+  if selectors:
+    chosen = choosing.select(opened, *selectors)
+  chosen = list(chosen)
+  if as_json:
+    click.echo(json.dumps(_data(opened, chosen)))
+  elif history:
+    for entry in opened.manifest.history:
+      click.echo(json.dumps(entry))
+  else:
+    click.echo('\n'.join(_lines(opened, chosen)))
+
+
+def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:
+  said = opened.manifest
+  return {
+    'kind': said.kind,
+    'locked': said.locked,
+    'tensors': [
+      {
+        'path': paths.show(path),
+        'shape': None if leaf.shape is None else list(leaf.shape),
+        'dtype': leaf.dtype,
+        'bytes': leaf.nbytes,
+        'trainable': leaf.trainable,
+        'adapter': leaf.metadata.get('adapter'),
+        'key': leaf.key,
+        'digest': leaf.digest,
+      }
+      for path, leaf in ((p, opened[p]) for p in chosen)
+    ],
+    'layers': {
+      paths.show(p): list(t.names) for p, t in said.layer_types.items()
+    },
+    'adapters': list(said.adapters),
+    'history': list(said.history),
+  }
+
+
+def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
+  """Returns the tree, the adapters and the totals."""
+  said = opened.manifest
+  rows: list[tuple[str, str, str, str]] = []
+  shown: Path = ()
+  for path in chosen:
+    layer, leaf = path[:-1], opened[path]
+    common = 0
+    while common < min(len(layer), len(shown)) and (
+      layer[common] == shown[common]
+    ):
+      common += 1
+    for depth in range(common, len(layer)):
+      known = said.layer_types.get(layer[: depth + 1])
+      kind = f'({known.names[0]})' if known and known.names else ''
+      name = paths.show((layer[depth],))
+      rows.append((f'{"  " * depth}{name}/', kind, '', ''))
+    shown = layer
+    name = f'{"  " * len(layer)}{paths.show(path[-1:])}'
+    rows.append(
+      (name, str(leaf), shared.size(leaf.nbytes), ', '.join(_flags(leaf)))
+    )
+  widths = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
+  lines = [
+    f'{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}'.rstrip()
+    for a, b, c, d in rows
+  ]
+  if said.adapters:
+    lines.append('')
+  for index, adapter in enumerate(said.adapters):
+    note = ' (innermost)' if index == 0 and len(said.adapters) > 1 else ''
+    lines.append(f'adapter {recording.describe(adapter)}{note}')
+  leaves = [opened[p] for p in chosen]
+  trains = sum(leaf.size for leaf in leaves if leaf.trainable and not leaf.key)
+  what = 'adapter' if said.kind == manifest.ADAPTER else 'model'
+  lines += [
+    '',
+    (
+      f'{what}: {len(leaves)} tensors, {sum(x.size for x in leaves):,} elements '
+      f'({trains:,} trainable), {shared.size(sum(x.nbytes for x in leaves))}'
+    ),
+  ]
+  return lines

@@ -1,0 +1,148 @@
+"""The entry point: a table of verbs, and what errors become."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from surgery.core import errors
+
+# Name → (where the command lives, summary). Static, so that `--help` imports
+# nothing: Click asks for every command to print the list.
+VERBS: dict[str, tuple[str, str]] = {
+  'attach': ('surgery.cli.attach', 'Attach an adapter to a saved model.'),
+  'demo': ('surgery.cli.demo', 'Adapt a model to new digits, start to end.'),
+  'inspect': ('surgery.cli.inspect', 'Show what a file holds.'),
+  'merge': ('surgery.cli.merge', 'Fold adapters into the base.'),
+  'plugins': ('surgery.cli.plugins', 'List plugins, or show one.'),
+}
+
+DIFFERS, USAGE, FAILED, PLUGIN, BUG, INTERRUPTED = 1, 2, 3, 4, 70, 130
+
+
+class _Verbs(click.Group):
+  """A group that imports a verb only when it is called."""
+
+  def list_commands(self, ctx: click.Context) -> list[str]:
+    del ctx
+    return sorted(VERBS)
+
+  def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+    del ctx
+    if name not in VERBS:
+      return None
+    return importlib.import_module(VERBS[name][0]).command
+
+  def resolve_command(
+    self, ctx: click.Context, args: list[str]
+  ) -> tuple[str | None, click.Command | None, list[str]]:
+    if args and args[0] not in VERBS and not args[0].startswith('-'):
+      hint = errors.suggest(args[0], VERBS)
+      raise click.UsageError(f'no verb {args[0]!r}.{hint}', ctx)
+    return super().resolve_command(ctx, args)
+
+  def format_commands(
+    self, ctx: click.Context, formatter: click.HelpFormatter
+  ) -> None:
+    del ctx
+    with formatter.section('Verbs'):
+      formatter.write_dl([(n, VERBS[n][1]) for n in sorted(VERBS)])
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+  del param
+  if value:
+    import surgery
+
+    click.echo(f'surgery {surgery.__version__}')
+    ctx.exit()
+
+
+@click.group(
+  cls=_Verbs, context_settings={'help_option_names': ['-h', '--help']}
+)
+@click.option(
+  '--version',
+  is_flag=True,
+  expose_value=False,
+  is_eager=True,
+  callback=_version,
+  help='Print the version.',
+)
+def cli() -> None:
+  """Change saved models: attach adapters, merge them, look inside.
+
+  Files are flax msgpack. What is asked for goes to stdout, all else to stderr.
+  """
+
+
+def _code(error: BaseException) -> int:
+  """Returns the exit code that an error becomes."""
+  if isinstance(error, errors.PluginError) and not isinstance(
+    error, errors.UnknownAdapterType
+  ):
+    return PLUGIN
+  return FAILED
+
+
+def _line(error: BaseException) -> str:
+  if isinstance(error, OSError) and error.strerror:
+    where = f'{error.filename}: ' if error.filename else ''
+    return f'{where}{error.strerror}.'
+  return str(error)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command and returns its exit code.
+
+  Args:
+    arguments: what follows the command's name; those of the process by
+      default.
+
+  Returns:
+    0 fine, 1 differs, 2 usage, 3 an error, 4 a plugin's failure, 70 a bug of
+    this library, 130 interrupted.
+  """
+  try:
+    result = cli.main(arguments, 'surgery', standalone_mode=False)
+    sys.stdout.flush()
+    return result if isinstance(result, int) else 0
+  except click.ClickException as error:
+    error.show()
+    return error.exit_code
+  except (click.Abort, KeyboardInterrupt):
+    return INTERRUPTED
+  except (BrokenPipeError, SystemExit):
+    # Whoever read our output has seen enough (Click answers that by exiting
+    # with 1, which means something else here). Say nothing at exit either.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+  except (errors.SurgeryError, OSError) as error:
+    _trace()
+    click.echo(f'error: {_line(error)}', err=True)
+    return _code(error)
+  except Exception as error:
+    _trace()
+    click.echo(
+      f'bug: {type(error).__name__}: {error}\nThis is a mistake in surgery. '
+      'Please report it with the command, and what it prints with '
+      'SURGERY_DEBUG=1.',
+      err=True,
+    )
+    return BUG
+
+
+def _trace() -> None:
+  if os.environ.get('SURGERY_DEBUG'):
+    import traceback
+
+    traceback.print_exc()
+
+
+def main() -> None:
+  """Runs the command and exits."""
+  sys.exit(run())

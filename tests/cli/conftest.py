@@ -1,0 +1,65 @@
+import dataclasses
+import pathlib
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import pytest
+
+import surgery
+from surgery.cli import main
+
+
+@dataclasses.dataclass
+class Result:
+  code: int
+  out: str
+  err: str
+
+
+@pytest.fixture
+def surgery_cli(capfd):
+  """Runs the command in this process; gives exit code, stdout, stderr."""
+
+  def run(*arguments):
+    capfd.readouterr()
+    code = main.run([str(a) for a in arguments])
+    out, err = capfd.readouterr()
+    return Result(code, out, err)
+
+  return run
+
+
+class Net(bx.Module):
+  def __init__(self, graph, rng):
+    super().__init__(graph)
+    self.query = bx.Linear(graph.child('query'), 8, rng=rng)
+    self.value = bx.Linear(graph.child('value'), 8, rng=rng)
+
+  def __call__(self, params, x):
+    q, params = self.query(params, x)
+    v, params = self.value(params, jax.nn.relu(q))
+    return v, params
+
+
+@dataclasses.dataclass
+class Model:
+  graph: bx.Graph
+  net: Net
+  params: bx.Params
+  file: pathlib.Path
+  x: jax.Array
+
+
+@pytest.fixture
+def model(tmp_path):
+  """A small model, in memory and saved with types of layers."""
+  graph = bx.Graph('model')
+  rng = bx.Rng(graph.child('rng'))
+  net = Net(graph.child('net'), rng)
+  x = jnp.linspace(0, 1, 12).reshape(2, 6)
+  _, params = net(rng.seed(bx.Params(), seed=1), x)
+  params = params.locked()
+  file = tmp_path / 'base.msgpack'
+  surgery.save(file, params, graph=graph)
+  return Model(graph, net, params, file, x)

@@ -1,0 +1,265 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+import surgery
+
+LORA = ('--adapter', 'lora', '--to', '**/{query,value}', '--set', 'rank=2')
+
+
+@pytest.fixture
+def out(tmp_path):
+  return tmp_path / 'out.msgpack'
+
+
+def arrays(params):
+  return {p: params[p].value for p in params.keys() if 'rng' not in p}
+
+
+def assert_same_bits(expected, actual):
+  assert set(expected) == set(actual)
+  for path, value in expected.items():
+    assert value.dtype == actual[path].dtype, path
+    assert value.tobytes() == actual[path].tobytes(), path
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_file_and_live_give_the_same_bits(
+  model, tmp_path, out, surgery_cli, dtype
+):
+  params = model.params.unlocked()
+  for path in list(params.keys()):
+    if 'rng' not in path:
+      params[path] = params[path].replace(
+        value=params[path].value.astype(dtype)
+      )
+  base = tmp_path / 'typed.msgpack'
+  surgery.save(base, params.locked())
+  live = surgery.attach(
+    params.locked(), surgery.LoRA(rank=2), to='**/{query,value}', seed=3
+  )
+  assert 0 == surgery_cli('attach', base, *LORA, '--seed', 3, '-o', out).code
+  assert_same_bits(arrays(live), arrays(surgery.load(out)))
+
+
+def test_what_is_attached_is_loaded_and_used(model, out, surgery_cli):
+  result = surgery_cli('attach', model.file, *LORA, '-o', out)
+  assert (0, '') == (result.code, result.out)
+  assert 'wrote' in result.err
+  params = surgery.load(out)
+  [info] = surgery.adapters(params)
+  assert ('default', 'lora', 2) == (info.name, info.type, info.config['rank'])
+  surgery.check(model.net, params, model.x)
+
+
+def test_options_for_some_sites_only(model, out, surgery_cli):
+  surgery_cli(
+    'attach', model.file, *LORA, '--set', '**/value:rank=3', '-o', out
+  )
+  params = surgery.load(out)
+  shapes = [
+    params[('model', 'net', name, 'lora_a')].value.shape
+    for name in ('query', 'value')
+  ]
+  assert [(6, 2), (8, 3)] == shapes
+
+
+def test_types_of_layers_are_known_from_the_file(model, out, surgery_cli):
+  result = surgery_cli(
+    'attach',
+    model.file,
+    '--adapter',
+    'lora',
+    '--to',
+    'type:Linear',
+    '--set',
+    'rank=1',
+    '-o',
+    out,
+  )
+  assert 0 == result.code
+  assert 2 == len(surgery.adapters(surgery.load(out))[0].sites)
+
+
+def test_an_adapter_in_a_file_is_attached_to_its_base(
+  model, tmp_path, out, surgery_cli
+):
+  adapted = surgery.attach(model.params, surgery.LoRA(rank=2), to='**')
+  alone = tmp_path / 'a.msgpack'
+  surgery.save_adapter(alone, adapted)
+  result = surgery_cli('attach', model.file, '--from', alone, '-o', out)
+  assert 0 == result.code, result.err
+  assert_same_bits(arrays(adapted), arrays(surgery.load(out)))
+
+
+def test_another_base_is_refused_unless_told(model, tmp_path, out, surgery_cli):
+  adapted = surgery.attach(model.params, surgery.LoRA(rank=2), to='**')
+  alone, other = tmp_path / 'a.msgpack', tmp_path / 'other.msgpack'
+  surgery.save_adapter(alone, adapted)
+  params = model.params.unlocked()
+  path = ('model', 'net', 'query', 'kernel')
+  params[path] = params[path].replace(value=params[path].value + 1)
+  surgery.save(other, params.locked())
+  result = surgery_cli('attach', other, '--from', alone, '-o', out)
+  assert 3 == result.code
+  assert "model/net/query/kernel: adapter 'default' was made for" in result.err
+  assert not out.exists()
+  args = ('attach', other, '--from', alone, '--no-check-base', '-o', out)
+  assert 0 == surgery_cli(*args).code
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(model, out, surgery_cli):
+  result = surgery_cli('attach', model.file, *LORA, '-o', out, '--dry-run')
+  assert 0 == result.code
+  assert not out.exists()
+  assert 'new       model/net/query/lora_a  float32(6, 2)' in result.out
+  assert 'would write' in result.out
+  assert '6 copied' in result.out
+  assert '4 new' in result.out
+
+
+def test_the_plan_as_json_is_what_is_done(model, out, surgery_cli):
+  args = ('attach', model.file, *LORA, '-o', out, '--json')
+  planned = json.loads(surgery_cli(*args, '--dry-run').out)
+  done = json.loads(surgery_cli(*args).out)
+  assert planned == done
+  assert {r['path'] for r in done['tensors']} == {
+    '/'.join(p) for p in surgery.open(out)
+  }
+
+
+def test_an_existing_file_is_kept_unless_forced(model, out, surgery_cli):
+  out.write_bytes(b'precious')
+  result = surgery_cli('attach', model.file, *LORA, '-o', out)
+  assert 3 == result.code
+  assert 'exists already. Give --force' in result.err
+  assert b'precious' == out.read_bytes()
+  args = ('attach', model.file, *LORA, '-o', out, '--force')
+  assert 0 == surgery_cli(*args).code
+  assert len(surgery.load(out)) == 10
+
+
+def test_a_file_may_be_written_over_itself(model, surgery_cli):
+  args = ('attach', model.file, *LORA, '-o', model.file, '--force')
+  assert 0 == surgery_cli(*args).code
+  params = surgery.load(model.file)
+  assert jnp.array_equal(
+    model.net(model.params, model.x)[0], model.net(params, model.x)[0]
+  )
+
+
+def test_the_same_command_gives_the_same_bytes(model, tmp_path):
+  written = []
+  for i, seed in enumerate(['0', '1', 'random']):
+    out = tmp_path / f'{i}' / 'out.msgpack'
+    out.parent.mkdir()
+    subprocess.run(
+      [
+        pathlib.Path(sys.executable).parent / 'surgery',
+        'attach',
+        model.file,
+        *LORA,
+        '-o',
+        out,
+      ],
+      check=True,
+      capture_output=True,
+      env={**os.environ, 'PYTHONHASHSEED': seed},
+    )
+    written.append(out.read_bytes())
+  assert written[0] == written[1] == written[2]
+
+
+def test_history_records_the_pass_with_its_arguments(model, out, surgery_cli):
+  surgery_cli('attach', model.file, *LORA, '--seed', 5, '-o', out)
+  [entry] = surgery.open(out).manifest.history
+  assert 'attach' == entry['pass']
+  assert 5 == entry['arguments']['seed']
+  assert ['**/{query,value}'] == entry['arguments']['to']
+  assert 2 == entry['arguments']['config']['rank']
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'code', 'message'),
+  [
+    (('--adapter', 'lorra', '--to', '**'), 3, "Did you mean 'lora'"),
+    (
+      ('--adapter', 'lora', '--to', '**', '--set', 'rnak=8'),
+      3,
+      "adapter type 'lora' has no option 'rnak'. Did you mean 'rank'?",
+    ),
+    (
+      ('--adapter', 'lora', '--to', '**', '--set', 'rank=x'),
+      3,
+      "option 'rank': expected int, found 'x' (str)",
+    ),
+    (
+      ('--adapter', 'lora', '--to', '**', '--set', 'rank=0'),
+      3,
+      "option 'rank': expected a value >= 1, found 0",
+    ),
+    (
+      ('--adapter', 'lora', '--to', '**', '--set', 'rank=7'),
+      3,
+      'model/net/query/kernel: rank 7 exceeds the smaller side of 6×8',
+    ),
+    (
+      ('--adapter', 'lora', '--to', '**/quary', '--set', 'rank=1'),
+      3,
+      "selector '**/quary' matches nothing among 5 parameters. Nearest: "
+      'model/net/query.',
+    ),
+    (
+      ('--adapter', 'lora', '--to', '**/query/bias', '--set', 'rank=1'),
+      3,
+      "model/net/query/bias: adapter type 'lora' cannot serve it",
+    ),
+    (('--adapter', 'lora', '--to', '**', '--set', 'rank'), 2, 'expected --set'),
+    (
+      ('--adapter', 'lora', '--to', '**', '--set', 'rank=1', '--set', 'rank=2'),
+      3,
+      '--set rank: given twice',
+    ),
+    (('--adapter', 'lora'), 2, 'give --to SELECTOR'),
+    (('--to', '**'), 2, 'give --adapter TYPE, or --from FILE'),
+    (('--from', 'x', '--to', '**'), 2, '--to does not go with --from'),
+    (
+      ('--adapter', 'lora', '--to', '**', '--layout', 'xy', '--set', 'rank=1'),
+      3,
+      'expected a letter an axis',
+    ),
+    (
+      (
+        '--adapter',
+        'lora',
+        '--to',
+        '**',
+        '--set',
+        'rank=1',
+        '--set',
+        '**/nope:rank=2',
+      ),
+      3,
+      "patterns: selector '**/nope' matches nothing",
+    ),
+  ],
+)
+def test_bad_input_is_refused_with_its_reason(
+  model, out, surgery_cli, arguments, code, message
+):
+  result = surgery_cli('attach', model.file, *arguments, '-o', out)
+  assert code == result.code
+  assert message in result.err
+  assert not out.exists()
+
+
+def test_a_duplicate_adapter_name_is_refused(model, out, surgery_cli):
+  surgery_cli('attach', model.file, *LORA, '-o', out)
+  result = surgery_cli('attach', out, *LORA, '-o', model.file, '--force')
+  assert 3 == result.code
+  assert "adapter 'default' is attached already, as 'lora'" in result.err

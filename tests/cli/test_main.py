@@ -1,0 +1,124 @@
+"""The entry point: help, exit codes, start-up."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from surgery.cli import main
+from surgery.core import errors
+
+BIN = pathlib.Path(sys.executable).parent / 'surgery'
+
+
+def command(*arguments, **options):
+  return subprocess.run(
+    [BIN, *map(str, arguments)], capture_output=True, text=True, **options
+  )
+
+
+def test_help_lists_every_verb_with_its_summary():
+  done = command('--help')
+  assert 0 == done.returncode
+  for name, (_, summary) in main.VERBS.items():
+    assert name in done.stdout
+    assert summary in done.stdout
+
+
+@pytest.mark.parametrize('arguments', [['--help'], ['attach', '--help']])
+def test_help_imports_neither_jax_nor_numpy(arguments):
+  program = (
+    f'import sys; sys.argv = ["surgery", *{arguments!r}]\n'
+    'from surgery.cli.main import run\n'
+    'run()\n'
+    'heavy = {"jax", "numpy", "blox", "flax", "rich", "msgpack"}\n'
+    'sys.exit(f"imported {heavy & set(sys.modules)}" '
+    'if heavy & set(sys.modules) else 0)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True
+  )
+  assert (0, '') == (done.returncode, done.stderr)
+
+
+@pytest.mark.parametrize('name', main.VERBS)
+def test_every_verb_has_help(surgery_cli, name):
+  result = surgery_cli(name, '--help')
+  assert 0 == result.code
+  assert 'Usage: surgery' in result.out
+
+
+def test_an_unknown_verb_is_a_usage_error_with_a_suggestion(surgery_cli):
+  result = surgery_cli('atach')
+  assert 2 == result.code
+  assert "no verb 'atach'. Did you mean 'attach'?" in result.err
+
+
+def test_version(surgery_cli):
+  assert 'surgery 0.1.0\n' == surgery_cli('--version').out
+
+
+@pytest.mark.parametrize(
+  ('error', 'code'),
+  [
+    (errors.SelectorError('x'), 3),
+    (errors.UnknownAdapterType('x'), 3),
+    (errors.PluginError('x'), 4),
+    (FileNotFoundError(2, 'No such file', 'x'), 3),
+    (KeyboardInterrupt(), 130),
+    (ZeroDivisionError('x'), 70),
+  ],
+)
+def test_an_error_has_its_exit_code_and_no_traceback(
+  surgery_cli, monkeypatch, error, code
+):
+  def fail(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(main.cli, 'main', fail)
+  monkeypatch.delenv('SURGERY_DEBUG', raising=False)
+  result = surgery_cli()
+  assert code == result.code
+  assert 'Traceback' not in result.err
+  assert '' == result.out
+
+
+def test_a_bug_says_so_and_shows_more_on_request(surgery_cli, monkeypatch):
+  def fail(*args, **kwargs):
+    raise ZeroDivisionError('oh')
+
+  monkeypatch.setattr(main.cli, 'main', fail)
+  monkeypatch.setenv('SURGERY_DEBUG', '1')
+  result = surgery_cli()
+  assert 70 == result.code
+  assert 'bug: ZeroDivisionError: oh' in result.err
+  assert 'Traceback' in result.err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(model):
+  # `true` ends without reading; the pipe breaks when we write.
+  done = subprocess.run(
+    ['bash', '-c', f'set -o pipefail; {BIN} inspect {model.file} | true'],
+    capture_output=True,
+    text=True,
+  )
+  assert (0, '') == (done.returncode, done.stderr)
+
+
+def test_ctrl_c_is_quiet(tmp_path):
+  program = (
+    'import os, signal\n'
+    'from surgery.cli import main\n'
+    'def stop(*a, **k): os.kill(os.getpid(), signal.SIGINT)\n'
+    'main.cli.main = stop\n'
+    'main.main()\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    capture_output=True,
+    text=True,
+    env={**os.environ},
+  )
+  assert (130, '', '') == (done.returncode, done.stdout, done.stderr)

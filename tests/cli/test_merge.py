@@ -1,0 +1,129 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import surgery
+
+
+@pytest.fixture
+def out(tmp_path):
+  return tmp_path / 'merged.msgpack'
+
+
+def randomised(params, dtype='float32'):
+  """Returns params of that dtype with a random adapter."""
+  params = params.unlocked()
+  for path in list(params.keys()):
+    if 'rng' not in path:
+      params[path] = params[path].replace(
+        value=params[path].value.astype(dtype)
+      )
+  params = surgery.attach(
+    params.locked(), surgery.LoRA(rank=2), to='**'
+  ).unlocked()
+  for i, path in enumerate(list(params.keys())):
+    if path[-1] == 'lora_b':
+      value = jax.random.normal(jax.random.key(i), params[path].value.shape)
+      params[path] = params[path].replace(value=value)
+  return params.locked()
+
+
+def assert_same(expected, file):
+  actual = surgery.load(file)
+  assert type(expected) is type(actual)
+  assert set(expected.keys()) == set(actual.keys())
+  for path, param in expected.items():
+    if 'rng' not in path:
+      assert (
+        np.asarray(param.value).tobytes()
+        == np.asarray(actual[path].value).tobytes()
+      ), path
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_file_and_live_give_the_same_bits(
+  model, tmp_path, out, surgery_cli, dtype
+):
+  params = randomised(model.params, dtype)
+  file = tmp_path / 'adapted.msgpack'
+  surgery.save(file, params)
+  assert 0 == surgery_cli('merge', file, '-o', out).code
+  assert_same(surgery.merge(params), out)
+
+
+def test_an_adapter_in_a_file_is_merged_into_its_base(
+  model, tmp_path, out, surgery_cli
+):
+  params = randomised(model.params)
+  alone = tmp_path / 'a.msgpack'
+  surgery.save_adapter(alone, params)
+  result = surgery_cli('merge', model.file, '--with', alone, '-o', out)
+  assert 0 == result.code, result.err
+  assert_same(surgery.merge(params), out)
+
+
+def test_one_of_two_is_merged_and_the_other_goes_on(
+  model, tmp_path, out, surgery_cli
+):
+  params = surgery.attach(
+    randomised(model.params), surgery.LoRA(rank=1), to='**', name='b'
+  )
+  file = tmp_path / 'adapted.msgpack'
+  surgery.save(file, params)
+  assert 0 == surgery_cli('merge', file, '--adapter', 'default', '-o', out).code
+  merged = surgery.load(out)
+  assert ['b'] == [a.name for a in surgery.adapters(merged)]
+  assert jnp.allclose(
+    model.net(params, model.x)[0], model.net(merged, model.x)[0], atol=1e-6
+  )
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'code', 'message'),
+  [
+    ((), 3, 'no adapter is attached'),
+    (('--adapter', 'x'), 3, "there is no adapter 'x': none is attached"),
+    (('--no-check-base',), 2, '--no-check-base goes with --with'),
+    (('--with', 'a', '--adapter', 'b'), 2, '--adapter does not go with --with'),
+    (('--with', 'nowhere.msgpack'), 3, 'nowhere.msgpack'),
+  ],
+)
+def test_bad_input_is_refused_with_its_reason(
+  model, out, surgery_cli, arguments, code, message
+):
+  result = surgery_cli('merge', model.file, *arguments, '-o', out)
+  assert code == result.code
+  assert message in result.err
+  assert not out.exists()
+
+
+def test_a_model_is_wanted_not_an_adapter(model, tmp_path, out, surgery_cli):
+  alone = tmp_path / 'a.msgpack'
+  surgery.save_adapter(alone, randomised(model.params))
+  result = surgery_cli('merge', alone, '-o', out)
+  assert 3 == result.code
+  assert 'an adapter without its base, not a model' in result.err
+
+
+def test_a_file_that_is_none_is_refused(tmp_path, out, surgery_cli):
+  file = tmp_path / 'x.msgpack'
+  file.write_bytes(b'\xc1nonsense')
+  result = surgery_cli('merge', file, '-o', out)
+  assert 3 == result.code
+  assert result.err.startswith('error: ')
+  assert 'x.msgpack' in result.err
+
+
+def test_a_result_that_is_not_finite_is_refused(
+  model, tmp_path, out, surgery_cli
+):
+  params = randomised(model.params).unlocked()
+  path = ('model', 'net', 'query', 'lora_b')
+  params[path] = params[path].replace(value=params[path].value * jnp.nan)
+  file = tmp_path / 'adapted.msgpack'
+  surgery.save(file, params.locked())
+  result = surgery_cli('merge', file, '-o', out)
+  assert 3 == result.code
+  assert 'model/net/query/kernel: the merged parameter has NaN' in result.err
+  assert not out.exists()
