@@ -121,8 +121,9 @@ def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
   lines += [
     '',
     (
-      f'{what}: {len(leaves)} tensors, {sum(x.size for x in leaves):,} elements '
-      f'({trains:,} trainable), {shared.size(sum(x.nbytes for x in leaves))}'
+      f'{what}: {len(leaves)} tensors, '
+      f'{sum(x.size for x in leaves):,} elements ({trains:,} trainable), '
+      f'{shared.size(sum(x.nbytes for x in leaves))}'
     ),
   ]
   return lines

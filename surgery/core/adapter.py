@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import inspect
 import json
 import typing
 from collections.abc import Hashable, Mapping, Sequence
@@ -27,7 +26,27 @@ DEFAULT_PARAMS = ('kernel', 'embedding', 'weight')
 @typing.dataclass_transform(
   frozen_default=True, kw_only_default=True, field_specifiers=(config.field,)
 )
-class Adapter:
+class _Configured:
+  """Makes its subclasses frozen dataclasses with checked options."""
+
+  def __init_subclass__(cls, **kwargs: Any) -> None:
+    super().__init_subclass__(**kwargs)
+    # Equality and hash are by configuration, see Adapter.
+    dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    made = cls.__init__
+
+    @functools.wraps(made)
+    def checked(self: Any, **given: Any) -> None:
+      cls = type(self)
+      options = {k: v for k, v in given.items() if k != 'patterns'}
+      config.check_keys(cls, options)
+      config.check_required(cls, given)
+      made(self, **given)
+
+    cls.__init__ = checked  # type: ignore
+
+
+class Adapter(_Configured):
   """An adapter type; an instance is one configuration of it.
 
   A subclass is made a frozen dataclass: its annotated attributes are options,
@@ -66,31 +85,7 @@ class Adapter:
   adds: ClassVar[bool] = False
   mergeable: ClassVar[bool] = True
 
-  if TYPE_CHECKING:
-    # A field of every subclass, given by __init_subclass__.
-    patterns: Any = config.field(default=())
-
-  def __init_subclass__(cls, **kwargs: Any) -> None:
-    super().__init_subclass__(**kwargs)
-    cls.__annotations__ = {
-      **inspect.get_annotations(cls),
-      'patterns': Mapping,
-    }
-    cls.patterns = dataclasses.field(default=(), repr=False)
-    # Equality and hash are by configuration, from this class.
-    dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
-    made = cls.__init__
-
-    @functools.wraps(made)
-    def checked(self: Adapter, **given: Any) -> None:
-      cls = type(self)
-      config.check_keys(
-        cls, {k: v for k, v in given.items() if k != 'patterns'}
-      )
-      config.check_required(cls, given)
-      made(self, **given)
-
-    cls.__init__ = checked  # type: ignore
+  patterns: Any = dataclasses.field(default=(), repr=False)
 
   def __post_init__(self) -> None:
     cls = type(self)

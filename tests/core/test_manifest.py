@@ -71,7 +71,8 @@ def test_what_needs_no_word_is_not_written():
   ],
 )
 def test_metadata_that_json_cannot_hold_is_refused_by_name(metadata, message):
-  notes = {('net', 'x'): manifest.LeafNote(True, metadata)}
+  path: tuple[str, ...] = ('net', 'x')
+  notes = {path: manifest.LeafNote(True, metadata)}
   with pytest.raises(errors.FormatError, match=re.escape(message)):
     manifest.dumps(manifest.Manifest(), notes)
 

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from surgery.core import errors
 from surgery.core.selection import Selection
 
-UNIVERSE = {('net', str(i)): f'float32[{i}]' for i in range(6)}
+UNIVERSE: dict[tuple[str, ...], str] = {
+  ('net', str(i)): f'float32[{i}]' for i in range(6)
+}
 selections = st.sets(st.sampled_from(sorted(UNIVERSE))).map(
   lambda chosen: Selection(UNIVERSE, chosen)
 )

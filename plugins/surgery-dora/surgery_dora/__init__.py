@@ -22,10 +22,10 @@ class DoRA(surgery.Adapter):
   """Learns direction and magnitude apart (Liu et al. 2024, arXiv 2402.09353).
 
   `W' = m · V / ‖V‖` with `V = W + s·A·B`, where `A` has shape `in_shape +
-  (rank,)`, `B` `(rank,) + out_shape`, `m` `out_shape`, the norm is taken over the
-  input axes, and `s = alpha / rank`, or `alpha / √rank` with `rslora`. At the
-  start `B` is zero and `m = ‖W‖`, so `W' = W` up to rounding. The norm is a
-  constant for the backward pass (section 4.3).
+  (rank,)`, `B` `(rank,) + out_shape`, `m` `out_shape`, the norm is taken over
+  the input axes, and `s = alpha / rank`, or `alpha / √rank` with `rslora`. At
+  the start `B` is zero and `m = ‖W‖`, so `W' = W` up to rounding. The norm is
+  a constant for the backward pass (section 4.3).
   """
 
   name = 'dora'

@@ -70,7 +70,7 @@ def test_over_a_trained_lora_it_starts_as_the_identity(net):
 def test_it_is_not_merged_from_over_another(net):
   params = surgery.attach(net.params, surgery.LoRA(rank=2), to='**')
   params = surgery.attach(params, DoRA(rank=2), to='**', name='outer')
-  with pytest.raises(surgery.OrderError, match="'outer' .* over 'default'"):
+  with pytest.raises(surgery.OrderError, match=r"'outer' .* over 'default'"):
     surgery.merge(params, 'outer')
 
 
@@ -85,7 +85,7 @@ def test_a_column_of_zeros_stays_zero(net):
 
 
 def test_a_rank_above_the_dimensions_is_refused_by_path(net):
-  with pytest.raises(surgery.SiteError, match='hidden0.*rank 17 exceeds'):
+  with pytest.raises(surgery.SiteError, match=r'hidden0.*rank 17 exceeds'):
     surgery.attach(net.params, DoRA(rank=17), to='**')
 
 

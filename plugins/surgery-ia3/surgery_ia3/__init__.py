@@ -16,8 +16,8 @@ class IA3(surgery.Adapter):
   """Scales outputs, or inputs (Liu et al. 2022, arXiv 2205.05638).
 
   `W' = W · scale` and `b' = b · scale` with `scale` of shape `out_shape`; with
-  `feedforward`, `scale` has shape `in_shape`, multiplies the rows of `W`, and the
-  bias stays. It is one at the start, so `W' = W`.
+  `feedforward`, `scale` has shape `in_shape`, multiplies the rows of `W`, and
+  the bias stays. It is one at the start, so `W' = W`.
   """
 
   name = 'ia3'

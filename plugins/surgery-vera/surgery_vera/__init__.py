@@ -16,10 +16,11 @@ __all__ = ['VeRA']
 class VeRA(surgery.Adapter):
   """Learns two vectors a site (Kopiczko et al. 2023, arXiv 2310.11454).
 
-  `W' = W + (A·diag(d)·B)·diag(b)`. `vera_a` `(in, rank)` and `vera_b` `(rank, out)`
-  are random, frozen, shared by all sites, as large as the largest and sliced to
-  each; inputs and outputs of several axes are taken flat. `lambda_d` `(rank,)`
-  starts at `d_initial`, `lambda_b` `(out,)` at zero, so `W' = W` at the start.
+  `W' = W + (A·diag(d)·B)·diag(b)`. `vera_a` `(in, rank)` and `vera_b`
+  `(rank, out)` are random, frozen, shared by all sites, as large as the largest
+  and sliced to each; inputs and outputs of several axes are taken flat.
+  `lambda_d` `(rank,)` starts at `d_initial`, `lambda_b` `(out,)` at zero, so
+  `W' = W` at the start.
   The shared matrices are drawn as in the paper, Kaiming-uniform: uniform in
   `±√(3 / fan_in)`.
   """
@@ -36,7 +37,7 @@ class VeRA(surgery.Adapter):
   def init_shared(
     self, sites: Sequence[surgery.Site], key: jax.Array
   ) -> dict[str, Any]:
-    """Returns `vera_a` `(in, rank)` and `vera_b` `(rank, out)`, of all sites."""
+    """Returns `vera_a` `(in, rank)` and `vera_b` `(rank, out)` for all."""
     inputs = max(site.in_size for site in sites)
     outputs = max(site.out_size for site in sites)
     uniform = lambda name, shape, fan: jax.random.uniform(

@@ -1,0 +1,421 @@
+"""The contract: what the core asks of an adapter type, and what it gives."""
+
+import re
+from typing import Literal
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import surgery
+from surgery.core import config
+
+
+class Draw(surgery.Adapter):
+  """Adds what it drew, in ways that XLA likes to fold together."""
+
+  name = 'draw'
+  adds = True
+  scale: float = surgery.field(default=3.0, gt=0, le=10, doc='Divisor.')
+  mode: Literal['a', 'b'] = 'a'
+  sizes: tuple[int, ...] = ()
+
+  def init(self, site, key):
+    shape = site.in_shape + site.out_shape
+    noise = jax.random.normal(surgery.named_key(key, 'noise'), shape)
+    shift = jax.random.uniform(surgery.named_key(key, 'shift'), shape)
+    return {'noise': noise / jnp.sqrt(self.scale), 'shift': shift * 0.1 + 0.7}
+
+  def apply(self, site, name, base, weights):
+    return base + weights['noise'] * weights['shift']
+
+
+class ByPath(surgery.Adapter):
+  """Depends on the site's path."""
+
+  name = 'by_path'
+
+  def init(self, site, key):
+    return {'number': jnp.asarray(float(site.path[1][-1]))}
+
+  def apply(self, site, name, base, weights):
+    return base + weights['number'] + len(site.layer)
+
+
+class FromBase(surgery.Adapter):
+  """Depends on the base."""
+
+  name = 'from_base'
+
+  def init(self, site, key):
+    return {'mean': site.base().mean()}
+
+  def apply(self, site, name, base, weights):
+    return base - weights['mean']
+
+
+HOST = surgery.Host(plugins=[Draw, ByPath, FromBase])
+
+
+def params_of(count, shape=(3, 2), dtype='float32'):
+  params = bx.Params()
+  for i in range(count):
+    value = jnp.full(shape, i, dtype)
+    params[('net', f'layer{i}', 'kernel')] = bx.Param(value)
+  return params.locked()
+
+
+def drawn(params):
+  return {
+    path: np.asarray(param.value)
+    for path, param in params.items()
+    if 'adapter' in param.metadata
+  }
+
+
+def assert_same(expected, actual):
+  assert set(expected) == set(actual)
+  for path, value in expected.items():
+    assert value.tobytes() == actual[path].tobytes(), path
+
+
+# Draws.
+
+
+@pytest.mark.parametrize('count', [1, 2, 4, 5, 64, 70])
+def test_a_site_gets_the_same_bits_alone_and_among_many(count):
+  many = surgery.attach(params_of(count), Draw(), to='**', host=HOST)
+  i = count - 1
+  alone = bx.Params()
+  path = ('net', f'layer{i}', 'kernel')
+  alone[path] = bx.Param(jnp.zeros((3, 2)))
+  one = surgery.attach(alone.locked(), Draw(), to='**', host=HOST)
+  both = drawn(many)
+  assert_same(drawn(one), {p: both[p] for p in drawn(one)})
+
+
+def test_under_jit_the_same_bits_are_drawn():
+  params = params_of(5)
+  eager = surgery.attach(params, Draw(), to='**', host=HOST)
+  jitted = jax.jit(lambda p: surgery.attach(p, Draw(), to='**', host=HOST))
+  assert_same(drawn(eager), drawn(jitted(params)))
+
+
+@pytest.mark.parametrize('jit', [False, True])
+def test_before_initialisation_the_same_bits_are_drawn(jit):
+  graph = bx.Graph('net')
+  rng = bx.Rng(graph.child('rng'))
+  model = bx.Sequential(
+    graph.child('mlp'),
+    [bx.Linear(graph.child(f'layer{i}'), 4, rng=rng) for i in range(3)],
+  )
+  x = jnp.ones((2, 4))
+  start = rng.seed(bx.Params(), seed=0)
+  before = surgery.attach(start, Draw(), to='**', host=HOST)
+  init = lambda p: model(p, x)[1]
+  before = (jax.jit(init) if jit else init)(before).locked()
+  after = surgery.attach(init(start).locked(), Draw(), to='**', host=HOST)
+  assert_same(drawn(after), drawn(before))
+
+
+def test_seed_name_and_path_each_give_other_bits():
+  params = params_of(2)
+  sets = [
+    drawn(surgery.attach(params, Draw(), to='**', host=HOST, **how))
+    for how in ({}, {'seed': 1}, {'name': 'other'})
+  ]
+  values = [v.tobytes() for d in sets for v in d.values()]
+  assert len(values) == len(set(values)) == 12
+
+
+def test_jaxs_default_generator_does_not_matter():
+  params = params_of(1)
+  expected = drawn(surgery.attach(params, Draw(), to='**', host=HOST))
+  with jax.default_prng_impl('rbg'):
+    actual = drawn(surgery.attach(params, Draw(), to='**', host=HOST))
+  assert_same(expected, actual)
+
+
+# What a site says.
+
+
+def test_an_adapter_that_asks_for_its_path_is_computed_site_by_site():
+  params = surgery.attach(params_of(3), ByPath(), to='**', host=HOST)
+  merged = surgery.merge(params, host=HOST)
+  for i in range(3):
+    assert jnp.all(merged[('net', f'layer{i}', 'kernel')].value == 2 * i + 2)
+
+
+def test_an_adapter_that_asks_for_its_base_gets_each_sites_own():
+  params = surgery.attach(params_of(3), FromBase(), to='**', host=HOST)
+  merged = surgery.merge(params, host=HOST)
+  for i in range(3):
+    assert jnp.all(merged[('net', f'layer{i}', 'kernel')].value == 0)
+
+
+def test_a_base_is_not_there_outside_of_init_and_apply():
+  site = surgery.Site(
+    ('net',), (surgery.ParamSpec('kernel', (2, 3), 'float32', 'io'),)
+  )
+  with pytest.raises(surgery.SiteError, match='only there inside of init'):
+    site.base()
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_arithmetic_is_float32_and_the_result_has_the_bases_dtype(dtype):
+  seen = []
+
+  class Third(surgery.Adapter):
+    name = 'third'
+
+    def init(self, site, key):
+      return {'w': jnp.full(site.out_shape, 1 / 3, dtype)}
+
+    def apply(self, site, name, base, weights):
+      seen.append((base.dtype, weights['w'].dtype))
+      return base * weights['w']
+
+  host = surgery.Host(plugins=[Third], entry_points=False)
+  params = surgery.attach(
+    params_of(2, dtype=dtype), Third(), to='**', host=host
+  )
+  merged = surgery.merge(params, host=host)[('net', 'layer1', 'kernel')].value
+  third = np.asarray(jnp.asarray(1 / 3, dtype)).astype(np.float32)
+  assert jnp.dtype(dtype) == merged.dtype
+  assert {(jnp.dtype('float32'),) * 2} == set(seen)
+  assert np.all(np.asarray(merged) == third.astype(jnp.dtype(dtype)))
+
+
+# What is refused.
+
+
+def broken(**methods):
+  """Returns a host with an adapter type of which some methods are replaced."""
+  body = {
+    'name': 'broken',
+    '__module__': __name__,
+    'init': lambda self, site, key: {'w': jnp.zeros(site.out_shape)},
+    'apply': lambda self, site, name, base, weights: base,
+    **methods,
+  }
+  cls = type('Broken', (surgery.Adapter,), body)
+  return cls, surgery.Host(plugins=[cls], entry_points=False)
+
+
+def fail(*args, **kwargs):
+  raise ZeroDivisionError('oh')
+
+
+def test_init_that_raises_is_named_with_its_site():
+  cls, host = broken(init=fail)
+  with pytest.raises(
+    surgery.PluginError,
+    match=r"net/layer0/kernel: init of 'broken' failed: ZeroDivisionError: oh",
+  ):
+    surgery.attach(params_of(2), cls(), to='**', host=host)
+
+
+def test_apply_that_raises_is_named_with_its_site():
+  cls, host = broken(apply=fail)
+  params = surgery.attach(params_of(2), cls(), to='**', host=host)
+  with pytest.raises(
+    surgery.PluginError,
+    match=r"kernel: apply of 'broken' failed: ZeroDivisionError: oh",
+  ):
+    surgery.merge(params, host=host)
+
+
+def test_apply_that_returns_another_shape_is_named_with_its_site():
+  cls, host = broken(apply=lambda self, site, name, base, weights: base.T)
+  params = surgery.attach(params_of(1), cls(), to='**', host=host)
+  with pytest.raises(
+    surgery.PluginError,
+    match=re.escape(
+      "net/layer0/kernel: apply of 'broken' for parameter 'kernel' returned "
+      'shape (2, 3), expected an array of shape (3, 2)'
+    ),
+  ):
+    surgery.merge(params, host=host)
+
+
+def test_a_type_without_a_name_is_refused():
+  class Nameless(surgery.Adapter):
+    pass
+
+  with pytest.raises(surgery.PluginError, match='Nameless has no name'):
+    Nameless()
+
+
+def test_a_type_without_apply_is_refused():
+  class Half(surgery.Adapter):
+    name = 'half'
+
+    def init(self, site, key):
+      return {}
+
+  with pytest.raises(surgery.PluginError, match='has no method `apply`'):
+    surgery.Host(plugins=[Half], entry_points=False)
+
+
+def test_an_option_that_a_file_cannot_hold_is_refused():
+  class Odd(surgery.Adapter):
+    name = 'odd'
+    thing: bytes = b''
+
+  with pytest.raises(
+    surgery.PluginError, match="option 'thing': bytes cannot be saved"
+  ):
+    Odd()
+
+
+def test_a_type_may_refuse_to_be_merged():
+  cls, host = broken(mergeable=False)
+  params = surgery.attach(params_of(1), cls(), to='**', host=host)
+  with pytest.raises(surgery.AdapterError, match='cannot be merged'):
+    surgery.merge(params, host=host)
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    (
+      Draw,
+      'expected a configured adapter, found the class Draw. Write Draw(…)',
+    ),
+    ('lora', "expected an adapter, e.g. surgery.LoRA(rank=8), found 'lora'"),
+  ],
+)
+def test_what_is_no_adapter_is_refused(given, message):
+  with pytest.raises(surgery.ConfigError, match=re.escape(message)):
+    surgery.attach(params_of(1), given, to='**', host=HOST)
+
+
+@pytest.mark.parametrize('name', ['', 'a.b', 'a/b', 3])
+def test_a_bad_adapter_name_is_refused(name):
+  with pytest.raises(surgery.AdapterError, match='without dots and slashes'):
+    surgery.attach(params_of(1), Draw(), to='**', name=name, host=HOST)
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'scael': 1.0}, "has no option 'scael'. Did you mean 'scale'?"),
+    ({'scale': '1'}, "option 'scale': expected float, found '1' (str)"),
+    ({'scale': True}, "option 'scale': expected float, found True (bool)"),
+    ({'scale': 0.0}, "option 'scale': expected a value > 0, found 0.0"),
+    ({'scale': 11}, "option 'scale': expected a value <= 10, found 11"),
+    ({'scale': float('nan')}, 'expected a finite number, found nan'),
+    ({'mode': 'c'}, "option 'mode': expected Literal['a', 'b'], found 'c'"),
+    ({'sizes': (1, 'x')}, "option 'sizes': expected tuple[int, ...]"),
+    ({'patterns': 3}, 'patterns: expected {selector: {option: value}}'),
+    ({'patterns': {'**': 3}}, "found the entry '**': 3"),
+    ({'patterns': {'**': {'scael': 1.0}}}, "has no option 'scael'"),
+    ({'patterns': {'a{': {}}}, "a '{' without its '}'"),
+  ],
+)
+def test_a_wrong_option_is_refused(options, message):
+  with pytest.raises(surgery.SurgeryError, match=re.escape(message)):
+    Draw(**options)
+
+
+def test_an_option_without_default_must_be_given():
+  class Needs(surgery.Adapter):
+    name = 'needs'
+    rank: int
+
+  with pytest.raises(surgery.ConfigError, match="option 'rank': it must be"):
+    Needs()  # type: ignore[call-arg]
+  with pytest.raises(surgery.ConfigError, match="option 'rank': it must be"):
+    Needs.from_config({})
+
+
+def test_a_configuration_comes_back_from_its_data():
+  adapter = Draw(
+    scale=2.0, mode='b', sizes=(1, 2), patterns={'**/a': {'scale': 4.0}}
+  )
+  assert adapter == Draw.from_config(adapter.config())
+  assert hash(adapter) == hash(Draw.from_config(adapter.config()))
+  assert adapter != Draw(scale=2.0)
+
+
+def test_an_adapter_cannot_be_changed():
+  with pytest.raises(AttributeError):
+    Draw().scale = 4.0
+
+
+@pytest.mark.parametrize(
+  ('text', 'value'),
+  [
+    ({'scale': '2'}, 2.0),
+    ({'mode': 'b'}, 'b'),
+    ({'sizes': '[1, 2]'}, (1, 2)),
+  ],
+)
+def test_options_are_read_from_text_by_their_types(text, value):
+  [(key, _)] = text.items()
+  assert value == getattr(Draw(**config.parse(Draw, text)), key)
+
+
+@pytest.mark.parametrize(
+  ('text', 'alpha'), [('none', None), ('4', 4.0), ('1e1', 10.0)]
+)
+def test_none_is_an_option_where_it_is_allowed(text, alpha):
+  given = config.parse(surgery.LoRA, {'alpha': text, 'rslora': 'true'})
+  adapter = surgery.LoRA(**given)
+  assert (alpha, True) == (adapter.alpha, adapter.rslora)
+
+
+def test_the_first_pattern_that_matches_decides():
+  adapter = surgery.LoRA(
+    rank=1, patterns={'**/layer1': {'rank': 2}, '**': {'alpha': 5.0}}
+  )
+  params = surgery.attach(params_of(2), adapter, to='**')
+  ranks = [
+    params[('net', f'layer{i}', 'lora_a')].value.shape[-1] for i in range(2)
+  ]
+  assert [1, 2] == ranks
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+  adapter = surgery.LoRA(rank=1, patterns={'**/layr1': {'rank': 2}})
+  with pytest.raises(
+    surgery.SelectorError, match=r"patterns: selector '\*\*/layr1'.*net/layer1"
+  ):
+    surgery.attach(params_of(2), adapter, to='**')
+
+
+def test_what_is_declared_says_type_range_default_and_meaning():
+  scale, mode, _ = config.declared(Draw)
+  assert {
+    'name': 'scale',
+    'type': 'float',
+    'required': False,
+    'default': 3.0,
+    'range': '> 0, <= 10',
+    'doc': 'Divisor.',
+  } == scale
+  assert "Literal['a', 'b']" == mode['type']
+
+
+def test_a_weight_gives_way_to_a_parameter_of_its_name():
+  params = bx.Params()
+  for name, shape in (('kernel', (3, 2)), ('lora_a', (3,))):
+    params[('net', 'layer', name)] = bx.Param(jnp.ones(shape))
+  params = surgery.attach(params.locked(), surgery.LoRA(rank=1), to='**')
+  assert ('net', 'layer', 'lora_a.default.kernel') in params
+  assert ('net', 'layer', 'lora_b') in params
+
+
+def test_names_of_weights_are_those_of_the_design():
+  params = bx.Params()
+  for name in ('kernel', 'recurrent'):
+    params[('net', 'layer', name)] = bx.Param(jnp.ones((3, 2)))
+  params = surgery.attach(params.locked(), surgery.LoRA(rank=1), to='all')
+  params = surgery.attach(params, surgery.LoRA(rank=1), to='**', name='b')
+  names = {p[-1] for p in params.keys() if p[-1].startswith('lora_a')}
+  assert {'lora_a', 'lora_a.default.recurrent', 'lora_a.b'} == names
