@@ -16,7 +16,8 @@ demo: $(VENV)/installed  ## Pretrain, adapt, merge and save on real data.
 	$(BIN)/surgery demo
 
 test: $(VENV)/plugins-installed  ## All tests, of plugins/ too.
-	$(BIN)/pytest -n $(WORKERS) tests plugins
+	# A file to a worker: its tests share what they compile.
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile tests plugins
 
 lint: $(VENV)/dev-installed  ## Style, types, and who may import whom.
 	$(BIN)/ruff check .

@@ -53,12 +53,13 @@ class LoRA(Adapter):
         f'{largest}, for this site alone by patterns='
         f'{{{paths.literal(site.path)!r}: {{"rank": {largest}}}}}.'
       )
+    # In float32 whatever JAX's default is, as files have it.
     draw = jax.random.normal(
-      named_key(key, 'lora_a'), (*site.in_shape, self.rank)
+      named_key(key, 'lora_a'), (*site.in_shape, self.rank), 'float32'
     )
     return {
       'lora_a': draw / math.sqrt(self.rank),
-      'lora_b': jnp.zeros((self.rank, *site.out_shape)),
+      'lora_b': jnp.zeros((self.rank, *site.out_shape), 'float32'),
     }
 
   def apply(self, site: Site, name: str, base: Any, weights: Any) -> LowRank:

@@ -94,16 +94,17 @@ class Adapter(_Configured):
         f'{cls.__module__}.{cls.__qualname__} has no name. Set the class '
         "attribute `name`, e.g. name = 'mine'."
       )
-    config.check_declaration(cls)
+    _check_class(cls)
     for key in config.options(cls):
-      config.check(cls, key, getattr(self, key))
-    patterns = config.freeze(self.patterns)
-    object.__setattr__(self, 'patterns', patterns)
-    for selector, values in patterns:
+      value = config.check(cls, key, getattr(self, key))
+      object.__setattr__(self, key, value)
+    patterns = []
+    for selector, values in config.freeze(self.patterns):
       selectors.parse(selector)
       config.check_keys(cls, dict(values))
-      for key, value in values:
-        config.check(cls, key, value)
+      checked = tuple((k, config.check(cls, k, v)) for k, v in values)
+      patterns.append((selector, checked))
+    object.__setattr__(self, 'patterns', tuple(patterns))
 
   # The two functions.
 
@@ -181,7 +182,7 @@ class Adapter(_Configured):
     """Answers the term `serves:<type>`: whether this type serves the site."""
     if term != f'serves:{self.name}':
       return None
-    return self.serves(site) is None
+    return self.at(site).serves(site) is None
 
   @hookspecs.hookimpl
   def surgery_intercept_param(self, site: Site) -> Interceptor:
@@ -251,6 +252,28 @@ class Adapter(_Configured):
 
   def __hash__(self) -> int:
     return hash(self.identity())
+
+
+def _check_class(cls: type[Adapter]) -> None:
+  """Raises unless a class declares an adapter type.
+
+  Raises:
+    PluginError: naming the class and what is wrong with it.
+  """
+  for option in config.options(cls):
+    if hasattr(Adapter, option):
+      raise errors.PluginError(
+        f"{cls.__module__}.{cls.__qualname__}: '{option}' is part of the "
+        'contract and cannot be an option. Give the option another name; class '
+        "attributes are set without annotation, e.g. name = 'mine'."
+      )
+  config.check_declaration(cls)
+  if cls.surgery_intercept_param is Adapter.surgery_intercept_param:
+    for method in ('init', 'apply'):
+      if getattr(cls, method) is getattr(Adapter, method):
+        raise errors.PluginError(
+          f"adapter type '{cls.name}' has no method `{method}`."
+        )
 
 
 @typing.runtime_checkable

@@ -132,7 +132,7 @@ def _parse(text: str, annotation: Any) -> Any:
   if annotation is str:
     return text
   try:
-    return json.loads(text)
+    return _from_json(json.loads(text), annotation)
   except ValueError:
     return text
 
@@ -146,13 +146,39 @@ def _from_json(value: Any, annotation: Any) -> Any:
       value,
     )
   if origin is tuple and isinstance(value, list):
-    inner = args[0] if len(args) == 2 and args[1] is Ellipsis else Any
-    return tuple(_from_json(v, inner) for v in value)
+    return tuple(map(_from_json, value, _items(args, len(value))))
   return value
 
 
-def check(cls: type, key: str, value: Any) -> None:
-  """Raises unless `value` has the option's type and lies in its range.
+def _items(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+  """Returns the annotation of each item of a tuple, given the tuple's own."""
+  if len(args) == 2 and args[1] is Ellipsis:
+    return args[:1] * count
+  return args if len(args) == count else (Any,) * count
+
+
+def _widened(value: Any, annotation: Any) -> Any:
+  """Turns an integer into a float where the annotation knows no integers."""
+  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is tuple and isinstance(value, tuple):
+    return tuple(map(_widened, value, _items(args, len(value))))
+  if origin in (types.UnionType, typing.Union):
+    fitting = [a for a in args if _conforms(value, a)]
+    return value if int in fitting else _widened(value, fitting[0])
+  return float(value) if annotation is float else value
+
+
+def _finite(value: Any) -> bool:
+  if isinstance(value, tuple):
+    return all(map(_finite, value))
+  return not isinstance(value, float) or math.isfinite(value)
+
+
+def check(cls: type, key: str, value: Any) -> Any:
+  """Returns an option's value if it has its type and lies in its range.
+
+  An integer becomes a float where the option is one, so that `alpha=8` and
+  `alpha=8.0` are one configuration.
 
   Raises:
     ConfigError: naming the adapter type, the option, what was expected and
@@ -164,12 +190,13 @@ def check(cls: type, key: str, value: Any) -> None:
       f'{_where(cls, key)}: expected {type_name(annotation)}, found '
       f'{value!r} ({type(value).__name__}).'
     )
-  if isinstance(value, float) and not math.isfinite(value):
+  value = _widened(value, annotation)
+  if not _finite(value):
     raise errors.ConfigError(
       f'{_where(cls, key)}: expected a finite number, found {value!r}.'
     )
   if not isinstance(value, (int, float)):
-    return
+    return value
   bounds = options(cls)[key].metadata
   for name in _RANGE:
     bound = bounds.get(name)
@@ -186,6 +213,7 @@ def check(cls: type, key: str, value: Any) -> None:
         f'{_where(cls, key)}: expected a value {_SIGNS[name]} {bound}, found '
         f'{value!r}.'
       )
+  return value
 
 
 def check_keys(cls: type, given: Mapping[str, Any]) -> None:
@@ -230,9 +258,7 @@ def parse(cls: type, given: Mapping[str, str]) -> dict[str, Any]:
   """
   check_keys(cls, given)
   hints = _hints(cls)
-  return {
-    k: _from_json(_parse(v, hints[k]), hints[k]) for k, v in given.items()
-  }
+  return {k: _parse(v, hints[k]) for k, v in given.items()}
 
 
 def from_json(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:

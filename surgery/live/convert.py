@@ -47,6 +47,8 @@ def leaf_of(param: bx.Param) -> Leaf:
 
 
 def _impl(key: Any) -> str:
+  if isinstance(key, jax.ShapeDtypeStruct):
+    return str(key.dtype)  # There is nothing to save; only that it is a key.
   return str(jax.random.key_impl(key))
 
 

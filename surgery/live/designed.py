@@ -23,36 +23,44 @@ from surgery.core.records import (
   SiteRecord,
   WeightSpec,
 )
-from surgery.core.site import ParamSpec, Site
+from surgery.core.site import Site
 from surgery.live import params as live
+from surgery.passes import attach, compute
 
 TAG = 'surgery'
+# The adapter's name that such layers give.
+NAME = 'default'
 
 # Types of layers that this library itself offers; a tag names one of them.
 _TYPES: Mapping[str, type[Adapter]] = {'lora': LoRA}
 
 
-def tag(
-  adapter: Adapter, param: str, layout: str, weight: str
-) -> dict[str, Any]:
+def tag(adapter: Adapter, site: Site, weight: str) -> dict[str, Any]:
   """Returns the metadata of a weight that a layer makes itself.
+
+  It says all that a record does, so that the half of params that has the
+  weight alone can be adopted too.
 
   Args:
     adapter: type and configuration.
-    param: the parameter of the layer that it rewrites.
-    layout: roles of that parameter's axes.
-    weight: the weight's name, as `init` would call it.
+    site: the layer's parameter.
+    weight: the weight's name, as `init` calls it.
   """
   return {
-    'adapter': 'default',
+    **attach.weight_metadata(adapter, NAME, site, weight),
     TAG: {
       'type': adapter.name,
       'config': adapter.config(),
-      'param': param,
-      'layout': layout,
+      'param': site.to_json()['params'][0],
       'weight': weight,
     },
   }
+
+
+def adapter_of(param: bx.Param) -> Adapter:
+  """Returns type and configuration that a tagged weight was made with."""
+  said = param.metadata[TAG]
+  return _TYPES[said['type']].from_config(said['config'])
 
 
 def _orphans(params: bx.Params) -> list[tuple[Path, bx.Param]]:
@@ -85,43 +93,53 @@ def adopted(params: bx.Params) -> bx.Params:
   by_site: dict[tuple[str, Path], dict[str, bx.Param]] = {}
   for path, param in orphans:
     said = param.metadata[TAG]
-    key = (live.owner_of(param) or '', (*path[:-1], said['param']))
+    key = (live.owner_of(param) or '', (*path[:-1], said['param']['name']))
     by_site.setdefault(key, {})[path[-1]] = param
   records = live.records_of(params)
   for (name, site_path), weights in by_site.items():
-    records = _with_site(params, records, name, site_path, weights)
+    records = _with_site(records, name, site_path, weights)
   return live.with_records(params, records)
 
 
+def site_record(
+  adapter: Adapter, site: Site, stored: Mapping[str, str] | None = None
+) -> SiteRecord:
+  """Returns the record of a layer that makes its own weights.
+
+  Args:
+    adapter: type and configuration.
+    site: the layer's parameter.
+    stored: names of the weights in the layer, where they differ from those
+      that `init` gives.
+  """
+  shapes, _ = compute.site_shapes(adapter, site)
+  names = stored or {}
+  specs = {
+    weight: WeightSpec(
+      (*site.layer, names.get(weight, weight)),
+      tuple(struct.shape),
+      str(struct.dtype),
+      weight not in adapter.frozen,
+    )
+    for weight, struct in shapes.items()
+  }
+  return SiteRecord(site, specs, adapter)
+
+
 def _with_site(
-  params: bx.Params,
   records: Records,
   name: str,
   site_path: Path,
   weights: Mapping[str, bx.Param],
 ) -> Records:
-  said = next(iter(weights.values())).metadata[TAG]
-  adapter = _TYPES[said['type']].from_config(said['config'])
-  layer, rank = site_path[:-1], len(said['layout'])
-  # A half that split() made may lack the kernel.
-  base = params[site_path].value if site_path in params else None
-  if base is None:
-    raise errors.AdapterError(
-      f'{paths.show(site_path)}: not in these params, but weights of the '
-      f'adapter {name!r} on it are. Call the verb before split().'
-    )
-  core = tuple(base.shape[len(base.shape) - rank :])
-  stack = len(base.shape) - rank
-  spec = ParamSpec(site_path[-1], core, str(base.dtype), said['layout'])
-  specs = {
-    param.metadata[TAG]['weight']: WeightSpec(
-      (*layer, stored),
-      tuple(param.value.shape[stack:]),
-      str(param.value.dtype),
-    )
-    for stored, param in weights.items()
-  }
-  site = SiteRecord(Site(layer, (spec,)), specs, adapter)
+  first = next(iter(weights.values()))
+  said, adapter = first.metadata[TAG], adapter_of(first)
+  layer = paths.show(site_path[:-1])
+  known = Site.from_json(
+    {'layer': layer, 'params': [said['param']], 'types': ()}
+  )
+  stored = {p.metadata[TAG]['weight']: name for name, p in weights.items()}
+  site = site_record(adapter, known, stored)
   if name not in records.names:
     return records.add(AdapterRecord(name, adapter, sites={site_path: site}))
   record = records.get(name)

@@ -10,7 +10,6 @@ import jax
 
 from surgery.builtin.lora import LoRA
 from surgery.core import errors, paths
-from surgery.core.records import SiteRecord, WeightSpec
 from surgery.core.site import ParamSpec, Site
 from surgery.live import designed
 from surgery.live import params as live
@@ -76,16 +75,23 @@ class LoraLinear(bx.Linear):
     if owner is not None:
       # On record: `value` has the update in it already.
       assert isinstance(params, live.AdaptedParams)
+      if not params.is_locked and designed.TAG not in params[a].metadata:
+        raise errors.AdapterError(
+          f'{paths.show(self.graph.path)}: the layer makes an adapter '
+          f'{owner!r} of its own, and one of that name was attached to it. '
+          'Attach under another name=.'
+        )
       if not self.use_lora:
         value = params._answered(path, params[path].value, without=owner)
       return value, params
     if not self.use_lora or (params.is_locked and a not in params):
       return value, params
-    params = self._with_weights(params, value)
-    record = self._record(params, value)
+    site = self._site(params, value)
+    params = self._with_weights(params, site)
     return (
       compute.step(
-        record,
+        # As the weights say: what is merged is what was answered.
+        designed.site_record(designed.adapter_of(params[a]), site),
         {},
         'kernel',
         lambda _: value,
@@ -95,24 +101,42 @@ class LoraLinear(bx.Linear):
       params,
     )
 
-  def _site(self, kernel: Any) -> Site:
-    core = tuple(kernel.shape[-2:])
-    spec = ParamSpec('kernel', core, str(kernel.dtype), 'io')
+  def _site(self, params: bx.Params, kernel: Any) -> Site:
+    sharding = tuple(params[self.param_path('kernel')].sharding)
+    spec = ParamSpec(
+      'kernel',
+      tuple(kernel.shape[-2:]),
+      live.dtype_name(kernel.dtype),
+      'io',
+      sharding[-2:] if len(sharding) == len(kernel.shape) else (),
+    )
     return Site(self.graph.path, (spec,))
 
-  def _record(self, params: bx.Params, kernel: Any) -> SiteRecord:
-    specs = {}
-    for weight in ('lora_a', 'lora_b'):
-      value = params[self.param_path(weight)].value
-      specs[weight] = WeightSpec(
-        self.param_path(weight), tuple(value.shape[-2:]), str(value.dtype)
-      )
-    return SiteRecord(self._site(kernel), specs, self.adapter)
-
-  def _with_weights(self, params: bx.Params, kernel: Any) -> bx.Params:
+  def _with_weights(self, params: bx.Params, site: Site) -> bx.Params:
     """Returns params that have the weights, made at the first call."""
-    if self.param_path('lora_a') in params:
-      return params
+    for name in ('lora_a', 'lora_b'):
+      if self.param_path(name) not in params:
+        params = self._with_missing(params, site)
+      if designed.TAG not in params[self.param_path(name)].metadata:
+        params = self._with_tag(params, site, name)
+    return params
+
+  def _with_tag(self, params: bx.Params, site: Site, name: str) -> bx.Params:
+    """Returns params in which a weight that was loaded says what it is.
+
+    Raises:
+      AdapterError: if params are locked.
+    """
+    if params.is_locked:
+      raise errors.AdapterError(
+        f'{paths.show(self.param_path(name))}: it does not say which adapter '
+        'it belongs to. Call the model once before params.locked().'
+      )
+    metadata = designed.tag(self.adapter, site, name)
+    return self.set_param(params, name, None, metadata=metadata)
+
+  def _with_missing(self, params: bx.Params, site: Site) -> bx.Params:
+    """Returns params in which no weight is missing."""
     if self.rng is None:
       raise errors.SurgeryError(
         f'{paths.show(self.graph.path)}: LoraLinear needs an Rng to draw its '
@@ -120,19 +144,21 @@ class LoraLinear(bx.Linear):
       )
     # Folding the path in, not counting up: the base's weights, and all that
     # come after them, are those of a model without LoRA.
-    words = hashlib.blake2b(
+    place = hashlib.blake2b(
       paths.show(self.graph.path).encode(), digest_size=4
     ).digest()
     key = jax.random.fold_in(
-      self.rng.get_seed(params), int.from_bytes(words, 'little')
+      self.rng.get_seed(params), int.from_bytes(place, 'little')
     )
-    weights = self.adapter.init(self._site(kernel), key)
+    # Two words, whatever generator the model uses.
+    words = jax.random.bits(key, (1, 2), 'uint32')
+    (weights,) = compute.draw(self.adapter, [site], (), words)
     for name, value in weights.items():
       _, params = super().get_param(
         params,
         name,
         value.shape,
         lambda k, s, d, v=value: v,
-        metadata=designed.tag(self.adapter, 'kernel', 'io', name),
+        metadata=designed.tag(self.adapter, site, name),
       )
     return params

@@ -171,7 +171,7 @@ class AdaptedParams(bx.Params):
     merged = cast(AdaptedParams, super().merge(other))
     merged._records = records
     if isinstance(other, AdaptedParams):
-      merged._notes = {**other._notes, **self._notes}
+      merged._notes = _united(self._notes, other._notes)
     return merged
 
   def __repr__(self) -> str:
@@ -186,14 +186,6 @@ class AdaptedParams(bx.Params):
         f'sites{state}'
       )
     return '\n'.join(lines)
-
-  def __getstate__(self) -> dict[str, Any]:
-    for path, param in self._data.items():
-      if is_key(param.value):
-        raise errors.SurgeryError(
-          f'{paths.show(path)}: PRNG keys cannot be pickled. Use surgery.save.'
-        )
-    return self.__dict__.copy()
 
   # Pytree registration.
 
@@ -246,6 +238,12 @@ def make(
   params._data = dict(data)
   params._locked = locked
   return params
+
+
+def _united(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what two params know of where their adapters came from."""
+  adapters = {**b.get('adapters', {}), **a.get('adapters', {})}
+  return {**b, **a, **({'adapters': adapters} if adapters else {})}
 
 
 def records_of(params: bx.Params) -> Records:
@@ -425,7 +423,10 @@ def _grown(
   kept = {} if old is None else old.weights
 
   def taken(path: Path) -> bool:
-    return path in params._data and path not in {s.path for s in kept.values()}
+    if path not in params._data or path in {s.path for s in kept.values()}:
+      return False
+    _refuse_orphan(params, path)
+    return True
 
   new = attach.site_record(record.adapter, record.name, site, who, taken)
   # A site that grows keeps the weights that it has.
@@ -448,6 +449,21 @@ def _grown(
       )
   result._records = params._records.grown(grown, new)
   return result
+
+
+def _refuse_orphan(params: AdaptedParams, path: Path) -> None:
+  """Raises if an adapter's weight was put there without its record.
+
+  Raises:
+    AdapterError: naming the weight.
+  """
+  owner = owner_of(params._data[path])
+  if owner is not None and path not in params._records.owned:
+    raise errors.AdapterError(
+      f'{paths.show(path)}: a weight of adapter {owner!r} was put there, and '
+      'an adapter that looks for sites would leave it unused. Initialise the '
+      'model, then load the weights with surgery.load_adapter.'
+    )
 
 
 def _inside(records: Records, name: str) -> Records:
@@ -487,12 +503,17 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
     pending = record.pending
     if pending is None:
       continue
-    for index, item in enumerate(pending.selector.positive):
-      if index not in pending.met:
-        raise errors.SelectorError(
-          f'adapter {record.name!r} was attached before initialisation and its '
-          f'{_unmet(item, universe)}'
-        )
+    finder = _finder(record, ())
+    excluded = [
+      item
+      for item in pending.selector.negative
+      if not _matched(item, universe, finder)
+    ]
+    for item in (*pending.unmet, *excluded):
+      raise errors.SelectorError(
+        f'adapter {record.name!r} was attached before initialisation and its '
+        f'{_unmet(item, universe, finder)}'
+      )
     attach.check_patterns(
       record.adapter, [r.site for r in record.sites.values()]
     )
@@ -509,12 +530,22 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
   return result
 
 
-def _unmet(item: Any, universe: list[Path]) -> str:
-  met = [p for p in universe if item.layer(p[:-1]) or item.param(p)]
+def _matched(
+  item: selectors.Item, universe: list[Path], finder: finding.Finder
+) -> list[Path]:
+  return [
+    p for p in universe if item.layer(p[:-1], finder.names) or item.param(p)
+  ]
+
+
+def _unmet(
+  item: selectors.Item, universe: list[Path], finder: finding.Finder
+) -> str:
+  met = _matched(item, universe, finder)
   if met:
     shown = ', '.join(paths.literal(p) for p in met[:5])
     return (
       f'selector {item.written!r} matches no parameter that it can serve by '
       f'default. Name one of them: {shown}.'
     )
-  return str(selectors.nothing(item, universe))
+  return str(selectors.nothing(item, universe, finder.names))

@@ -102,8 +102,9 @@ def _holding(tree: Any, names: Names, verb: str) -> None:
   known = [n for records in found for n in records.names]
   if names is None and not known:
     raise errors.AdapterError('no adapter is attached.')
-  wanted = [names] if isinstance(names, str) else list(names or [])
-  for name in wanted:
+  if names is not None and not _listed(names):
+    raise errors.AdapterError(f'{verb}: no adapter was named.')
+  for name in () if names is None else _listed(names):
     if name not in known:
       # The fullest of them says best what there is.
       max(found, key=len).get(name)
@@ -189,7 +190,9 @@ def attach(
   """Attaches an adapter: layers get their parameters adapted from now on.
 
   Unlocked params may be attached to before the first forward pass; what is not
-  there yet is adapted when it is made, and `locked()` ends that.
+  there yet is adapted when it is made, and `locked()` ends that. Where
+  initialisation is under `vmap`, all members begin with one draw; attach
+  afterwards, with `stacked=`, for a draw each.
 
   Args:
     params: the model's params; not changed.
@@ -423,7 +426,11 @@ def adapters(params: bx.Params) -> list[AdapterInfo]:
   params = _params(params, 'adapters')
   infos = []
   for record in live.records_of(params).adapters:
-    weights = [params[p].value for p in record.weight_paths() if p in params]
+    weights = [
+      params[p].value
+      for p in record.weight_paths()
+      if p in params and hasattr(params[p].value, 'dtype')
+    ]
     infos.append(
       AdapterInfo(
         record.name,
@@ -451,7 +458,10 @@ def trainable_mask(params: bx.Params) -> bx.Params:
   Returns:
     Params of the same structure with a bool for every array.
   """
-  params = _params(params, 'trainable_mask')
+  if not _is_params(params):
+    raise errors.SurgeryError(
+      f'trainable_mask: expected bx.Params, found {type(params).__name__}.'
+    )
   data = {
     path: param.replace(
       value=jax.tree.map(lambda _, p=param: p.trainable, param.value)

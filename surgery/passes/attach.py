@@ -132,6 +132,12 @@ def at(who: Any, site: Site) -> Any:
   return who.at(site) if isinstance(who, Adapter) else who
 
 
+def trains(adapter: Adapter, weight: str, dtype: str) -> bool:
+  """Whether a weight of an adapter trains: no frozen one, and no integers."""
+  inexact = dtype.startswith(('float', 'bfloat', 'complex'))
+  return inexact and weight not in adapter.frozen
+
+
 def site_record(
   adapter: Adapter,
   name: str,
@@ -146,7 +152,7 @@ def site_record(
       weight_path(site.layer, site.name, weight, name, taken),
       tuple(struct.shape),
       str(struct.dtype),
-      weight not in adapter.frozen,
+      trains(adapter, weight, str(struct.dtype)),
     )
     for weight, struct in drawn.items()
   }
@@ -246,17 +252,21 @@ def attach(
   waiting = None
   if pending and isinstance(where, selectors.Selector) and not shares:
     waiting = _pending(adapter, where, finder, graph, host)
-  found = finding.sites(
-    finder, where, info, missing='pass' if waiting else 'error'
-  )
+  try:
+    found = finding.sites(
+      finder, where, info, missing='pass' if waiting else 'error'
+    )
+  except errors.SelectorError as error:
+    if not (pending and shares):
+      raise
+    raise errors.SelectorError(
+      f"{error} Adapter type '{adapter.name}' shares weights between sites, so "
+      'it finds what is there now. Initialise the model first.'
+    ) from None
   sites = [site for site, _ in found]
   if waiting is None:
     check_patterns(adapter, sites)
-  if shares and not sites:
-    raise errors.SiteError(
-      f"adapter type '{adapter.name}' shares weights between sites, so it "
-      'cannot be attached before initialisation. Initialise the model first.'
-    )
+    finding.check_axes(finder, info)
   taken = checkpoint.__contains__
   site_records = {}
   for site, met in found:
@@ -265,6 +275,12 @@ def attach(
     if waiting is not None:
       waiting = dataclasses.replace(waiting, met=waiting.met | met)
   shared, shared_leaves = _shared(adapter, sites, seed, name, taken)
+  for one in site_records.values():
+    for weight in set(shared) & set(one.weights):
+      raise errors.PluginError(
+        f"{paths.show(one.site.path)}: adapter type '{adapter.name}' calls a "
+        f'weight {weight!r} in init and in init_shared. Name one otherwise.'
+      )
   record = AdapterRecord(
     name,
     adapter,
@@ -323,7 +339,7 @@ def _shared(
     path = shared_path(weight, name)
     if taken(path):
       raise errors.AdapterError(f'{paths.show(path)}: the name is taken.')
-    trainable = weight not in adapter.frozen
+    trainable = trains(adapter, weight, str(value.dtype))
     specs[weight] = WeightSpec(
       path, tuple(value.shape), str(value.dtype), trainable
     )

@@ -62,6 +62,9 @@ def keys(seed: int, adapter: str, sites: Sequence[Path]) -> np.ndarray:
 
 def wide(dtype: Any) -> Any:
   """Returns the dtype of arithmetic: float32, or the base's if wider."""
+  dtype = jnp.dtype(dtype)
+  if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
+    return jnp.dtype(jnp.float32)  # JAX promotes 8 bits only when told.
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -374,8 +377,26 @@ def _initial(
     return _canonical(specs[name], value.astype(wide(value.dtype)))
 
   with jax.default_matmul_precision('highest'):
-    weights = who.init(site.bind(base), _wrapped(key))
-  return {n: jnp.asarray(w) for n, w in dict(weights).items()}
+    return _named(who, 'init', who.init(site.bind(base), _wrapped(key)))
+
+
+def _named(who: Any, what: str, weights: Any) -> dict[str, Any]:
+  """Returns the weights that an adapter drew.
+
+  Raises:
+    PluginError: if they are no arrays by name.
+  """
+  if not isinstance(weights, Mapping) or not all(
+    isinstance(n, str) and n and not set(n) & set('./\0') for n in weights
+  ):
+    shown = list(weights) if isinstance(weights, Mapping) else type(weights)
+    raise errors.PluginError(
+      f'{what} of {_called(who)!r} returned {shown}, expected a mapping from '
+      'names without dots and slashes to arrays.'
+    )
+  arrays = {n: jnp.asarray(w) for n, w in weights.items()}
+  # No weak types: what is trained or loaded must not be another type.
+  return {n: w.astype(w.dtype) for n, w in arrays.items()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -450,7 +471,7 @@ def draw(
   who: Interceptor,
   sites: Sequence[Site],
   stack: tuple[int, ...],
-  key_data: np.ndarray,
+  key_data: np.ndarray | jax.Array,
   base: Callable[[Site, str], Any] | None = None,
 ) -> list[dict[str, Any]]:
   """Returns the first weights of sites that look alike.
@@ -519,15 +540,21 @@ def draw_shared(
   adapter: Any, sites: Sequence[Site], seed: int, name: str
 ) -> dict[str, Any]:
   """Returns the weights that all sites of an adapter share, by name."""
-  key = _wrapped(keys(seed, name, [()])[0])
+
+  def draw(key: Any) -> dict[str, Any]:
+    # Fences on both sides, as for what is drawn for a site.
+    key = _wrapped(jax.lax.optimization_barrier(key))
+    with jax.default_matmul_precision('highest'):
+      weights = adapter.init_shared(tuple(sites), key)
+    return jax.lax.optimization_barrier(_named(adapter, 'init_shared', weights))
+
   try:
-    weights = adapter.init_shared(tuple(sites), key)
+    return jax.jit(draw)(keys(seed, name, [()])[0])
   except Exception as error:
     raised = _failed(adapter, sites[0], 'init_shared', error)
     if raised is error:
       raise
     raise raised from error
-  return {n: jnp.asarray(w) for n, w in dict(weights).items()}
 
 
 def finite(value: Any) -> bool:

@@ -92,6 +92,13 @@ class Finder:
     known = self.types.get(layer)
     return known.names if known else ()
 
+  def _letters(self, path: Path) -> str | None:
+    """Returns the layout that was given for a parameter."""
+    for selector, letters in self.layouts:
+      if selectors.parse(selector).matches(path, self.names(path[:-1])):
+        return letters
+    return None
+
   def spec(self, path: Path, info: Info) -> ParamSpec:
     """Returns what is known of a parameter, with roles of its axes.
 
@@ -100,11 +107,7 @@ class Finder:
     """
     layer, name = path[:-1], path[-1]
     rank, stack = len(info.shape), None
-    layout: str | None = None
-    for selector, letters in self.layouts:
-      if selectors.parse(selector).matches(path, self.names(layer)):
-        layout = letters
-        break
+    layout = self._letters(path)
     if layout is not None:
       stack = len(layout) - len(layout.lstrip('s'))
       layout = layout.lstrip('s')
@@ -140,13 +143,48 @@ class Finder:
       params: the layer's parameters.
       extras: whether the others in `rewrites` belong to it.
     """
-    names = [name]
-    if extras:
-      names += [
-        n for n in self.adapter.rewrites[1:] if n in params and n != name
-      ]
-    specs = tuple(self.spec((*layer, n), params[n]) for n in names)
-    return Site(layer, specs, self.names(layer))
+    primary = self.spec((*layer, name), params[name])
+    others = self.adapter.rewrites[1:] if extras else ()
+    beside = [
+      self._beside((*layer, n), params[n], primary, params[name])
+      for n in others
+      if n in params and n != name
+    ]
+    return Site(layer, (primary, *beside), self.names(layer))
+
+  def _beside(
+    self, path: Path, info: Info, primary: ParamSpec, whole: Info
+  ) -> ParamSpec:
+    """Returns what is known of a parameter beside a site's primary one.
+
+    One that is shaped as the outputs are, such as a bias, has their roles,
+    unless a layout of as many letters was given for it.
+
+    Args:
+      path: the parameter.
+      info: its shape.
+      primary: the primary parameter.
+      whole: that one's shape.
+
+    Raises:
+      SiteError: if not the same axes are stacked in front of both.
+    """
+    stack = whole.shape[: len(whole.shape) - len(primary.shape)]
+    letters = self._letters(path)
+    given = letters is not None and len(letters) == len(info.shape)
+    if info.shape == stack + primary.out_shape and not given:
+      roles = 'o' * len(primary.out_shape)
+      sharding = tuple(info.sharding[len(stack) :])
+      return ParamSpec(path[-1], primary.out_shape, info.dtype, roles, sharding)
+    spec = self.spec(path, info)
+    front = info.shape[: len(info.shape) - len(spec.shape)]
+    if front != stack:
+      raise errors.SiteError(
+        f'{paths.show(path)}: its stacked axes are {front}, those of '
+        f"{primary.name!r} are {stack}, and adapter type '{self.adapter.name}' "
+        'rewrites both together. Give the right stacked= or layout= for each.'
+      )
+    return spec
 
   def serves(self, site: Site) -> bool:
     """Asks hooks, the adapter's first, whether it can serve a site."""
@@ -187,6 +225,23 @@ class Finder:
       )
 
     return ask
+
+
+def check_axes(finder: Finder, info: Iterable[Path]) -> None:
+  """Raises if a layout or number of stacked axes is for no parameter.
+
+  Raises:
+    SelectorError: naming the selector and the nearest paths.
+  """
+  universe = list(info)
+  for what in ('layouts', 'stacked'):
+    for selector, _ in getattr(finder, what):
+      read = selectors.parse(selector)
+      if universe and not any(
+        read.matches(p, finder.names(p[:-1])) for p in universe
+      ):
+        error = selectors.nothing(read.positive[0], universe, finder.names)
+        raise errors.SelectorError(f'{what.removesuffix("s")}: {error}')
 
 
 def by_layer(info: Mapping[Path, Info]) -> dict[Path, dict[str, Info]]:
@@ -249,7 +304,7 @@ def sites(
         continue
       site = finder.site(layer, name, layers[layer], usual)
       if not finder.serves(site):
-        why = finder.adapter.serves(site) or 'a plugin refused it'
+        why = finder.adapter.at(site).serves(site) or 'a plugin refused it'
         reasons.setdefault(index, f'{paths.show(path)}: {why}')
         if not at_layer and item.literal:
           raise errors.SiteError(

@@ -75,6 +75,8 @@ def freeze(
   Raises:
     SelectorError: for a selector that matches nothing.
     PluginError: for a policy that nobody knows.
+    AdapterError: under a policy, if an adapter still looks for parameters:
+      those to come would not be frozen.
   """
   if select is not None and policy is not None:
     raise errors.SurgeryError('freeze: give a selector or a policy, not both.')
@@ -89,6 +91,8 @@ def freeze(
     }
     return checkpoint.replace(leaves=leaves)
   policy = policy or ADAPTERS
+  for record in checkpoint.records(host).adapters:
+    record.check_met('freeze')
   # Adapters know their weights by the names that `init` gave them.
   owners = {
     spec.path: (record, name)

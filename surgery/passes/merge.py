@@ -61,6 +61,25 @@ def check_order(records: Records, names: Sequence[str]) -> None:
         )
 
 
+def _check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
+  """Raises unless all that an adapter rewrites and needs is there.
+
+  Raises:
+    AdapterError: naming what is missing.
+  """
+  rewritten = [
+    (*one.site.layer, spec.name)
+    for one in record.sites.values()
+    for spec in one.site.params
+  ]
+  for path in (*rewritten, *record.weight_paths()):
+    if path not in checkpoint:
+      raise errors.AdapterError(
+        f'{paths.show(path)}: adapter {record.name!r} cannot be merged without '
+        'it. Put the halves that split() made together first: a.merge(b).'
+      )
+
+
 def merge(
   checkpoint: Checkpoint,
   names: str | Sequence[str] | None = None,
@@ -83,7 +102,8 @@ def merge(
     The checkpoint without these adapters, computed when leaves are asked for.
 
   Raises:
-    AdapterError: for an unknown name, or one that is disabled.
+    AdapterError: for an unknown name, one that is disabled, or one of which
+      something is missing.
     OrderError: if an adapter inside does not commute.
     SiteError: if a result is not finite.
   """
@@ -95,10 +115,8 @@ def merge(
         f'adapter {name!r} is disabled: layers do not get what it would merge. '
         'Enable it first, or detach it.'
       )
-    if not records.get(name).sites:
-      raise errors.AdapterError(
-        f'adapter {name!r} has no site yet. Initialise the model first.'
-      )
+    records.get(name).check_met('merge')
+    _check_whole(checkpoint, records.get(name))
   check_order(records, merged)
   encode = _asked(records, merged, host)
   gone = {p for n in merged for p in records.get(n).weight_paths()}

@@ -128,6 +128,11 @@ def test_layouts_are_given_by_selector():
     ({'layout': 'ixo'}, 'expected a letter an axis'),
     ({'stacked': -1}, 'expected a number of axes >= 0, found -1'),
     ({'layout': 'sio', 'stacked': 2}, 'does not fit the layout'),
+    (
+      {'layout': {'**/layr': 'iio'}},
+      r"layout: selector '\*\*/layr' matches no",
+    ),
+    ({'stacked': {'**/layr': 1}}, r"stacked: selector '\*\*/layr' matches no"),
   ],
 )
 def test_a_layout_that_does_not_fit_is_refused(options, message):
@@ -142,8 +147,15 @@ def layer_case(make, x):
   graph = bx.Graph('net')
   rng = bx.Rng(graph.child('rng'))
   layer = make(graph.child('layer'), rng)
-  y, params = layer(rng.seed(bx.Params(), seed=0), x)
-  return graph, layer, params.locked(), y
+  # Its shapes are asked for, its values are not drawn: that compiles slowly.
+  start = lambda: rng.seed(bx.Params(), seed=0)
+  shapes = jax.eval_shape(lambda: layer(start(), x)[1])
+  params = bx.Params()
+  for path, param in shapes.items():
+    if path[1] == 'layer':
+      params[path] = bx.Param(jnp.asarray(numbers(*param.value.shape)))
+  params = params.locked()
+  return graph, layer, params, layer(params, x)[0]
 
 
 LAYERS = {
@@ -187,6 +199,48 @@ def test_what_is_merged_is_what_the_layer_gets(name):
   assert not jnp.array_equal(
     layer(params, x)[0], layer(surgery.disable(params), x)[0]
   )
+
+
+@pytest.mark.parametrize(
+  ('name', 'formula'),
+  [
+    ('Linear', 'ir,ro->io'),
+    ('Conv1', 'hir,ro->hio'),
+    ('Conv2', 'hwir,ro->hwio'),
+    ('grouped', 'hir,ro->hio'),
+    ('ConvTranspose', 'hwir,ro->hwoi'),
+  ],
+)
+def test_a_layers_kernel_is_updated_as_it_is_stored(name, formula):
+  make, shape = LAYERS[name]
+  graph, _, params, _ = layer_case(make, jnp.asarray(numbers(*shape)))
+  kernel = weight(params, 'kernel')
+  params = randomised(
+    surgery.attach(
+      params, surgery.LoRA(rank=2, alpha=6.0), to='**', graph=graph
+    )
+  )
+  a, b = weight(params, 'lora_a'), weight(params, 'lora_b')
+  np.testing.assert_allclose(
+    merged_kernel(params),
+    kernel + 3 * np.einsum(formula, a, b),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize('layout', ['ioo', {'**/kernel': 'ioo'}])
+def test_a_bias_of_two_axes_has_the_roles_of_the_outputs(layout):
+  kernel, bias = numbers(6, 2, 4), numbers(2, 4)
+  params = surgery.attach(
+    single(kernel, bias=bias), Scale(), to='**', layout=layout, host=HOST
+  )
+  merged = surgery.merge(params, host=HOST)
+  scale = np.arange(1.0, 9).reshape(2, 4)
+  for name, value in (('kernel', kernel), ('bias', bias)):
+    np.testing.assert_allclose(
+      merged[('net', 'layer', name)].value, value * scale, rtol=1e-6
+    )
 
 
 def test_an_embedding_is_adapted_where_it_is_looked_up_and_attended():
@@ -241,6 +295,47 @@ def test_an_adapter_of_kernel_and_bias_is_stacked_too():
   np.testing.assert_allclose(
     merged[('net', 'layer', 'bias')].value, bias * scale, rtol=1e-6
   )
+
+
+@pytest.mark.parametrize(
+  'how',
+  [{'stacked': 1}, {'layout': 'sio'}, {'layout': {'**/kernel': 'sio'}}],
+)
+def test_a_bias_is_stacked_as_its_kernel_is(how):
+  params, kernel = stacked_params(3)
+  params = surgery.attach(params, Scale(), to='**', host=HOST, **how)
+  assert (3, 4) == weight(params, 'scale').shape
+  bias = surgery.merge(params, host=HOST)[('net', 'layer', 'bias')].value
+  np.testing.assert_allclose(
+    bias, weight(params, 'bias') * np.arange(1.0, 5), rtol=1e-6
+  )
+
+
+def test_a_bias_that_is_not_stacked_as_its_kernel_is_refused():
+  params = single(numbers(3, 4, 5), bias=numbers(5))
+  with pytest.raises(
+    surgery.SiteError, match=r'bias: its stacked axes are \(5,\), .* \(3,\)'
+  ):
+    surgery.attach(params, Scale(), to='**', stacked=1, host=HOST)
+
+
+def test_a_vmap_of_a_scan_gets_what_the_verb_outside_merges():
+  layer = bx.Linear(bx.Graph('net').child('layer'), 4, rng=None)
+  params, _ = stacked_params(2, 3)
+  params = surgery.attach(params, surgery.LoRA(rank=2), to='**', stacked=2)
+  params = surgery.attach(
+    params, Scale(), to='**', stacked=2, name='scale', host=HOST
+  )
+  params = randomised(params)
+
+  def call(params):
+    body = lambda x, p: (jnp.tanh(layer(p, x)[0]), None)
+    return jax.lax.scan(body, jnp.asarray(numbers(2, 4)), params)[0]
+
+  adapted = jax.vmap(call)(params)
+  merged = jax.vmap(call)(surgery.merge(params, host=HOST))
+  np.testing.assert_allclose(adapted, merged, rtol=1e-5, atol=1e-5)
+  assert not jnp.allclose(adapted[0], adapted[1])
 
 
 @pytest.mark.parametrize('by', ['graph', 'stacked', 'layout'])

@@ -138,6 +138,60 @@ def test_jaxs_default_generator_does_not_matter():
   assert_same(expected, actual)
 
 
+class Shared(surgery.Adapter):
+  """Shares what it draws."""
+
+  name = 'shared'
+
+  def init_shared(self, sites, key):
+    size = max(site.in_size for site in sites)
+    noise = jax.random.normal(surgery.named_key(key, 'bank'), (size, 5))
+    return {'bank': noise / jnp.sqrt(3.0) * 0.1 + 0.7}
+
+  def init(self, site, key):
+    return {'w': jnp.ones(site.out_shape)}
+
+  def apply(self, site, name, base, weights):
+    return base + weights['w'] * weights['bank'][: site.in_size].sum()
+
+
+def test_what_sites_share_is_drawn_once_and_the_same_under_jit():
+  host = surgery.Host(plugins=[Shared])
+  attach = lambda p: surgery.attach(p, Shared(), to='**', host=host)
+  eager = attach(params_of(2))
+  assert ('surgery.default', 'bank') in eager
+  assert_same(drawn(eager), drawn(jax.jit(attach)(params_of(2))))
+
+
+def test_named_keys_differ_by_name_and_key():
+  keys = [
+    surgery.named_key(jax.random.key(seed), name)
+    for seed in (0, 1)
+    for name in ('lora_a', 'lora_b')
+  ]
+  assert 4 == len({jax.random.key_data(k).tobytes() for k in keys})
+  again = surgery.named_key(jax.random.key(0), 'lora_a')
+  assert jnp.array_equal(
+    jax.random.key_data(keys[0]), jax.random.key_data(again)
+  )
+
+
+def test_weights_have_strong_types():
+  # A weak one would turn strong in the first training step: another program.
+  cls, host = broken(init=lambda self, site, key: {'w': jnp.full((2,), 0.1)})
+  params = surgery.attach(params_of(1), cls(), to='**', host=host)
+  assert not params[('net', 'layer0', 'w')].value.weak_type
+
+
+def test_integers_do_not_train():
+  cls, host = broken(
+    init=lambda self, site, key: {'i': jnp.arange(2), 'w': jnp.ones(2)}
+  )
+  params = surgery.attach(params_of(1), cls(), to='**', host=host)
+  assert not params[('net', 'layer0', 'i')].trainable
+  assert params[('net', 'layer0', 'w')].trainable
+
+
 # What a site says.
 
 
@@ -146,6 +200,32 @@ def test_an_adapter_that_asks_for_its_path_is_computed_site_by_site():
   merged = surgery.merge(params, host=HOST)
   for i in range(3):
     assert jnp.all(merged[('net', f'layer{i}', 'kernel')].value == 2 * i + 2)
+
+
+@pytest.mark.parametrize(
+  'ask',
+  [
+    lambda site: int(site.path[-2][-1]),
+    lambda site: [('net', f'layer{i}') for i in range(3)].index(site.layer),
+    lambda site: int(site.layer == ('net', 'layer1')),
+    lambda site: {('net', 'layer2'): 2}.get(site.layer, 0),
+    lambda site: int(f'{site.layer}'[-3]),
+  ],
+)
+def test_however_a_site_is_told_from_others_it_is_told_right(ask):
+  cls, host = broken(
+    init=lambda self, site, key: {'w': jnp.asarray(float(ask(site)))},
+    apply=lambda self, site, name, base, weights: (
+      0 * base + weights['w'] * 10 + ask(site)
+    ),
+  )
+  params = surgery.attach(params_of(3), cls(), to='**', host=host)
+  merged = surgery.merge(params, host=host)
+  for i in range(3):
+    path = ('net', f'layer{i}', 'kernel')
+    spec = surgery.ParamSpec('kernel', (3, 2), 'float32', 'io')
+    expected = 11 * ask(surgery.Site(path[:-1], (spec,)))
+    assert jnp.all(merged[path].value == expected), path
 
 
 def test_an_adapter_that_asks_for_its_base_gets_each_sites_own():
@@ -257,6 +337,72 @@ def test_a_type_without_apply_is_refused():
 
   with pytest.raises(surgery.PluginError, match='has no method `apply`'):
     surgery.Host(plugins=[Half], entry_points=False)
+  with pytest.raises(surgery.PluginError, match='has no method `apply`'):
+    Half()
+
+
+@pytest.mark.parametrize('name', ['name', 'init', 'config', 'frozen'])
+def test_an_option_that_hides_the_contract_is_refused(name):
+  body = {'name': 'odd', name: 'x', '__annotations__': {name: str}}
+  cls, _ = broken()
+  odd = type('Odd', (cls,), body)
+  with pytest.raises(
+    surgery.PluginError, match=f"Odd: '{name}' is part of the contract"
+  ):
+    odd()
+
+
+@pytest.mark.parametrize(
+  ('weights', 'shown'),
+  [
+    (None, 'NoneType'),
+    ({3: 1.0}, r'\[3\]'),
+    ({'a.b': 1.0}, r"\['a\.b'\]"),
+    ({'a/b': 1.0}, r"\['a/b'\]"),
+    ({'': 1.0}, r"\[''\]"),
+  ],
+)
+def test_init_that_returns_no_weights_by_name_is_refused(weights, shown):
+  cls, host = broken(init=lambda self, site, key: weights)
+  with pytest.raises(
+    surgery.PluginError,
+    match=rf"net/layer0/kernel: init of 'broken' returned .*{shown}",
+  ):
+    surgery.attach(params_of(1), cls(), to='**', host=host)
+
+
+def test_a_weight_that_is_both_shared_and_a_sites_own_is_refused():
+  cls, host = broken(init_shared=lambda self, sites, key: {'w': jnp.ones(2)})
+  with pytest.raises(
+    surgery.PluginError, match="'broken' calls a weight 'w' in init and"
+  ):
+    surgery.attach(params_of(1), cls(), to='**', host=host)
+
+
+def test_apply_that_returns_no_array_is_named_with_its_site():
+  cls, host = broken(apply=lambda self, site, name, base, weights: None)
+  params = surgery.attach(params_of(1), cls(), to='**', host=host)
+  with pytest.raises(
+    surgery.PluginError, match=r"net/layer0/kernel: apply of 'broken' .*None"
+  ):
+    surgery.merge(params, host=host)
+
+
+def test_what_a_type_serves_may_depend_on_the_options_of_a_site():
+  class Picky(broken()[0]):
+    name = 'picky'
+    wide: bool = True
+
+    def serves(self, site):
+      return 'it is too narrow' if self.wide else None
+
+  host = surgery.Host(plugins=[Picky], entry_points=False)
+  adapter = Picky(patterns={'**/layer1': {'wide': False}})
+  with pytest.raises(surgery.SiteError, match=r'layer0/kernel: it is too nar'):
+    surgery.attach(params_of(2), adapter, to='**/layer0', host=host)
+  params = surgery.attach(params_of(2), adapter, to='**', host=host)
+  [info] = surgery.adapters(params)
+  assert (('net', 'layer1', 'kernel'),) == info.sites
 
 
 def test_an_option_that_a_file_cannot_hold_is_refused():

@@ -41,7 +41,9 @@ def test_repr_shows_what_would_be_touched():
 
 
 def test_repr_of_many_is_cut():
-  universe = {('net', str(i)): '' for i in range(100)}
+  universe: dict[tuple[str, ...], str] = {
+    ('net', str(i)): '' for i in range(100)
+  }
   lines = repr(Selection(universe, universe)).splitlines()
   assert 22 == len(lines)
   assert '  … and 80 more' == lines[-1]

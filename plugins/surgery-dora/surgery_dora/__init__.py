@@ -57,11 +57,11 @@ class DoRA(surgery.Adapter):
         f'{site.in_size}×{site.out_size}. Choose a rank of at most {largest}.'
       )
     draw = jax.random.normal(
-      surgery.named_key(key, 'lora_a'), (*site.in_shape, self.rank)
+      surgery.named_key(key, 'lora_a'), (*site.in_shape, self.rank), 'float32'
     )
     return {
       'lora_a': draw / math.sqrt(self.rank),
-      'lora_b': jnp.zeros((self.rank, *site.out_shape)),
+      'lora_b': jnp.zeros((self.rank, *site.out_shape), 'float32'),
       'magnitude': _norm(site.base(), site),
     }
 

@@ -17,7 +17,9 @@ class IA3(surgery.Adapter):
 
   `W' = W · scale` and `b' = b · scale` with `scale` of shape `out_shape`; with
   `feedforward`, `scale` has shape `in_shape`, multiplies the rows of `W`, and
-  the bias stays. It is one at the start, so `W' = W`.
+  the bias stays. It is one at the start, so `W' = W`. The inputs of a
+  convolution are `(*kernel_size, in)`: each tap has a scale of its own there,
+  where PEFT has one a channel.
   """
 
   name = 'ia3'
@@ -31,7 +33,7 @@ class IA3(surgery.Adapter):
     """Returns `scale`, ones of shape `out_shape`, or `in_shape`."""
     del key
     shape = site.in_shape if self.feedforward else site.out_shape
-    return {'scale': jnp.ones(shape)}
+    return {'scale': jnp.ones(shape, 'float32')}
 
   def apply(
     self, site: surgery.Site, name: str, base: jax.Array, weights: Any

@@ -1,5 +1,7 @@
 import blox as bx
+import jax
 import jax.numpy as jnp
+import pytest
 from surgery_ia3 import IA3
 
 import surgery
@@ -59,7 +61,48 @@ def test_attached_before_initialisation_it_scales_kernel_and_bias():
   assert jnp.array_equal(y * jnp.array([2.0, 0.0, 1.0]), scaled)
 
 
-def test_a_layer_without_bias_is_served(net):
+@pytest.mark.parametrize('patterns', [{}, FEEDFORWARD])
+def test_before_initialisation_each_site_has_its_options(patterns):
+  graph = bx.Graph('net')
+  layer = bx.Linear(
+    graph.child('hidden1'), 3, rng=None, kernel_init=jax.nn.initializers.ones
+  )
+  start = surgery.attach(bx.Params(), IA3(patterns=patterns), to='**/hidden1')
+  _, params = layer(start, jnp.ones((2, 4)))
+  path = ('net', 'hidden1', 'scale')
+  assert ((4,) if patterns else (3,)) == params.locked()[path].value.shape
+
+
+def made(**values):
+  params = bx.Params()
+  for name, value in values.items():
+    params[('net', 'a', name)] = bx.Param(jnp.asarray(value))
+  return params.locked()
+
+
+def test_an_attention_kernel_is_scaled_by_head_and_so_is_its_bias():
+  params = made(kernel=jnp.ones((6, 2, 4)), bias=jnp.ones((2, 4)))
+  params = surgery.attach(params, IA3(), to='**', layout='ioo').unlocked()
+  scale = jnp.arange(8.0).reshape(2, 4)
+  path = ('net', 'a', 'scale')
+  params[path] = params[path].replace(value=scale)
+  merged = surgery.merge(params.locked())
+  assert jnp.array_equal(scale, merged[('net', 'a', 'bias')].value)
+  assert jnp.array_equal(scale, merged[('net', 'a', 'kernel')].value[5])
+
+
+def test_inputs_are_scaled_where_there_are_several_axes_of_them():
+  params = made(kernel=jnp.ones((2, 4, 6)), bias=jnp.ones((6,)))
+  params = surgery.attach(params, IA3(feedforward=True), to='**').unlocked()
+  scale = jnp.arange(8.0).reshape(2, 4)
+  path = ('net', 'a', 'scale')
+  params[path] = params[path].replace(value=scale)
+  merged = surgery.merge(params.locked())
+  assert jnp.array_equal(scale, merged[('net', 'a', 'kernel')].value[..., 5])
+  assert jnp.all(merged[('net', 'a', 'bias')].value == 1)
+
+
+def test_a_layer_without_bias_is_served():
   graph = bx.Graph('net')
   rng = bx.Rng(graph.child('rng'))
   layer = bx.Linear(graph.child('a'), 3, rng=rng, use_bias=False)

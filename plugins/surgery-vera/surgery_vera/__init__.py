@@ -43,6 +43,7 @@ class VeRA(surgery.Adapter):
     uniform = lambda name, shape, fan: jax.random.uniform(
       surgery.named_key(key, name),
       shape,
+      'float32',
       minval=-((3 / fan) ** 0.5),
       maxval=(3 / fan) ** 0.5,
     )
@@ -55,8 +56,8 @@ class VeRA(surgery.Adapter):
     """Returns `lambda_d` `(rank,)` and `lambda_b` `(out,)`, zeros."""
     del key
     return {
-      'lambda_d': jnp.full((self.rank,), self.d_initial),
-      'lambda_b': jnp.zeros((site.out_size,)),
+      'lambda_d': jnp.full((self.rank,), self.d_initial, 'float32'),
+      'lambda_b': jnp.zeros((site.out_size,), 'float32'),
     }
 
   def apply(

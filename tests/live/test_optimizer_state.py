@@ -1,0 +1,174 @@
+"""Verbs on optimizer states, which hold params."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import surgery
+from tests.live import models
+
+LORA = surgery.LoRA(rank=2)
+
+
+@pytest.fixture(scope='module')
+def net():
+  model, base, x = models.mlp()
+  params = base
+  for name in ('one', 'two'):
+    params = surgery.attach(params, LORA, to='**/hidden*', name=name)
+  return model, surgery.freeze(models.stirred(params)), x
+
+
+def _labels(params):
+  """Returns what each parameter is called, for `multi_transform`."""
+  return type_preserving(
+    params, lambda path, param: param.metadata.get('adapter', 'base')
+  )
+
+
+def type_preserving(params, label):
+  leaves = {p: label(p, q) for p, q in params.items()}
+  paths = sorted(leaves)
+  return jax.tree.unflatten(
+    jax.tree.structure(params), [leaves[p] for p in paths]
+  )
+
+
+OPTIMIZERS = {
+  'adam': lambda params: optax.adam(0.1),
+  'chain': lambda params: optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(0.1)
+  ),
+  'masked': lambda params: optax.masked(
+    optax.adam(0.1),
+    type_preserving(params, lambda path, param: path[-1].startswith('lora_a')),
+  ),
+  'multi_transform': lambda params: optax.multi_transform(
+    {
+      'one': optax.adam(0.1),
+      'two': optax.sgd(0.1, momentum=0.9),
+      'base': optax.set_to_zero(),
+    },
+    _labels(params),
+  ),
+}
+
+
+@pytest.fixture(scope='module', params=OPTIMIZERS)
+def make(request):
+  return OPTIMIZERS[request.param]
+
+
+def _step(net, optimizer, params, state):
+  model, _, x = net
+  trainable, rest = params.split()
+  grads = jax.jit(jax.grad(lambda t: (model(t.merge(rest), x)[0] ** 2).mean()))(
+    trainable
+  )
+  updates, state = optimizer.update(grads, state, trainable)
+  return optax.apply_updates(trainable, updates).merge(rest), state
+
+
+@pytest.mark.parametrize(
+  'verb',
+  [
+    pytest.param(lambda t: surgery.disable(t, 'one'), id='disable'),
+    pytest.param(lambda t: surgery.detach(t, 'one'), id='detach'),
+  ],
+)
+def test_a_state_follows_its_params(net, make, verb):
+  _, params, _ = net
+  optimizer = make(params.split()[0])
+  params, state = _step(
+    net, optimizer, params, optimizer.init(params.split()[0])
+  )
+  params, state = verb((params, state))
+  # As an optimizer made for what is left.
+  optimizer = make(params.split()[0])
+  fresh = optimizer.init(params.split()[0])
+  assert jax.tree.structure(fresh) == jax.tree.structure(state)
+  params, after = _step(net, optimizer, params, state)
+  assert jax.tree.structure(state) == jax.tree.structure(after)
+
+
+def test_a_state_keeps_its_moments(net):
+  _, params, _ = net
+  optimizer = optax.adam(0.1)
+  params, state = _step(
+    net, optimizer, params, optimizer.init(params.split()[0])
+  )
+  left = surgery.detach(state, 'one')
+  for path, param in left[0].mu.items():
+    assert models.bits(state[0].mu[path].value) == models.bits(param.value)
+  assert {'two'} == {q.metadata['adapter'] for _, q in left[0].mu.items()}
+
+
+def test_a_state_comes_back_when_the_adapter_does(net):
+  _, params, _ = net
+  state = optax.adam(0.1).init(params.split()[0])
+  back = surgery.enable(surgery.disable(state, 'one'), 'one')
+  assert jax.tree.structure(state) == jax.tree.structure(back)
+
+
+def test_detaching_all_leaves_a_state_of_the_base(net):
+  model, base, _ = models.mlp()
+  del model
+  _, params, _ = net
+  weights = lambda p: p.split(lambda path, q: 'rng' not in path)[0]
+  base = weights(surgery.freeze(base))
+  state = surgery.detach(optax.adam(0.1).init(weights(params)))
+  expected = optax.adam(0.1).init(base)
+  assert jax.tree.structure(expected) == jax.tree.structure(state)
+
+
+def test_a_train_state_of_ones_own_is_followed(net):
+  _, params, _ = net
+  state = {
+    'step': 3,
+    'params': params,
+    'opt': [optax.adam(0.1).init(params.split()[0])],
+  }
+  after = surgery.detach(state, 'one')
+  assert 3 == after['step']
+  assert ['two'] == [i.name for i in surgery.adapters(after['params'])]
+  assert ('two',) == after['opt'][0][0].mu.records.names
+
+
+def test_params_that_lack_the_adapter_are_left_alone(net):
+  _, params, _ = net
+  other = surgery.detach(params, 'one')
+  both = surgery.disable([params, other], 'one')
+  assert other is both[1]
+  assert not surgery.adapters(both[0])[0].enabled
+
+
+def test_a_state_without_the_adapter_is_refused(net):
+  _, params, _ = net
+  state = optax.adam(0.1).init(surgery.detach(params, 'one').split()[0])
+  with pytest.raises(surgery.AdapterError, match="'one'"):
+    surgery.detach(state, 'one')
+
+
+def test_a_state_without_any_params_is_refused():
+  state = optax.adam(0.1).init({'w': jnp.ones(3)})
+  with pytest.raises(surgery.SurgeryError, match='without any'):
+    surgery.detach(state)
+
+
+def test_a_state_of_designed_in_weights_alone_is_followed():
+  _, params, _ = models.mlp(layer=surgery.LoraLinear, rank=2)
+  weights, _ = params.split(models.is_weight)
+  state = optax.adam(0.1).init(weights)
+  assert 0 == len(surgery.detach(state)[0].mu)
+  assert not surgery.adapters(surgery.disable(state)[0].mu)[0].enabled
+
+
+def test_a_masked_state_of_designed_in_weights_is_followed():
+  _, params, _ = models.mlp(layer=surgery.LoraLinear, rank=2)
+  mask = type_preserving(params, models.is_weight)
+  state = optax.masked(optax.adam(0.1), mask).init(params)
+  left = surgery.detach(state)
+  assert 4 == len(state.inner_state[0].mu) - len(left.inner_state[0].mu)
