@@ -116,7 +116,8 @@ class Adapter(_Configured):
       key: PRNG key that depends on seed, adapter name and the site's path.
 
     Returns:
-      Arrays by name. Which of them train is said by `frozen`.
+      Arrays by name; a name has no dots and slashes. All train but those in
+      `frozen` and integers.
     """
     raise NotImplementedError
 
@@ -143,6 +144,8 @@ class Adapter(_Configured):
 
   def init_shared(self, sites: Sequence[Site], key: jax.Array) -> Weights:
     """Returns weights that all sites of this adapter share, by name.
+
+    `apply` gets them beside those of `init`, whose names they may not have.
 
     Args:
       sites: all sites of this adapter.

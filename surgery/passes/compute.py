@@ -536,20 +536,29 @@ def site_shapes(who: Interceptor, site: Site) -> tuple[Any, frozenset[str]]:
     raise raised from error
 
 
-def draw_shared(
-  adapter: Any, sites: Sequence[Site], seed: int, name: str
-) -> dict[str, Any]:
-  """Returns the weights that all sites of an adapter share, by name."""
+@functools.lru_cache(maxsize=64)
+def _drawing_shared(
+  adapter: Any, sites: tuple[Site, ...]
+) -> Callable[[Any], dict[str, Any]]:
+  """Returns the compiled function that draws what sites share."""
 
   def draw(key: Any) -> dict[str, Any]:
     # Fences on both sides, as for what is drawn for a site.
     key = _wrapped(jax.lax.optimization_barrier(key))
     with jax.default_matmul_precision('highest'):
-      weights = adapter.init_shared(tuple(sites), key)
+      weights = adapter.init_shared(sites, key)
     return jax.lax.optimization_barrier(_named(adapter, 'init_shared', weights))
 
+  return jax.jit(draw)
+
+
+def draw_shared(
+  adapter: Any, sites: Sequence[Site], seed: int, name: str
+) -> dict[str, Any]:
+  """Returns the weights that all sites of an adapter share, by name."""
+  key = keys(seed, name, [()])[0]
   try:
-    return jax.jit(draw)(keys(seed, name, [()])[0])
+    return _drawing_shared(adapter, tuple(sites))(key)
   except Exception as error:
     raised = _failed(adapter, sites[0], 'init_shared', error)
     if raised is error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import blox as bx
 import flax.serialization
 import jax
@@ -421,4 +419,4 @@ def test_a_failure_while_saving_leaves_the_old_file(tmp_path):
   with pytest.raises(surgery.SurgeryError):
     surgery.save(file, of(a=jnp.zeros(1), z=object()))
   assert before == file.read_bytes()
-  assert ['m.msgpack'] == os.listdir(tmp_path)
+  assert [file] == list(tmp_path.iterdir())

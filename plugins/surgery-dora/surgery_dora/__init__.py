@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ def _norm(value: jax.Array, site: surgery.Site) -> jax.Array:
   return jnp.sqrt(jnp.sum(value**2, axis=tuple(range(len(site.in_shape)))))
 
 
-class DoRA(surgery.Adapter):
+class DoRA(surgery.LoRA):
   """Learns direction and magnitude apart (Liu et al. 2024, arXiv 2402.09353).
 
   `W' = m · V / ‖V‖` with `V = W + s·A·B`, where `A` has shape `in_shape +
@@ -29,20 +28,7 @@ class DoRA(surgery.Adapter):
   """
 
   name = 'dora'
-
-  rank: int = surgery.field(default=8, ge=1, doc='Rank of the update.')
-  alpha: float | None = surgery.field(
-    default=None, gt=0, doc='Scale times rank; twice the rank by default.'
-  )
-  rslora: bool = surgery.field(
-    default=False, doc='Scale by 1/√rank instead of 1/rank.'
-  )
-
-  @property
-  def scale(self) -> float:
-    """Factor of the product of `A` and `B`."""
-    alpha = 2 * self.rank if self.alpha is None else self.alpha
-    return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+  adds = False
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
     """Returns `lora_a`, `lora_b` (zeros) and `magnitude`.
@@ -50,20 +36,8 @@ class DoRA(surgery.Adapter):
     Raises:
       SiteError: if the rank exceeds the smaller side of the matrix.
     """
-    largest = min(site.in_size, site.out_size)
-    if self.rank > largest:
-      raise surgery.SiteError(
-        f'rank {self.rank} exceeds the smaller side of '
-        f'{site.in_size}×{site.out_size}. Choose a rank of at most {largest}.'
-      )
-    draw = jax.random.normal(
-      surgery.named_key(key, 'lora_a'), (*site.in_shape, self.rank), 'float32'
-    )
-    return {
-      'lora_a': draw / math.sqrt(self.rank),
-      'lora_b': jnp.zeros((self.rank, *site.out_shape), 'float32'),
-      'magnitude': _norm(site.base(), site),
-    }
+    factors = super().init(site, key)
+    return {**factors, 'magnitude': _norm(site.base(), site)}
 
   def apply(
     self, site: surgery.Site, name: str, base: jax.Array, weights: Any
@@ -78,7 +52,6 @@ class DoRA(surgery.Adapter):
 
   def sharding(self, site: surgery.Site, weight: str) -> tuple[Any, ...]:
     """The outer axes of the factors are split as the base's are."""
-    outputs = site.primary.roles_sharding('o')
-    if weight == 'lora_a':
-      return (*site.primary.roles_sharding('i'), None)
-    return outputs if weight == 'magnitude' else (None, *outputs)
+    if weight == 'magnitude':
+      return site.primary.roles_sharding('o')
+    return super().sharding(site, weight)

@@ -111,9 +111,7 @@ def test_the_norm_is_taken_over_the_inputs_of_any_layer(
   params = surgery.attach(params.locked(), DoRA(rank=2), to='**', **how)
   stored = {p[-1].split('.')[0]: p for p in params.keys()}
   norm = np.sqrt((value**2).sum(inputs))
-  np.testing.assert_allclose(
-    params[stored['magnitude']].value, norm, rtol=1e-6
-  )
+  np.testing.assert_allclose(params[stored['magnitude']].value, norm, rtol=1e-6)
   # Twice the magnitude is twice the parameter.
   params = params.unlocked()
   params[stored['magnitude']] = params[stored['magnitude']].replace(

@@ -43,11 +43,13 @@ def test_it_keeps_the_laws(net):
 
 def test_its_vectors_train_and_its_matrices_never_do(net):
   params = net.randomised(attached(net))
+  gradients = net.gradients(params)
   assert {
     net.path(layer, name)
     for layer in LAYERS
     for name in ('lambda_b', 'lambda_d')
-  } == set(net.gradients(params))
+  } == set(gradients)
+  assert all(jnp.any(g.value != 0) for g in gradients.values())
   thawed = surgery.unfreeze(surgery.freeze(params))
   assert not any(thawed[path].trainable for path in SHARED)
 
