@@ -62,7 +62,9 @@ class LoRA(Adapter):
       'lora_b': jnp.zeros((self.rank, *site.out_shape), 'float32'),
     }
 
-  def apply(self, site: Site, name: str, base: Any, weights: Any) -> LowRank:
+  def apply(
+    self, site: Site, name: str, base: Any, weights: Any
+  ) -> Any | LowRank:
     """Returns `base + scale · lora_a · lora_b`, as factors."""
     del site, name
     return LowRank(base, weights['lora_a'], weights['lora_b'], self.scale)
