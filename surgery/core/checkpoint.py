@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,12 @@ from surgery.core.paths import Path
 if TYPE_CHECKING:
   from surgery.core.host import Host
   from surgery.core.records import Records
+
+Index = tuple[slice, ...]
+
+# A tensor is computed in blocks of at most that many elements. Live params and
+# files have the same blocks, so that they have the same bits.
+BLOCK = 1 << 20
 
 # Bytes an element, for dtypes whose name does not end in their number of bits.
 _ODD_SIZES = {'bool': 1, 'bfloat16': 2}
@@ -34,6 +41,29 @@ def itemsize(dtype: str) -> int:
     return 1
   digits = ''.join(c for c in dtype if c.isdigit())
   return max(int(digits) // 8, 1) if digits else 1
+
+
+def grid(shape: tuple[int, ...], most: int = BLOCK) -> Iterator[Index]:
+  """Returns the blocks of an array, in C order; they are contiguous.
+
+  Args:
+    shape: shape of the array.
+    most: largest number of elements of a block.
+
+  Returns:
+    For each block slices of its leading axes, whose bounds are numbers; the
+    empty tuple, which is the whole, if the array is one block.
+  """
+  if math.prod(shape) <= most:
+    yield ()
+    return
+  # Axes in front of the one that is cut are taken one by one.
+  axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most)
+  rows = max(1, most // max(1, math.prod(shape[axis + 1 :])))
+  for front in itertools.product(*map(range, shape[:axis])):
+    before = tuple(slice(i, i + 1) for i in front)
+    for start in range(0, shape[axis], rows):
+      yield (*before, slice(start, min(start + rows, shape[axis])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +82,8 @@ class Leaf:
     digest: digest of the bytes, where it is known.
     scalar: whether a file holds it as a numpy scalar, not a 0-d array.
     source: what a format keeps to copy the bytes unread; None if computed.
+    part: returns a part, `part(index)` being `load()[index]` without the rest;
+      the index is one of `grid(shape)`. None if it comes in one piece only.
   """
 
   load: Callable[[], Any]
@@ -63,10 +95,27 @@ class Leaf:
   digest: str | None = None
   scalar: bool = False
   source: Any = dataclasses.field(default=None, compare=False, repr=False)
+  part: Callable[[Index], Any] | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
 
   def replace(self, **changes: Any) -> Leaf:
-    """Returns a leaf with some attributes changed."""
+    """Returns a leaf with some attributes changed.
+
+    With another `load` goes what held for the old value: `part`, `source` and
+    `digest`, unless they are given, too.
+    """
+    if 'load' in changes:
+      changes = {'part': None, 'source': None, 'digest': None, **changes}
     return dataclasses.replace(self, **changes)
+
+  def parts(self) -> Iterator[Any]:
+    """Returns an array's values in blocks, as `grid` has them, or in one."""
+    if self.shape is None or self.part is None:
+      yield self.load()
+      return
+    for index in grid(self.shape):
+      yield self.part(index)
 
   @property
   def size(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import stat
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from surgery.core import errors, paths
+from surgery.core.checkpoint import Index
 from surgery.core.paths import Path
 from surgery.files import arrays
 
@@ -139,15 +141,43 @@ class Source:
       for start, stop in self.spans:
         flat[at : at + stop - start] = self._view(start, stop)
         at += stop - start
+    self._check(flat, self.spans[0][0])
+    array = flat.view(dtype).reshape(self.shape)
+    array.setflags(write=False)
+    return array[()] if self.scalar else array
+
+  def part(self, index: Index) -> np.ndarray:
+    """Returns a part of the tensor, one of the blocks of its `grid`.
+
+    Raises:
+      FormatError: for a boolean that is neither 0 nor 1.
+    """
+    if not index:
+      return np.asarray(self())
+    dtype = arrays.DTYPES[self.dtype]
+    sizes = [s.stop - s.start for s in index]
+    rest = self.shape[len(index) :]
+    at = 0
+    for cut, size in zip(index, self.shape, strict=False):
+      at = at * size + cut.start
+    start = at * math.prod(rest) * dtype.itemsize
+    stop = start + math.prod((*sizes, *rest)) * dtype.itemsize
+    ranges = list(self.ranges(start, stop))
+    views = [self._view(*r) for r in ranges]
+    flat = views[0] if len(views) == 1 else np.concatenate(views)
+    self._check(flat, ranges[0][0])
+    array = flat.view(dtype).reshape((*sizes, *rest))
+    array.setflags(write=False)
+    return array
+
+  def _check(self, flat: np.ndarray, offset: int) -> None:
+    """Raises if bytes of the tensor cannot be what its dtype says."""
     if self.dtype == 'bool' and flat.size and flat.max() > 1:
       raise errors.FormatError(
         f'{self.file.name}: {paths.show(self.path)}: expected booleans, found '
         f'the byte {flat.max()}. The file is damaged; save or fetch it again.',
-        self.spans[0][0],
+        offset,
       )
-    array = flat.view(dtype).reshape(self.shape)
-    array.setflags(write=False)
-    return array[()] if self.scalar else array
 
   def _view(self, start: int, stop: int) -> np.ndarray:
     """Returns bytes of the file as a uint8 array `(stop - start,)`."""

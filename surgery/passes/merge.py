@@ -137,7 +137,7 @@ def merge(
         encode.get(path),
         check_finite,
       )
-      leaf = leaf.replace(load=load, source=None, digest=None)
+      leaf = leaf.replace(load=load)
     leaves[path] = leaf
   return checkpoint.replace(leaves=leaves, records=records.remove(merged))
 

@@ -58,6 +58,7 @@ def _leaf(entry: Entry, note: LeafNote) -> Leaf:
       note.digest,
       entry.scalar,
       entry,
+      entry.part,
     )
   # Of these only an empty dict could be changed by who gets it.
   load = functools.partial(copy.copy, entry.value)
