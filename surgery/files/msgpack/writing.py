@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,17 +13,13 @@ from surgery.core import manifest as manifests
 from surgery.core.checkpoint import Checkpoint, Leaf, nested
 from surgery.core.manifest import LeafNote, Manifest
 from surgery.core.paths import Path
-from surgery.files import arrays, atomic
-from surgery.files.digest import Digester
+from surgery.files import arrays, atomic, payload
 from surgery.files.msgpack import chunks, encoding, walk
 from surgery.files.msgpack.values import ARRAY, SCALAR
 from surgery.files.output import Output
-from surgery.files.source import Source
 
 # An array in chunks lies two maps deeper than its name tells.
 _MAX_DEPTH = walk.MAX_DEPTH - 2
-
-_Emit = Callable[[int, int], None]
 
 
 def write_file(
@@ -67,7 +63,8 @@ def write_file(
     if manifest:
       text = _dumps(checkpoint.manifest, notes)
       output.write(encoding.plain(manifests.KEY))
-      writer.array(np.frombuffer(text, np.uint8), False)
+      array = np.frombuffer(text, np.uint8)
+      writer.tensor(payload.Computed(array.shape, 'uint8', (array,)))
     output.flush()
 
 
@@ -128,7 +125,7 @@ def _worth_saying(checkpoint: Checkpoint) -> bool:
     or any(note != nothing for note in checkpoint.notes().values())
     # Arrays that are not copied unread get a digest.
     or any(
-      leaf.shape is not None and _source(leaf) is None
+      leaf.shape is not None and payload.source(leaf) is None
       for leaf in checkpoint.values()
     )
   )
@@ -143,18 +140,6 @@ def _dumps(manifest: Manifest, notes: dict[Path, LeafNote]) -> bytes:
     raise errors.FormatError(
       f'manifest ({manifests.KEY}): cannot be written as JSON: {error}.'
     ) from None
-
-
-def _source(leaf: Leaf) -> Source | None:
-  """Returns where the leaf's bytes can be copied from unread, if anywhere."""
-  source = leaf.source
-  if (
-    isinstance(source, Source)
-    and leaf.load is source  # Else a pass computes something from it.
-    and (leaf.shape, leaf.dtype) == (source.shape, source.dtype)
-  ):
-    return source
-  return None
 
 
 class _Writer:
@@ -177,91 +162,39 @@ class _Writer:
       if isinstance(child, dict):
         self._output.write(encoding.map_header(len(child)))
         self.entries(child, here)
-      elif (source := _source(child)) is not None:
-        self._copy(source, child.scalar)
       else:
-        digest = self._computed(child, here)
-        self._notes[here] = _with_digest(self._notes[here], digest)
+        self._leaf(child, here)
 
-  def _copy(self, source: Source, scalar: bool) -> None:
-    def emit(start: int, stop: int) -> None:
-      for begin, end in source.ranges(start, stop):
-        self._output.copy(source.file, begin, end)
-
-    self._tensor(source.shape, source.dtype, source.nbytes, scalar, emit)
-
-  def _computed(self, leaf: Leaf, path: Path) -> str | None:
-    """Writes what a leaf loads; returns its digest if it is an array."""
-    value = leaf.load()
-    try:
-      if not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
-        if leaf.shape is not None:
-          raise errors.FormatError(
-            f'expected {leaf}, found a value of type {type(value).__name__}.'
-          )
+  def _leaf(self, leaf: Leaf, path: Path) -> None:
+    """Writes a leaf, and puts its digest right."""
+    value = payload.of(leaf, path)
+    note, digest = self._notes[path], None
+    if isinstance(value, payload.Payload):
+      self.tensor(value)
+      digest = value.digest(note.digest)
+    else:
+      try:
         self._output.write(encoding.plain(value))
-        return None
-      scalar = leaf.scalar
-      if leaf.shape is None:
-        scalar = isinstance(value, np.generic)
-      array = arrays.little(value)
-      _check_promise(leaf, array, str(value.dtype))
-    except errors.FormatError as error:
-      raise errors.FormatError(f'{paths.show(path)}: {error}') from None
-    del value
-    return self.array(array, scalar)
+      except errors.FormatError as error:
+        raise errors.FormatError(f'{paths.show(path)}: {error}') from None
+    self._notes[path] = dataclasses.replace(note, digest=digest)
 
-  def array(self, array: np.ndarray, scalar: bool) -> str:
-    """Writes what `arrays.little` returned; returns its digest."""
-    payload = arrays.payload(array)
-    digester = Digester()
-
-    def emit(start: int, stop: int) -> None:
-      for block in arrays.blocks(payload[start:stop]):
-        digester.update(block)
-        self._output.write(block)
-
-    self._tensor(array.shape, array.dtype.name, len(payload), scalar, emit)
-    return digester.digest()
-
-  def _tensor(
-    self,
-    shape: tuple[int, ...],
-    dtype: str,
-    nbytes: int,
-    scalar: bool,
-    emit: _Emit,
-  ) -> None:
-    """Writes headers, and lets `emit` write parts of the bytes after them."""
-    write = self._output.write
+  def tensor(self, tensor: payload.Payload) -> None:
+    """Writes what stands before the bytes of a tensor, and these."""
+    write, nbytes = self._output.write, tensor.nbytes
     # As flax has it, a numpy scalar is no array.
-    if scalar or nbytes <= chunks.MAX_CHUNK_SIZE:
-      code = SCALAR if scalar else ARRAY
-      write(encoding.array_header(code, shape, dtype, nbytes))
-      emit(0, nbytes)
+    if tensor.scalar or nbytes <= chunks.MAX_CHUNK_SIZE:
+      code = SCALAR if tensor.scalar else ARRAY
+      write(encoding.array_header(code, tensor.shape, tensor.dtype, nbytes))
+      tensor.write(self._output, nbytes)
       return
-    itemsize = arrays.DTYPES[dtype].itemsize
+    itemsize = arrays.DTYPES[tensor.dtype].itemsize
     step = max(1, chunks.MAX_CHUNK_SIZE // itemsize) * itemsize
     starts = range(0, nbytes, step)
-    write(encoding.chunks_header(shape, len(starts)))
+    write(encoding.chunks_header(tensor.shape, len(starts)))
     for index, start in enumerate(starts):
-      stop = min(start + step, nbytes)
-      flat = ((stop - start) // itemsize,)
+      size = min(step, nbytes - start)
       write(encoding.plain(str(index)))
-      write(encoding.array_header(ARRAY, flat, dtype, stop - start))
-      emit(start, stop)
-
-
-def _with_digest(note: LeafNote, digest: str | None) -> LeafNote:
-  return LeafNote(note.trainable, note.metadata, note.key, digest)
-
-
-def _check_promise(leaf: Leaf, array: np.ndarray, dtype: str) -> None:
-  """Raises unless a leaf loads what it said; plans were made by that."""
-  if leaf.shape is None:
-    return
-  found = Leaf(leaf.load, array.shape, array.dtype.name)
-  if found.shape != leaf.shape or leaf.dtype not in (found.dtype, dtype):
-    raise errors.FormatError(f'expected {leaf}, found {found}.')
-  if leaf.scalar and leaf.shape:
-    raise errors.FormatError(f'expected a numpy scalar, found {found}.')
+      flat = (size // itemsize,)
+      write(encoding.array_header(ARRAY, flat, tensor.dtype, size))
+      tensor.write(self._output, size)

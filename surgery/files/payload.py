@@ -1,0 +1,205 @@
+"""The bytes of tensors on their way into a file, the same for all formats.
+
+A tensor that a file holds already is copied unread. Any other is computed in
+blocks, each of which is hashed, written and dropped while the next is computed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.checkpoint import Index, Leaf, grid
+from surgery.core.paths import Path
+from surgery.files import arrays
+from surgery.files.digest import Digester
+from surgery.files.output import Output
+from surgery.files.source import Source
+
+_T = TypeVar('_T')
+
+
+class Payload:
+  """The bytes of one tensor, written from first to last.
+
+  Attributes:
+    shape: the tensor's shape.
+    dtype: name of its dtype.
+    scalar: whether it is a numpy scalar.
+    nbytes: number of its bytes.
+  """
+
+  def __init__(
+    self, shape: tuple[int, ...], dtype: str, scalar: bool = False
+  ) -> None:
+    self.shape = shape
+    self.dtype = dtype
+    self.scalar = scalar
+    self.nbytes = math.prod(shape) * arrays.DTYPES[dtype].itemsize
+
+  def write(self, output: Output, count: int) -> None:
+    """Writes the next `count` bytes."""
+    raise NotImplementedError
+
+  def digest(self, known: str | None) -> str | None:
+    """Returns the digest of the bytes, after all have been written.
+
+    Args:
+      known: the digest that is on record.
+    """
+    raise NotImplementedError
+
+
+class Copied(Payload):
+  """A tensor that lies in a file; its bytes are never read."""
+
+  def __init__(self, source: Source, scalar: bool) -> None:
+    super().__init__(source.shape, source.dtype, scalar)
+    self._source = source
+    self._at = 0
+
+  def write(self, output: Output, count: int) -> None:
+    """Copies the next `count` bytes."""
+    stop = self._at + count
+    for begin, end in self._source.ranges(self._at, stop):
+      output.copy(self._source.file, begin, end)
+    self._at = stop
+
+  def digest(self, known: str | None) -> str | None:
+    """Returns the digest on record: what was not read is not hashed."""
+    return known
+
+
+class Computed(Payload):
+  """A tensor that is in memory, or computed block by block.
+
+  Args:
+    shape: the tensor's shape.
+    dtype: name of its dtype.
+    blocks: what `arrays.little` returned for its blocks, in C order.
+    scalar: whether it is a numpy scalar.
+  """
+
+  def __init__(
+    self,
+    shape: tuple[int, ...],
+    dtype: str,
+    blocks: Iterable[np.ndarray],
+    scalar: bool = False,
+  ) -> None:
+    super().__init__(shape, dtype, scalar)
+    self._blocks = iter(blocks)
+    self._block = memoryview(b'')
+    self._digester = Digester()
+
+  def write(self, output: Output, count: int) -> None:
+    """Computes, hashes and writes the next `count` bytes."""
+    while count:
+      if not self._block:
+        self._block = arrays.payload(next(self._blocks))
+      now, self._block = self._block[:count], self._block[count:]
+      count -= len(now)
+      for piece in arrays.blocks(now):
+        self._digester.update(piece)
+        output.write(piece)
+
+  def digest(self, known: str | None) -> str | None:
+    """Returns the digest of what was written."""
+    del known
+    return self._digester.digest()
+
+
+def source(leaf: Leaf) -> Source | None:
+  """Returns where the leaf's bytes can be copied from unread, if anywhere."""
+  found = leaf.source
+  if (
+    isinstance(found, Source)
+    and leaf.load is found  # Else a pass computes something from it.
+    and (leaf.shape, leaf.dtype) == (found.shape, found.dtype)
+  ):
+    return found
+  return None
+
+
+def of(leaf: Leaf, path: Path) -> Payload | Any:
+  """Returns the bytes of a leaf, or its value if it is no array.
+
+  Args:
+    leaf: the leaf; what it computes is computed when bytes are written.
+    path: its path, for messages.
+
+  Raises:
+    FormatError: if a file cannot hold it, or it is not what it said.
+  """
+  found = source(leaf)
+  if found is not None:
+    return Copied(found, leaf.scalar)
+  if leaf.part is not None and leaf.shape is not None and leaf.dtype:
+    cells = list(grid(leaf.shape))
+    if len(cells) > 1 and not leaf.scalar:
+      blocks = _ahead(_checked(leaf, index, path) for index in cells)
+      return Computed(leaf.shape, leaf.dtype, blocks)
+  return _whole(leaf, path)
+
+
+def _whole(leaf: Leaf, path: Path) -> Payload | Any:
+  """Returns the bytes of a leaf that is loaded in one piece."""
+  value = leaf.load()
+  try:
+    if not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
+      if leaf.shape is not None:
+        raise errors.FormatError(
+          f'expected {leaf}, found a value of type {type(value).__name__}.'
+        )
+      return value
+    scalar = leaf.scalar
+    if leaf.shape is None:
+      scalar = isinstance(value, np.generic)
+    array = arrays.little(value)
+    _check(leaf, leaf.shape, array, str(value.dtype))
+  except errors.FormatError as error:
+    raise errors.FormatError(f'{paths.show(path)}: {error}') from None
+  return Computed(array.shape, array.dtype.name, (array,), scalar)
+
+
+def _checked(leaf: Leaf, index: Index, path: Path) -> np.ndarray:
+  """Returns a block of a leaf as a file holds it."""
+  assert leaf.part is not None and leaf.shape is not None
+  value = leaf.part(index)
+  sizes = tuple(cut.stop - cut.start for cut in index)
+  try:
+    array = arrays.little(value)
+    shape = (*sizes, *leaf.shape[len(index) :])
+    _check(leaf, shape, array, str(value.dtype))
+  except errors.FormatError as error:
+    raise errors.FormatError(f'{paths.show(path)}: {error}') from None
+  return array
+
+
+def _check(
+  leaf: Leaf, shape: tuple[int, ...] | None, array: np.ndarray, dtype: str
+) -> None:
+  """Raises unless a leaf gives what it said; plans were made by that."""
+  if leaf.shape is None:
+    return
+  found = Leaf(leaf.load, array.shape, array.dtype.name)
+  if found.shape != shape or leaf.dtype not in (found.dtype, dtype):
+    expected = leaf.replace(shape=shape)
+    raise errors.FormatError(f'expected {expected}, found {found}.')
+  if leaf.scalar and leaf.shape:
+    raise errors.FormatError(f'expected a numpy scalar, found {found}.')
+
+
+def _ahead(items: Iterator[_T]) -> Iterator[_T]:
+  """Yields items, the next of which is computed meanwhile by a thread."""
+  end: Any = object()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    coming = pool.submit(next, items, end)
+    while (item := coming.result()) is not end:
+      coming = pool.submit(next, items, end)
+      yield item
