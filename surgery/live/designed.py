@@ -25,7 +25,7 @@ from surgery.core.records import (
 )
 from surgery.core.site import Site
 from surgery.live import params as live
-from surgery.passes import attach, compute
+from surgery.passes import attach, drawing
 
 TAG = 'surgery'
 # The adapter's name that such layers give.
@@ -112,7 +112,7 @@ def site_record(
     stored: names of the weights in the layer, where they differ from those
       that `init` gives.
   """
-  shapes, _ = compute.site_shapes(adapter, site)
+  shapes, _ = drawing.site_shapes(adapter, site)
   names = stored or {}
   specs = {
     weight: WeightSpec(

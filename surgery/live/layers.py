@@ -13,7 +13,7 @@ from surgery.core import errors, paths
 from surgery.core.site import ParamSpec, Site
 from surgery.live import designed
 from surgery.live import params as live
-from surgery.passes import compute
+from surgery.passes import compute, drawing
 
 
 class LoraLinear(bx.Linear):
@@ -152,7 +152,7 @@ class LoraLinear(bx.Linear):
     )
     # Two words, whatever generator the model uses.
     words = jax.random.bits(key, (1, 2), 'uint32')
-    (weights,) = compute.draw(self.adapter, [site], (), words)
+    (weights,) = drawing.draw(self.adapter, [site], (), words)
     for name, value in weights.items():
       _, params = super().get_param(
         params,

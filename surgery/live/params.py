@@ -33,7 +33,7 @@ from surgery.core.records import (
   unite,
 )
 from surgery.core.site import Site
-from surgery.passes import attach, compute, finding
+from surgery.passes import attach, blocks, compute, finding
 
 _EMPTY = Records()
 
@@ -130,7 +130,7 @@ class AdaptedParams(bx.Params):
     on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
     if not on:
       return value
-    return compute.answer(on, path, self._fetch, records.chains)
+    return blocks.answer(on, path, self._fetch, records.chains)
 
   def _fetch(self, path: Path) -> Any:
     try:

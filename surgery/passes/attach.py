@@ -22,7 +22,7 @@ from surgery.core.records import (
 )
 from surgery.core.selection import Selection
 from surgery.core.site import Site
-from surgery.passes import compute, finding
+from surgery.passes import blocks, compute, drawing, finding
 
 
 def check_name(name: str, records: Records) -> None:
@@ -146,7 +146,7 @@ def site_record(
   taken: Callable[[Path], bool],
 ) -> SiteRecord:
   """Returns the record of a site, with the weights that `init` will return."""
-  drawn, _ = compute.site_shapes(who, site)
+  drawn, _ = drawing.site_shapes(who, site)
   weights = {
     weight: WeightSpec(
       weight_path(site.layer, site.name, weight, name, taken),
@@ -333,7 +333,7 @@ def _shared(
   """Returns what the sites share: what is recorded, and the leaves."""
   if type(adapter).init_shared is Adapter.init_shared:
     return {}, {}
-  drawn = compute.draw_shared(adapter, sites, seed, name)
+  drawn = drawing.draw_shared(adapter, sites, seed, name)
   specs, leaves = {}, {}
   for weight, value in drawn.items():
     path = shared_path(weight, name)
@@ -399,13 +399,13 @@ def weight_leaves(
   def base(site: Site, name: str) -> Any:
     path = (*site.layer, name)
     chain = compute.enabled(inner.chains.get(path, ()))
-    return compute.answer(chain, path, lambda p: leaves[p].load(), inner.chains)
+    return blocks.answer(chain, path, lambda p: leaves[p].load(), inner.chains)
 
   groups: dict[Any, list[SiteRecord]] = {}
   for one in record.sites.values():
     whole = info[one.site.path]
     stack = whole.shape[: len(whole.shape) - len(one.site.primary.shape)]
-    _, used = compute.site_shapes(one.interceptor, one.site)
+    _, used = drawing.site_shapes(one.interceptor, one.site)
     # Sites whose weights derive from their base are drawn one by one.
     alone = one.site.path if used else None
     key = (one.interceptor, one.site.anonymous, stack, alone)
@@ -413,9 +413,9 @@ def weight_leaves(
   made: dict[Path, Leaf] = {}
   for (who, _, stack, _), members in groups.items():
     sites = [m.site for m in members]
-    keys = compute.keys(seed, record.name, [s.path for s in sites])
+    keys = drawing.keys(seed, record.name, [s.path for s in sites])
     group = _Group(
-      functools.partial(compute.draw, who, sites, stack, keys, base)
+      functools.partial(drawing.draw, who, sites, stack, keys, base)
     )
     for index, member in enumerate(members):
       whole = info[member.site.path]

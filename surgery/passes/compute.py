@@ -8,8 +8,6 @@ operands are tracers it is inlined in the caller's program.
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,36 +25,6 @@ from surgery.core.site import ParamSpec, PathNeeded, Site
 Arrays = Mapping[str, Any]
 Fetch = Callable[[Path], Any]
 
-# Adapter weights are drawn with this generator whatever JAX's default is, so
-# that a file and a live model get the same bits.
-_IMPL = 'threefry2x32'
-
-
-# Keys.
-
-
-def keys(seed: int, adapter: str, sites: Sequence[Path]) -> np.ndarray:
-  """Returns a key for each site, which depends on nothing but the arguments.
-
-  Args:
-    seed: the adapter's seed.
-    adapter: the adapter's name.
-    sites: paths of the sites; `()` for what the sites share.
-
-  Returns:
-    uint32 array `(len(sites), 2)`, the data of threefry keys: 64 bits of
-    BLAKE2b of the arguments.
-  """
-  digests = [
-    hashlib.blake2b(
-      json.dumps([seed, adapter, *site]).encode(), digest_size=8
-    ).digest()
-    for site in sites
-  ]
-  words = np.frombuffer(b''.join(digests), '<u4').astype(np.uint32)
-  return words.reshape(len(sites), 2)
-
-
 # Roles of axes.
 
 
@@ -68,14 +36,14 @@ def wide(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _canonical(spec: ParamSpec, value: Any) -> Any:
+def canonical(spec: ParamSpec, value: Any) -> Any:
   """Brings stored axes into the order inputs, outputs."""
   order = spec.order
   return value if order == tuple(range(len(order))) else value.transpose(order)
 
 
 def _stored(spec: ParamSpec, value: Any) -> Any:
-  """The inverse of `_canonical`."""
+  """The inverse of `canonical`."""
   order = spec.order
   if order == tuple(range(len(order))):
     return value
@@ -112,13 +80,13 @@ def _checked(
   if found is None or tuple(found) != shape:
     shown = type(value).__name__ if found is None else f'shape {tuple(found)}'
     raise errors.PluginError(
-      f'apply of {_called(who)!r} for parameter {name!r} returned {shown}, '
+      f'apply of {called(who)!r} for parameter {name!r} returned {shown}, '
       f'expected an array of shape {shape}.'
     )
   return value
 
 
-def _called(who: Any) -> str:
+def called(who: Any) -> str:
   """Returns the name of an adapter type, or of another interceptor's class."""
   return getattr(who, 'name', type(who).__name__)
 
@@ -135,7 +103,7 @@ def _applied(
 ) -> Any:
   """Returns one answer for one site without stacked axes, as stored."""
   specs = {spec.name: spec for spec in site.params}
-  whole = {n: _canonical(specs[n], b) for n, b in bases.items()}
+  whole = {n: canonical(specs[n], b) for n, b in bases.items()}
   bound = site.bind(whole.__getitem__)
   value = who.apply(bound, name, whole[name], weights)
   value = _checked(who, name, value, _whole_shape(specs[name]))
@@ -143,7 +111,7 @@ def _applied(
 
 
 @functools.lru_cache(maxsize=8192)
-def _uses(
+def uses(
   who: Interceptor, site: Site, name: str, weights: Any
 ) -> frozenset[str]:
   """Returns the parameters whose base `apply` asks for, beside its own."""
@@ -173,7 +141,7 @@ def _uses(
 
 
 @functools.lru_cache(maxsize=8192)
-def _program(
+def program(
   who: Interceptor,
   site: Site,
   name: str,
@@ -199,7 +167,7 @@ def _program(
   return jax.jit(answer, inline=True)
 
 
-def _anonymously(compute: Callable[[Site], Any], site: Site) -> Any:
+def anonymously(compute: Callable[[Site], Any], site: Site) -> Any:
   """Computes for all sites that look alike, or for this one if it must be."""
   try:
     return compute(site.anonymous)
@@ -207,16 +175,66 @@ def _anonymously(compute: Callable[[Site], Any], site: Site) -> Any:
     return compute(site)
 
 
-def _failed(who: Any, site: Site, what: str, error: Exception) -> Exception:
+def failed(who: Any, site: Site, what: str, error: Exception) -> Exception:
   """Returns the error to raise for what a plugin raised."""
   where = paths.show(site.path)
   if isinstance(error, errors.SurgeryError):
     text = str(error)
     return error if where in text else type(error)(f'{where}: {text}')
   return errors.PluginError(
-    f'{where}: {what} of {_called(who)!r} failed: {type(error).__name__}: '
+    f'{where}: {what} of {called(who)!r} failed: {type(error).__name__}: '
     f'{error}'
   )
+
+
+Kinds = tuple[tuple[str, tuple[int, ...], str], ...]
+
+
+def kinds_of(record: SiteRecord, shared: Mapping[str, WeightSpec]) -> Kinds:
+  """Returns name, shape and dtype of each weight that `apply` gets."""
+  return tuple(
+    (n, s.shape, s.dtype) for n, s in {**record.weights, **shared}.items()
+  )
+
+
+def weights_of(
+  record: SiteRecord,
+  shared: Mapping[str, WeightSpec],
+  where: Path,
+  stack: int,
+  fetch: Fetch,
+) -> dict[str, Any]:
+  """Returns the weights that `apply` gets, by name.
+
+  Args:
+    record: the site.
+    shared: weights that the adapter's sites share.
+    where: path of the parameter, for messages.
+    stack: number of axes stacked in front of it.
+    fetch: returns a stored weight by its path.
+
+  Raises:
+    SiteError: if weights and parameter do not fit together.
+  """
+  weights = {}
+  for weight, spec in record.weights.items():
+    value = fetch(spec.path)
+    found = stack_of(spec.path, value.shape, spec.shape)
+    if found != stack:
+      raise errors.SiteError(
+        f'{paths.show(spec.path)} has {found} stacked axes, '
+        f"{paths.show(where)} has {stack}. Map, scan or stack an adapter's "
+        'weights along with the parameter that it rewrites.'
+      )
+    weights[weight] = value
+  for weight, spec in shared.items():
+    value = fetch(spec.path)
+    if stack_of(spec.path, value.shape, spec.shape):
+      raise errors.SiteError(
+        f'{paths.show(spec.path)} is shared by sites and cannot be stacked.'
+      )
+    weights[weight] = value
+  return weights
 
 
 def step(
@@ -248,42 +266,23 @@ def step(
   own = base(name)
   where = (*site.layer, name)
   stack = stack_of(where, own.shape, site.param(name).shape)
-  weights = {}
-  for weight, spec in record.weights.items():
-    value = fetch(spec.path)
-    found = stack_of(spec.path, value.shape, spec.shape)
-    if found != stack:
-      raise errors.SiteError(
-        f'{paths.show(spec.path)} has {found} stacked axes, '
-        f"{paths.show(where)} has {stack}. Map, scan or stack an adapter's "
-        'weights along with the parameter that it rewrites.'
-      )
-    weights[weight] = value
-  for weight, spec in shared.items():
-    value = fetch(spec.path)
-    if stack_of(spec.path, value.shape, spec.shape):
-      raise errors.SiteError(
-        f'{paths.show(spec.path)} is shared by sites and cannot be stacked.'
-      )
-    weights[weight] = value
-  kinds = tuple(
-    (n, s.shape, s.dtype) for n, s in {**record.weights, **shared}.items()
-  )
+  weights = weights_of(record, shared, where, stack, fetch)
+  kinds = kinds_of(record, shared)
   shared_names = frozenset(shared)
 
   def compute(site: Site) -> Any:
     bases = {name: own}
     if len(site.params) > 1:
-      for other in _uses(who, site, name, kinds):
+      for other in uses(who, site, name, kinds):
         bases[other] = base(other)
     to = wide(own.dtype) if dtype is None else dtype
-    run = _program(who, site, name, stack, shared_names, jnp.dtype(to))
+    run = program(who, site, name, stack, shared_names, jnp.dtype(to))
     return run(bases, weights)
 
   try:
-    return _anonymously(compute, site)
+    return anonymously(compute, site)
   except Exception as error:  # A plugin's code ran inside.
-    raised = _failed(who, site, 'apply', error)
+    raised = failed(who, site, 'apply', error)
     if raised is error:
       raise
     raise raised from error
@@ -327,12 +326,7 @@ def answer(
       other = (*record.site.layer, name)
       if other == path:
         return inner
-      before = tuple(
-        link
-        for link in _until(chains.get(other, ()), adapter.name)
-        if link[0].enabled
-      )
-      return answer(before, other, fetch, chains, rounded=False)
+      return inner_answer(adapter.name, other, fetch, chains)
 
     value = step(
       record,
@@ -345,225 +339,27 @@ def answer(
   return value
 
 
-def _until(chain: Chain, name: str) -> Chain:
-  """Returns the part of a chain that lies inside of an adapter."""
-  inside = []
+def inner_answer(
+  name: str, path: Path, fetch: Fetch, chains: Mapping[Path, Chain]
+) -> Any:
+  """Returns what the adapters inside of one answer for a parameter."""
+  before = inside(chains.get(path, ()), name)
+  return answer(before, path, fetch, chains, rounded=False)
+
+
+def inside(chain: Chain, name: str) -> Chain:
+  """Returns the enabled part of a chain that lies inside of an adapter."""
+  found = []
   for link in chain:
     if link[0].name == name:
       break
-    inside.append(link)
-  return tuple(inside)
+    found.append(link)
+  return enabled(tuple(found))
 
 
 def enabled(chain: Chain) -> Chain:
   """Returns the links of a chain whose adapters are enabled."""
   return tuple(link for link in chain if link[0].enabled)
-
-
-# Drawing weights.
-
-
-def _wrapped(key: Any) -> Any:
-  return jax.random.wrap_key_data(key, impl=_IMPL)
-
-
-def _initial(
-  who: Interceptor, site: Site, key: Any, bases: Arrays
-) -> dict[str, Any]:
-  specs = {spec.name: spec for spec in site.params}
-
-  def base(name: str) -> Any:
-    value = bases[name]
-    return _canonical(specs[name], value.astype(wide(value.dtype)))
-
-  with jax.default_matmul_precision('highest'):
-    return _named(who, 'init', who.init(site.bind(base), _wrapped(key)))
-
-
-def _named(who: Any, what: str, weights: Any) -> dict[str, Any]:
-  """Returns the weights that an adapter drew.
-
-  Raises:
-    PluginError: if they are no arrays by name.
-  """
-  if not isinstance(weights, Mapping) or not all(
-    isinstance(n, str) and n and not set(n) & set('./\0') for n in weights
-  ):
-    shown = list(weights) if isinstance(weights, Mapping) else type(weights)
-    raise errors.PluginError(
-      f'{what} of {_called(who)!r} returned {shown}, expected a mapping from '
-      'names without dots and slashes to arrays.'
-    )
-  arrays = {n: jnp.asarray(w) for n, w in weights.items()}
-  # No weak types: what is trained or loaded must not be another type.
-  return {n: w.astype(w.dtype) for n, w in arrays.items()}
-
-
-@functools.lru_cache(maxsize=4096)
-def shapes(who: Interceptor, site: Site) -> tuple[Any, frozenset[str]]:
-  """Returns what `init` returns, and which parameters' values it asks for.
-
-  Args:
-    who: the adapter.
-    site: the site.
-
-  Returns:
-    Shapes and dtypes by weight name, and names of parameters.
-  """
-  used = set()
-
-  def probe(key: Any, bases: Arrays) -> Any:
-    class Asked(dict[str, Any]):
-      def __getitem__(self, name: str) -> Any:
-        used.add(name)
-        return super().__getitem__(name)
-
-    return _initial(who, site, key, Asked(bases))
-
-  bases = {
-    p.name: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype))
-    for p in site.params
-  }
-  key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-  return jax.eval_shape(probe, key, bases), frozenset(used)
-
-
-# Numbers of sites that are drawn at once.
-_PIECES = (4, 64)
-
-
-@functools.lru_cache(maxsize=4096)
-def _drawing(
-  who: Interceptor, site: Site, stack: tuple[int, ...], many: int
-) -> Callable[[Any, Arrays], Any]:
-  """Returns the compiled function that draws for one site, or for several.
-
-  Args:
-    who: the adapter.
-    site: the site, or one like all of them.
-    stack: sizes of the stacked axes.
-    many: for how many sites; 0 for one, whose base may be asked for.
-  """
-
-  def one(key: Any, bases: Arrays) -> Any:
-    if not stack:
-      return _initial(who, site, key, bases)
-    count = int(np.prod(stack))
-    split = jax.random.key_data(jax.random.split(_wrapped(key), count))
-    draw = functools.partial(_initial, who, site)
-    for _ in stack:
-      draw = jax.vmap(draw)
-    return draw(split.reshape((*stack, 2)), bases)
-
-  def draw(key: Any, bases: Arrays) -> Any:
-    # Fences on both sides: the same arithmetic whatever surrounds it.
-    key = jax.lax.optimization_barrier(key)
-    if not many:
-      return jax.lax.optimization_barrier(one(key, bases))
-    out = jax.vmap(one, (0, None))(key, bases)
-    out = jax.lax.optimization_barrier(out)
-    return [{n: w[i] for n, w in out.items()} for i in range(many)]
-
-  return jax.jit(draw)
-
-
-def draw(
-  who: Interceptor,
-  sites: Sequence[Site],
-  stack: tuple[int, ...],
-  key_data: np.ndarray | jax.Array,
-  base: Callable[[Site, str], Any] | None = None,
-) -> list[dict[str, Any]]:
-  """Returns the first weights of sites that look alike.
-
-  Args:
-    who: the adapter.
-    sites: sites of equal shapes, dtypes and types.
-    stack: sizes of the stacked axes.
-    key_data: uint32 array `(len(sites), 2)`.
-    base: returns a parameter as the inner adapters answer it, as stored.
-
-  Returns:
-    For each site its weights by name, with stacked axes in front.
-  """
-
-  def compute(like: Site) -> list[dict[str, Any]]:
-    _, used = shapes(who, like)
-    if used:
-      assert base is not None
-      # One by one: bases of many sites at once would double the memory.
-      run = _drawing(who, like, stack, 0)
-      return [
-        run(key, {n: base(site, n) for n in used})
-        for site, key in zip(sites, key_data, strict=True)
-      ]
-    if len(sites) == 1:
-      return [_drawing(who, like, stack, 0)(key_data[0], {})]
-    # In pieces of one size, so that one program serves any number of sites.
-    size = next(s for s in _PIECES if len(sites) <= s or s == _PIECES[-1])
-    run = _drawing(who, like, stack, size)
-    drawn: list[dict[str, Any]] = []
-    for start in range(0, len(sites), size):
-      piece = key_data[start : start + size]
-      drawn += run(np.resize(piece, (size, 2)), {})[: len(piece)]
-    return drawn
-
-  try:
-    try:
-      return compute(sites[0].anonymous)
-    except PathNeeded:
-      if len(sites) == 1:
-        return compute(sites[0])
-      return [
-        draw(who, [site], stack, key[None], base)[0]
-        for site, key in zip(sites, key_data, strict=True)
-      ]
-  except Exception as error:  # A plugin's code ran inside.
-    raised = _failed(who, sites[0], 'init', error)
-    if raised is error:
-      raise
-    raise raised from error
-
-
-def site_shapes(who: Interceptor, site: Site) -> tuple[Any, frozenset[str]]:
-  """Returns `shapes`, once for all sites that look alike."""
-  try:
-    return _anonymously(functools.partial(shapes, who), site)
-  except Exception as error:  # A plugin's code ran inside.
-    raised = _failed(who, site, 'init', error)
-    if raised is error:
-      raise
-    raise raised from error
-
-
-@functools.lru_cache(maxsize=64)
-def _drawing_shared(
-  adapter: Any, sites: tuple[Site, ...]
-) -> Callable[[Any], dict[str, Any]]:
-  """Returns the compiled function that draws what sites share."""
-
-  def draw(key: Any) -> dict[str, Any]:
-    # Fences on both sides, as for what is drawn for a site.
-    key = _wrapped(jax.lax.optimization_barrier(key))
-    with jax.default_matmul_precision('highest'):
-      weights = adapter.init_shared(sites, key)
-    return jax.lax.optimization_barrier(_named(adapter, 'init_shared', weights))
-
-  return jax.jit(draw)
-
-
-def draw_shared(
-  adapter: Any, sites: Sequence[Site], seed: int, name: str
-) -> dict[str, Any]:
-  """Returns the weights that all sites of an adapter share, by name."""
-  key = keys(seed, name, [()])[0]
-  try:
-    return _drawing_shared(adapter, tuple(sites))(key)
-  except Exception as error:
-    raised = _failed(adapter, sites[0], 'init_shared', error)
-    if raised is error:
-      raise
-    raise raised from error
 
 
 def finite(value: Any) -> bool:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from surgery.core import errors, hookspecs, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.checkpoint import Checkpoint, Index, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, Chain, Records
-from surgery.passes import compute
+from surgery.passes import blocks, compute
 
 
 def names_of(
@@ -128,16 +128,10 @@ def merge(
       link for link in records.chains.get(path, ()) if link[0].name in merged
     )
     if chain:
-      load = functools.partial(
-        _merged,
-        checkpoint,
-        chain,
-        path,
-        records,
-        encode.get(path),
-        check_finite,
-      )
-      leaf = leaf.replace(load=load)
+      answer = _Merged(checkpoint, chain, path, records, check_finite)
+      stored = encode.get(path, ())
+      load = functools.partial(answer.load, stored)
+      leaf = leaf.replace(load=load, part=None if stored else answer.part)
     leaves[path] = leaf
   return checkpoint.replace(leaves=leaves, records=records.remove(merged))
 
@@ -163,29 +157,77 @@ def _asked(
   return encode
 
 
-def _merged(
-  leaves: Mapping[Path, Leaf],
-  chain: Chain,
-  path: Path,
-  records: Records,
-  encode: Sequence[Callable[[Any], Any]] | None,
-  check_finite: bool,
-) -> Any:
-  value = compute.answer(
-    chain, path, lambda p: leaves[p].load(), records.chains
-  )
-  if check_finite and not compute.finite(value):
-    raise errors.SiteError(
-      f'{paths.show(path)}: the merged parameter has NaN or infinity; nothing '
-      'was changed. Look at the weights of '
-      f'{", ".join(repr(a.name) for a, _ in chain)}.'
-    )
-  for one in encode or ():
-    stored = one(value)
-    if stored.shape != value.shape or stored.dtype != value.dtype:
-      raise errors.PluginError(
-        f'{paths.show(path)}: a plugin re-encoded the merged parameter as '
-        f'{stored.dtype}{stored.shape}, expected {value.dtype}{value.shape}.'
+class _Merged:
+  """A parameter as layers get it.
+
+  Args:
+    leaves: the model.
+    chain: the adapters that are merged.
+    path: the parameter.
+    records: all adapters.
+    check_finite: whether a result with NaN or infinity is an error.
+
+  Attributes:
+    part: returns a block of it; None if it comes in one piece.
+  """
+
+  def __init__(
+    self,
+    leaves: Mapping[Path, Leaf],
+    chain: Chain,
+    path: Path,
+    records: Records,
+    check_finite: bool,
+  ) -> None:
+    self._leaves = leaves
+    self._chain = chain
+    self._path = path
+    self._chains = records.chains
+    self._check_finite = check_finite
+    leaf = leaves[path]
+    self._blocks = None
+    if leaf.part is not None and leaf.shape is not None and leaf.dtype:
+      self._blocks = blocks.of(
+        chain,
+        path,
+        leaf.shape,
+        leaf.dtype,
+        leaf.part,
+        self._fetch,
+        records.chains,
       )
-    value = stored
-  return value
+    self.part = None if self._blocks is None else self._part
+
+  def _fetch(self, path: Path) -> Any:
+    return self._leaves[path].load()
+
+  def _part(self, index: Index) -> Any:
+    assert self._blocks is not None
+    if not index:
+      return self.load(())
+    return self._checked(self._blocks.part(index))
+
+  def load(self, encode: Sequence[Callable[[Any], Any]]) -> Any:
+    """Returns the whole, as plugins want it stored."""
+    value = self._checked(
+      blocks.answer(self._chain, self._path, self._fetch, self._chains)
+    )
+    for one in encode:
+      stored = one(value)
+      if stored.shape != value.shape or stored.dtype != value.dtype:
+        raise errors.PluginError(
+          f'{paths.show(self._path)}: a plugin re-encoded the merged parameter '
+          f'as {stored.dtype}{stored.shape}, expected {value.dtype}'
+          f'{value.shape}.'
+        )
+      value = stored
+    return value
+
+  def _checked(self, value: Any) -> Any:
+    if self._check_finite and not compute.finite(value):
+      raise errors.SiteError(
+        f'{paths.show(self._path)}: the merged parameter has NaN or infinity; '
+        'nothing was changed. Look at the weights of '
+        f'{", ".join(repr(a.name) for a, _ in self._chain)}.'
+      )
+    return value
