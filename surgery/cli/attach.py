@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from surgery.cli import shared
+from surgery.cli import completion, shared, writing
 from surgery.core import config, errors
 from surgery.core.host import default_host
 
@@ -36,12 +36,19 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
 
 
 @click.command()
-@click.argument('file', type=shared.FILE)
-@click.option('--adapter', 'kind', metavar='TYPE', help='Adapter type: lora, …')
+@shared.file
+@click.option(
+  '--adapter',
+  'kind',
+  metavar='TYPE',
+  shell_complete=completion.adapter_types,
+  help='Adapter type: lora, …',
+)
 @click.option(
   '--to',
   multiple=True,
   metavar='SELECTOR',
+  shell_complete=completion.selectors,
   help="Layers or parameters, e.g. '**/{query,value}'; may be repeated.",
 )
 @click.option(
@@ -78,7 +85,7 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   is_flag=True,
   help='With --from: take a base with other values.',
 )
-@shared.writes
+@writing.writes
 def command(
   file: pathlib.Path,
   kind: str | None,
@@ -90,7 +97,7 @@ def command(
   layout: tuple[str, ...],
   source: pathlib.Path | None,
   no_check_base: bool,
-  output: shared.Output,
+  output: writing.Output,
 ) -> None:
   r"""Attach an adapter to the model in FILE.
 
@@ -127,21 +134,16 @@ def command(
     host=default_host(),
   )
   after = _remembering(after, name or 'default', seed or 0, list(to))
-  shared.finish(
-    before,
-    after,
-    output,
-    'attach',
-    {
-      'adapter': kind,
-      'config': adapter.config(),
-      'to': list(to),
-      'name': name or 'default',
-      'seed': seed or 0,
-      'stacked': stacked,
-      'layout': _layouts(layout),
-    },
-  )
+  arguments = {
+    'adapter': kind,
+    'config': adapter.config(),
+    'to': list(to),
+    'name': name or 'default',
+    'seed': seed or 0,
+    'stacked': stacked,
+    'layout': _layouts(layout),
+  }
+  writing.finish(before, after, output, 'attach', arguments)
 
 
 def _remembering(after: Any, name: str, seed: int, to: list[str]) -> Any:
@@ -173,27 +175,21 @@ def _insert(
   source: pathlib.Path,
   name: str | None,
   check_base: bool,
-  output: shared.Output,
+  output: writing.Output,
 ) -> None:
-  from surgery.core.checkpoint import open_checkpoint
   from surgery.passes import extract
 
-  before = shared.model(file)
+  before, alone = shared.model(file), shared.opened(source)
   after = extract.insert(
     before,
-    open_checkpoint(source),
+    alone,
     name=name,
     check_base=check_base,
     host=default_host(),
   )
-  shared.finish(
-    before,
-    after,
-    output,
-    'attach',
-    {
-      'from': source.name,
-      'name': name,
-      'check_base': check_base,
-    },
-  )
+  arguments = {
+    'from': source.name,
+    'name': name,
+    'no_check_base': not check_base,
+  }
+  writing.finish(before, after, output, 'attach', arguments, [alone])

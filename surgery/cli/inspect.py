@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli import history as histories
 from surgery.cli import shared
 from surgery.core import manifest, paths, recording
+from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 
 if TYPE_CHECKING:
@@ -27,10 +29,10 @@ def _flags(leaf: Leaf) -> list[str]:
 
 
 @click.command()
-@click.argument('file', type=shared.FILE)
-@click.argument('selectors', nargs=-1, metavar='[SELECTOR]…')
+@shared.file
+@shared.selectors(required=False)
 @click.option('--history', is_flag=True, help='Show the passes that made it.')
-@click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
+@shared.json_option
 def command(
   file: pathlib.Path, selectors: tuple[str, ...], history: bool, as_json: bool
 ) -> None:
@@ -40,21 +42,30 @@ def command(
   surgery inspect adapted.msgpack
   surgery inspect adapted.msgpack '**/lora_*' --json
   """
-  from surgery.core.checkpoint import open_checkpoint
   from surgery.passes import choosing
 
-  opened = open_checkpoint(file)
+  opened = shared.opened(file)
   chosen: Iterable[Path] = opened
   if selectors:
     chosen = choosing.select(opened, *selectors)
   chosen = list(chosen)
-  if as_json:
+  if history:
+    _show_history(opened, as_json)
+  elif as_json:
     click.echo(json.dumps(_data(opened, chosen)))
-  elif history:
-    for entry in opened.manifest.history:
-      click.echo(json.dumps(entry))
   else:
     click.echo('\n'.join(_lines(opened, chosen)))
+
+
+def _show_history(opened: Checkpoint, as_json: bool) -> None:
+  said = opened.manifest.history
+  if as_json:
+    click.echo(json.dumps(said))
+    return
+  for line in histories.lines(said):
+    click.echo(line)
+  if not said:
+    click.echo('no history is recorded.', err=True)
 
 
 def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:
@@ -83,6 +94,20 @@ def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:
   }
 
 
+def _headings(
+  layer: Path, shown: Path, types: LayerTypes
+) -> Iterator[tuple[str, str, str, str]]:
+  """Yields rows of the layers that lie between `layer` and those shown."""
+  common = 0
+  while common < min(len(layer), len(shown)) and layer[common] == shown[common]:
+    common += 1
+  for depth in range(common, len(layer)):
+    known = types.get(layer[: depth + 1])
+    kind = f'({known.names[0]})' if known and known.names else ''
+    name = paths.show((layer[depth],))
+    yield f'{"  " * depth}{name}/', kind, '', ''
+
+
 def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
   """Returns the tree, the adapters and the totals."""
   said = opened.manifest
@@ -90,21 +115,12 @@ def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
   shown: Path = ()
   for path in chosen:
     layer, leaf = path[:-1], opened[path]
-    common = 0
-    while common < min(len(layer), len(shown)) and (
-      layer[common] == shown[common]
-    ):
-      common += 1
-    for depth in range(common, len(layer)):
-      known = said.layer_types.get(layer[: depth + 1])
-      kind = f'({known.names[0]})' if known and known.names else ''
-      name = paths.show((layer[depth],))
-      rows.append((f'{"  " * depth}{name}/', kind, '', ''))
-    shown = layer
+    if layer != shown:
+      rows += _headings(layer, shown, said.layer_types)
+      shown = layer
     name = f'{"  " * len(layer)}{paths.show(path[-1:])}'
-    rows.append(
-      (name, str(leaf), shared.size(leaf.nbytes), ', '.join(_flags(leaf)))
-    )
+    nbytes = shared.size(leaf.nbytes)
+    rows.append((name, str(leaf), nbytes, ', '.join(_flags(leaf))))
   widths = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
   lines = [
     f'{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}'.rstrip()

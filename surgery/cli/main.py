@@ -6,22 +6,40 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
+from surgery.cli import completion
+from surgery.cli.codes import BUG, FAILED, INTERRUPTED, PLUGIN
 from surgery.core import errors
 
 # Name → (where the command lives, summary). Static, so that `--help` imports
 # nothing: Click asks for every command to print the list.
 VERBS: dict[str, tuple[str, str]] = {
-  'attach': ('surgery.cli.attach', 'Attach an adapter to a saved model.'),
-  'demo': ('surgery.cli.demo', 'Adapt a model to new digits, start to end.'),
-  'inspect': ('surgery.cli.inspect', 'Show what a file holds.'),
-  'merge': ('surgery.cli.merge', 'Fold adapters into the base.'),
-  'plugins': ('surgery.cli.plugins', 'List plugins, or show one.'),
+  verb: (f'surgery.cli.{verb}', summary)
+  for verb, summary in {
+    'attach': 'Attach an adapter to a saved model.',
+    'cast': 'Cast floating tensors to another dtype.',
+    'convert': 'Write a file in another format, or in several files.',
+    'demo': 'Adapt a model to new digits, start to end.',
+    'detach': 'Take adapters off; the base is as it was.',
+    'diff': 'Compare two files; exit with 1 if they differ.',
+    'disable': 'Switch adapters off.',
+    'drop': 'Leave out tensors.',
+    'enable': 'Switch adapters on.',
+    'extract': 'Write an adapter to a file of its own.',
+    'freeze': 'Freeze parameters.',
+    'inspect': 'Show what a file holds.',
+    'keep': 'Leave out all other tensors.',
+    'merge': 'Fold adapters into the base.',
+    'plugins': 'List plugins, or show one.',
+    'rename': 'Rename tensors and layers.',
+    'select': 'Print the tensors that selectors mean.',
+    'unfreeze': 'Let parameters train again.',
+    'verify': 'Check tensors against their digests.',
+  }.items()
 }
-
-DIFFERS, USAGE, FAILED, PLUGIN, BUG, INTERRUPTED = 1, 2, 3, 4, 70, 130
 
 
 class _Verbs(click.Group):
@@ -40,10 +58,18 @@ class _Verbs(click.Group):
   def resolve_command(
     self, ctx: click.Context, args: list[str]
   ) -> tuple[str | None, click.Command | None, list[str]]:
-    if args and args[0] not in VERBS and not args[0].startswith('-'):
+    known = not args or args[0] in VERBS or args[0].startswith('-')
+    if not known and not ctx.resilient_parsing:
       hint = errors.suggest(args[0], VERBS)
       raise click.UsageError(f'no verb {args[0]!r}.{hint}', ctx)
     return super().resolve_command(ctx, args)
+
+  def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+    # That of a group would import every verb for its help.
+    verbs = completion.items(VERBS, incomplete)
+    for item in verbs:
+      item.help = VERBS[item.value][1]
+    return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
   def format_commands(
     self, ctx: click.Context, formatter: click.HelpFormatter
@@ -74,9 +100,10 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
   help='Print the version.',
 )
 def cli() -> None:
-  """Change saved models: attach adapters, merge them, look inside.
+  """Change saved models: attach adapters, merge, rename, cast, look inside.
 
-  Files are flax msgpack. What is asked for goes to stdout, all else to stderr.
+  What is asked for goes to stdout, all else to stderr. Completion of verbs and
+  of names inside of files: eval "$(_SURGERY_COMPLETE=bash_source surgery)".
   """
 
 
@@ -107,6 +134,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     0 fine, 1 differs, 2 usage, 3 an error, 4 a plugin's failure, 70 a bug of
     this library, 130 interrupted.
   """
+  if instruction := os.environ.get(completion.VARIABLE):
+    return completion.answer(cli, instruction)
   try:
     result = cli.main(arguments, 'surgery', standalone_mode=False)
     sys.stdout.flush()
@@ -119,11 +148,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
   except (BrokenPipeError, SystemExit):
     # Whoever read our output has seen enough (Click answers that by exiting
     # with 1, which means something else here). Say nothing at exit either.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _silence()
     return 0
   except (errors.SurgeryError, OSError) as error:
     _trace()
     click.echo(f'error: {_line(error)}', err=True)
+    _flush()
     return _code(error)
   except Exception as error:
     _trace()
@@ -134,6 +164,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
       err=True,
     )
     return BUG
+
+
+def _flush() -> None:
+  """Hands out what was printed; if that cannot be, it is not tried again."""
+  try:
+    sys.stdout.flush()
+  except OSError:
+    _silence()
+
+
+def _silence() -> None:
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _trace() -> None:

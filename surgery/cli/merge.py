@@ -6,19 +6,13 @@ import pathlib
 
 import click
 
-from surgery.cli import shared
+from surgery.cli import shared, writing
 from surgery.core.host import default_host
 
 
 @click.command()
-@click.argument('file', type=shared.FILE)
-@click.option(
-  '--adapter',
-  'names',
-  multiple=True,
-  metavar='NAME',
-  help='The adapter to merge; all by default. May be repeated.',
-)
+@shared.file
+@shared.adapters('The adapter to merge; all by default. May be repeated.')
 @click.option(
   '--with',
   'source',
@@ -30,13 +24,13 @@ from surgery.core.host import default_host
   is_flag=True,
   help='With --with: take a base with other values.',
 )
-@shared.writes
+@writing.writes
 def command(
   file: pathlib.Path,
   names: tuple[str, ...],
   source: pathlib.Path | None,
   no_check_base: bool,
-  output: shared.Output,
+  output: writing.Output,
 ) -> None:
   r"""Fold adapters into the base; what layers got is what is stored.
 
@@ -44,8 +38,7 @@ def command(
   surgery merge adapted.msgpack -o merged.msgpack
   surgery merge base.msgpack --with a.msgpack -o merged.msgpack
   """
-  from surgery.core.checkpoint import open_checkpoint
-  from surgery.passes import extract, merge
+  from surgery.passes import extract
 
   if no_check_base and source is None:
     raise click.UsageError('--no-check-base goes with --with.')
@@ -55,20 +48,17 @@ def command(
     )
   host = default_host()
   before = adapted = shared.model(file)
-  wanted = list(names) or None
+  wanted, others = list(names) or None, []
   if source is not None:
+    others = [shared.opened(source)]
     adapted = extract.insert(
-      before, open_checkpoint(source), check_base=not no_check_base, host=host
+      before, others[0], check_base=not no_check_base, host=host
     )
     wanted = [adapted.records(host).names[-1]]
-  after = merge.merge(adapted, wanted, host=host)
-  shared.finish(
-    before,
-    after,
-    output,
-    'merge',
-    {
-      'adapters': wanted,
-      'with': source.name if source else None,
-    },
-  )
+  after = shared.passed('merge')(adapted, wanted, host=host)
+  arguments = {
+    'adapter': list(names),
+    'with': source.name if source else None,
+    'no_check_base': no_check_base,
+  }
+  writing.finish(before, after, output, 'merge', arguments, others)

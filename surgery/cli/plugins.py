@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from surgery.cli import completion
 from surgery.core import config, errors
 from surgery.core.host import default_host
 
@@ -32,7 +33,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 
 @command.command()
-@click.argument('name')
+@click.argument('name', shell_complete=completion.plugins)
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
 def show(name: str, as_json: bool) -> None:
   """Show an adapter type and its options, or a plugin and its hooks."""

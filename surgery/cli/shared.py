@@ -1,163 +1,122 @@
-"""What verbs that write have in common: options, the plan, writing it."""
+"""What verbs have in common: arguments, and opening what they name."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
 import pathlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.core import errors, manifest, paths
+from surgery.cli import completion
+from surgery.core import errors, manifest
 from surgery.core.host import default_host
 
 if TYPE_CHECKING:
   from surgery.core.checkpoint import Checkpoint
 
-FILE = click.Path(path_type=pathlib.Path)
+# Whether it can be read or written the system says best.
+FILE = click.Path(path_type=pathlib.Path, readable=False)
+
+_UNITS = {
+  '': 1,
+  **{f'{c}B': 1000**n for n, c in enumerate('KMGT', 1)},
+  **{f'{c}IB': 1024**n for n, c in enumerate('KMGT', 1)},
+  'B': 1,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
-  """Where a verb writes, and how.
-
-  Attributes:
-    path: the file.
-    force: whether it may exist.
-    dry_run: whether only the plan is shown.
-    as_json: whether the plan is printed as JSON.
-  """
-
-  path: pathlib.Path
-  force: bool
-  dry_run: bool
-  as_json: bool
-
-
-def writes(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Adds the options of verbs that write; gives them as `output`."""
-
-  @click.option(
-    '-o',
-    '--output',
-    'target',
-    type=FILE,
-    required=True,
-    help='The file to write.',
-  )
-  @click.option('--force', is_flag=True, help='Replace an existing file.')
-  @click.option('--dry-run', is_flag=True, help='Show the plan, write nothing.')
-  @click.option(
-    '--json', 'as_json', is_flag=True, help='Print the plan as JSON.'
-  )
-  @functools.wraps(function)
-  def wrapped(
-    *args: Any,
-    target: pathlib.Path,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-    **kwargs: Any,
-  ) -> Any:
-    if target.exists() and not force:
-      raise errors.SurgeryError(
-        f'{target}: exists already. Give --force to replace it.'
-      )
-    output = Output(target, force, dry_run, as_json)
-    return function(*args, output=output, **kwargs)
-
-  return wrapped
-
-
-def plan(before: Checkpoint, after: Checkpoint) -> list[dict[str, Any]]:
-  """Returns what writing will do to each tensor.
-
-  Args:
-    before: what is read.
-    after: what is written.
-
-  Returns:
-    For each tensor its path, what happens (`copied`, `computed`, `new`,
-    `gone`), shape, dtype and bytes.
-  """
-  rows = []
-  for path, leaf in {**before, **after}.items():
-    if path not in after:
-      what = 'gone'
-    elif path not in before:
-      what = 'new'
-    else:
-      what = 'copied' if leaf.source is not None else 'computed'
-    rows.append(
-      {
-        'path': paths.show(path),
-        'what': what,
-        'shape': None if leaf.shape is None else list(leaf.shape),
-        'dtype': leaf.dtype,
-        'bytes': leaf.nbytes,
-      }
-    )
-  return rows
-
-
-def finish(
-  before: Checkpoint,
-  after: Checkpoint,
-  output: Output,
-  verb: str,
-  arguments: Mapping[str, Any],
-) -> None:
-  """Writes what a verb made, or shows what would be written.
-
-  Args:
-    before: what was read.
-    after: what the verb made of it.
-    output: where and how.
-    verb: the verb's name, for the history.
-    arguments: its arguments, for the history: no paths but names of files, no
-      times, so that the same command gives the same bytes.
+def nbytes(
+  ctx: click.Context, param: click.Parameter, value: str | None
+) -> int | None:
+  """Reads a number of bytes: `5GB`, `500MB`, `2GiB`, or a plain number.
 
   Raises:
-    SurgeryError: if it cannot be written.
+    BadParameter: if it is none, or 0.
   """
-  import surgery
-
-  entry = {
-    'version': surgery.__version__,
-    'pass': verb,
-    'arguments': dict(arguments),
-  }
-  said = after.manifest
-  after = after.replace(manifest=said.replace(history=(*said.history, entry)))
-  rows = plan(before, after)
-  if not output.dry_run:
-    after.write(output.path, overwrite=output.force, host=default_host())
-  _report(rows, output)
+  if value is None:
+    return None
+  match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([a-zA-Z]*)', value.strip())
+  unit = match and _UNITS.get(match[2].upper())
+  if not match or not unit or not (number := round(float(match[1]) * unit)):
+    raise click.BadParameter(
+      f'{value!r}: expected a number of bytes such as 5GB, 500MB or 2GiB.',
+      ctx,
+      param,
+    )
+  return number
 
 
-def _report(rows: list[dict[str, Any]], output: Output) -> None:
-  if output.as_json:
-    click.echo(json.dumps({'output': output.path.name, 'tensors': rows}))
-    return
-  counts = {
-    what: [r for r in rows if r['what'] == what]
-    for what in ('copied', 'computed', 'new', 'gone')
-  }
-  if output.dry_run:
-    for row in rows:
-      if row['what'] != 'copied':
-        shape = '' if row['shape'] is None else str(tuple(row['shape']))
-        click.echo(f'{row["what"]:<8}  {row["path"]}  {row["dtype"]}{shape}')
-  summary = ', '.join(
-    f'{len(some)} {what} ({size(sum(r["bytes"] for r in some))})'
-    for what, some in counts.items()
-    if some
+file = click.argument('file', type=FILE)
+
+
+def selectors(required: bool) -> Callable[..., Any]:
+  """Adds the argument SELECTOR…."""
+  return click.argument(
+    'selectors',
+    nargs=-1,
+    required=required,
+    metavar='SELECTOR…' if required else '[SELECTOR]…',
+    shell_complete=completion.selectors,
   )
-  verb = 'would write' if output.dry_run else 'wrote'
-  click.echo(f'{verb} {output.path}: {summary}', err=not output.dry_run)
+
+
+def adapters(text: str) -> Callable[..., Any]:
+  """Adds the option `--adapter NAME`, which may be repeated, as `names`."""
+  return click.option(
+    '--adapter',
+    'names',
+    multiple=True,
+    metavar='NAME',
+    shell_complete=completion.adapters,
+    help=text,
+  )
+
+
+json_option = click.option(
+  '--json', 'as_json', is_flag=True, help='Print JSON.'
+)
+
+
+def passed(name: str) -> Callable[..., Any]:
+  """Returns a pass by its name.
+
+  Raises:
+    SurgeryError: if no plugin offers it.
+  """
+  known = default_host().passes
+  if name not in known:
+    raise errors.SurgeryError(
+      f'no plugin offers the pass {name!r}. `surgery plugins` lists plugins.'
+    )
+  return known[name]
+
+
+def opened(path: pathlib.Path) -> Checkpoint:
+  """Opens a model or an adapter, without reading its tensors.
+
+  Raises:
+    FormatError: if it is not what it should be.
+  """
+  from surgery.core.checkpoint import open_checkpoint
+
+  return open_checkpoint(path)
+
+
+def model(path: pathlib.Path) -> Checkpoint:
+  """Opens a model.
+
+  Raises:
+    FormatError: if it is an adapter without its base.
+  """
+  found = opened(path)
+  if found.manifest.kind == manifest.ADAPTER:
+    raise errors.FormatError(
+      f'{path}: an adapter without its base, not a model. Give the base, and '
+      'this file by --from or --with.'
+    )
+  return found
 
 
 def size(count: int) -> str:
@@ -167,23 +126,6 @@ def size(count: int) -> str:
     number /= 1000
     units.pop(0)
   return f'{number:.3g} {units[0]}'
-
-
-def model(path: pathlib.Path) -> Checkpoint:
-  """Opens a model.
-
-  Raises:
-    FormatError: if it is an adapter without its base.
-  """
-  from surgery.core.checkpoint import open_checkpoint
-
-  opened = open_checkpoint(path)
-  if opened.manifest.kind == manifest.ADAPTER:
-    raise errors.FormatError(
-      f'{path}: an adapter without its base, not a model. Give the base, and '
-      'this file by --from or --with.'
-    )
-  return opened
 
 
 def pairs(items: tuple[str, ...], what: str) -> list[tuple[str, str]]:

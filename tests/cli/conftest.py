@@ -63,3 +63,23 @@ def model(tmp_path):
   file = tmp_path / 'base.msgpack'
   surgery.save(file, params, graph=graph)
   return Model(graph, net, params, file, x)
+
+
+@pytest.fixture
+def adapted(model):
+  """The model with a LoRA whose weights are random, as a file."""
+  params = surgery.attach(
+    model.params, surgery.LoRA(rank=2), to='**/{query,value}', seed=1
+  ).unlocked()
+  for i, path in enumerate(list(params.keys())):
+    if path[-1] == 'lora_b':
+      value = jax.random.normal(jax.random.key(i), params[path].value.shape)
+      params[path] = params[path].replace(value=value)
+  file = model.file.with_name('adapted.msgpack')
+  surgery.save(file, params.locked(), graph=model.graph)
+  return file
+
+
+@pytest.fixture
+def out(tmp_path):
+  return tmp_path / 'out.msgpack'

@@ -53,7 +53,7 @@ def test_every_verb_has_help(surgery_cli, name):
 def test_an_unknown_verb_is_a_usage_error_with_a_suggestion(surgery_cli):
   result = surgery_cli('atach')
   assert 2 == result.code
-  assert "no verb 'atach'. Did you mean 'attach'?" in result.err
+  assert "no verb 'atach'. Did you mean 'attach' or 'detach'?" in result.err
 
 
 def test_version(surgery_cli):

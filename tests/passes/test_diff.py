@@ -30,7 +30,10 @@ def leaf(value, **options):
   )
 
 
-def checkpoint(manifest=Manifest(), **values):
+NOTHING = Manifest()
+
+
+def checkpoint(manifest=NOTHING, **values):
   leaves = {
     tuple(name.split('__')): v if isinstance(v, Leaf) else leaf(v)
     for name, v in values.items()

@@ -77,7 +77,7 @@ def test_damage_is_an_error_where_there_is_no_digest(tmp_path):
 def test_missing_digests_are_completed_and_others_kept(tmp_path):
   one = np.arange(3)
   ckpt = Checkpoint({('a',): leaf(one, digest='xxh3:0'), ('b',): leaf(one)})
-  found = {('a',): 'xxh3:1', ('b',): 'xxh3:2'}
+  found: dict[tuple[str, ...], str] = {('a',): 'xxh3:1', ('b',): 'xxh3:2'}
   done = verify.complete(ckpt, found)
   assert ['xxh3:0', 'xxh3:2'] == [x.digest for x in done.values()]
   assert ckpt[('b',)].load is done[('b',)].load

@@ -1,0 +1,61 @@
+"""`surgery cast`."""
+
+from __future__ import annotations
+
+import pathlib
+
+import click
+
+from surgery.cli import completion, shared, writing
+from surgery.core.host import default_host
+
+
+@click.command()
+@shared.file
+@click.option(
+  '--to',
+  required=True,
+  metavar='DTYPE',
+  shell_complete=completion.dtypes,
+  help='bf16, f16, f32, … or a full name.',
+)
+@click.option(
+  '--keep',
+  multiple=True,
+  metavar='SELECTOR[=DTYPE]',
+  shell_complete=completion.kept,
+  help="Leave these as they are, or cast them to that: '**/norm=f32'. May be "
+  'repeated.',
+)
+@click.option(
+  '--allow-overflow',
+  is_flag=True,
+  help='Let finite values become infinite or NaN.',
+)
+@writing.writes
+def command(
+  file: pathlib.Path,
+  to: str,
+  keep: tuple[str, ...],
+  allow_overflow: bool,
+  output: writing.Output,
+) -> None:
+  r"""Cast floating tensors to another dtype, rounding once.
+
+  \b
+  surgery cast base.msgpack --to bf16 --keep '**/norm*' -o half.msgpack
+  """
+  before = shared.opened(file)
+  after = shared.passed('cast')(
+    before,
+    to,
+    keep=list(keep) or None,
+    overflow=allow_overflow,
+    host=default_host(),
+  )
+  arguments = {
+    'to': to,
+    'keep': list(keep),
+    'allow_overflow': allow_overflow,
+  }
+  writing.finish(before, after, output, 'cast', arguments)

@@ -1,0 +1,3 @@
+"""Exit codes."""
+
+DIFFERS, USAGE, FAILED, PLUGIN, BUG, INTERRUPTED = 1, 2, 3, 4, 70, 130

@@ -1,0 +1,35 @@
+"""`surgery convert`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import click
+
+from surgery.cli import completion, shared, writing
+
+
+@click.command()
+@click.argument('file', metavar='IN', type=shared.FILE)
+@click.option(
+  '--to',
+  'form',
+  metavar='FORMAT',
+  shell_complete=completion.formats,
+  help='msgpack, safetensors, …; what the suffix of OUT says by default.',
+)
+@writing.converts
+def command(
+  file: pathlib.Path, form: str | None, output: writing.Output
+) -> None:
+  r"""Write IN in another format, or in files of another size; same bits.
+
+  \b
+  surgery convert base.msgpack base.safetensors
+  surgery convert base.msgpack parts.msgpack --shard-size 5GB
+  """
+  before = shared.opened(file)
+  output = dataclasses.replace(output, format=form)
+  arguments = {'to': form, 'shard_size': output.shard_size}
+  writing.finish(before, before, output, 'convert', arguments)

@@ -1,0 +1,208 @@
+"""`surgery diff`."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli import codes, completion, progress, shared
+from surgery.core import paths
+from surgery.core.host import default_host
+
+if TYPE_CHECKING:
+  from surgery.core.checkpoint import Checkpoint
+  from surgery.passes.diff import Difference, TensorDiff
+
+
+@click.command()
+@click.argument('a', metavar='A', type=shared.FILE)
+@click.argument('b', metavar='B', type=shared.FILE)
+@click.argument(
+  'selectors',
+  nargs=-1,
+  metavar='[SELECTOR]…',
+  shell_complete=completion.selectors,
+)
+@click.option(
+  '--top',
+  type=click.IntRange(1),
+  metavar='N',
+  help='Show only the N tensors that differ most.',
+)
+@click.option(
+  '--tolerance',
+  type=click.FloatRange(0),
+  default=0.0,
+  metavar='T',
+  help='Largest relative error ‖a-b‖/‖a‖ of a tensor that is let pass; its '
+  'dtype may differ then. By default every bit counts.',
+)
+@shared.json_option
+def command(
+  a: pathlib.Path,
+  b: pathlib.Path,
+  selectors: tuple[str, ...],
+  top: int | None,
+  tolerance: float,
+  as_json: bool,
+) -> int:
+  r"""Compare two files, tensor by tensor; exit with 1 if they differ.
+
+  With selectors, only those tensors are compared. Histories are not.
+
+  \b
+  surgery diff base.msgpack merged.msgpack --top 5
+  surgery diff base.msgpack half.msgpack '**/kernel' --tolerance 1e-2
+  """
+  if math.isnan(tolerance):
+    raise click.UsageError('--tolerance: expected a number, found nan.')
+  first, second = shared.opened(a), shared.opened(b)
+  said = [] if selectors else _manifests(first, second)
+  count, different = 0, []
+  for one in _compared(first, second, selectors):
+    count += 1
+    if one.differs(tolerance):
+      different.append(one)
+  equal = not said and not different
+  shown = _top(different, top)
+  if as_json:
+    data = {
+      'a': a.name,
+      'b': b.name,
+      'equal': equal,
+      'compared': count,
+      'differing': len(different),
+      'manifest': [vars(d) for d in said],
+      'tensors': [_data(one) for one in shown],
+    }
+    click.echo(json.dumps(data, default=str))
+  else:
+    for line in (*map(str, said), *_lines(shown)):
+      click.echo(line)
+    click.echo(_summary(count, different, len(said), tolerance))
+  return 0 if equal else codes.DIFFERS
+
+
+def _manifests(a: Checkpoint, b: Checkpoint) -> list[Difference]:
+  from surgery.passes import diff
+
+  return diff.manifests(a.manifest, b.manifest)
+
+
+def _compared(
+  a: Checkpoint, b: Checkpoint, selectors: tuple[str, ...]
+) -> Iterator[TensorDiff]:
+  """Yields the results, telling how far it has come."""
+  from surgery.passes import diff
+
+  chosen = list(selectors) or None
+  with progress.shown(({**b, **a}).values()) as told:
+    for one in diff.diff(a, b, chosen, host=default_host()):
+      yield one
+      if told is not None:
+        leaf = one.a or one.b
+        told(1, leaf.nbytes if leaf else 0)
+
+
+def _weight(one: TensorDiff) -> float:
+  """Returns how much a tensor differs; most, where that is no number."""
+  return one.figures.relative if one.figures else math.inf
+
+
+def _top(different: list[TensorDiff], top: int | None) -> list[TensorDiff]:
+  if top is None:
+    return different
+  return sorted(different, key=_weight, reverse=True)[:top]
+
+
+def _finite(number: float | None) -> float | None:
+  """Returns a number that JSON has; null for infinity."""
+  return None if number is None or not math.isfinite(number) else number
+
+
+def _data(one: TensorDiff) -> dict[str, Any]:
+  sides = {
+    side: None
+    if leaf is None
+    else {
+      'shape': None if leaf.shape is None else list(leaf.shape),
+      'dtype': leaf.dtype,
+    }
+    for side, leaf in (('a', one.a), ('b', one.b))
+  }
+  figures = None
+  if one.figures is not None:
+    figures = {
+      'max_abs': _finite(one.figures.max_abs),
+      'relative': _finite(one.figures.relative),
+      'cosine': _finite(one.figures.cosine),
+      'changed': one.figures.share,
+      'nonfinite': one.figures.nonfinite,
+    }
+  return {
+    'path': paths.show(one.path),
+    'only_in': 'b' if one.a is None else 'a' if one.b is None else None,
+    **sides,
+    'notes': [vars(note) for note in one.notes],
+    'figures': figures,
+  }
+
+
+def _lines(different: list[TensorDiff]) -> Iterator[str]:
+  """Yields a table of tensors that differ."""
+  rows = [(paths.show(d.path), _tensor(d), _figures(d)) for d in different]
+  widths = [max((len(r[i]) for r in rows), default=0) for i in range(2)]
+  for path, tensor, figures in rows:
+    yield f'{path:<{widths[0]}}  {tensor:<{widths[1]}}  {figures}'.rstrip()
+
+
+def _tensor(one: TensorDiff) -> str:
+  texts = dict.fromkeys(str(x) for x in (one.a, one.b) if x is not None)
+  return ' → '.join(texts)
+
+
+def _figures(one: TensorDiff) -> str:
+  if one.a is None:
+    return 'only in b'
+  if one.b is None:
+    return 'only in a'
+  parts = [str(note) for note in one.notes]
+  figures = one.figures
+  if one.a.shape != one.b.shape:
+    parts.insert(0, 'shapes differ')
+  elif figures is None and not one.equal:
+    parts.insert(0, f'{one.a.load()!r} → {one.b.load()!r}')
+  elif figures is not None and figures.changed:
+    cosine = '-' if figures.cosine is None else f'{figures.cosine:.6f}'
+    parts.insert(
+      0,
+      f'max {figures.max_abs:.3g}, relative {figures.relative:.3g}, '
+      f'cosine {cosine}, changed {_percent(figures.share)}',
+    )
+    if figures.nonfinite:
+      parts.insert(1, f'{figures.nonfinite} not finite in one')
+  return '; '.join(parts)
+
+
+def _percent(share: float) -> str:
+  return f'{share:.3g}' if share < 0.0001 else f'{100 * share:.3g}%'
+
+
+def _summary(
+  count: int, different: list[TensorDiff], said: int, tolerance: float
+) -> str:
+  parts = []
+  if different:
+    parts.append(f'{len(different)} of {count} tensors differ')
+  for side, gone in (('a', 'b'), ('b', 'a')):
+    if only := sum(getattr(d, gone) is None for d in different):
+      parts.append(f'{only} of them only in {side}')
+  if said:
+    parts.append(f'{said} difference{"s"[: said > 1]} beside tensors')
+  within = f' within {tolerance:g}' if tolerance else ''
+  return ', '.join(parts) or f'equal{within}: {count} tensors'

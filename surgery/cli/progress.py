@@ -1,0 +1,81 @@
+"""How far writing or reading has come, on stderr, for people."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+  from surgery.core.checkpoint import Leaf
+
+# What is done sooner says nothing.
+DELAY = 1.0
+_INTERVAL = 0.1
+_UNITS = ('B', 'KB', 'MB', 'GB', 'TB')
+
+Told = Callable[[int, int], None]
+
+
+def _of(done: int, total: int) -> str:
+  """Returns two numbers of bytes in the unit of the second: `1.2/2.5 GB`."""
+  power = 0
+  while total >= 1000 ** (power + 1) and power + 1 < len(_UNITS):
+    power += 1
+  digits = 1 if power else 0
+  parts = [f'{n / 1000**power:.{digits}f}' for n in (done, total)]
+  return f'{"/".join(parts)} {_UNITS[power]}'
+
+
+class _Line:
+  """One line of a terminal that is written anew again and again."""
+
+  def __init__(self, stream: TextIO, tensors: int, nbytes: int) -> None:
+    self._stream = stream
+    self._total = tensors, nbytes
+    self._done = 0, 0
+    self._next = time.monotonic() + DELAY
+    self._width = 0
+
+  def told(self, tensors: int, nbytes: int) -> None:
+    """Takes in what was done since the last call."""
+    self._done = self._done[0] + tensors, self._done[1] + nbytes
+    if time.monotonic() >= self._next:
+      self._next = time.monotonic() + _INTERVAL
+      size = _of(self._done[1], self._total[1])
+      self._show(f'{self._done[0]}/{self._total[0]} tensors, {size}')
+
+  def clear(self) -> None:
+    if self._width:
+      self._show('')
+      self._stream.write('\r')
+      self._stream.flush()
+
+  def _show(self, text: str) -> None:
+    self._stream.write(f'\r{text:<{self._width}}')
+    self._stream.flush()
+    self._width = len(text)
+
+
+@contextlib.contextmanager
+def shown(leaves: Iterable[Leaf]) -> Iterator[Told | None]:
+  """Yields what is to be told of tensors and bytes that are done.
+
+  Args:
+    leaves: what there is to do.
+
+  Yields:
+    A function of a number of tensors and of bytes; None if stderr is no
+    terminal.
+  """
+  if not sys.stderr.isatty():
+    yield None
+    return
+  leaves = list(leaves)
+  line = _Line(sys.stderr, len(leaves), sum(leaf.nbytes for leaf in leaves))
+  try:
+    yield line.told
+  finally:
+    line.clear()

@@ -1,0 +1,124 @@
+"""`surgery verify`."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+import click
+
+from surgery.cli import codes, history, progress, shared, writing
+from surgery.core import errors, paths
+
+if TYPE_CHECKING:
+  from surgery.core.checkpoint import Checkpoint
+  from surgery.passes.verify import Verified
+
+
+@click.command()
+@shared.file
+@click.option(
+  '--write',
+  is_flag=True,
+  help='Add the digests that are missing, replacing FILE.',
+)
+@shared.json_option
+def command(file: pathlib.Path, write: bool, as_json: bool) -> int:
+  r"""Recompute the digests of tensors; exit with 1 if one differs.
+
+  \b
+  surgery verify base.msgpack
+  surgery verify from_flax.msgpack --write
+  """
+  opened = shared.opened(file)
+  if not write and all(leaf.digest is None for leaf in opened.values()):
+    raise errors.SurgeryError(
+      f'{file}: no tensor has a digest, so there is nothing to compare with. '
+      'Give --write to add the digests of what is there now.'
+    )
+  found = _verified(opened)
+  states = collections.Counter(one.state for one in found)
+  wrong = [one for one in found if one.state == 'differs']
+  added = states['missing'] if write and not wrong else 0
+  if added:
+    _complete(file, opened, found)
+  if as_json:
+    click.echo(json.dumps(_data(file, found, states, added)))
+  for one in wrong:
+    text = f'{paths.show(one.path)}: {_reason(one)}'
+    click.echo(text, err=as_json)
+  click.echo(_summary(file, states, added), err=True)
+  if wrong and write:
+    click.echo('no digest was added: first see to what differs.', err=True)
+  return codes.DIFFERS if wrong else 0
+
+
+def _verified(opened: Checkpoint) -> list[Verified]:
+  from surgery.passes import verify
+
+  found = []
+  tensors = [leaf for leaf in opened.values() if leaf.shape is not None]
+  with progress.shown(tensors) as told:
+    for one in verify.verify(opened):
+      found.append(one)
+      if told is not None:
+        told(1, opened[one.path].nbytes)
+  return found
+
+
+def _complete(
+  file: pathlib.Path, opened: Checkpoint, found: list[Verified]
+) -> None:
+  """Writes the file anew, with all digests."""
+  from surgery.passes import verify
+
+  digests = {one.path: one.found for one in found if one.found is not None}
+  after = verify.complete(opened, digests)
+  after = history.recorded(
+    after, history.entry('verify', {'write': True}, [opened])
+  )
+  writing.write(writing.Step(opened, after, writing.Output(file, force=True)))
+
+
+def _reason(one: Verified) -> str:
+  if one.reason:
+    return one.reason
+  return f'expected {one.expected}, found {one.found}.'
+
+
+def _summary(
+  file: pathlib.Path, states: collections.Counter[str], added: int
+) -> str:
+  parts = [f'{states["ok"]} ok']
+  if states['differs']:
+    parts.append(f'{states["differs"]} differ')
+  if states['missing']:
+    what = 'added' if added else 'without a digest (--write adds it)'
+    parts.append(f'{states["missing"]} {what}')
+  return f'{file}: {", ".join(parts)}'
+
+
+def _data(
+  file: pathlib.Path,
+  found: list[Verified],
+  states: collections.Counter[str],
+  added: int,
+) -> dict[str, object]:
+  return {
+    'file': file.name,
+    'ok': states['ok'],
+    'differs': states['differs'],
+    'missing': states['missing'] - added,
+    'added': added,
+    'tensors': [
+      {
+        'path': paths.show(one.path),
+        'state': one.state,
+        'expected': one.expected,
+        'found': one.found,
+      }
+      for one in found
+    ],
+  }

@@ -1,0 +1,119 @@
+import json
+
+import flax.serialization
+import numpy as np
+import pytest
+
+import surgery
+from tests.cli.saved import history, values
+
+
+@pytest.fixture
+def plain(tmp_path):
+  """A file from flax, without digests."""
+  file = tmp_path / 'flax.msgpack'
+  tree = {'net': {'a': np.ones((2, 3), 'float32'), 'b': np.arange(5)}, 'n': 3}
+  file.write_bytes(flax.serialization.to_bytes(tree))
+  return file
+
+
+def damage(file, path):
+  """Flips a bit of a tensor."""
+  leaf = surgery.open(file)[tuple(path.split('/'))]
+  [(start, _)] = leaf.source.spans
+  data = bytearray(file.read_bytes())
+  data[start] ^= 1
+  file.write_bytes(data)
+
+
+def test_a_file_that_is_whole(model, surgery_cli):
+  result = surgery_cli('verify', model.file)
+  assert (0, '') == (result.code, result.out)
+  assert f'{model.file}: 6 ok\n' == result.err
+
+
+def test_each_tensor_that_differs_is_named(model, surgery_cli):
+  for name in ('query', 'value'):
+    damage(model.file, f'model/net/{name}/bias')
+  result = surgery_cli('verify', model.file)
+  assert 1 == result.code
+  lines = result.out.splitlines()
+  assert ['model/net/query/bias', 'model/net/value/bias'] == [
+    line.split(': ')[0] for line in lines
+  ]
+  assert 'expected xxh3:' in lines[0]
+  assert '4 ok, 2 differ' in result.err
+
+
+def test_json_says_all(model, surgery_cli):
+  damage(model.file, 'model/net/query/bias')
+  result = surgery_cli('verify', model.file, '--json')
+  assert 1 == result.code
+  data = json.loads(result.out)
+  assert (5, 1, 0) == (data['ok'], data['differs'], data['missing'])
+  [bad] = [t for t in data['tensors'] if t['state'] == 'differs']
+  assert bad['expected'] != bad['found']
+
+
+def test_a_file_without_digests_says_nothing(plain, surgery_cli):
+  result = surgery_cli('verify', plain)
+  assert 3 == result.code
+  assert 'no tensor has a digest' in result.err
+  assert 'Give --write' in result.err
+
+
+def test_digests_are_added_and_nothing_else_changes(plain, surgery_cli):
+  before = values(plain)
+  result = surgery_cli('verify', plain, '--write')
+  assert 0 == result.code
+  assert '0 ok, 2 added' in result.err
+  after = surgery.open(plain)
+  assert list(before) == ['/'.join(p) for p in after]
+  for path, leaf in after.items():
+    assert (leaf.shape is None) == (leaf.digest is None)
+    assert np.array_equal(before['/'.join(path)], leaf.load())
+  assert 'verify' == history(plain)[-1]['pass']
+  assert 0 == surgery_cli('verify', plain).code
+
+
+def test_nothing_is_written_where_nothing_is_missing(model, surgery_cli):
+  before = model.file.stat().st_ino, model.file.read_bytes()
+  assert 0 == surgery_cli('verify', model.file, '--write').code
+  assert before == (model.file.stat().st_ino, model.file.read_bytes())
+
+
+def test_some_without_a_digest_are_told_of(model, tmp_path, surgery_cli):
+  file = tmp_path / 'some.msgpack'
+  ckpt = surgery.open(model.file)
+  first = next(iter(ckpt))
+  leaves = {**ckpt, first: ckpt[first].replace(digest=None)}
+  ckpt.replace(leaves=leaves).write(file)
+  result = surgery_cli('verify', file)
+  assert 0 == result.code
+  assert '5 ok, 1 without a digest (--write adds it)' in result.err
+
+
+def test_nothing_is_added_where_something_differs(model, tmp_path, surgery_cli):
+  file = tmp_path / 'some.msgpack'
+  ckpt = surgery.open(model.file)
+  first, *_, last = ckpt
+  leaves = {**ckpt, last: ckpt[last].replace(digest=None)}
+  ckpt.replace(leaves=leaves).write(file)
+  damage(file, '/'.join(first))
+  before = file.read_bytes()
+  result = surgery_cli('verify', file, '--write')
+  assert 1 == result.code
+  assert 'no digest was added: first see to what differs' in result.err
+  assert before == file.read_bytes()
+
+
+def test_what_differs_is_named_in_an_adapter_too(
+  adapted, tmp_path, surgery_cli
+):
+  alone = tmp_path / 'a.msgpack'
+  surgery_cli('extract', adapted, '-o', alone)
+  assert 0 == surgery_cli('verify', alone).code
+  damage(alone, 'model/net/query/lora_a')
+  result = surgery_cli('verify', alone)
+  assert 1 == result.code
+  assert result.out.startswith('model/net/query/lora_a: ')
