@@ -32,6 +32,7 @@ _CALLS = {
   'closed_call': 'call_jaxpr',
   'core_call': 'call_jaxpr',
   'remat': 'jaxpr',
+  'remat2': 'jaxpr',
   'checkpoint': 'jaxpr',
   'custom_jvp_call': 'call_jaxpr',
   'custom_vjp_call': 'call_jaxpr',
