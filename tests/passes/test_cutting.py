@@ -43,9 +43,7 @@ def check(function, *arguments, axes=1, sizes=(4,), most=LARGE):
   assert made is not None
   whole = np.asarray(function(*arguments))
   for starts, shape in blocks(whole.shape, sizes):
-    index = tuple(
-      slice(s, s + n) for s, n in zip(starts, shape, strict=True)
-    )
+    index = tuple(slice(s, s + n) for s, n in zip(starts, shape, strict=True))
     own = arguments[0][index]
     block = made(shape, np.asarray(starts, np.int32), (own, *arguments[1:]))
     assert whole[index].shape == block.shape
@@ -72,9 +70,7 @@ FUNCTIONS = {
   ),
   'row scale': (lambda w, s: w * s[:, None], normal(ROWS)),
   'column scale': (lambda w, s: w * s, normal(COLUMNS)),
-  'row norm': (
-    lambda w: w / jnp.sqrt(jnp.sum(w * w, axis=1, keepdims=True)),
-  ),
+  'row norm': (lambda w: w / jnp.sqrt(jnp.sum(w * w, axis=1, keepdims=True)),),
   'left product': (
     lambda w, r: jnp.eye(ROWS) @ w + 0 * r,
     normal(1),
@@ -88,9 +84,7 @@ FUNCTIONS = {
     normal(ROWS, 2, seed=1),
     normal(2, COLUMNS, seed=1),
   ),
-  'mask by position': (
-    lambda w: w * (jnp.arange(ROWS) % 2)[:, None],
-  ),
+  'mask by position': (lambda w: w * (jnp.arange(ROWS) % 2)[:, None],),
   'sliced': (lambda w, a: w + a[:, 1:5], normal(ROWS, 8)),
   'rows sliced': (lambda w, a: w + a[1 : ROWS + 1], normal(ROWS + 2, COLUMNS)),
   'reversed': (lambda w, a: w + a[::-1], normal(ROWS, COLUMNS)),
