@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from surgery.files.source import MappedFile
 # Shorter ranges are cheaper to read than to copy by a call of the system.
 _SMALL = 1 << 16
 _BUFFER = 1 << 20
-_AT_ONCE = 1 << 26
+# After so many bytes the disk is told to begin, while more is computed.
+_BEGIN = 1 << 25
 
 # What a system answers that cannot copy between these two files.
 _CANNOT = {
@@ -41,6 +43,7 @@ class Output:
 
   def __init__(self, fd: int) -> None:
     self._fd = fd
+    self._begun = self._done = os.lseek(fd, 0, os.SEEK_CUR)
     self._ready = bytearray()
     # A range that is yet to be copied, and what is to be written after it.
     self._range: tuple[MappedFile, int, int] | None = None
@@ -50,7 +53,7 @@ class Output:
     """Writes bytes."""
     if len(data) >= _SMALL:
       self.flush()
-      _write(self._fd, data)
+      self._put(data)
       return
     part = self._ready if self._range is None else self._after
     part += data
@@ -85,7 +88,10 @@ class Output:
         self._ready += file.data[start:stop]
       else:
         self._drain()
-        _copy(file, self._fd, start, stop)
+        for first in range(start, stop, _BEGIN):
+          last = min(first + _BEGIN, stop)
+          _copy(file, self._fd, first, last)
+          self._count(last - first)
       self._range = None
       self._ready += self._after
       self._after.clear()
@@ -93,8 +99,30 @@ class Output:
       self._drain()
 
   def _drain(self) -> None:
-    _write(self._fd, self._ready)
+    self._put(self._ready)
     self._ready = bytearray()
+
+  def _put(self, data: bytes | bytearray | memoryview) -> None:
+    _write(self._fd, data)
+    self._count(len(data))
+
+  def _count(self, written: int) -> None:
+    """Lets the disk begin, so that the last `fsync` has little left to do."""
+    self._done += written
+    if self._done - self._begun >= _BEGIN:
+      begin(self._fd, self._begun, self._done - self._begun)
+      self._begun = self._done
+
+
+def begin(fd: int, start: int, length: int) -> None:
+  """Starts to write a range of a file to the disk, without waiting for it.
+
+  Advice only: on systems that know none, `fsync` does it all at the end.
+  """
+  if hasattr(os, 'posix_fadvise'):
+    with contextlib.suppress(OSError):
+      # Linux starts to write what is dirty of a range that is not needed.
+      os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _write(fd: int, data: bytes | bytearray | memoryview) -> None:
@@ -130,7 +158,7 @@ def _all(
   """Copies as far as this way goes; returns where it ended."""
   try:
     while start < stop:
-      done = way(source, target, start, min(stop - start, _AT_ONCE))
+      done = way(source, target, start, stop - start)
       if not done:
         break
       start += done

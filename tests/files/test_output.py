@@ -178,3 +178,43 @@ def test_a_file_that_was_cut_meanwhile_is_an_error(tmp_path, target):
   with pytest.raises(errors.FormatError, match='found the end') as info:
     out.flush()
   assert info.value.offset == LARGE
+
+
+def test_the_disk_is_told_early_of_what_was_written(file, target, monkeypatch):
+  told = []
+  monkeypatch.setattr(output, '_BEGIN', LARGE)
+  monkeypatch.setattr(
+    output, 'begin', lambda fd, start, length: told.append((start, length))
+  )
+  out = Output(target)
+  out.copy(file, 0, 3 * LARGE)
+  out.write(b'x' * (LARGE // 2))
+  out.write(b'y' * LARGE)
+  out.flush()
+  assert [
+    (0, LARGE),
+    (LARGE, LARGE),
+    (2 * LARGE, LARGE),
+    (3 * LARGE, LARGE * 3 // 2),
+  ] == told
+  assert file.data[: 3 * LARGE] + b'x' * (LARGE // 2) + b'y' * LARGE == content(
+    target
+  )
+
+
+def test_a_file_that_takes_no_advice_is_written_all_the_same(monkeypatch):
+  monkeypatch.setattr(output, '_BEGIN', 1)
+  told = []
+
+  def refuse(*arguments):
+    told.append(arguments)
+    raise OSError(errno.ESPIPE, os.strerror(errno.ESPIPE))
+
+  monkeypatch.setattr(os, 'posix_fadvise', refuse)
+  fd = os.memfd_create('out')
+  out = Output(fd)
+  out.write(b'x' * LARGE)
+  out.flush()
+  assert b'x' * LARGE == content(fd)
+  assert told
+  os.close(fd)
