@@ -1,0 +1,38 @@
+"""Drop: a model without some of its tensors."""
+
+from __future__ import annotations
+
+from surgery.core import selectors
+from surgery.core.checkpoint import Checkpoint
+from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
+from surgery.core.selection import Selection
+from surgery.passes import dropping
+
+
+def drop(
+  checkpoint: Checkpoint,
+  select: selectors.Text | Selection,
+  *,
+  layer_types: LayerTypes | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Leaves out tensors; a layer means everything beneath it.
+
+  A parameter that an adapter rewrites takes the adapter's weights for it along;
+  an adapter that has no site any more goes.
+
+  Args:
+    checkpoint: the model.
+    select: what to leave out.
+    layer_types: types of layers; by default those of the checkpoint.
+    host: whose hooks are asked.
+
+  Raises:
+    SelectorError: for a selector that matches nothing.
+    AdapterError: if half of what an adapter needs would be left.
+    SurgeryError: if half a parameter would be left, or nothing at all.
+  """
+  dropping.check_model(checkpoint, 'drop')
+  gone = dropping.chosen(checkpoint, select, layer_types, 'drop', host)
+  return dropping.without(checkpoint, gone, 'drop', host)

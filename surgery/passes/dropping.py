@@ -1,0 +1,207 @@
+"""What dropping some tensors takes along, and what stands against it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from surgery.core import errors, manifest, paths, selectors
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
+from surgery.core.paths import Path
+from surgery.core.records import AdapterRecord, Records, SiteRecord
+from surgery.core.selection import Selection
+from surgery.passes import choosing
+
+
+def check_model(checkpoint: Checkpoint, verb: str) -> None:
+  """Raises unless the checkpoint is a whole model.
+
+  Args:
+    checkpoint: what a pass was given.
+    verb: the pass.
+
+  Raises:
+    FormatError: if it is an adapter without its base.
+  """
+  if checkpoint.manifest.kind == manifest.ADAPTER:
+    raise errors.FormatError(
+      f'{verb}: {checkpoint.origin or "this"} is an adapter without its base, '
+      'not a model. Attach it to its base first.'
+    )
+
+
+def settled(checkpoint: Checkpoint, verb: str, host: Host) -> Records:
+  """Returns the adapters, none of which looks for sites.
+
+  Raises:
+    AdapterError: if one does: it would find or miss what it should not.
+  """
+  records = checkpoint.records(host)
+  for record in records.adapters:
+    if record.pending is not None:
+      raise errors.AdapterError(
+        f'{verb}: adapter {record.name!r} still looks for sites. Initialise '
+        'the model and lock its params first.'
+      )
+  return records
+
+
+def base_of(site: SiteRecord) -> list[Path]:
+  """Returns the parameters that a site rewrites."""
+  return [(*site.site.layer, spec.name) for spec in site.site.params]
+
+
+def tree_of(path: Path, trees: Mapping[Path, Any]) -> Path | None:
+  """Returns the parameter of which a tensor is a part, if it is one."""
+  if not trees:
+    return None
+  above = (path[:n] for n in range(1, len(path) + 1))
+  return next((a for a in above if a in trees), None)
+
+
+def with_empty(checkpoint: Checkpoint) -> dict[Path, Leaf]:
+  """Returns the leaves, and one for each parameter without any tensor."""
+  leaves = dict(checkpoint)
+  trees = checkpoint.manifest.trees
+  full = {tree_of(path, trees) for path in checkpoint}
+  leaves.update((p, Leaf(lambda: None)) for p in trees if p not in full)
+  return leaves
+
+
+def chosen(
+  checkpoint: Checkpoint,
+  select: selectors.Text | Selection,
+  layer_types: LayerTypes | None,
+  verb: str,
+  host: Host,
+) -> set[Path]:
+  """Returns the tensors that a selector means.
+
+  Raises:
+    SelectorError: for an item that matches nothing, or if nothing is left of
+      what is selected.
+  """
+  types = layer_types
+  if types is None:
+    types = checkpoint.manifest.layer_types
+  universe = checkpoint.replace(leaves=with_empty(checkpoint))
+  found = set(choosing.chosen(universe, select, types, host))
+  if not found:
+    raise errors.SelectorError(
+      f'{verb}: nothing is selected. Select at least one tensor.'
+    )
+  return found
+
+
+def without(
+  checkpoint: Checkpoint, gone: Collection[Path], verb: str, host: Host
+) -> Checkpoint:
+  """Returns the checkpoint without some tensors.
+
+  A site of which all parameters go takes its weights along, and an adapter
+  without sites goes too.
+
+  Args:
+    checkpoint: the model.
+    gone: the tensors.
+    verb: the pass, for messages.
+    host: knows the adapters' types.
+
+  Raises:
+    AdapterError: if half a site would be left.
+    SurgeryError: if half a parameter would be left, or nothing at all.
+  """
+  records = settled(checkpoint, verb, host)
+  gone = set(gone)
+  for record in records.adapters:
+    left, more = _left(record, gone, checkpoint, verb)
+    gone |= more
+    records = (
+      records.replace(left)
+      if left is not None
+      else records.remove([record.name])
+    )
+  leaves = {p: leaf for p, leaf in checkpoint.items() if p not in gone}
+  if not leaves:
+    raise errors.SurgeryError(
+      f'{verb}: nothing would be left of {len(checkpoint)} tensors. Select '
+      'otherwise.'
+    )
+  return checkpoint.replace(
+    leaves=leaves,
+    records=records,
+    manifest=checkpoint.manifest.replace(
+      trees=_trees(checkpoint, leaves, gone, verb),
+      layer_types=_layer_types(checkpoint, leaves),
+    ),
+  )
+
+
+def _left(
+  record: AdapterRecord, gone: set[Path], present: Checkpoint, verb: str
+) -> tuple[AdapterRecord | None, set[Path]]:
+  """Returns what is left of an adapter, and the weights that go along."""
+  sites = {}
+  more: set[Path] = set()
+  for path, site in record.sites.items():
+    base = base_of(site)
+    weights = [spec.path for spec in site.weights.values()]
+    lost = [p for p in (*base, *weights) if p in gone]
+    if all(p in gone for p in base):
+      more.update(weights)
+    elif lost:
+      kept = next(p for p in (*base, *weights) if p not in gone)
+      raise _half(record, lost[0], kept, verb)
+    else:
+      sites[path] = site
+  shared = {spec.path for spec in record.shared.values()}
+  if not sites:
+    return None, more | shared
+  for path in shared & gone:
+    raise _half(record, path, next(iter(sites)), verb)
+  if len(sites) == len(record.sites):
+    return record, more
+  return dataclasses.replace(record, sites=sites, total=None), more
+
+
+def _half(
+  record: AdapterRecord, lost: Path, kept: Path, verb: str
+) -> errors.AdapterError:
+  return errors.AdapterError(
+    f'{verb}: {paths.show(lost)} would go and {paths.show(kept)} stay, and '
+    f'adapter {record.name!r} needs both. Merge or detach the adapter first, or '
+    'select the whole layer.'
+  )
+
+
+def _trees(
+  checkpoint: Checkpoint,
+  leaves: Mapping[Path, Leaf],
+  gone: set[Path],
+  verb: str,
+) -> dict[Path, Any]:
+  """Returns the structures of the parameters that are left."""
+  trees = checkpoint.manifest.trees
+  left = {tree_of(path, trees) for path in leaves}
+  for path in gone:
+    tree = tree_of(path, trees)
+    if tree is not None and tree in left:
+      raise errors.SurgeryError(
+        f'{verb}: {paths.show(path)} would go and other parts of the parameter '
+        f'{paths.show(tree)} stay. Select all of it.'
+      )
+  lost = {tree_of(path, trees) for path in gone}
+  return {p: tree for p, tree in trees.items() if p not in lost}
+
+
+def _layer_types(
+  checkpoint: Checkpoint, leaves: Mapping[Path, Leaf]
+) -> LayerTypes:
+  """Returns the types of layers but of those that lost all that they had."""
+  types = checkpoint.manifest.layer_types
+  above = lambda some: {p[:n] for p in some for n in range(len(p))}
+  lost = above(checkpoint) - above(leaves)
+  return {p: t for p, t in types.items() if p not in lost} if types else types

@@ -1,0 +1,42 @@
+"""Keep: a model with some of its tensors only."""
+
+from __future__ import annotations
+
+from surgery.core import selectors
+from surgery.core.checkpoint import Checkpoint
+from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
+from surgery.core.selection import Selection
+from surgery.passes import dropping
+
+
+def keep(
+  checkpoint: Checkpoint,
+  select: selectors.Text | Selection,
+  *,
+  layer_types: LayerTypes | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Leaves out all other tensors; a layer means everything beneath it.
+
+  What the sites of an adapter share is kept as long as one of them is.
+
+  Args:
+    checkpoint: the model.
+    select: what to keep.
+    layer_types: types of layers; by default those of the checkpoint.
+    host: whose hooks are asked.
+
+  Raises:
+    SelectorError: for a selector that matches nothing.
+    AdapterError: if half of what an adapter needs would be left.
+    SurgeryError: if half a parameter would be left.
+  """
+  dropping.check_model(checkpoint, 'keep')
+  kept = dropping.chosen(checkpoint, select, layer_types, 'keep', host)
+  for record in dropping.settled(checkpoint, 'keep', host).adapters:
+    base = [p for site in record.sites.values() for p in dropping.base_of(site)]
+    if kept & set(base):
+      kept |= {spec.path for spec in record.shared.values()}
+  gone = set(dropping.with_empty(checkpoint)) - kept
+  return dropping.without(checkpoint, gone, 'keep', host)
