@@ -26,6 +26,10 @@ class SiteError(SurgeryError, ValueError):
   """An adapter cannot serve a parameter: wrong dtype, rank or shape."""
 
 
+class CastError(SurgeryError, ValueError):
+  """A dtype cannot hold a value that is to be cast to it."""
+
+
 class AdapterError(SurgeryError):
   """An adapter name is unknown or taken, or its records are missing."""
 

@@ -25,7 +25,8 @@ def adapter_to_json(
     known: what a file said of it; what is not recorded live is kept from it.
   """
   known = known or {}
-  kept = {k: known[k] for k in ('seed', 'to') if k in known}
+  # `base`: digests of the base that an adapter in a file of its own is for.
+  kept = {k: known[k] for k in ('seed', 'to', 'base') if k in known}
   if record.seed is not None:
     kept['seed'] = record.seed
   if record.pending is not None:

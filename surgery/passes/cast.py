@@ -1,0 +1,313 @@
+"""Cast: floating-point tensors in another dtype, rounded once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from surgery.core import errors, paths, selectors
+from surgery.core.checkpoint import Checkpoint, Index, Leaf, grid
+from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
+from surgery.core.paths import Path
+from surgery.core.selection import Selection
+from surgery.passes import choosing, following, rounding
+
+# Dtypes between which compiled code rounds once.
+_TRACED = ('bfloat16', 'float16', 'float32')
+
+
+def names() -> tuple[str, ...]:
+  """Returns what tensors can be cast to, by short and by full names."""
+  return (*rounding.SHORT, *rounding.SHORT.values())
+
+
+def cast(
+  checkpoint: Checkpoint,
+  to: Any,
+  *,
+  keep: selectors.Text | Selection | None = None,
+  overflow: bool = False,
+  layer_types: LayerTypes | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Casts floating-point tensors to another dtype; others stay as they are.
+
+  Each value is rounded once, to the nearest, and to even if two are as near.
+  Adapters' weights are cast too; adapters go on computing in float32.
+
+  Args:
+    checkpoint: the model, or an adapter without its base.
+    to: the dtype: `bf16`, `f16`, `f32`, `f64`, `f8_e4m3fn`, `f8_e5m2` and so
+      on, a full name, or what numpy takes for a dtype.
+    keep: what stays as it is; or, as `SELECTOR=DTYPE`, what is cast to that
+      dtype instead. The first selector that matches a tensor decides, and what
+      a `!` selector matches is cast like the rest.
+    overflow: whether finite values may become infinite, or NaN in dtypes
+      without infinity.
+    layer_types: types of layers; by default those of the checkpoint.
+    host: whose hooks are asked.
+
+  Returns:
+    The checkpoint, whose tensors are cast when they are asked for.
+
+  Raises:
+    ConfigError: for a dtype that is unknown, or no floating-point one.
+    SelectorError: for a selector that matches nothing.
+    SurgeryError: if there is nothing to cast.
+    CastError: for a finite value that a dtype cannot hold, when the tensor is
+      asked for.
+  """
+  name = rounding.name_of(to)
+  types = layer_types
+  if types is None:
+    types = checkpoint.manifest.layer_types
+  others = _kept(checkpoint, keep, types, host)
+  leaves: dict[Path, Leaf] = {}
+  dtypes: dict[Path, str] = {}
+  found = False
+  for path, leaf in checkpoint.items():
+    wanted = others.get(path, name)
+    leaves[path] = leaf
+    if leaf.shape is None and wanted is not None:
+      leaves[path] = _tree(leaf, wanted, path, overflow)
+      found = found or leaves[path] is not leaf
+    elif wanted is not None and _is_float(leaf):
+      found = True
+      if leaf.dtype != wanted:
+        leaves[path] = _leaf(leaf, wanted, path, overflow)
+        dtypes[path] = wanted
+  if not found:
+    raise errors.SurgeryError(
+      f'cast: none of the {len(checkpoint)} tensors is to be cast: those that '
+      'are not kept are not of a floating-point dtype.'
+    )
+  if not dtypes:
+    return checkpoint.replace(leaves=leaves)
+  records = following.recast(checkpoint.records(host), dtypes, host)
+  return checkpoint.replace(leaves=_retagged(leaves, dtypes), records=records)
+
+
+def _is_float(leaf: Leaf) -> bool:
+  return leaf.key is None and rounding.is_float(leaf.dtype)
+
+
+def _retagged(
+  leaves: dict[Path, Leaf], dtypes: dict[Path, str]
+) -> dict[Path, Leaf]:
+  """Returns leaves whose metadata says of which dtype their parameter is."""
+  result = {}
+  for path, leaf in leaves.items():
+    metadata = following.retagged(
+      leaf.metadata,
+      lambda param, layer=path[:-1]: {
+        **param,
+        'dtype': dtypes.get((*layer, param['name']), param['dtype']),
+      },
+    )
+    same = metadata is leaf.metadata
+    result[path] = leaf if same else leaf.replace(metadata=metadata)
+  return result
+
+
+# What is kept.
+
+
+def _split(text: str) -> tuple[str, str | None]:
+  r"""Splits `SELECTOR=DTYPE`; a name with `=` is written with `\=`."""
+  selector, sign, dtype = text.rpartition('=')
+  if not sign or selector.endswith('\\') or text.startswith('!'):
+    return text, None
+  if not selector:
+    raise errors.SelectorError(
+      f'keep {text!r}: expected SELECTOR or SELECTOR=DTYPE.'
+    )
+  try:
+    return selector, rounding.name_of(dtype)
+  except errors.ConfigError as error:
+    raise errors.ConfigError(
+      f'keep {text!r}: {str(error).removeprefix("cast: ")} For a name that has '
+      "a '=' write '\\='."
+    ) from None
+
+
+def _kept(
+  checkpoint: Checkpoint,
+  keep: selectors.Text | Selection | None,
+  types: LayerTypes,
+  host: Host,
+) -> dict[Path, str | None]:
+  """Returns the dtypes that tensors are cast to instead; None for as it is.
+
+  Raises:
+    SelectorError: for a selector that matches nothing.
+    ConfigError: for an unknown dtype.
+  """
+  if keep is None:
+    return {}
+  if isinstance(keep, Selection):
+    chosen = choosing.chosen(checkpoint, keep, types, host)
+    return dict.fromkeys(chosen, None)
+  items: Iterable[str] = [keep] if isinstance(keep, str) else keep
+  wanted = [_split(text) for text in items]
+  rest = [text for text, _ in wanted if text.startswith('!')]
+  decided: dict[Path, str | None] = {}
+  for selector, dtype in wanted:
+    if selector not in rest:
+      select = [selector, *rest]
+      for path in choosing.chosen(checkpoint, select, types, host):
+        decided.setdefault(path, dtype)
+  return decided
+
+
+# Casting.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cast:
+  """Casts a tensor.
+
+  Attributes:
+    leaf: the tensor.
+    dtype: full name of the new dtype.
+    path: its path, for messages.
+    overflow: whether finite values may become infinite or NaN.
+  """
+
+  leaf: Leaf
+  dtype: str
+  path: Path
+  overflow: bool
+
+  def load(self) -> Any:
+    """Returns the whole tensor: of JAX if it was, otherwise of numpy."""
+    return self.value(self.leaf.load())
+
+  def part(self, index: Index) -> Any:
+    """Returns a block; see `Leaf.part`."""
+    assert self.leaf.part is not None
+    block = np.asarray(self.leaf.part(index))
+    return self._rounded(block, tuple(s.start for s in index))
+
+  def value(self, value: Any) -> Any:
+    """Returns a value in the new dtype.
+
+    Raises:
+      CastError: for a finite value that the dtype cannot hold.
+    """
+    if isinstance(value, np.generic):
+      return self._rounded(np.asarray(value), ())[()]
+    if isinstance(value, np.ndarray):
+      return self._array(value)
+    return self._of_jax(value)
+
+  def _array(self, value: np.ndarray) -> np.ndarray:
+    result = np.empty(value.shape, np.dtype(rounding.DTYPES[self.dtype]))
+    for index in grid(value.shape):
+      starts = tuple(s.start for s in index)
+      result[index] = self._rounded(value[index], starts)
+    return result
+
+  def _rounded(self, block: np.ndarray, starts: tuple[int, ...]) -> np.ndarray:
+    """Returns a block in the new dtype.
+
+    Args:
+      block: the block.
+      starts: where it begins on the leading axes.
+
+    Raises:
+      CastError: for a finite value that the dtype cannot hold.
+    """
+    after = rounding.rounded(block, self.dtype)
+    lost = None if self.overflow else rounding.lost(block, after)
+    if lost is None:
+      return after
+    first = np.unravel_index(int(np.argmax(lost)), lost.shape)
+    starts = (*starts, *[0] * (lost.ndim - len(starts)))
+    where = tuple(int(a) + b for a, b in zip(first, starts, strict=True))
+    raise self._error(block[first], after[first], where)
+
+  def _error(
+    self, value: Any, after: Any, where: tuple[int, ...]
+  ) -> errors.CastError:
+    became = 'NaN' if np.isnan(after) else 'infinite'
+    at = f' at index {list(where)}' if where else ''
+    literal = paths.literal(self.path)
+    return errors.CastError(
+      f'{paths.show(self.path)}: {float(value):g}{at} would become {became} in '
+      f'{self.dtype}, whose largest number is {rounding.largest(self.dtype):g}. '
+      f"Keep this tensor as it is (keep='{literal}', --keep '{literal}'), cast "
+      'it to a wider dtype, or allow it (overflow=True, --allow-overflow).'
+    )
+
+  def _of_jax(self, value: Any) -> Any:
+    """Returns an array of JAX in the new dtype, where it was.
+
+    It is rounded by numpy, too: on some devices JAX rounds twice, or takes
+    small numbers for zero, and a file would get other bits.
+    """
+    import jax
+
+    if isinstance(value, jax.core.Tracer):
+      return self._traced(value)
+    if isinstance(value, jax.ShapeDtypeStruct):
+      to = rounding.DTYPES[self.dtype]
+      return jax.ShapeDtypeStruct(value.shape, to, sharding=value.sharding)
+    if self.dtype == 'float64' and not jax.config.jax_enable_x64:
+      return self._array(np.asarray(value))  # JAX would narrow it.
+    if not value.committed:
+      return jax.device_put(self._array(np.asarray(value)))
+    parts = []
+    for shard in value.addressable_shards:
+      part = self._array(np.asarray(shard.data))
+      parts.append(jax.device_put(part, shard.data.sharding))
+    return jax.make_array_from_single_device_arrays(
+      value.shape, value.sharding, parts
+    )
+
+  def _traced(self, value: Any) -> Any:
+    if str(value.dtype) in _TRACED and self.dtype in _TRACED:
+      return value.astype(self.dtype)  # Whether it overflows is not known yet.
+    raise errors.CastError(
+      f'{paths.show(self.path)}: a traced value cannot be cast from '
+      f'{value.dtype} to {self.dtype}: compiled code may round twice. Cast '
+      'outside of jit.'
+    )
+
+
+def _leaf(leaf: Leaf, dtype: str, path: Path, overflow: bool) -> Leaf:
+  """Returns a tensor in another dtype, computed when it is asked for."""
+  one = _Cast(leaf, dtype, path, overflow)
+  part = None if leaf.part is None else one.part
+  return leaf.replace(load=one.load, part=part, dtype=dtype)
+
+
+def _tree(leaf: Leaf, dtype: str, path: Path, overflow: bool) -> Leaf:
+  """Returns a parameter whose value is a pytree of arrays, with these cast.
+
+  Only in memory are there such; it is returned as it is if it holds none.
+  """
+  value = None if leaf.key is not None else leaf.load()
+  if not isinstance(value, (dict, list, tuple)) or not value:
+    return leaf
+  import jax
+
+  one = _Cast(leaf, dtype, path, overflow)
+  met = []
+
+  def change(array: Any) -> Any:
+    found = str(getattr(array, 'dtype', ''))
+    if not rounding.is_float(found):
+      return array
+    met.append(found)
+    return array if found == dtype else one.value(array)
+
+  tree = jax.tree.map(change, value)
+  if not met:
+    return leaf
+  if set(met) == {dtype}:
+    tree = value
+  return leaf.replace(load=lambda: tree)

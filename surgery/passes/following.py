@@ -1,0 +1,78 @@
+"""Records of adapters that follow what a pass does to parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from surgery.core.adapter import Adapter
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.core.records import (
+  AdapterRecord,
+  Records,
+  SiteRecord,
+  WeightSpec,
+)
+from surgery.core.site import Site
+
+# Metadata of a weight that a layer made itself: what a record would say of it,
+# so that it is known where records are lost.
+TAG = 'surgery'
+
+
+def interceptor(record: AdapterRecord, site: Site, host: Host) -> Any:
+  """Asks who stands between a site's parameters and the layer."""
+  if record.pending is None:
+    return host.ask('surgery_intercept_param', of=record.adapter, site=site)
+  who = record.pending.interceptor
+  return who.at(site) if isinstance(who, Adapter) else who
+
+
+def recast(records: Records, dtypes: Mapping[Path, str], host: Host) -> Records:
+  """Returns records of which parameters and weights got other dtypes.
+
+  Args:
+    records: the adapters.
+    dtypes: names of the new dtypes by path.
+    host: whose hooks are asked.
+  """
+
+  def spec(old: WeightSpec) -> WeightSpec:
+    return dataclasses.replace(old, dtype=dtypes.get(old.path, old.dtype))
+
+  for record in records.adapters:
+    sites = {}
+    for path, one in record.sites.items():
+      layer = one.site.layer
+      params = tuple(
+        dataclasses.replace(p, dtype=dtypes.get((*layer, p.name), p.dtype))
+        for p in one.site.params
+      )
+      site = dataclasses.replace(one.site, params=params)
+      weights = {n: spec(w) for n, w in one.weights.items()}
+      sites[path] = SiteRecord(site, weights, interceptor(record, site, host))
+    shared = {n: spec(w) for n, w in record.shared.items()}
+    records = records.replace(
+      dataclasses.replace(record, sites=sites, shared=shared, total=None)
+    )
+  return records
+
+
+def retagged(
+  metadata: Mapping[str, Any],
+  change: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> Mapping[str, Any]:
+  """Returns a weight's metadata in which what it says of its parameter changed.
+
+  Args:
+    metadata: of any parameter or weight.
+    change: from what a tag says of the parameter to what it should say.
+  """
+  said = metadata.get(TAG)
+  if not isinstance(said, Mapping) or not isinstance(
+    said.get('param'), Mapping
+  ):
+    return metadata
+  return {**metadata, TAG: {**said, 'param': dict(change(said['param']))}}
