@@ -133,7 +133,6 @@ def command(
     layout=_layouts(layout),
     host=default_host(),
   )
-  after = _remembering(after, name or 'default', seed or 0, list(to))
   arguments = {
     'adapter': kind,
     'config': adapter.config(),
@@ -144,14 +143,6 @@ def command(
     'layout': _layouts(layout),
   }
   writing.finish(before, after, output, 'attach', arguments)
-
-
-def _remembering(after: Any, name: str, seed: int, to: list[str]) -> Any:
-  """Returns a checkpoint whose manifest knows seed and selector."""
-  said = after.manifest
-  where = to[0] if len(to) == 1 else to
-  known = (*said.adapters, {'name': name, 'seed': seed, 'to': where})
-  return after.replace(manifest=said.replace(adapters=known))
 
 
 def _refuse_with_from(**given: Any) -> None:

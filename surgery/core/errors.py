@@ -30,6 +30,10 @@ class CastError(SurgeryError, ValueError):
   """A dtype cannot hold a value that is to be cast to it."""
 
 
+class RenameError(SurgeryError, ValueError):
+  """A rule cannot be read, matches nothing, or makes two paths one."""
+
+
 class AdapterError(SurgeryError):
   """An adapter name is unknown or taken, or its records are missing."""
 

@@ -99,7 +99,7 @@ def _segments(text: str) -> list[str]:
   return [*parts, text[start:]]
 
 
-def _segment_regex(segment: str, whole: str) -> tuple[str, bool]:
+def segment_regex(segment: str, whole: str) -> tuple[str, bool]:
   """Returns a regex for a segment, and whether it has a wildcard."""
   out, wild, i = [], False, 0
   while i < len(segment):
@@ -143,7 +143,7 @@ def _glob(text: str) -> tuple[re.Pattern[str], bool]:
         regex.append('(?:[^\0]*\0)*')
         wild = True
       else:
-        part, wild = _segment_regex(segment, text)
+        part, wild = segment_regex(segment, text)
         regex.append(part + '\0')
     literal = literal and not wild
     alternatives.append(''.join(regex))
@@ -412,16 +412,16 @@ def nothing(
       f"or no plugin knows the term '{word}:' (`surgery plugins` lists them). "
       f"For a name that has a ':' write '{word}\\:'."
     )
-  near = _nearest(item, universe)
+  near = nearest(item.text, universe)
   return errors.SelectorError(
     f'selector {item.written!r} matches nothing among {len(universe)} '
     f'parameters. Nearest: {", ".join(near)}.'
   )
 
 
-def _nearest(item: Item, universe: Sequence[Path]) -> list[str]:
-  """Returns up to five paths that resemble an item."""
-  wanted = item.text.removeprefix('re:')
+def nearest(text: str, universe: Sequence[Path]) -> list[str]:
+  """Returns up to five paths that resemble a selector, as selectors."""
+  wanted = text.removeprefix('re:')
   places = dict.fromkeys(p[:n] for p in universe for n in range(len(p), 0, -1))
   # Names are compared first: a typo is usually in one segment.
   names = {place[-1] for place in places}

@@ -21,6 +21,7 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.manifest import Manifest
 from surgery.core.paths import Path
+from surgery.core.records import Records
 from surgery.live import params as live
 
 _SCALARS = (bool, int, float, complex, str)
@@ -54,10 +55,12 @@ def _impl(key: Any) -> str:
 
 def to_checkpoint(params: bx.Params) -> Checkpoint:
   """Returns params as a checkpoint of which each leaf is a parameter."""
-  manifest = live.notes_of(params).get('manifest', Manifest())
+  notes = live.notes_of(params)
+  manifest = notes.get('manifest', Manifest())
+  known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
   return Checkpoint(
     {path: leaf_of(param) for path, param in params.items()},
-    manifest.replace(locked=params.is_locked),
+    manifest.replace(locked=params.is_locked, adapters=tuple(known)),
     live.records_of(params),
     'params',
   )
@@ -81,10 +84,24 @@ def to_params(
       data[path] = old
     else:
       data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
-  notes = {} if like is None else live.notes_of(like)
-  return live.make(
-    data, checkpoint.manifest.locked, checkpoint.records(host), notes
-  )
+  records = checkpoint.records(host)
+  notes = {} if like is None else _noted(checkpoint, records, like)
+  return live.make(data, checkpoint.manifest.locked, records, notes)
+
+
+def _noted(
+  checkpoint: Checkpoint, records: Records, like: bx.Params
+) -> dict[str, Any]:
+  """Returns what is known of where adapters came from, as a pass left it."""
+  notes = dict(live.notes_of(like))
+  if 'manifest' in notes:
+    notes['manifest'] = checkpoint.manifest.replace(adapters=(), trees={})
+  notes['adapters'] = {
+    said['name']: {k: said[k] for k in ('seed', 'to') if k in said}
+    for said in checkpoint.manifest.adapters
+    if said['name'] in records.names
+  }
+  return notes
 
 
 def _unchanged(old: bx.Param, leaf: Leaf, value: Any) -> bool:

@@ -518,14 +518,13 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
       record.adapter, [r.site for r in record.sites.values()]
     )
   result = params._clone()
-  result._notes = {
-    **params._notes,
-    **{
-      a.name: {'seed': a.seed, 'to': a.pending.selector.text}
-      for a in params._records.adapters
-      if a.pending is not None
-    },
+  known = {
+    a.name: {'seed': a.seed, 'to': a.pending.selector.text}
+    for a in params._records.adapters
+    if a.pending is not None
   }
+  notes = params._notes
+  result._notes = {**notes, 'adapters': {**notes.get('adapters', {}), **known}}
   result._records = params._records.closed()
   return result
 

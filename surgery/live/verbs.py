@@ -1,31 +1,40 @@
-"""The verbs: params in, params out. Nothing that the caller holds changes."""
+"""The verbs: params in, params out. Nothing that the caller holds changes.
+
+Given a `Checkpoint` they return one: then a verb is its pass.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import blox as bx
 import jax
 
-from surgery.core import errors, layers, paths, selectors
+from surgery.core import errors, layers, selectors
 from surgery.core.adapter import Adapter
-from surgery.core.checkpoint import Checkpoint
+from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
 from surgery.live import convert, designed
 from surgery.live import params as live
+from surgery.live.dispatch import takes_checkpoints, told, types_of
 from surgery.passes import attach as attaching
+from surgery.passes import cast as casting
 from surgery.passes import detach as detaching
+from surgery.passes import drop as dropping
 from surgery.passes import enable as enabling
 from surgery.passes import finding
 from surgery.passes import freeze as freezing
+from surgery.passes import keep as keeping
 from surgery.passes import merge as merging
+from surgery.passes import rename as renaming
 
 Tree = TypeVar('Tree')
+# Params or a checkpoint: what goes in comes out.
+Model = TypeVar('Model')
 Names = str | Sequence[str] | None
 Select = selectors.Text | Selection
 
@@ -140,14 +149,6 @@ def _present(params: bx.Params, names: Names) -> list[str]:
   return [n for n in mine if n in wanted]
 
 
-@contextlib.contextmanager
-def _told(host: Host | None, verb: str, **arguments: Any) -> Iterator[Host]:
-  """Tells observers of a verb."""
-  host = host or default_host()
-  with host.observed(verb, arguments):
-    yield host
-
-
 def _passed(
   params: bx.Params,
   host: Host,
@@ -163,11 +164,7 @@ def _passed(
 
 def _layer_types(params: bx.Params, graph: Any) -> layers.LayerTypes:
   if graph is not None:
-    if not layers.is_graph(graph):
-      raise errors.SurgeryError(
-        f'graph: expected a bx.Graph, found {type(graph).__name__}.'
-      )
-    return layers.of_graph(graph)
+    return types_of(graph)
   manifest = live.notes_of(params).get('manifest')
   return manifest.layer_types if manifest is not None else {}
 
@@ -175,6 +172,7 @@ def _layer_types(params: bx.Params, graph: Any) -> layers.LayerTypes:
 # The verbs.
 
 
+@takes_checkpoints(attaching.attach)
 def attach(
   params: bx.Params,
   adapter: Adapter,
@@ -195,7 +193,7 @@ def attach(
   afterwards, with `stacked=`, for a draw each.
 
   Args:
-    params: the model's params; not changed.
+    params: the model's params, or a `Checkpoint`; not changed.
     adapter: type and configuration, e.g. `surgery.LoRA(rank=8)`.
     to: which layers or parameters, as selectors or a selection; a layer means
       its default parameter, `'all'` every parameter that the type can serve.
@@ -225,7 +223,7 @@ def attach(
   """
   params = _params(params, 'attach')
   written = list(to) if isinstance(to, Selection) else to
-  with _told(host, 'attach', name=name, to=written, seed=seed) as host:
+  with told(host, 'attach', name=name, to=written, seed=seed) as host:
     result = _passed(
       params,
       host,
@@ -241,33 +239,24 @@ def attach(
       pending=not params.is_locked,
     )
   assert isinstance(result, live.AdaptedParams)
-  shown = (
-    [paths.literal(p) for p in to]
-    if isinstance(to, Selection)
-    else selectors.parse(to).text
-  )
-  adapters = {
-    **live.notes_of(params).get('adapters', {}),
-    name: {'seed': seed, 'to': shown},
-  }
-  notes = {**live.notes_of(params), 'adapters': adapters}
-  return live.with_records(result, result.records, notes)  # type: ignore[return-value]
+  return result
 
 
+@takes_checkpoints(freezing.freeze)
 def freeze(
-  params: bx.Params,
+  params: Model,
   select: Select | None = None,
   *,
   policy: str | None = None,
   graph: bx.Graph | None = None,
   host: Host | None = None,
-) -> bx.Params:
+) -> Model:
   """Freezes parameters: all but adapters' weights, or what is named.
 
   Make the optimizer state after freezing: flags are part of the structure.
 
   Args:
-    params: the model's params; not changed.
+    params: the model's params, or a `Checkpoint`; not changed.
     select: what to freeze, as selectors or a selection; a layer means
       everything beneath it.
     policy: a named policy instead, e.g. one that a plugin offers.
@@ -279,7 +268,7 @@ def freeze(
     PluginError: for a policy that nobody knows.
   """
   params = _params(params, 'freeze')
-  with _told(host, 'freeze', policy=policy) as host:
+  with told(host, 'freeze', policy=policy) as host:
     return _passed(
       params,
       host,
@@ -290,19 +279,20 @@ def freeze(
     )
 
 
+@takes_checkpoints(freezing.unfreeze)
 def unfreeze(
-  params: bx.Params,
+  params: Model,
   select: Select | None = None,
   *,
   graph: bx.Graph | None = None,
   host: Host | None = None,
-) -> bx.Params:
+) -> Model:
   """Lets train again what `freeze` froze, and nothing else.
 
   Running statistics and other state that never trained stay as they are.
 
   Args:
-    params: the model's params; not changed.
+    params: the model's params, or a `Checkpoint`; not changed.
     select: which, as selectors or a selection; all by default.
     graph: the model's graph, for `type:` selectors.
     host: whose plugins are asked.
@@ -312,7 +302,7 @@ def unfreeze(
     SurgeryError: if `freeze` froze none of what is selected.
   """
   params = _params(params, 'unfreeze')
-  with _told(host, 'unfreeze') as host:
+  with told(host, 'unfreeze') as host:
     return _passed(
       params,
       host,
@@ -322,13 +312,15 @@ def unfreeze(
     )
 
 
+@takes_checkpoints(enabling.enable)
 def enable(
   tree: Tree, names: Names = None, *, host: Host | None = None
 ) -> Tree:
   """Switches adapters on; all by default.
 
   Args:
-    tree: params, or a pytree that holds some, e.g. an optimizer state.
+    tree: params, a pytree that holds some, e.g. an optimizer state, or a
+      `Checkpoint`.
     names: an adapter, several, or None for all.
     host: whose observers are told.
 
@@ -338,13 +330,15 @@ def enable(
   return _switched(tree, names, True, 'enable', host)
 
 
+@takes_checkpoints(enabling.disable)
 def disable(
   tree: Tree, names: Names = None, *, host: Host | None = None
 ) -> Tree:
   """Switches adapters off: layers get the base as it is stored.
 
   Args:
-    tree: params, or a pytree that holds some, e.g. an optimizer state.
+    tree: params, a pytree that holds some, e.g. an optimizer state, or a
+      `Checkpoint`.
     names: an adapter, several, or None for all.
     host: whose observers are told.
 
@@ -363,24 +357,25 @@ def _switched(
     )
     return live.with_records(params, records)
 
-  with _told(host, verb, names=names):
+  with told(host, verb, names=names):
     return _each(tree, names, verb, change)
 
 
+@takes_checkpoints(merging.merge)
 def merge(
-  params: bx.Params,
+  params: Model,
   names: Names = None,
   *,
   check_finite: bool = True,
   host: Host | None = None,
-) -> bx.Params:
+) -> Model:
   """Folds adapters into the base; their weights are gone.
 
   The base becomes what layers got, bit for bit: float32 arithmetic, rounded
   once to the parameter's dtype.
 
   Args:
-    params: the model's params; not changed.
+    params: the model's params, or a `Checkpoint`; not changed.
     names: an adapter, several, or None for all.
     check_finite: whether a result with NaN or infinity is an error.
     host: whose plugins are asked.
@@ -394,43 +389,198 @@ def merge(
     SiteError: if a result is not finite.
   """
   params = _params(params, 'merge')
-  with _told(host, 'merge', names=names) as host:
+  with told(host, 'merge', names=names) as host:
     return _passed(
       params, host, merging.merge, names, check_finite=check_finite
     )
 
 
+@takes_checkpoints(detaching.detach)
 def detach(
   tree: Tree, names: Names = None, *, host: Host | None = None
 ) -> Tree:
   """Takes adapters off: their weights are gone, the base is as it was.
 
   Args:
-    tree: params, or a pytree that holds some, e.g. an optimizer state.
+    tree: params, a pytree that holds some, e.g. an optimizer state, or a
+      `Checkpoint`.
     names: an adapter, several, or None for all.
     host: whose observers are told.
 
   Raises:
     AdapterError: for an unknown name.
   """
-  with _told(host, 'detach', names=names) as told:
+  with told(host, 'detach', names=names) as host:
+    asked = host
 
     def change(params: bx.Params) -> bx.Params:
-      return _passed(params, told, detaching.detach, _present(params, names))
+      return _passed(params, asked, detaching.detach, _present(params, names))
 
     return _each(tree, names, 'detach', change)
 
 
-def adapters(params: bx.Params) -> list[AdapterInfo]:
-  """Returns what there is to know of each adapter, innermost first."""
-  params = _params(params, 'adapters')
+@takes_checkpoints(casting.cast)
+def cast(
+  params: Model,
+  to: Any,
+  *,
+  keep: Select | None = None,
+  overflow: bool = False,
+  graph: bx.Graph | None = None,
+  host: Host | None = None,
+) -> Model:
+  """Casts floating-point parameters to another dtype, rounding once.
+
+  Adapters' weights are cast too; adapters go on computing in float32. Arrays
+  stay on their devices; float64 stays a numpy array unless JAX's 64-bit mode is
+  on.
+
+  Args:
+    params: the model's params, or a `Checkpoint`; not changed.
+    to: the dtype: `'bf16'`, `'f16'`, `'f32'`, `'f8_e4m3fn'` and so on, a full
+      name, or e.g. `jnp.bfloat16`.
+    keep: what stays as it is, as selectors or a selection; `'SELECTOR=DTYPE'`
+      is cast to that dtype instead.
+    overflow: whether finite values may become infinite or NaN.
+    graph: the model's graph, for `type:` selectors.
+    host: whose plugins are asked.
+
+  Raises:
+    ConfigError: for a dtype that is unknown, or no floating-point one.
+    SelectorError: for a selector that matches nothing.
+    CastError: for a finite value that the dtype cannot hold; of a `Checkpoint`
+      when the tensor is asked for.
+    SurgeryError: if there is nothing to cast.
+
+  Example:
+    half = surgery.cast(params, 'bf16', keep='**/norm')
+  """
+  params = _params(params, 'cast')
+  with told(host, 'cast', to=str(to)) as host:
+    return _passed(
+      params,
+      host,
+      casting.cast,
+      to,
+      keep=keep,
+      overflow=overflow,
+      layer_types=_layer_types(params, graph),
+    )
+
+
+@takes_checkpoints(renaming.rename)
+def rename(
+  params: Model, rules: str | Sequence[str], *, host: Host | None = None
+) -> Model:
+  """Gives parameters and layers other names; adapters go along.
+
+  A model finds its parameters by the names of its modules, so params with other
+  names are for another model.
+
+  Args:
+    params: the model's params, or a `Checkpoint`; not changed.
+    rules: `'OLD -> NEW'`, or several, which hold at once; the first that
+      matches a path decides. `*`, `**`, `{a,b}` and `<i>` stand on the right
+      for what they matched.
+    host: whose plugins are asked.
+
+  Raises:
+    RenameError: for a rule that cannot be read or decides nothing, and if two
+      parameters would get one name.
+    AdapterError: for an adapter that cannot follow.
+
+  Example:
+    params = surgery.rename(params, ['net/h<i> -> net/block<i+1>'])
+  """
+  params = _params(params, 'rename')
+  with told(host, 'rename', rules=rules) as host:
+    return _passed(params, host, renaming.rename, rules)
+
+
+@takes_checkpoints(dropping.drop)
+def drop(
+  params: Model,
+  select: Select,
+  *,
+  graph: bx.Graph | None = None,
+  host: Host | None = None,
+) -> Model:
+  """Leaves out parameters, and the adapters' weights that belong to them.
+
+  Args:
+    params: the model's params, or a `Checkpoint`; not changed.
+    select: what to leave out, as selectors or a selection; a layer means
+      everything beneath it.
+    graph: the model's graph, for `type:` selectors.
+    host: whose plugins are asked.
+
+  Raises:
+    SelectorError: for a selector that matches nothing.
+    AdapterError: if half of what an adapter needs would be left.
+    SurgeryError: if nothing would be left.
+  """
+  params = _params(params, 'drop')
+  with told(host, 'drop') as host:
+    return _passed(
+      params,
+      host,
+      dropping.drop,
+      select,
+      layer_types=_layer_types(params, graph),
+    )
+
+
+@takes_checkpoints(keeping.keep)
+def keep(
+  params: Model,
+  select: Select,
+  *,
+  graph: bx.Graph | None = None,
+  host: Host | None = None,
+) -> Model:
+  """Leaves out all other parameters, and adapters that have no site then.
+
+  Args:
+    params: the model's params, or a `Checkpoint`; not changed.
+    select: what to keep, as selectors or a selection; a layer means everything
+      beneath it.
+    graph: the model's graph, for `type:` selectors.
+    host: whose plugins are asked.
+
+  Raises:
+    SelectorError: for a selector that matches nothing.
+    AdapterError: if half of what an adapter needs would be left.
+  """
+  params = _params(params, 'keep')
+  with told(host, 'keep') as host:
+    return _passed(
+      params,
+      host,
+      keeping.keep,
+      select,
+      layer_types=_layer_types(params, graph),
+    )
+
+
+def adapters(
+  params: bx.Params | Checkpoint, *, host: Host | None = None
+) -> list[AdapterInfo]:
+  """Returns what there is to know of each adapter, innermost first.
+
+  Args:
+    params: the model's params, or a `Checkpoint`.
+    host: knows the adapters' types, for a `Checkpoint`.
+  """
+  if isinstance(params, Checkpoint):
+    records = params.records(host or default_host())
+    leaves: Mapping[Path, Leaf] = params
+  else:
+    params = _params(params, 'adapters')
+    records = live.records_of(params)
+    leaves = convert.to_checkpoint(params)
   infos = []
-  for record in live.records_of(params).adapters:
-    weights = [
-      params[p].value
-      for p in record.weight_paths()
-      if p in params and hasattr(params[p].value, 'dtype')
-    ]
+  for record in records.adapters:
+    weights = [leaves[p] for p in record.weight_paths() if p in leaves]
     infos.append(
       AdapterInfo(
         record.name,
@@ -439,7 +589,7 @@ def adapters(params: bx.Params) -> list[AdapterInfo]:
         tuple(record.sites),
         record.enabled,
         sum(w.size for w in weights),
-        sum(w.size * w.dtype.itemsize for w in weights),
+        sum(w.nbytes for w in weights),
         record.pending is not None,
       )
     )

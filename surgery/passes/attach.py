@@ -12,6 +12,7 @@ from surgery.core.adapter import Adapter
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
+from surgery.core.manifest import Manifest
 from surgery.core.paths import Path
 from surgery.core.records import (
   AdapterRecord,
@@ -294,7 +295,25 @@ def attach(
     checkpoint,
     {**weight_leaves(checkpoint, records, record, seed, info), **shared_leaves},
   )
-  return checkpoint.replace(leaves=leaves, records=records.add(record))
+  return checkpoint.replace(
+    leaves=leaves,
+    records=records.add(record),
+    manifest=_remembering(checkpoint.manifest, name, seed, where),
+  )
+
+
+def _remembering(
+  said: Manifest,
+  name: str,
+  seed: int,
+  to: selectors.Selector | Selection,
+) -> Manifest:
+  """Returns a manifest that knows seed and selector of an adapter."""
+  shown = (
+    [paths.literal(p) for p in to] if isinstance(to, Selection) else to.text
+  )
+  known = {'name': name, 'seed': seed, 'to': shown}
+  return said.replace(adapters=(*said.adapters, known))
 
 
 def _pending(

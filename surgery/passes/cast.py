@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
+from surgery.files import arrays
 from surgery.passes import choosing, following, rounding
 
 # Dtypes between which compiled code rounds once.
@@ -99,18 +100,17 @@ def _retagged(
   leaves: dict[Path, Leaf], dtypes: dict[Path, str]
 ) -> dict[Path, Leaf]:
   """Returns leaves whose metadata says of which dtype their parameter is."""
-  result = {}
-  for path, leaf in leaves.items():
-    metadata = following.retagged(
-      leaf.metadata,
-      lambda param, layer=path[:-1]: {
-        **param,
-        'dtype': dtypes.get((*layer, param['name']), param['dtype']),
-      },
-    )
+
+  def one(path: Path, leaf: Leaf) -> Leaf:
+    def change(said: Mapping[str, Any]) -> Mapping[str, Any]:
+      dtype = dtypes.get((*path[:-1], said['name']), said['dtype'])
+      return {**said, 'dtype': dtype}
+
+    metadata = following.retagged(leaf.metadata, change)
     same = metadata is leaf.metadata
-    result[path] = leaf if same else leaf.replace(metadata=metadata)
-  return result
+    return leaf if same else leaf.replace(metadata=metadata)
+
+  return {path: one(path, leaf) for path, leaf in leaves.items()}
 
 
 # What is kept.
@@ -205,7 +205,7 @@ class _Cast:
     return self._of_jax(value)
 
   def _array(self, value: np.ndarray) -> np.ndarray:
-    result = np.empty(value.shape, np.dtype(rounding.DTYPES[self.dtype]))
+    result = np.empty(value.shape, np.dtype(arrays.DTYPES[self.dtype]))
     for index in grid(value.shape):
       starts = tuple(s.start for s in index)
       result[index] = self._rounded(value[index], starts)
@@ -236,9 +236,10 @@ class _Cast:
     became = 'NaN' if np.isnan(after) else 'infinite'
     at = f' at index {list(where)}' if where else ''
     literal = paths.literal(self.path)
+    largest = rounding.largest(self.dtype)
     return errors.CastError(
       f'{paths.show(self.path)}: {float(value):g}{at} would become {became} in '
-      f'{self.dtype}, whose largest number is {rounding.largest(self.dtype):g}. '
+      f'{self.dtype}, whose largest number is {largest:g}. '
       f"Keep this tensor as it is (keep='{literal}', --keep '{literal}'), cast "
       'it to a wider dtype, or allow it (overflow=True, --allow-overflow).'
     )
@@ -254,9 +255,9 @@ class _Cast:
     if isinstance(value, jax.core.Tracer):
       return self._traced(value)
     if isinstance(value, jax.ShapeDtypeStruct):
-      to = rounding.DTYPES[self.dtype]
+      to = arrays.DTYPES[self.dtype]
       return jax.ShapeDtypeStruct(value.shape, to, sharding=value.sharding)
-    if self.dtype == 'float64' and not jax.config.jax_enable_x64:
+    if self.dtype == 'float64' and not jax.config.read('jax_enable_x64'):
       return self._array(np.asarray(value))  # JAX would narrow it.
     if not value.committed:
       return jax.device_put(self._array(np.asarray(value)))

@@ -7,7 +7,7 @@ from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.selection import Selection
-from surgery.passes import dropping
+from surgery.passes import dropping, following
 
 
 def drop(
@@ -33,6 +33,6 @@ def drop(
     AdapterError: if half of what an adapter needs would be left.
     SurgeryError: if half a parameter would be left, or nothing at all.
   """
-  dropping.check_model(checkpoint, 'drop')
+  following.check_model(checkpoint, 'drop')
   gone = dropping.chosen(checkpoint, select, layer_types, 'drop', host)
   return dropping.without(checkpoint, gone, 'drop', host)

@@ -6,69 +6,14 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from surgery.core import errors, manifest, paths, selectors
+from surgery.core import errors, paths, selectors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
-from surgery.core.records import AdapterRecord, Records, SiteRecord
+from surgery.core.records import AdapterRecord
 from surgery.core.selection import Selection
-from surgery.passes import choosing
-
-
-def check_model(checkpoint: Checkpoint, verb: str) -> None:
-  """Raises unless the checkpoint is a whole model.
-
-  Args:
-    checkpoint: what a pass was given.
-    verb: the pass.
-
-  Raises:
-    FormatError: if it is an adapter without its base.
-  """
-  if checkpoint.manifest.kind == manifest.ADAPTER:
-    raise errors.FormatError(
-      f'{verb}: {checkpoint.origin or "this"} is an adapter without its base, '
-      'not a model. Attach it to its base first.'
-    )
-
-
-def settled(checkpoint: Checkpoint, verb: str, host: Host) -> Records:
-  """Returns the adapters, none of which looks for sites.
-
-  Raises:
-    AdapterError: if one does: it would find or miss what it should not.
-  """
-  records = checkpoint.records(host)
-  for record in records.adapters:
-    if record.pending is not None:
-      raise errors.AdapterError(
-        f'{verb}: adapter {record.name!r} still looks for sites. Initialise '
-        'the model and lock its params first.'
-      )
-  return records
-
-
-def base_of(site: SiteRecord) -> list[Path]:
-  """Returns the parameters that a site rewrites."""
-  return [(*site.site.layer, spec.name) for spec in site.site.params]
-
-
-def tree_of(path: Path, trees: Mapping[Path, Any]) -> Path | None:
-  """Returns the parameter of which a tensor is a part, if it is one."""
-  if not trees:
-    return None
-  above = (path[:n] for n in range(1, len(path) + 1))
-  return next((a for a in above if a in trees), None)
-
-
-def with_empty(checkpoint: Checkpoint) -> dict[Path, Leaf]:
-  """Returns the leaves, and one for each parameter without any tensor."""
-  leaves = dict(checkpoint)
-  trees = checkpoint.manifest.trees
-  full = {tree_of(path, trees) for path in checkpoint}
-  leaves.update((p, Leaf(lambda: None)) for p in trees if p not in full)
-  return leaves
+from surgery.passes import choosing, following
 
 
 def chosen(
@@ -87,7 +32,7 @@ def chosen(
   types = layer_types
   if types is None:
     types = checkpoint.manifest.layer_types
-  universe = checkpoint.replace(leaves=with_empty(checkpoint))
+  universe = checkpoint.replace(leaves=following.with_empty(checkpoint))
   found = set(choosing.chosen(universe, select, types, host))
   if not found:
     raise errors.SelectorError(
@@ -114,7 +59,7 @@ def without(
     AdapterError: if half a site would be left.
     SurgeryError: if half a parameter would be left, or nothing at all.
   """
-  records = settled(checkpoint, verb, host)
+  records = following.settled(checkpoint, verb, host)
   gone = set(gone)
   for record in records.adapters:
     left, more = _left(record, gone, checkpoint, verb)
@@ -147,7 +92,7 @@ def _left(
   sites = {}
   more: set[Path] = set()
   for path, site in record.sites.items():
-    base = base_of(site)
+    base = following.base_of(site)
     weights = [spec.path for spec in site.weights.values()]
     lost = [p for p in (*base, *weights) if p in gone]
     if all(p in gone for p in base):
@@ -172,8 +117,8 @@ def _half(
 ) -> errors.AdapterError:
   return errors.AdapterError(
     f'{verb}: {paths.show(lost)} would go and {paths.show(kept)} stay, and '
-    f'adapter {record.name!r} needs both. Merge or detach the adapter first, or '
-    'select the whole layer.'
+    f'adapter {record.name!r} needs both. Merge or detach the adapter first, '
+    'or select the whole layer.'
   )
 
 
@@ -185,15 +130,15 @@ def _trees(
 ) -> dict[Path, Any]:
   """Returns the structures of the parameters that are left."""
   trees = checkpoint.manifest.trees
-  left = {tree_of(path, trees) for path in leaves}
+  left = {following.tree_of(path, trees) for path in leaves}
   for path in gone:
-    tree = tree_of(path, trees)
+    tree = following.tree_of(path, trees)
     if tree is not None and tree in left:
       raise errors.SurgeryError(
         f'{verb}: {paths.show(path)} would go and other parts of the parameter '
         f'{paths.show(tree)} stay. Select all of it.'
       )
-  lost = {tree_of(path, trees) for path in gone}
+  lost = {following.tree_of(path, trees) for path in gone}
   return {p: tree for p, tree in trees.items() if p not in lost}
 
 

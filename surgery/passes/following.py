@@ -1,4 +1,4 @@
-"""Records of adapters that follow what a pass does to parameters."""
+"""What else there is of a model has to follow what a pass does to tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from surgery.core import errors, manifest
 from surgery.core.adapter import Adapter
+from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.core.records import (
@@ -20,6 +22,61 @@ from surgery.core.site import Site
 # Metadata of a weight that a layer made itself: what a record would say of it,
 # so that it is known where records are lost.
 TAG = 'surgery'
+
+
+def check_model(checkpoint: Checkpoint, verb: str) -> None:
+  """Raises unless the checkpoint is a whole model.
+
+  Args:
+    checkpoint: what a pass was given.
+    verb: the pass.
+
+  Raises:
+    FormatError: if it is an adapter without its base.
+  """
+  if checkpoint.manifest.kind == manifest.ADAPTER:
+    raise errors.FormatError(
+      f'{verb}: {checkpoint.origin or "this"} is an adapter without its base, '
+      'not a model. Attach it to its base first.'
+    )
+
+
+def settled(checkpoint: Checkpoint, verb: str, host: Host) -> Records:
+  """Returns the adapters, none of which looks for sites.
+
+  Raises:
+    AdapterError: if one does: it would find or miss what it should not.
+  """
+  records = checkpoint.records(host)
+  for record in records.adapters:
+    if record.pending is not None:
+      raise errors.AdapterError(
+        f'{verb}: adapter {record.name!r} still looks for sites. Initialise '
+        'the model and lock its params first.'
+      )
+  return records
+
+
+def base_of(site: SiteRecord) -> list[Path]:
+  """Returns the parameters that a site rewrites."""
+  return [(*site.site.layer, spec.name) for spec in site.site.params]
+
+
+def tree_of(path: Path, trees: Mapping[Path, Any]) -> Path | None:
+  """Returns the parameter of which a tensor is a part, if it is one."""
+  if not trees:
+    return None
+  above = (path[:n] for n in range(1, len(path) + 1))
+  return next((a for a in above if a in trees), None)
+
+
+def with_empty(checkpoint: Checkpoint) -> dict[Path, Leaf]:
+  """Returns the leaves, and one for each parameter without any tensor."""
+  leaves = dict(checkpoint)
+  trees = checkpoint.manifest.trees
+  full = {tree_of(path, trees) for path in checkpoint}
+  leaves.update((p, Leaf(lambda: None)) for p in trees if p not in full)
+  return leaves
 
 
 def interceptor(record: AdapterRecord, site: Site, host: Host) -> Any:

@@ -7,7 +7,7 @@ from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.selection import Selection
-from surgery.passes import dropping
+from surgery.passes import dropping, following
 
 
 def keep(
@@ -32,11 +32,13 @@ def keep(
     AdapterError: if half of what an adapter needs would be left.
     SurgeryError: if half a parameter would be left.
   """
-  dropping.check_model(checkpoint, 'keep')
+  following.check_model(checkpoint, 'keep')
   kept = dropping.chosen(checkpoint, select, layer_types, 'keep', host)
-  for record in dropping.settled(checkpoint, 'keep', host).adapters:
-    base = [p for site in record.sites.values() for p in dropping.base_of(site)]
+  for record in following.settled(checkpoint, 'keep', host).adapters:
+    base = [
+      p for site in record.sites.values() for p in following.base_of(site)
+    ]
     if kept & set(base):
       kept |= {spec.path for spec in record.shared.values()}
-  gone = set(dropping.with_empty(checkpoint)) - kept
+  gone = set(following.with_empty(checkpoint)) - kept
   return dropping.without(checkpoint, gone, 'keep', host)

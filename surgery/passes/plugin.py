@@ -53,6 +53,7 @@ class Pass:
     return getattr(module, self.__name__)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Checkpoint:
+    """Calls the function."""
     return self.__wrapped__(*args, **kwargs)
 
   def __getattribute__(self, name: str) -> Any:

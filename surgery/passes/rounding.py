@@ -116,7 +116,8 @@ def lost(block: np.ndarray, after: np.ndarray) -> np.ndarray | None:
   if largest(block.dtype.name) <= most or not block.size:
     return None
   # Cheap, and true of most; NaN and infinity make it False.
-  if -most <= float(block.min()) and float(block.max()) <= most:
-    return None
-  bad = np.isfinite(block) & ~np.isfinite(after)
+  with np.errstate(invalid='ignore'):
+    if -most <= float(block.min()) and float(block.max()) <= most:
+      return None
+    bad = np.isfinite(block) & ~np.isfinite(after)
   return bad if bad.any() else None

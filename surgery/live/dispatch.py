@@ -1,0 +1,75 @@
+"""Verbs take params, and saved models too."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from surgery.core import errors, layers
+from surgery.core.checkpoint import Checkpoint
+from surgery.core.host import Host, default_host
+
+Verb = TypeVar('Verb', bound=Callable[..., Any])
+
+
+@contextlib.contextmanager
+def told(host: Host | None, verb: str, **arguments: Any) -> Iterator[Host]:
+  """Tells observers of a verb."""
+  host = host or default_host()
+  with host.observed(verb, arguments):
+    yield host
+
+
+def types_of(graph: Any) -> layers.LayerTypes:
+  """Returns the types of the layers of a graph.
+
+  Raises:
+    SurgeryError: if it is something else.
+  """
+  if not layers.is_graph(graph):
+    raise errors.SurgeryError(
+      f'graph: expected a bx.Graph, found {type(graph).__name__}.'
+    )
+  return layers.of_graph(graph)
+
+
+def takes_checkpoints(
+  pass_: Callable[..., Checkpoint],
+) -> Callable[[Verb], Verb]:
+  """Lets a verb on params take a `Checkpoint` too, and return one.
+
+  That is the verb's pass alone, with the same arguments, and as lazy as it is.
+
+  Args:
+    pass_: the pass; for a verb's `graph` it takes `layer_types`.
+  """
+
+  def decorate(verb: Verb) -> Verb:
+    signature = inspect.signature(verb)
+
+    @functools.wraps(verb)
+    def either(*args: Any, **kwargs: Any) -> Any:
+      if not args or not isinstance(args[0], Checkpoint):
+        return verb(*args, **kwargs)
+      checkpoint, *rest = signature.bind(*args, **kwargs).args
+      given = signature.bind(*args, **kwargs).kwargs
+      graph, host = given.pop('graph', None), given.pop('host', None)
+      if graph is not None:
+        given['layer_types'] = types_of(graph)
+      said = {k: v for k, v in given.items() if _plain(v)}
+      with told(host, verb.__name__, **said) as asked:
+        return pass_(checkpoint, *rest, host=asked, **given)
+
+    return either  # type: ignore[return-value]
+
+  return decorate
+
+
+def _plain(value: Any) -> bool:
+  """Whether a value is JSON data, as observers are told."""
+  if isinstance(value, (list, tuple)):
+    return all(map(_plain, value))
+  return value is None or isinstance(value, (bool, int, float, str))

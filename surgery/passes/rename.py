@@ -1,0 +1,404 @@
+"""Rename: tensors and layers under other names; adapters go along."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from surgery.core import errors, paths, renaming, selectors
+from surgery.core.adapter import Adapter
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.layers import LayerType, LayerTypes
+from surgery.core.manifest import Manifest
+from surgery.core.paths import Path
+from surgery.core.records import (
+  AdapterRecord,
+  Records,
+  SiteRecord,
+  WeightSpec,
+)
+from surgery.core.renaming import Rule
+from surgery.core.site import PathNeeded, Site
+from surgery.passes import following
+
+
+def rename(
+  checkpoint: Checkpoint, rules: str | Iterable[str], *, host: Host
+) -> Checkpoint:
+  """Gives tensors and layers other names; their bytes are copied unread.
+
+  All rules hold at once, so names may be swapped; the first that matches a path
+  decides. An adapter follows the parameter that it rewrites, and what is known
+  of layers follows them.
+
+  Args:
+    checkpoint: the model.
+    rules: `OLD -> NEW`, or several; see `surgery.core.renaming`.
+    host: whose hooks are asked.
+
+  Raises:
+    RenameError: for a rule that cannot be read or decides nothing, and if two
+      tensors would get one name, or one a name beneath another's.
+    AdapterError: for an adapter that cannot follow.
+
+  Example:
+    rename(ckpt, ['**/h<i>/** -> **/block<i+1>/**'], host=host)
+  """
+  following.check_model(checkpoint, 'rename')
+  records = following.settled(checkpoint, 'rename', host)
+  texts = [rules] if isinstance(rules, str) else list(rules)
+  if not texts:
+    raise errors.RenameError("rename: expected rules 'OLD -> NEW', found none.")
+  names = _Names(checkpoint, [renaming.parse(text) for text in texts], records)
+  said = checkpoint.manifest
+  trees = _trees(said.trees, names)
+  renamed = [_moved(record, names, host) for record in records.adapters]
+  leaves = _leaves(checkpoint, names, records)
+  for old, new in zip(records.adapters, renamed, strict=True):
+    said = _remembering(said, old, new, names)
+  return checkpoint.replace(
+    leaves=leaves,
+    records=Records(renamed, records.probe),
+    manifest=said.replace(
+      trees=trees, layer_types=_layer_types(said.layer_types, names)
+    ),
+  )
+
+
+class _Names:
+  """Where each path goes.
+
+  Args:
+    checkpoint: the model.
+    rules: the rules.
+    records: the adapters.
+  """
+
+  def __init__(
+    self, checkpoint: Checkpoint, rules: Sequence[Rule], records: Records
+  ) -> None:
+    # What the sites of an adapter share belongs to no layer, and stays.
+    shared = {s.path for a in records.adapters for s in a.shared.values()}
+    universe = [p for p in following.with_empty(checkpoint) if p not in shared]
+    self._rules = rules
+    self._new = renaming.targets(rules, universe)
+    if all(old == new for old, new in self._new.items()):
+      raise errors.RenameError(
+        'rename: every tensor would keep its name. Change the rules.'
+      )
+    self.universe = universe
+
+  def decided(self, path: Path) -> bool:
+    """Whether a rule matches a path."""
+    return path in self._new
+
+  def follow(self, path: Path, new: Path) -> None:
+    """Sends along what no rule matches."""
+    self._new[path] = new
+
+  def __call__(self, path: Path) -> Path:
+    """Returns where a tensor goes, be it there or in another half."""
+    if path in self._new:
+      return self._new[path]
+    return self.of_layer(path)
+
+  def of_layer(self, layer: Path) -> Path:
+    """Returns where a layer goes as a whole."""
+    found = renaming.first(self._rules, layer) if layer else None
+    return layer if found is None else found[1]
+
+
+# Tensors.
+
+
+def _leaves(
+  checkpoint: Checkpoint, names: _Names, records: Records
+) -> dict[Path, Leaf]:
+  """Returns the leaves under their new names.
+
+  Raises:
+    RenameError: if two get one name.
+  """
+  owned = records.owned
+  where = {
+    p: p if p in owned and not names.decided(p) else names(p)
+    for p in checkpoint
+  }
+  renaming.check_targets(where)
+  leaves = {
+    new: _retagged(checkpoint[old], old, names) for old, new in where.items()
+  }
+  # What was sorted, as all that was saved from params is, is sorted again.
+  if list(checkpoint) == sorted(checkpoint):
+    return {path: leaves[path] for path in sorted(leaves)}
+  return leaves
+
+
+def _retagged(leaf: Leaf, path: Path, names: _Names) -> Leaf:
+  """Returns a leaf whose metadata names its parameter as it is called now."""
+
+  def change(said: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**said, 'name': names((*path[:-1], said['name']))[-1]}
+
+  metadata = following.retagged(leaf.metadata, change)
+  if metadata == leaf.metadata:
+    return leaf
+  return leaf.replace(metadata=metadata)
+
+
+def _trees(trees: Mapping[Path, Any], names: _Names) -> dict[Path, Any]:
+  """Returns the structures of parameters under their new names.
+
+  Raises:
+    RenameError: if the parts of a parameter would go different ways.
+  """
+  if not trees:
+    return {}
+  new: dict[Path, Path] = {}
+  for path in names.universe:
+    tree = following.tree_of(path, trees)
+    if tree is None:
+      continue
+    target, inner = names(path), path[len(tree) :]
+    root = target[: len(target) - len(inner)]
+    if target != root + inner or not root or new.setdefault(tree, root) != root:
+      raise errors.RenameError(
+        f'rename: {paths.show(path)} is a part of the parameter '
+        f'{paths.show(tree)} and would be {paths.show(target)}. Rename the '
+        'parameter, which takes its parts along.'
+      )
+  return {new[path]: tree for path, tree in trees.items()}
+
+
+# Types of layers.
+
+
+def _layer_types(types: LayerTypes, names: _Names) -> LayerTypes:
+  """Returns the types of layers by their new names.
+
+  A layer that is split has its type in all places, and one that is made of
+  layers of different types has none.
+  """
+  if not types:
+    return types
+  own: dict[Path, list[Path]] = {}
+  for path in names.universe:
+    own.setdefault(path[:-1], []).append(path)
+  found: dict[Path, set[tuple[Any, ...]]] = {}
+  made: dict[Path, LayerType] = {}
+  for layer, kind in types.items():
+    for new, layouts in _homes(layer, kind, own.get(layer, ()), names).items():
+      made.setdefault(new, dataclasses.replace(kind, layouts=layouts))
+      if made[new].names == kind.names:
+        merged = {**made[new].layouts, **layouts}
+        made[new] = dataclasses.replace(kind, layouts=merged)
+      found.setdefault(new, set()).add(kind.names)
+  return {p: kind for p, kind in made.items() if len(found[p]) == 1}
+
+
+def _homes(
+  layer: Path, kind: LayerType, own: Iterable[Path], names: _Names
+) -> dict[Path, dict[str, str]]:
+  """Returns where a layer goes, with the layouts of its parameters there."""
+  homes: dict[Path, dict[str, str]] = {}
+  for path in own:
+    new = names(path)
+    layouts = homes.setdefault(new[:-1], {})
+    if path[-1] in kind.layouts:
+      layouts[new[-1]] = kind.layouts[path[-1]]
+  if not homes:
+    return {names.of_layer(layer): dict(kind.layouts)}
+  if len(homes) == 1:
+    # And what such a layer may have, and this one has not.
+    [(_, layouts)] = homes.items()
+    here = {path[-1] for path in own}
+    for name, layout in kind.layouts.items():
+      if name not in here:
+        layouts.setdefault(name, layout)
+  return homes
+
+
+# Adapters.
+
+
+def _moved(record: AdapterRecord, names: _Names, host: Host) -> AdapterRecord:
+  """Returns the record of an adapter that followed its parameters.
+
+  Raises:
+    AdapterError: if it cannot follow.
+  """
+  targets = {
+    path: _target(record, one, names) for path, one in record.sites.items()
+  }
+  moved = [one.site for one in targets.values()]
+  stayed = [one.site for one in record.sites.values()]
+  if moved == stayed and all(
+    targets[p].weights == one.weights for p, one in record.sites.items()
+  ):
+    return record
+  patterns = _patterns(record.adapter, stayed, moved, names)
+  adapter = dataclasses.replace(record.adapter, patterns=patterns)  # type: ignore[type-var]
+  record = dataclasses.replace(record, adapter=adapter)
+  sites = {}
+  for path, one in targets.items():
+    if one.site != record.sites[path].site:
+      who = following.interceptor(record, one.site, host)
+      _check_same(record, record.sites[path], one.site, who)
+      one = dataclasses.replace(one, interceptor=who)
+    sites[one.site.path] = one
+  return dataclasses.replace(record, sites=sites, total=None)
+
+
+def _target(
+  record: AdapterRecord, one: SiteRecord, names: _Names
+) -> SiteRecord:
+  """Returns a site where it goes, served as before; sends its weights along.
+
+  Raises:
+    AdapterError: if its parts would go different ways.
+  """
+  site = one.site
+  base = following.base_of(one)
+  new = [names(path) for path in base]
+  layer = new[0][:-1]
+  for old, path in zip(base, new, strict=True):
+    if path[:-1] != layer:
+      raise _apart(record, base[0], new[0], old, path)
+    if len(base) > 1 and path[-1] != old[-1]:
+      raise errors.AdapterError(
+        f'rename: {paths.show(old)} would be {paths.show(path)}, and adapter '
+        f'{record.name!r} knows the {len(base)} parameters that it rewrites in '
+        'this layer by their names. Merge or detach the adapter first.'
+      )
+  weights: dict[str, WeightSpec] = {}
+  for name, spec in one.weights.items():
+    if not names.decided(spec.path):
+      names.follow(spec.path, (*layer, spec.path[-1]))
+    path = names(spec.path)
+    if path[:-1] != layer:
+      raise _apart(record, base[0], new[0], spec.path, path)
+    weights[name] = dataclasses.replace(spec, path=path)
+  params = tuple(
+    dataclasses.replace(spec, name=path[-1])
+    for spec, path in zip(site.params, new, strict=True)
+  )
+  site = dataclasses.replace(site, layer=layer, params=params)
+  return SiteRecord(site, weights, one.interceptor)
+
+
+def _apart(
+  record: AdapterRecord, a: Path, new_a: Path, b: Path, new_b: Path
+) -> errors.AdapterError:
+  return errors.AdapterError(
+    f'rename: {paths.show(a)} would be {paths.show(new_a)}, and '
+    f'{paths.show(b)} would be {paths.show(new_b)}: adapter {record.name!r} '
+    'needs both in one layer. Rename the whole layer, or merge or detach the '
+    'adapter first.'
+  )
+
+
+def _check_same(
+  record: AdapterRecord, old: SiteRecord, site: Site, who: Any
+) -> None:
+  """Raises unless an adapter computes the same under the new name.
+
+  Raises:
+    AdapterError: naming the parameter.
+  """
+  from surgery.passes import compute
+
+  kinds = compute.kinds_of(old, record.shared)
+  try:
+    same = who == old.interceptor
+    for spec in site.params:
+      compute.uses(who, site.anonymous, spec.name, kinds)
+  except PathNeeded:
+    same = False
+  except Exception as error:  # A plugin's code ran inside.
+    raised = compute.failed(who, site, 'apply', error)
+    if raised is error:
+      raise
+    raise raised from error
+  if not same:
+    raise errors.AdapterError(
+      f'rename: {paths.show(old.site.path)}: what adapter {record.name!r} '
+      f"('{record.adapter.name}') computes depends on the parameter's name, so "
+      f'it cannot follow to {paths.show(site.path)}. Merge or detach it first.'
+    )
+
+
+def _selector(text: str, names: _Names) -> str:
+  """Returns a selector that names a path, with the path's new name."""
+  item = selectors.parse(text).items[0]
+  path = paths.parse(item.text)
+  if (
+    item.kind != 'glob' or not item.literal or item.text != paths.literal(path)
+  ):
+    return text
+  beneath = [p for p in names.universe if p[: len(path)] == path]
+  if not beneath:
+    return text
+  inner = beneath[0][len(path) :]
+  new = names(beneath[0])
+  new = new[: len(new) - len(inner)]
+  if not new or any(names(p) != (*new, *p[len(path) :]) for p in beneath):
+    return text
+  return ('!' if item.negate else '') + paths.literal(new)
+
+
+def _patterns(
+  adapter: Adapter, old: Sequence[Site], new: Sequence[Site], names: _Names
+) -> dict[str, dict[str, Any]]:
+  """Returns patterns that give each site the options that it had.
+
+  Those that name a path follow; a site that others do not give the same
+  options any more gets a pattern of its own.
+  """
+  patterns = {_selector(s, names): dict(v) for s, v in adapter.patterns}
+
+  def options(patterns: Iterable[tuple[str, Any]], site: Site) -> Any:
+    for selector, values in patterns:
+      if selectors.parse(selector).matches(site.path, site.types):
+        return dict(values)
+    return None
+
+  own = {
+    paths.literal(b.path): options(adapter.patterns, a) or {}
+    for a, b in zip(old, new, strict=True)
+    if options(adapter.patterns, a) != options(patterns.items(), b)
+  }
+  used = {
+    selector: values
+    for selector, values in patterns.items()
+    if any(selectors.parse(selector).matches(s.path, s.types) for s in new)
+  }
+  return {**own, **{s: v for s, v in used.items() if s not in own}}
+
+
+def _remembering(
+  said: Manifest, old: AdapterRecord, new: AdapterRecord, names: _Names
+) -> Manifest:
+  """Returns a manifest whose selector of an adapter means what it meant.
+
+  One that means something else now is left out.
+  """
+  if old is new:
+    return said
+  sites = [one.site for one in new.sites.values()]
+  entries = []
+  for entry in said.adapters:
+    if entry.get('name') == new.name and 'to' in entry:
+      entry = {**entry, 'to': _followed(entry['to'], names)}
+      read = selectors.parse(entry['to'])
+      if not all(read.matches(s.path, s.types) for s in sites):
+        entry = {k: v for k, v in entry.items() if k != 'to'}
+    entries.append(entry)
+  return said.replace(adapters=tuple(entries))
+
+
+def _followed(to: selectors.Text, names: _Names) -> selectors.Text:
+  if isinstance(to, str):
+    return _selector(to, names)
+  return [_selector(text, names) for text in to]
