@@ -268,13 +268,21 @@ def _is_any(part: _Part) -> bool:
   return isinstance(part, _Wild) and part.kind == '**'
 
 
+def _stripped(side: str) -> str:
+  """Returns a side without spaces around it, but for one that is escaped."""
+  body = side.strip()
+  escapes = len(body) - len(body.rstrip('\\'))
+  last = side.lstrip()[len(body) : len(body) + 1]
+  return body + last if escapes % 2 else body
+
+
 def _sides(text: str) -> tuple[str, str]:
   """Returns both sides of a rule.
 
   Raises:
     RenameError: if there are not two.
   """
-  sides = [side.strip() for side in _ARROW.split(text)]
+  sides = [_stripped(side) for side in _ARROW.split(text)]
   if len(sides) != 2 or not sides[0]:
     raise errors.RenameError(
       f"rule {text!r}: expected 'OLD -> NEW', found {len(sides) - 1} arrows "

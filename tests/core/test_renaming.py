@@ -53,6 +53,8 @@ def renamed(rule, *shown):
     ('a\\->b -> c', 'a->b', 'c'),
     ('a\\<b -> <b>'.replace('<b>', 'c'), 'a<b', 'c'),
     ('a b -> c d', 'a b', 'c d'),
+    ('a\\  -> \\ b ', 'a ', ' b'),
+    ('a\\\\ -> b', 'a\\\\', 'b'),
     ('lora_a.x -> y', 'lora_a.x', 'y'),
     (r're:(.*)/h(\d+)/k -> \2/\1', 'net/h12/k', '12/net'),
     (r're:(?P<a>\w+)/k -> \g<a>', 'net/k', 'net'),
