@@ -41,10 +41,11 @@ def takes_checkpoints(
 ) -> Callable[[Verb], Verb]:
   """Lets a verb on params take a `Checkpoint` too, and return one.
 
-  That is the verb's pass alone, with the same arguments, and as lazy as it is.
+  That is the verb's pass alone, and as lazy as that.
 
   Args:
-    pass_: the pass; for a verb's `graph` it takes `layer_types`.
+    pass_: the pass; its arguments are called as the verb's, but for a `graph`,
+      of which it gets the `layer_types`.
   """
 
   def decorate(verb: Verb) -> Verb:
@@ -54,14 +55,14 @@ def takes_checkpoints(
     def either(*args: Any, **kwargs: Any) -> Any:
       if not args or not isinstance(args[0], Checkpoint):
         return verb(*args, **kwargs)
-      checkpoint, *rest = signature.bind(*args, **kwargs).args
-      given = signature.bind(*args, **kwargs).kwargs
+      given = dict(signature.bind(*args, **kwargs).arguments)
+      del given[next(iter(given))]
       graph, host = given.pop('graph', None), given.pop('host', None)
       if graph is not None:
         given['layer_types'] = types_of(graph)
       said = {k: v for k, v in given.items() if _plain(v)}
       with told(host, verb.__name__, **said) as asked:
-        return pass_(checkpoint, *rest, host=asked, **given)
+        return pass_(args[0], host=asked, **given)
 
     return either  # type: ignore[return-value]
 

@@ -244,4 +244,6 @@ def test_numbers_go_up_and_down_again(number, by):
   up = renaming.parse(f'h<i> -> h<i+{by}>')
   down = renaming.parse(f'h<i> -> h<i-{by}>')
   path = (f'h{number}',)
-  assert path == down.apply(up.apply(path))
+  there = up.apply(path)
+  assert there is not None
+  assert path == down.apply(there)

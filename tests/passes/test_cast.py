@@ -28,6 +28,14 @@ DTYPES = sorted(set(rounding.SHORT.values()))
 NARROW = [d for d in DTYPES if d not in ('float32', 'float64')]
 
 
+def f32(values):
+  return np.array(values, 'float32')
+
+
+def f64(values):
+  return np.array(values, 'float64')
+
+
 def leaf(value, **flags):
   value = np.asarray(value)
   part = lambda index: value[index]
@@ -90,7 +98,7 @@ def test_float64_is_rounded_once_to_nearest_even(dtype, data):
   value = float(near) * scale
   for _ in range(data.draw(st.integers(0, 2))):
     value = float(np.nextafter(value, data.draw(st.sampled_from([0, np.inf]))))
-  result = float(casted(np.float64([value]), dtype, overflow=True)[0])
+  result = float(casted(f64([value]), dtype, overflow=True)[0])
   assert same(nearest(value, dtype), result), value
 
 
@@ -98,13 +106,13 @@ def test_float64_is_rounded_once_to_nearest_even(dtype, data):
 @given(st.floats(width=64))
 @settings(deadline=None)
 def test_any_float64_is_rounded_to_nearest_even(dtype, value):
-  result = float(casted(np.float64([value]), dtype, overflow=True)[0])
+  result = float(casted(f64([value]), dtype, overflow=True)[0])
   assert same(nearest(value, dtype), result)
 
 
 def test_what_numpy_would_round_twice_is_rounded_once():
   # A little more than half-way from 1 to the next bfloat16.
-  value = np.float64([1 + 2.0**-8 + 2.0**-40])
+  value = f64([1 + 2.0**-8 + 2.0**-40])
   assert 1.0 == float(value.astype(ml_dtypes.bfloat16)[0])
   assert 1 + 2.0**-7 == float(casted(value, 'bf16')[0])
   assert 1 + 2.0**-7 == float(casted(value[0], 'bf16'))
@@ -125,7 +133,7 @@ def test_every_narrow_number_comes_back(dtype, wide):
 @given(st.lists(st.floats(width=32), min_size=1))
 @settings(deadline=None)
 def test_float32_comes_back_from_float64(values):
-  value = np.float32(values)
+  value = f32(values)
   back = casted(casted(value, 'f64'), 'f32')
   np.testing.assert_array_equal(value, back)
   assert np.signbit(value).tolist() == np.signbit(back).tolist()
@@ -134,7 +142,7 @@ def test_float32_comes_back_from_float64(values):
 @given(st.lists(st.floats(width=32), min_size=1), st.sampled_from(NARROW))
 @settings(deadline=None)
 def test_float32_is_cast_as_numpy_does(values, dtype):
-  value = np.float32(values)
+  value = f32(values)
   with np.errstate(all='ignore'):
     expected = value.astype(rounding.DTYPES[dtype])
   actual = casted(value, dtype, overflow=True)
@@ -269,12 +277,12 @@ def test_a_finite_value_that_does_not_fit_is_an_error(
   [(65519, 'f16'), (464, 'f8_e4m3fn'), (3.39e38, 'bf16'), (1e-40, 'f16')],
 )
 def test_what_is_rounded_to_a_finite_number_fits(value, dtype):
-  assert np.isfinite(casted(np.float32([value]), dtype).astype('f4')).all()
+  assert np.isfinite(casted(f32([value]), dtype).astype('f4')).all()
 
 
 @pytest.mark.parametrize('dtype', NARROW)
 def test_nan_and_infinity_are_no_overflow(dtype):
-  value = np.float32([np.nan, np.inf, -np.inf, 1])
+  value = f32([np.nan, np.inf, -np.inf, 1])
   after = casted(value, dtype).astype(np.float32)
   assert [False, False, False, True] == np.isfinite(after).tolist()
 
@@ -294,15 +302,15 @@ def test_the_index_is_that_in_the_whole_tensor():
 
 
 def test_an_overflow_leaves_no_file_behind(tmp_path):
-  after = cast(one(np.float32([1e30])), 'f16', host=HOST)
+  after = cast(one(f32([1e30])), 'f16', host=HOST)
   with pytest.raises(surgery.CastError):
     after.write(tmp_path / 'out.msgpack')
   assert [] == list(tmp_path.iterdir())
 
 
 def test_an_overflow_may_be_allowed():
-  assert [np.inf] == casted(np.float32([1e30]), 'f16', overflow=True).tolist()
-  after = casted(np.float32([1e30]), 'f8_e4m3fn', overflow=True)
+  assert [np.inf] == casted(f32([1e30]), 'f16', overflow=True).tolist()
+  after = casted(f32([1e30]), 'f8_e4m3fn', overflow=True)
   assert np.isnan(after.astype(np.float32)).all()
 
 

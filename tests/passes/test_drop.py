@@ -135,7 +135,7 @@ def test_types_are_those_of_what_is_left():
 
 
 def test_types_choose():
-  types = {('net', 'query'): LINEAR}
+  types = {paths.parse('net/query'): LINEAR}
   after = drop(net(), 'type:Linear', layer_types=types, host=HOST)
   assert ['net/value/bias', 'net/value/kernel'] == shown(after)
 

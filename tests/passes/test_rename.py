@@ -171,10 +171,10 @@ def test_there_and_back_gives_the_same_bytes(tmp_path_factory, found, data):
   layer = data.draw(st.sampled_from(found))
   layer = layer[: data.draw(st.integers(1, len(layer)))]
   new = ('new', *data.draw(st.lists(SEGMENTS, max_size=2)))
-  old, new = (paths.literal(p).replace(' ', '\\ ') for p in (layer, new))
-  there = go(surgery.open(source), f'{old} -> {new}')
+  old, back = (paths.literal(p).replace(' ', '\\ ') for p in (layer, new))
+  there = go(surgery.open(source), f'{old} -> {back}')
   there.write(target)
-  again = go(surgery.open(target), f'{new} -> {old}')
+  again = go(surgery.open(target), f'{back} -> {old}')
   again.write(target, overwrite=True)
   assert source.read_bytes() == target.read_bytes()
 
