@@ -20,6 +20,8 @@ from surgery.core.paths import Path
 VERSION = 1
 KEY = '__surgery__'
 MODEL, ADAPTER = 'model', 'adapter'
+# What only the file's own format understands; not part of a `Manifest`.
+FILE = 'file'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Manifest:
       `surgery.live.convert`.
     adapters: adapters as JSON data, innermost first.
     history: passes that made it, oldest first, as JSON data.
+    metadata: what other programs said in a file of theirs, text by text.
     extra: whatever else there was; kept.
   """
 
@@ -45,6 +48,7 @@ class Manifest:
   trees: Mapping[Path, Any] = dataclasses.field(default_factory=dict)
   adapters: tuple[Mapping[str, Any], ...] = ()
   history: tuple[Mapping[str, Any], ...] = ()
+  metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def replace(self, **changes: Any) -> Manifest:
@@ -112,8 +116,10 @@ def _decode(value: Any) -> Any:
   return value
 
 
-def dumps(manifest: Manifest, notes: Mapping[Path, LeafNote]) -> bytes:
-  """Returns the manifest as UTF-8 JSON.
+def to_json(
+  manifest: Manifest, notes: Mapping[Path, LeafNote]
+) -> dict[str, Any]:
+  """Returns the manifest as JSON data.
 
   Args:
     manifest: the manifest.
@@ -154,10 +160,34 @@ def dumps(manifest: Manifest, notes: Mapping[Path, LeafNote]) -> bytes:
     data['adapters'] = list(manifest.adapters)
   if manifest.history:
     data['history'] = list(manifest.history)
+  if manifest.metadata:
+    data['metadata'] = dict(manifest.metadata)
+  return data
+
+
+def dumps(manifest: Manifest, notes: Mapping[Path, LeafNote]) -> bytes:
+  """Returns the manifest as UTF-8 JSON.
+
+  Args:
+    manifest: the manifest.
+    notes: what there is to say of each tensor.
+
+  Raises:
+    FormatError: for metadata that JSON cannot hold.
+  """
+  return encoded(to_json(manifest, notes))
+
+
+def encoded(data: Mapping[str, Any]) -> bytes:
+  """Returns a manifest's JSON data as UTF-8.
+
+  Raises:
+    FormatError: for what JSON cannot hold.
+  """
   try:
     text = json.dumps(data, ensure_ascii=False, separators=(',', ':'))
     return text.encode()
-  except (TypeError, ValueError) as error:
+  except (TypeError, ValueError, RecursionError) as error:
     raise errors.FormatError(
       f'manifest ({KEY}): cannot be written as JSON: {error}.'
     ) from None
@@ -177,6 +207,8 @@ _KNOWN = {
   'layers',
   'adapters',
   'history',
+  'metadata',
+  FILE,
 }
 
 
@@ -186,10 +218,27 @@ def loads(text: bytes) -> tuple[Manifest, dict[Path, LeafNote]]:
   Raises:
     FormatError: if it is no manifest, or one of a newer version.
   """
+  return from_json(decoded(text))
+
+
+def decoded(text: bytes | str) -> Any:
+  """Reads what `encoded` wrote.
+
+  Raises:
+    FormatError: if it is no JSON.
+  """
   try:
-    data = json.loads(text)
+    return json.loads(text)
   except (ValueError, RecursionError) as error:
     raise errors.FormatError(f'manifest ({KEY}): not JSON: {error}.') from None
+
+
+def from_json(data: Any) -> tuple[Manifest, dict[Path, LeafNote]]:
+  """Reads what `to_json` returned.
+
+  Raises:
+    FormatError: if it is no manifest, or one of a newer version.
+  """
   _expect(isinstance(data, dict), 'expected an object')
   version = data.get('version')
   _expect(isinstance(version, int), f'expected a version, found {version!r}')
@@ -205,6 +254,7 @@ def loads(text: bytes) -> tuple[Manifest, dict[Path, LeafNote]]:
     ('layers', dict),
     ('adapters', list),
     ('history', list),
+    ('metadata', dict),
   ):
     _expect(
       isinstance(data.get(key, kind()), kind),
@@ -224,10 +274,17 @@ def loads(text: bytes) -> tuple[Manifest, dict[Path, LeafNote]]:
       paths.parse(p): LayerType(tuple(t['types']), dict(t['layouts']))
       for p, t in data.get('layers', {}).items()
     }
+  except RecursionError:
+    raise errors.FormatError(f'manifest ({KEY}): nested too deep.') from None
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise errors.FormatError(
       f'manifest ({KEY}): malformed entry: {type(error).__name__}: {error}.'
     ) from None
+  metadata = data.get('metadata', {})
+  _expect(
+    all(isinstance(value, str) for value in metadata.values()),
+    "'metadata' should hold text",
+  )
   manifest = Manifest(
     kind=data['kind'],
     locked=bool(data.get('locked', True)),
@@ -235,6 +292,7 @@ def loads(text: bytes) -> tuple[Manifest, dict[Path, LeafNote]]:
     trees={paths.parse(p): t for p, t in data.get('trees', {}).items()},
     adapters=tuple(data.get('adapters', ())),
     history=tuple(data.get('history', ())),
+    metadata=metadata,
     extra={k: v for k, v in data.items() if k not in _KNOWN},
   )
   return manifest, notes

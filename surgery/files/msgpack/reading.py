@@ -6,13 +6,13 @@ import copy
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any
 
-from surgery.core import errors, paths
+from surgery.core import errors
 from surgery.core import manifest as manifests
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import LeafNote, Manifest
 from surgery.core.paths import Path
+from surgery.files import notes
 from surgery.files.msgpack.values import Entry, Value
 from surgery.files.msgpack.walk import walk
 from surgery.files.source import MappedFile, Source
@@ -38,9 +38,9 @@ def open_file(path: str | os.PathLike[str]) -> Checkpoint:
   """
   file = MappedFile(path)
   found = walk(file)
-  manifest, notes = _manifest(file, found)
+  manifest, said = _manifest(file, found)
   leaves = {
-    path: _leaf(entry, notes.get(path, _NOTHING))
+    path: _leaf(entry, said.get(path, _NOTHING))
     for path, entry in found.items()
   }
   return Checkpoint(leaves, manifest, origin=file.name)
@@ -94,20 +94,8 @@ def _manifest(
       offset,
     )
   assert isinstance(entry, Source)
-  try:
-    manifest, notes = manifests.loads(entry().tobytes())
-  except errors.FormatError as error:
-    raise errors.FormatError(f'{file.name}: {error}', offset) from None
-  except RecursionError:
-    raise errors.FormatError(
-      f'{where}: nested too deep. The file is damaged; save it again.', offset
-    ) from None
-  # `show` writes the empty path and one empty name alike; no leaf is at ().
-  if () in notes:
-    notes[('',)] = notes.pop(())
-  for path, note in notes.items():
-    _check_note(where, offset, path, note, found)
-  return manifest, notes
+  text = entry().tobytes()
+  return notes.read(text, f'{file.name}: at byte {offset}', offset, found)
 
 
 def _is_text(entry: Entry) -> bool:
@@ -122,31 +110,3 @@ def _shown(entry: Entry) -> str:
   if isinstance(entry, Value):
     return f'a value of type {type(entry.value).__name__}'
   return f'{entry.dtype}[{",".join(map(str, entry.shape))}]'
-
-
-def _check_note(
-  where: str,
-  offset: int,
-  path: Path,
-  note: LeafNote,
-  found: Mapping[Path, Any],
-) -> None:
-  if path not in found:
-    raise errors.FormatError(
-      f'{where}: expected only tensors of this file, found '
-      f'{paths.show(path)!r}, which is not in it. The file was changed by a '
-      'program that does not know the manifest; save it again with surgery.',
-      offset,
-    )
-  for name, value, kind in (
-    ('metadata', note.metadata, dict),
-    ('key', note.key, str),
-    ('digest', note.digest, str),
-  ):
-    if value is not None and not isinstance(value, kind):
-      raise errors.FormatError(
-        f'{where}: {paths.show(path)}: expected {name} to be a '
-        f'{kind.__name__}, found {value!r}. The file is damaged; save it '
-        'again.',
-        offset,
-      )

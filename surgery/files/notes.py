@@ -1,0 +1,64 @@
+"""What a manifest says of a file's tensors, held against the file."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from surgery.core import errors, manifest, paths
+from surgery.core.manifest import LeafNote, Manifest
+from surgery.core.paths import Path
+
+_KINDS = (('metadata', dict), ('key', str), ('digest', str))
+
+
+def read(
+  said: bytes | dict[str, Any],
+  where: str,
+  offset: int,
+  found: Container[Path],
+) -> tuple[Manifest, dict[Path, LeafNote]]:
+  """Reads a manifest.
+
+  Args:
+    said: its text, or what is in it.
+    where: file and place, for messages.
+    offset: of the manifest in the file.
+    found: what lies in the file.
+
+  Raises:
+    FormatError: if it is no manifest, or speaks of other tensors.
+  """
+  try:
+    if isinstance(said, bytes):
+      said = manifest.decoded(said)
+    whole, notes = manifest.from_json(said)
+  except errors.FormatError as error:
+    raise errors.FormatError(f'{where}: {error}', offset) from None
+  # `show` writes the empty path and one empty name alike; no leaf is at ().
+  if () in notes:
+    notes[('',)] = notes.pop(())
+  for path, note in notes.items():
+    what = _wrong(path, note, found)
+    if what is not None:
+      raise errors.FormatError(f'{where}, {manifest.KEY}: {what}', offset)
+  return whole, notes
+
+
+def _wrong(path: Path, note: LeafNote, found: Container[Path]) -> str | None:
+  """Returns what is wrong with a note, if anything."""
+  shown = paths.show(path)
+  if path not in found:
+    return (
+      f'expected only tensors of this file, found {shown!r}, which is not in '
+      'it. The file was changed by a program that does not know the manifest; '
+      'save it again with surgery.'
+    )
+  for name, kind in _KINDS:
+    value = getattr(note, name)
+    if value is not None and not isinstance(value, kind):
+      return (
+        f'{shown}: expected {name} to be a {kind.__name__}, found {value!r}. '
+        'The file is damaged; save it again.'
+      )
+  return None
