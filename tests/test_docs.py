@@ -67,6 +67,18 @@ def test_links_between_pages_lead_somewhere():
         assert (page.parent / link).exists(), (page.name, link)
 
 
+def test_the_examples_of_passes_run(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  exec('\n'.join(lines('passes.md', 'python')), {})
+  assert {'base', 'small'} == {path.stem for path in tmp_path.iterdir()}
+
+
+def test_every_pass_is_documented():
+  text = (DOCS / 'passes.md').read_text()
+  for name in surgery.default_host().passes:
+    assert re.search(rf'^## .*\b{name}\b', text, re.MULTILINE), name
+
+
 def test_the_adapter_of_the_plugin_page_works():
   text = (DOCS / 'plugins.md').read_text()
   [code] = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
