@@ -6,7 +6,9 @@ Each round runs every task once, each in a process of its own, so that tasks
 share what noise there is. A process imports what it needs and touches JAX
 first; that start-up is printed apart and not counted. Memory is the peak of
 the process's anonymous memory (what is not a file's pages) beyond what it had
-after the start-up. Ratios are medians of the ratios within a round.
+after the start-up. Ratios are medians of the ratios within a round, in which
+the file is in the system's memory; what is read is counted in one more round,
+in which it is not.
 """
 
 from __future__ import annotations
@@ -85,31 +87,42 @@ def cast(source: str, target: str) -> None:
   host.passes['cast'](opened, to, host=host).write(target)
 
 
-def diff(source: str, target: str) -> None:
+def diff_equal(source: str, target: str) -> None:
   """Compares the file with a copy of it."""
-  from surgery.core.checkpoint import open_checkpoint
+  del target
+  _diff(source, '-copy')
+
+
+def diff_other(source: str, target: str) -> None:
+  """Compares the file with one in which every number is another."""
+  del target
+  _diff(source, '-other')
+
+
+def _diff(source: str, suffix: str) -> None:
+  import surgery
   from surgery.passes.diff import diff
 
-  del target
-  other = source.replace('.msgpack', '-copy.msgpack')
-  list(diff(open_checkpoint(source), open_checkpoint(other)).tensors)
+  other = source.replace('.msgpack', f'{suffix}.msgpack')
+  host = surgery.default_host()
+  list(diff(surgery.open(source), surgery.open(other), host=host))
 
 
 def verify(source: str, target: str) -> None:
   """Computes all digests."""
-  from surgery.core.checkpoint import open_checkpoint
+  import surgery
   from surgery.passes.verify import verify
 
   del target
-  list(verify(open_checkpoint(source)))
+  list(verify(surgery.open(source)))
 
 
 def listing(source: str, target: str) -> None:
   """Opens the file and looks at every leaf."""
-  from surgery.core.checkpoint import open_checkpoint
+  import surgery
 
   del target
-  for leaf in open_checkpoint(source).values():
+  for leaf in surgery.open(source).values():
     _ = leaf.shape, leaf.dtype, leaf.digest
 
 
@@ -120,7 +133,8 @@ TASKS = {
   'flax load, merge, save': (flax_merge, False, True),
   'rename': (rename, False, True),
   'cast': (cast, False, True),
-  'diff': (diff, False, False),
+  'diff, all equal': (diff_equal, False, False),
+  'diff, all different': (diff_other, False, False),
   'verify': (verify, False, False),
   'open and list': (listing, False, False),
 }
@@ -136,20 +150,31 @@ class Memory(threading.Thread):
 
   @staticmethod
   def now() -> int:
+    """Returns bytes of anonymous memory of this process."""
     for line in pathlib.Path('/proc/self/status').read_text().splitlines():
       if line.startswith('RssAnon'):
         return int(line.split()[1]) * 1024
     raise OSError('no RssAnon in /proc/self/status')
 
   def run(self) -> None:
+    """Takes notice until `used` is asked for."""
     while not self.done.wait(0.005):
       self.peak = max(self.peak, self.now())
 
   @property
   def used(self) -> int:
+    """Most bytes that there were beyond those at the start; ends the watch."""
     self.done.set()
     self.join()
     return max(self.peak, self.now()) - self.before
+
+
+def bytes_read() -> int:
+  """Returns what this process and its children fetched from the disk."""
+  for line in pathlib.Path('/proc/self/io').read_text().splitlines():
+    if line.startswith('read_bytes'):
+      return int(line.split()[1])
+  raise OSError('no read_bytes in /proc/self/io')
 
 
 def worker(name: str, source: str, target: str) -> dict[str, Any]:
@@ -169,9 +194,13 @@ def worker(name: str, source: str, target: str) -> dict[str, Any]:
     import surgery.passes.merge
 
     jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()
+  if name == 'open and list':
+    import surgery.files.msgpack
+    import surgery.files.sharding
   memory = Memory()
   startup = time.perf_counter() - start
   memory.start()
+  read = bytes_read()
   start = time.perf_counter()
   function(source, target)
   took = time.perf_counter() - start
@@ -179,6 +208,7 @@ def worker(name: str, source: str, target: str) -> dict[str, Any]:
     'seconds': took,
     'startup': startup,
     'startup memory': memory.before,
+    'read': bytes_read() - read,
     'memory': memory.used,
   }
 
@@ -186,19 +216,18 @@ def worker(name: str, source: str, target: str) -> dict[str, Any]:
 # The files.
 
 
-def make(path: pathlib.Path, dtype: str, size: float) -> None:
+def make(path: pathlib.Path, dtype: str, size: float, seed: int = 0) -> None:
   """Writes a model of about `size` bytes with an adapter attached."""
   import numpy as np
 
   import surgery
   from surgery.core import checkpoint
+  from surgery.files import arrays
   from surgery.passes.attach import attach
 
   host = surgery.default_host()
   itemsize = checkpoint.itemsize(dtype)
-  from surgery.files.arrays import DTYPES as known
-
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   scale = size / 2.5e9
   noise = rng.normal(0, 0.02, 1 << 22).astype(np.float32)
 
@@ -208,7 +237,7 @@ def make(path: pathlib.Path, dtype: str, size: float) -> None:
     def load() -> Any:
       shift = int(rng.integers(1 << 20))
       flat = np.resize(np.roll(noise, shift), rows * columns)
-      return flat.reshape(rows, columns).astype(known[dtype])
+      return flat.reshape(rows, columns).astype(arrays.DTYPES[dtype])
 
     return checkpoint.Leaf(load, (rows, columns), dtype)
 
@@ -250,7 +279,7 @@ def run(
   out = subprocess.run(
     [sys.executable, __file__, '--worker', name, str(source), str(target)],
     check=True,
-    capture_output=True,
+    stdout=subprocess.PIPE,
     text=True,
     env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
   )
@@ -259,16 +288,27 @@ def run(
   return result
 
 
+def forget(path: pathlib.Path) -> None:
+  """Drops a file from the system's memory, so that it is read from the disk."""
+  with path.open('rb') as file:
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def report(
-  dtype: str, size: int, runs: dict[str, list[dict[str, Any]]]
+  dtype: str,
+  size: int,
+  runs: dict[str, list[dict[str, Any]]],
+  read: dict[str, int],
 ) -> None:
+  """Prints a table."""
   copies = [r['seconds'] for r in runs['cp + fsync']]
   print(
     f'\n{dtype}, {size / 1e9:.2f} GB, {TENSORS} tensors, {SITES} sites of LoRA '
     f'rank {RANK}; medians of {len(copies)} rounds'
   )
   print(
-    'task                     seconds  / cp    memory MB  written GB  '
+    'task                     seconds  / cp    memory MB  read GB  written GB  '
     'start-up s, MB'
   )
   for name, results in runs.items():
@@ -278,7 +318,8 @@ def report(
     )
     print(
       f'{name:<23}  {median("seconds"):7.3f}  {ratio:5.2f}  '
-      f'{median("memory") / 1e6:9.0f}  {median("written") / 1e9:10.2f}  '
+      f'{median("memory") / 1e6:9.0f}  {read[name] / 1e9:7.2f}  '
+      f'{median("written") / 1e9:10.2f}  '
       f'{median("startup"):9.2f}, {median("startup memory") / 1e6:4.0f}',
       flush=True,
     )
@@ -302,13 +343,20 @@ def main() -> None:
       target = pathlib.Path(folder, 'out.msgpack')
       make(source, dtype, given.gigabytes * 1e9)
       shutil.copy(source, str(source).replace('.msgpack', '-copy.msgpack'))
+      other = str(source).replace('.msgpack', '-other.msgpack')
+      make(pathlib.Path(other), dtype, given.gigabytes * 1e9, seed=1)
       names = [n for n in TASKS if given.only is None or n in given.only]
       names = ['cp + fsync', *(n for n in names if n != 'cp + fsync')]
       runs: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
       for _ in range(given.rounds):
         for name in names:
           runs[name].append(run(name, source, target))
-      report(dtype, source.stat().st_size, runs)
+      read = {}
+      for name in names:
+        for path in pathlib.Path(folder).glob(f'{dtype}*'):
+          forget(path)
+        read[name] = run(name, source, target)['read']
+      report(dtype, source.stat().st_size, runs, read)
       for path in pathlib.Path(folder).iterdir():
         path.unlink()
 

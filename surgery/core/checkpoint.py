@@ -8,10 +8,13 @@ leaves lazily, and a writer asks for one leaf at a time.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import inspect
 import itertools
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -241,24 +244,74 @@ class Checkpoint(Mapping[Path, Leaf]):
     overwrite: bool = False,
     format: str | None = None,
     host: Host | None = None,
+    manifest: bool = True,
+    shard_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
   ) -> None:
-    """Writes the checkpoint to a file, whole or not at all.
+    """Writes the checkpoint to a file or a set of files, whole or not at all.
 
     Args:
       path: the file; its suffix tells the format.
-      overwrite: whether an existing file may be replaced.
+      overwrite: whether an existing file may be replaced. The index of a set
+        never is.
       format: name of the format, where the suffix does not tell it.
       host: whose formats are known.
+      manifest: whether flags, metadata, adapters and so on are written too.
+      shard_size: most bytes a file. With it, `out.msgpack` becomes
+        `out-00001-of-00003.msgpack` and so on, and `out.msgpack.index.json`.
+        A larger tensor has a file of its own.
+      progress: is told of tensors and bytes that were written since the last
+        call.
 
     Raises:
       FormatError: if the checkpoint cannot be written in that format.
       FileExistsError: if the file exists and `overwrite` is False.
+      OSError: if it cannot be written: no such folder, a full disk, …
     """
     from surgery.core import host as hosts
+    from surgery.core import location
 
     host = host or hosts.default_host()
+    target = pathlib.Path(os.fsdecode(path))
+    if target.is_dir():
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if location.is_index(target):
+      raise errors.FormatError(
+        f'{target}: an index is written with the files that it names. Write '
+        f'to {target.name[: -len(location.INDEX)]} with a shard_size.'
+      )
+    form = host.format_of(target, format)
+    options: dict[str, Any] = {} if manifest else {'manifest': False}
+    if shard_size is not None:
+      options['shard_size'] = shard_size
+    if progress is not None:
+      options['progress'] = progress
     whole = self.replace(manifest=self.resolved(host))
-    host.format_of(path, format).write(whole, path, overwrite=overwrite)
+    form.write(whole, path, overwrite=overwrite, **_taken(form, path, options))
+
+
+def _taken(
+  form: Any, path: str | os.PathLike[str], options: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns the options that a format's `write` takes.
+
+  Raises:
+    FormatError: if it does not take one that decides what is written.
+  """
+  parameters = inspect.signature(form.write).parameters
+  if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    return options
+  for name, what in (
+    ('shard_size', 'in several files (shard_size)'),
+    ('manifest', 'without a manifest'),
+  ):
+    if name in options and name not in parameters:
+      raise errors.FormatError(
+        f'{os.fsdecode(path)}: the format {type(form).__name__!r} cannot be '
+        f'written {what}. Leave that out, or write another format.'
+      )
+  # Who does not tell how far it is may still write.
+  return {name: options[name] for name in options if name in parameters}
 
 
 def open_checkpoint(
@@ -270,7 +323,8 @@ def open_checkpoint(
   """Opens a saved model without reading its tensors.
 
   Args:
-    path: the file; its suffix tells the format.
+    path: the file, whose suffix tells the format; or the index of a set of
+      files; or a folder that holds exactly one of these.
     format: name of the format, where the suffix does not tell it.
     host: whose formats are known.
 
@@ -284,7 +338,8 @@ def open_checkpoint(
   from surgery.core import host as hosts
 
   host = host or hosts.default_host()
-  return host.format_of(path, format).open(path)
+  form, found = host.located(path, format)
+  return form.open(found)
 
 
 def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:

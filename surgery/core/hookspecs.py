@@ -131,7 +131,13 @@ def surgery_formats() -> Mapping[str, Any]:
   Called: once a host, when a file is opened or written.
   Order: all are asked; a name that two offer is an error.
   Return: by name, objects with `suffixes`, `open(path)` that returns a
-  `Checkpoint` and `write(checkpoint, path, overwrite=False)`.
+  `Checkpoint` and `write(checkpoint, path, *, overwrite=False, manifest=True,
+  shard_size=None, progress=None)`. Of these `write` may take fewer, since only
+  what is not the default is passed: without `manifest` or `shard_size` who asks
+  for it gets an error, without `progress` nobody is told. A format whose
+  `write` takes `shard_size` is also given indexes (`out.suffix.index.json`) to
+  open. `surgery.files.sharding` reads and writes sets for any format with the
+  methods of `surgery.files.sharding.Parts`.
   May raise: no.
   Since: 0.1.
   """

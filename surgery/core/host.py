@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
+import os
 import pathlib
 import threading
 import traceback
@@ -25,7 +26,7 @@ from typing import Any
 
 import pluggy
 
-from surgery.core import errors, hookspecs
+from surgery.core import errors, hookspecs, location
 from surgery.core.adapter import Adapter
 
 ADAPTERS = 'surgery.adapters'
@@ -369,22 +370,47 @@ class Host:
     return self._offers('surgery_methods')
 
   def format_of(self, path: Any, name: str | None = None) -> Any:
-    """Returns the format for a file, by its name or by the file's suffix.
+    """Returns the format of a file, the index of a set, or a folder's model.
+
+    Args:
+      path: the file; its suffix tells the format. `out.msgpack.index.json` has
+        that of `out.msgpack`.
+      name: name of the format, where the suffix does not tell it.
 
     Raises:
       FormatError: if there is none.
     """
-    known = [s for f in self.formats.values() for s in f.suffixes]
+    return self.located(path, name)[0]
+
+  def located(
+    self, path: Any, name: str | None = None
+  ) -> tuple[Any, pathlib.Path]:
+    """Returns the format of a saved model, and where its file or index is.
+
+    Args:
+      path: a file, the index of a set, or a folder that holds one model.
+      name: name of the format, where the suffix does not tell it.
+
+    Raises:
+      FormatError: if there is none, or a folder holds several models.
+    """
+    path = pathlib.Path(os.fsdecode(path))
+    forms = list(self.formats.values())
     if name is not None:
       if name not in self.formats:
         raise errors.FormatError(
           f"unknown format '{name}'.{errors.suggest(name, self.formats)}"
         )
-      return self.formats[name]
-    suffix = pathlib.Path(path).suffix
-    for form in self.formats.values():
+      forms = [self.formats[name]]
+    known = [suffix for form in forms for suffix in form.suffixes]
+    if path.is_dir():
+      path = location.in_folder(path, known)
+    elif name is not None:
+      return forms[0], path
+    suffix = location.suffix(path)
+    for form in forms:
       if suffix in form.suffixes:
-        return form
+        return form, path
     raise errors.FormatError(
       f"{path}: no format is known for the suffix '{suffix}'. Known: "
       f'{", ".join(sorted(known)) or "none"}.'

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from surgery.core import errors
 
 _SUFFIX = '.tmp'
+# Of further files of a writer, which live as long as its first.
+_PART = '.part'
 # Leaves room for the rest of a temporary name within 255 bytes.
 _LONGEST = 180
 
@@ -49,23 +51,24 @@ def writing(
   target = pathlib.Path(os.path.realpath(path))
   shown = os.fspath(path)
   mode = _mode(target, shown, overwrite)
-  with _folder(target.parent) as folder:
-    _clean(target)
-    fd, temporary = _create(target, mode)
+  with folder(target.parent) as parent:
+    clean(target)
+    fd, temporary = create(target, mode)
     try:
       try:
         yield fd
         os.fsync(fd)
-        _publish(temporary, target, shown, overwrite)
+        publish(temporary, target, shown, overwrite)
       finally:
         os.close(fd)
     except BaseException:
       temporary.unlink(missing_ok=True)
       raise
-    _sync_folder(folder)
+    sync_folder(parent)
 
 
-def _exists(shown: str) -> FileExistsError:
+def exists(shown: str) -> FileExistsError:
+  """Returns the error for a file that must not be replaced."""
   return FileExistsError(
     errno.EEXIST,
     'file exists and is not replaced unless overwrite=True (--force) is given',
@@ -87,12 +90,12 @@ def _mode(target: pathlib.Path, shown: str, overwrite: bool) -> int | None:
       f'{shown}: expected a file, found a pipe or a device. Write to a file.'
     )
   if not overwrite:
-    raise _exists(shown)
+    raise exists(shown)
   return stat.S_IMODE(status.st_mode)
 
 
 @contextlib.contextmanager
-def _folder(path: pathlib.Path) -> Iterator[int]:
+def folder(path: pathlib.Path) -> Iterator[int]:
   """Yields a descriptor of the folder; opening it names it if it is none."""
   fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
   try:
@@ -101,12 +104,13 @@ def _folder(path: pathlib.Path) -> Iterator[int]:
     os.close(fd)
 
 
-def _prefix(target: pathlib.Path) -> str:
+def prefix(target: pathlib.Path) -> str:
+  """Returns what all temporary names of a file begin with."""
   short = os.fsencode(target.name)[:_LONGEST]
   return f'.{os.fsdecode(short)}.surgery-'
 
 
-def _create(target: pathlib.Path, mode: int | None) -> tuple[int, pathlib.Path]:
+def create(target: pathlib.Path, mode: int | None) -> tuple[int, pathlib.Path]:
   """Creates and locks the temporary file.
 
   Returns:
@@ -114,7 +118,7 @@ def _create(target: pathlib.Path, mode: int | None) -> tuple[int, pathlib.Path]:
   """
   flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
   while True:
-    name = f'{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}'
+    name = f'{prefix(target)}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}'
     temporary = target.with_name(name)
     try:
       fd = os.open(temporary, flags, 0o666 if mode is None else mode)
@@ -136,14 +140,24 @@ def _create(target: pathlib.Path, mode: int | None) -> tuple[int, pathlib.Path]:
     os.close(fd)
 
 
-def _clean(target: pathlib.Path) -> None:
+def part(temporary: pathlib.Path, number: int) -> pathlib.Path:
+  """Returns the name of a further temporary file of a writer.
+
+  Args:
+    temporary: its first one, which is locked as long as it lives.
+    number: of the further file.
+  """
+  return temporary.with_name(f'{temporary.stem}.{number}{_PART}')
+
+
+def clean(target: pathlib.Path) -> None:
   """Removes temporary files of writers that died."""
-  prefix = _prefix(target)
+  start = prefix(target)
   with os.scandir(target.parent) as entries:
     found = [
       entry.path
       for entry in entries
-      if entry.name.startswith(prefix) and entry.name.endswith(_SUFFIX)
+      if entry.name.startswith(start) and entry.name.endswith(_SUFFIX)
     ]
   for path in found:
     # One that is locked, gone or not ours is left alone.
@@ -157,12 +171,16 @@ def _remove_dead(path: pathlib.Path) -> None:
   try:
     if stat.S_ISREG(os.fstat(fd).st_mode):
       fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      # The first goes last, so that who is killed here can be cleaned up, too.
+      for other in path.parent.iterdir():
+        if other.name.startswith(f'{path.stem}.') and other.suffix == _PART:
+          other.unlink()
       path.unlink()
   finally:
     os.close(fd)
 
 
-def _publish(
+def publish(
   temporary: pathlib.Path, target: pathlib.Path, shown: str, overwrite: bool
 ) -> None:
   """Gives the file its name."""
@@ -173,17 +191,17 @@ def _publish(
     # Unlike renaming, linking fails if somebody else was faster.
     os.link(temporary, target)
   except FileExistsError:
-    raise _exists(shown) from None
+    raise exists(shown) from None
   except OSError:
     # A file system without links.
     if os.path.lexists(target):
-      raise _exists(shown) from None
+      raise exists(shown) from None
     temporary.replace(target)
   else:
     temporary.unlink()
 
 
-def _sync_folder(fd: int) -> None:
+def sync_folder(fd: int) -> None:
   """Makes the new name last; the file is there already, so never raises."""
   with contextlib.suppress(OSError):
     os.fsync(fd)

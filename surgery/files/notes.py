@@ -6,10 +6,26 @@ from collections.abc import Container
 from typing import Any
 
 from surgery.core import errors, manifest, paths
+from surgery.core.checkpoint import Checkpoint
 from surgery.core.manifest import LeafNote, Manifest
 from surgery.core.paths import Path
+from surgery.files import payload
 
 _KINDS = (('metadata', dict), ('key', str), ('digest', str))
+
+
+def worth_saying(checkpoint: Checkpoint) -> bool:
+  """Whether there is anything that a manifest would say."""
+  nothing = LeafNote()
+  return (
+    checkpoint.manifest != Manifest()
+    or any(note != nothing for note in checkpoint.notes().values())
+    # Arrays that are not copied unread get a digest.
+    or any(
+      leaf.shape is not None and payload.source(leaf) is None
+      for leaf in checkpoint.values()
+    )
+  )
 
 
 def read(

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 
 from surgery.core import errors
+from surgery.files.progress import Progress, Told
 from surgery.files.source import MappedFile
 
 # Shorter ranges are cheaper to read than to copy by a call of the system.
@@ -36,21 +37,36 @@ class Output:
 
   Args:
     fd: descriptor of the file.
+    told: is told of tensors and bytes that were written.
 
   Raises:
     OSError: if it cannot be written, e.g. because the disk is full.
   """
 
-  def __init__(self, fd: int) -> None:
+  def __init__(self, fd: int, told: Told | None = None) -> None:
     self._fd = fd
+    self._progress = None if told is None else Progress(told)
     self._begun = self._done = os.lseek(fd, 0, os.SEEK_CUR)
+    # What was taken in, of which some is not yet done.
+    self._taken = self._done
     self._ready = bytearray()
     # A range that is yet to be copied, and what is to be written after it.
     self._range: tuple[MappedFile, int, int] | None = None
     self._after = bytearray()
 
+  def expect(self, nbytes: int, tensors: int = 1) -> None:
+    """Says that bytes of a tensor come now; for who is told of progress.
+
+    Args:
+      nbytes: their number.
+      tensors: number of tensors that are complete with them.
+    """
+    if self._progress is not None:
+      self._progress.expect(self._taken, self._taken + nbytes, tensors)
+
   def write(self, data: bytes | memoryview) -> None:
     """Writes bytes."""
+    self._taken += len(data)
     if len(data) >= _SMALL:
       self.flush()
       self._put(data)
@@ -62,6 +78,7 @@ class Output:
 
   def copy(self, file: MappedFile, start: int, stop: int) -> None:
     """Writes bytes `start` to `stop` of another file."""
+    self._taken += stop - start
     if self._range is not None:
       last, begin, end = self._range
       if (
@@ -109,6 +126,8 @@ class Output:
   def _count(self, written: int) -> None:
     """Lets the disk begin, so that the last `fsync` has little left to do."""
     self._done += written
+    if self._progress is not None:
+      self._progress.reached(self._done)
     if self._done - self._begun >= _BEGIN:
       begin(self._fd, self._begun, self._done - self._begun)
       self._begun = self._done

@@ -7,17 +7,20 @@ a file is.
 from __future__ import annotations
 
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from surgery.core import location
 from surgery.core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
   from surgery.core.checkpoint import Checkpoint
+  from surgery.files.progress import Told
 
 
 class Msgpack:
-  """flax msgpack files.
+  """flax msgpack files, and sets of them.
 
   Attributes:
     suffixes: of names of such files.
@@ -26,9 +29,12 @@ class Msgpack:
   suffixes = ('.msgpack',)
 
   def open(self, path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a file; see `surgery.files.msgpack.open_file`."""
-    from surgery.files import msgpack
+    """Opens a file, or an index; see `surgery.files.msgpack.open_file`."""
+    from surgery.files import msgpack, sharding
+    from surgery.files.msgpack import parts
 
+    if location.is_index(pathlib.Path(os.fsdecode(path))):
+      return sharding.open_set(path, parts)
     return msgpack.open_file(path)
 
   def write(
@@ -38,11 +44,31 @@ class Msgpack:
     *,
     overwrite: bool = False,
     manifest: bool = True,
+    shard_size: int | None = None,
+    progress: Told | None = None,
   ) -> None:
-    """Writes a file; see `surgery.files.msgpack.write_file`."""
-    from surgery.files import msgpack
+    """Writes a file or a set; see `surgery.files.msgpack.write_file`."""
+    from surgery.files import msgpack, sharding
+    from surgery.files.msgpack import parts
 
-    msgpack.write_file(checkpoint, path, overwrite=overwrite, manifest=manifest)
+    if shard_size is None:
+      msgpack.write_file(
+        checkpoint,
+        path,
+        overwrite=overwrite,
+        manifest=manifest,
+        progress=progress,
+      )
+      return
+    sharding.write_set(
+      checkpoint,
+      path,
+      parts,
+      shard_size,
+      overwrite=overwrite,
+      manifest=manifest,
+      progress=progress,
+    )
 
 
 @hookimpl

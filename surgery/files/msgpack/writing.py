@@ -11,12 +11,13 @@ import numpy as np
 from surgery.core import errors, paths
 from surgery.core import manifest as manifests
 from surgery.core.checkpoint import Checkpoint, Leaf, nested
-from surgery.core.manifest import LeafNote, Manifest
+from surgery.core.manifest import LeafNote
 from surgery.core.paths import Path
-from surgery.files import arrays, atomic, payload
+from surgery.files import arrays, atomic, notes, payload
 from surgery.files.msgpack import chunks, encoding, walk
 from surgery.files.msgpack.values import ARRAY, SCALAR
 from surgery.files.output import Output
+from surgery.files.progress import Told
 
 # An array in chunks lies two maps deeper than its name tells.
 _MAX_DEPTH = walk.MAX_DEPTH - 2
@@ -28,6 +29,7 @@ def write_file(
   *,
   overwrite: bool = False,
   manifest: bool = True,
+  progress: Told | None = None,
 ) -> None:
   """Writes a file, whole or not at all.
 
@@ -40,32 +42,65 @@ def write_file(
     path: the file.
     overwrite: whether an existing file may be replaced.
     manifest: whether flags, metadata, adapters and so on are written too.
+    progress: is told of tensors and bytes that were written.
 
   Raises:
     FormatError: if a file cannot hold a name, a value or the metadata.
     FileExistsError: if the file exists and `overwrite` is False.
     OSError: if it cannot be written.
   """
-  for where in checkpoint:
-    _check_path(where)
-  tree = nested(checkpoint)
-  _check_limits(tree)
-  manifest = manifest and _worth_saying(checkpoint)
-  notes = checkpoint.notes()
+  tree = checked(checkpoint)
+  said = checkpoint.notes()
+  manifest = manifest and notes.worth_saying(checkpoint)
   if manifest:
     # What cannot be said should be known before gigabytes are written.
-    _dumps(checkpoint.manifest, notes)
+    manifests.dumps(checkpoint.manifest, said)
   with atomic.writing(path, overwrite=overwrite) as fd:
-    output = Output(fd)
-    writer = _Writer(output, notes)
+    output = Output(fd, progress)
     output.write(encoding.map_header(len(tree) + manifest))
+    writer = _Writer(output, said)
     writer.entries(tree, ())
     if manifest:
-      text = _dumps(checkpoint.manifest, notes)
+      text = manifests.dumps(checkpoint.manifest, writer.notes)
       output.write(encoding.plain(manifests.KEY))
       array = np.frombuffer(text, np.uint8)
-      writer.tensor(payload.Computed(array.shape, 'uint8', (array,)))
+      writer.tensor(payload.Computed(array.shape, 'uint8', (array,)), False)
     output.flush()
+
+
+def write_part(
+  checkpoint: Checkpoint, output: Output
+) -> dict[Path, str | None]:
+  """Writes a file of a set, without a manifest.
+
+  Args:
+    checkpoint: what to write.
+    output: takes the bytes.
+
+  Returns:
+    Digests of the leaves.
+
+  Raises:
+    FormatError: if a file cannot hold a name or a value.
+  """
+  tree = checked(checkpoint)
+  output.write(encoding.map_header(len(tree)))
+  writer = _Writer(output, checkpoint.notes())
+  writer.entries(tree, ())
+  return {path: note.digest for path, note in writer.notes.items()}
+
+
+def checked(checkpoint: Checkpoint) -> dict[str, Any]:
+  """Returns the leaves as nested dicts.
+
+  Raises:
+    FormatError: if a file cannot hold their names.
+  """
+  for path in checkpoint:
+    _check_path(path)
+  tree = nested(checkpoint)
+  _check_limits(tree)
+  return tree
 
 
 def _check_path(path: Path) -> None:
@@ -117,42 +152,20 @@ def _check_limits(tree: dict[str, Any]) -> None:
     )
 
 
-def _worth_saying(checkpoint: Checkpoint) -> bool:
-  """Whether there is anything that a manifest would say."""
-  nothing = LeafNote()
-  return (
-    checkpoint.manifest != Manifest()
-    or any(note != nothing for note in checkpoint.notes().values())
-    # Arrays that are not copied unread get a digest.
-    or any(
-      leaf.shape is not None and payload.source(leaf) is None
-      for leaf in checkpoint.values()
-    )
-  )
-
-
-def _dumps(manifest: Manifest, notes: dict[Path, LeafNote]) -> bytes:
-  try:
-    return manifests.dumps(manifest, notes)
-  except errors.FormatError:
-    raise
-  except (TypeError, ValueError, RecursionError) as error:
-    raise errors.FormatError(
-      f'manifest ({manifests.KEY}): cannot be written as JSON: {error}.'
-    ) from None
-
-
 class _Writer:
   """Writes leaves.
 
   Args:
     output: takes the bytes.
     notes: what is known of each leaf; digests are put right.
+
+  Attributes:
+    notes: what is known of each leaf.
   """
 
   def __init__(self, output: Output, notes: dict[Path, LeafNote]) -> None:
     self._output = output
-    self._notes = notes
+    self.notes = notes
 
   def entries(self, tree: dict[str, Any], path: Path) -> None:
     """Writes keys and values of a map."""
@@ -168,24 +181,32 @@ class _Writer:
   def _leaf(self, leaf: Leaf, path: Path) -> None:
     """Writes a leaf, and puts its digest right."""
     value = payload.of(leaf, path)
-    note, digest = self._notes[path], None
+    note, digest = self.notes[path], None
     if isinstance(value, payload.Payload):
       self.tensor(value)
       digest = value.digest(note.digest)
     else:
+      self._output.expect(0)
       try:
         self._output.write(encoding.plain(value))
       except errors.FormatError as error:
         raise errors.FormatError(f'{paths.show(path)}: {error}') from None
-    self._notes[path] = dataclasses.replace(note, digest=digest)
+    self.notes[path] = dataclasses.replace(note, digest=digest)
 
-  def tensor(self, tensor: payload.Payload) -> None:
-    """Writes what stands before the bytes of a tensor, and these."""
+  def tensor(self, tensor: payload.Payload, counts: bool = True) -> None:
+    """Writes what stands before the bytes of a tensor, and these.
+
+    Args:
+      tensor: the tensor.
+      counts: whether it is one of the model's.
+    """
     write, nbytes = self._output.write, tensor.nbytes
     # As flax has it, a numpy scalar is no array.
     if tensor.scalar or nbytes <= chunks.MAX_CHUNK_SIZE:
       code = SCALAR if tensor.scalar else ARRAY
       write(encoding.array_header(code, tensor.shape, tensor.dtype, nbytes))
+      if counts:
+        self._output.expect(nbytes)
       tensor.write(self._output, nbytes)
       return
     itemsize = arrays.DTYPES[tensor.dtype].itemsize
@@ -197,4 +218,6 @@ class _Writer:
       write(encoding.plain(str(index)))
       flat = (size // itemsize,)
       write(encoding.array_header(ARRAY, flat, tensor.dtype, size))
+      if counts:
+        self._output.expect(size, int(start + size == nbytes))
       tensor.write(self._output, size)

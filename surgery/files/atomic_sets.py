@@ -1,0 +1,189 @@
+"""Sets of files that appear whole or not at all.
+
+A set is there as soon as its index is. So all other files are written under
+temporary names, take their names when all are complete and on the disk, and
+only then does the index take its own. Of a writer that was killed before, files
+without an index are left at most, and temporary files that the next writer
+removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+from collections.abc import Iterator
+
+from surgery.core import location
+from surgery.files import atomic
+
+
+class Writing:
+  """A set that is being written.
+
+  Args:
+    target: what the set is called, e.g. `out.msgpack`.
+    shown: the same, for messages.
+    count: number of its files beside the index.
+    overwrite: whether left-over files may be replaced.
+
+  Attributes:
+    names: names of its files beside the index.
+    index: the index.
+    fd: descriptor of what becomes the index.
+  """
+
+  def __init__(
+    self, target: pathlib.Path, shown: str, count: int, overwrite: bool
+  ) -> None:
+    self._target = target
+    self._shown = shown
+    self._overwrite = overwrite
+    self._begun = 0
+    self._inodes: list[tuple[int, int]] = []
+    self.names = [
+      location.shard(target, number, count) for number in range(1, count + 1)
+    ]
+    self.index = target.with_name(target.name + location.INDEX)
+    self._check()
+    atomic.clean(target)
+    self.fd, self._temporary = atomic.create(target, None)
+
+  @contextlib.contextmanager
+  def next(self) -> Iterator[int]:
+    """Yields a descriptor; what is written to it becomes the next file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    self._begun += 1
+    path = atomic.part(self._temporary, self._begun)
+    fd = os.open(path, flags, 0o666)
+    try:
+      yield fd
+      os.fsync(fd)
+      self._inodes.append(_inode(os.fstat(fd)))
+    finally:
+      os.close(fd)
+
+  def publish(self, folder: int) -> None:
+    """Gives all files their names.
+
+    Args:
+      folder: descriptor of their folder.
+
+    Raises:
+      FileExistsError: if one is there that must not be replaced.
+    """
+    os.fsync(self.fd)
+    # Of two who write the same set one comes too late, and nothing is mixed.
+    with contextlib.suppress(OSError):
+      fcntl.flock(folder, fcntl.LOCK_EX)
+    self._check()
+    for number, name in enumerate(self.names, 1):
+      atomic.publish(
+        atomic.part(self._temporary, number), name, str(name), self._overwrite
+      )
+    atomic.sync_folder(folder)
+    atomic.publish(self._temporary, self.index, str(self.index), False)
+    atomic.sync_folder(folder)
+
+  def tidy(self) -> None:
+    """Removes what the set takes the place of."""
+    for path in [*self._left_over(), self._target]:
+      if path not in self.names:
+        with contextlib.suppress(OSError):
+          path.unlink()
+
+  def abandon(self) -> None:
+    """Removes what was written, unless the set is there."""
+    if not self._is(self.index, _inode(os.fstat(self.fd))):
+      for name, inode in zip(self.names, self._inodes, strict=False):
+        if self._is(name, inode):
+          name.unlink(missing_ok=True)
+    for number in range(1, self._begun + 1):
+      atomic.part(self._temporary, number).unlink(missing_ok=True)
+    self._temporary.unlink(missing_ok=True)
+
+  def close(self) -> None:
+    """Closes the index, which is locked until then."""
+    os.close(self.fd)
+
+  @staticmethod
+  def _is(path: pathlib.Path, inode: tuple[int, int]) -> bool:
+    """Whether a file is that one, and not somebody else's of its name."""
+    try:
+      return inode == _inode(path.lstat())
+    except FileNotFoundError:
+      return False
+
+  def _left_over(self) -> list[pathlib.Path]:
+    """Returns files that look like those of a set of that name."""
+    return sorted(
+      path
+      for path in self._target.parent.iterdir()
+      if location.shard_of(path) == self._target.name
+    )
+
+  def _check(self) -> None:
+    """Raises if something is there that must not be replaced."""
+    if os.path.lexists(self.index):
+      raise FileExistsError(
+        errno.EEXIST,
+        'the index of a set of files exists, and is never replaced. Remove the '
+        'set, or write elsewhere',
+        f'{self._shown}{location.INDEX}',
+      )
+    if self._overwrite:
+      return
+    if os.path.lexists(self._target):
+      raise atomic.exists(self._shown)
+    left = self._left_over()
+    if left:
+      raise FileExistsError(
+        errno.EEXIST,
+        f'{len(left)} file{"s" if len(left) > 1 else ""} of a set without an '
+        'index, not replaced unless overwrite=True (--force) is given',
+        str(pathlib.Path(self._shown).with_name(left[0].name)),
+      )
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+  return status.st_dev, status.st_ino
+
+
+@contextlib.contextmanager
+def writing(
+  path: str | os.PathLike[str], count: int, *, overwrite: bool = False
+) -> Iterator[Writing]:
+  """Yields a set; what is written to it has its names at the end.
+
+  Args:
+    path: what the set is called, e.g. `out.msgpack`.
+    count: number of its files beside the index, `out.msgpack.index.json`.
+    overwrite: whether a file of that name, and files of a set without an index,
+      may be replaced. An index is never replaced.
+
+  Raises:
+    FileExistsError: if there is a file that must not be replaced.
+    OSError: if it cannot be written: no such folder, a full disk, …
+
+  Example:
+    with atomic_sets.writing('out.bin', 2) as files:
+      for data in (b'…', b'…'):
+        with files.next() as fd:
+          os.write(fd, data)
+      os.write(files.fd, b'{…}')
+  """
+  shown = pathlib.Path(os.fsdecode(path))
+  target = pathlib.Path(os.path.realpath(shown.parent)) / shown.name
+  with atomic.folder(target.parent) as folder:
+    files = Writing(target, str(shown), count, overwrite)
+    try:
+      yield files
+      files.publish(folder)
+    except BaseException:
+      files.abandon()
+      raise
+    finally:
+      files.close()
+    files.tidy()
