@@ -92,6 +92,18 @@ class Output:
       self._settle()
     self._range = file, start, stop
 
+  def replace(self, start: int, data: bytes) -> None:
+    """Writes bytes in the place of some that were written before.
+
+    Args:
+      start: where they start in the file.
+      data: the bytes.
+    """
+    self.flush()
+    while data:
+      done = os.pwrite(self._fd, data, start)
+      start, data = start + done, data[done:]
+
   def flush(self) -> None:
     """Hands everything to the system."""
     self._settle()

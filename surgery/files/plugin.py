@@ -6,6 +6,7 @@ a file is.
 
 from __future__ import annotations
 
+import importlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -19,23 +20,32 @@ if TYPE_CHECKING:
   from surgery.files.progress import Told
 
 
-class Msgpack:
-  """flax msgpack files, and sets of them.
+class _Files:
+  """A format of which several files can be a model.
 
   Attributes:
     suffixes: of names of such files.
   """
 
-  suffixes = ('.msgpack',)
+  suffixes: tuple[str, ...]
+  _package: str
+
+  def _module(self, name: str) -> Any:
+    return importlib.import_module(f'{self._package}{name}')
 
   def open(self, path: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a file, or an index; see `surgery.files.msgpack.open_file`."""
-    from surgery.files import msgpack, sharding
-    from surgery.files.msgpack import parts
+    """Opens a file or an index without reading its tensors.
+
+    Raises:
+      FormatError: if it is not as the format has it, with path and offset.
+      FileNotFoundError: if there is no such file.
+    """
+    from surgery.files import sharding
 
     if location.is_index(pathlib.Path(os.fsdecode(path))):
-      return sharding.open_set(path, parts)
-    return msgpack.open_file(path)
+      return sharding.open_set(path, self._module('.parts'))
+    opened: Checkpoint = self._module('').open_file(path)
+    return opened
 
   def write(
     self,
@@ -47,31 +57,50 @@ class Msgpack:
     shard_size: int | None = None,
     progress: Told | None = None,
   ) -> None:
-    """Writes a file or a set; see `surgery.files.msgpack.write_file`."""
-    from surgery.files import msgpack, sharding
-    from surgery.files.msgpack import parts
+    """Writes a file or a set of files, whole or not at all.
 
+    Args:
+      checkpoint: what to write.
+      path: the file, or what the set is called.
+      overwrite: whether an existing file may be replaced; an index never is.
+      manifest: whether flags, metadata, adapters and so on are written too.
+      shard_size: most bytes a file, if several are to be written.
+      progress: is told of tensors and bytes that were written.
+
+    Raises:
+      FormatError: if a file cannot hold a name, a value or the metadata.
+      FileExistsError: if there is a file that must not be replaced.
+      OSError: if it cannot be written.
+    """
+    from surgery.files import sharding
+
+    how: dict[str, Any] = {
+      'overwrite': overwrite,
+      'manifest': manifest,
+      'progress': progress,
+    }
     if shard_size is None:
-      msgpack.write_file(
-        checkpoint,
-        path,
-        overwrite=overwrite,
-        manifest=manifest,
-        progress=progress,
-      )
-      return
-    sharding.write_set(
-      checkpoint,
-      path,
-      parts,
-      shard_size,
-      overwrite=overwrite,
-      manifest=manifest,
-      progress=progress,
-    )
+      self._module('').write_file(checkpoint, path, **how)
+    else:
+      form = self._module('.parts')
+      sharding.write_set(checkpoint, path, form, shard_size, **how)
+
+
+class Msgpack(_Files):
+  """flax msgpack files; see `surgery.files.msgpack`."""
+
+  suffixes = ('.msgpack',)
+  _package = 'surgery.files.msgpack'
+
+
+class Safetensors(_Files):
+  """safetensors files; see `surgery.files.safetensors`."""
+
+  suffixes = ('.safetensors',)
+  _package = 'surgery.files.safetensors'
 
 
 @hookimpl
 def surgery_formats() -> Mapping[str, Any]:
   """Offers the formats by name."""
-  return {'msgpack': Msgpack()}
+  return {'msgpack': Msgpack(), 'safetensors': Safetensors()}

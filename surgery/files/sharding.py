@@ -167,10 +167,10 @@ def _index(
   data = {'metadata': metadata, 'weight_map': weight_map}
   text = json.dumps(data, ensure_ascii=False, indent=2) + '\n'
   raw = text.encode()
-  if len(raw) > strict_json.MAX_SIZE:
+  if strict_json.too_large(raw):
     raise errors.FormatError(
-      f'the index has {len(raw):,} bytes, more than {strict_json.MAX_SIZE:,}. '
-      'Write one file, without a shard_size.'
+      f'the index has {len(raw):,} bytes, more than any known model has. Write '
+      'one file, without a shard_size.'
     )
   return raw
 

@@ -12,6 +12,11 @@ MAX_SIZE = 100_000_000
 _MAX_ITEMS = 8_000_000
 
 
+def too_large(data: bytes) -> bool:
+  """Whether `loads` would refuse it for its size."""
+  return len(data) > MAX_SIZE or data.count(b',') > _MAX_ITEMS
+
+
 def loads(data: bytes, where: str, offset: int = 0) -> dict[str, Any]:
   """Reads an object.
 
@@ -24,7 +29,7 @@ def loads(data: bytes, where: str, offset: int = 0) -> dict[str, Any]:
     FormatError: if it is no object, has a key twice, says NaN or Infinity, has
       text that is no Unicode, or is too large.
   """
-  if len(data) > MAX_SIZE or data.count(b',') > _MAX_ITEMS:
+  if too_large(data):
     raise errors.FormatError(
       f'{where}: more than any known model has ({len(data):,} bytes). If yours '
       'does, tell blox-surgery.',
