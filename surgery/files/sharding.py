@@ -40,6 +40,13 @@ class Parts(Protocol):
       FormatError: if a file cannot hold one.
     """
 
+  def empty(self, about: Manifest) -> int:
+    """Returns how many bytes a file without leaves takes, at most.
+
+    Args:
+      about: what all files of the set say.
+    """
+
   def overhead(self, path: Path, leaf: Leaf) -> int:
     """Returns how many bytes a leaf takes beside its own, at most."""
 
@@ -138,13 +145,14 @@ def _cut(
   """Yields runs of leaves that fit into a file, with what files say of all."""
   about = Manifest(metadata=checkpoint.manifest.metadata)
   leaves: dict[Path, Leaf] = {}
-  size, full = 0, False
+  empty = form.empty(about)
+  size, full = empty, False
   for path, leaf in checkpoint.items():
     own = leaf.nbytes + form.overhead(path, leaf)
     # One that no index lists must not be alone.
     if path in names and full and size + own > most:
       yield Checkpoint(leaves, about)
-      leaves, size, full = {}, 0, False
+      leaves, size, full = {}, empty, False
     leaves[path] = leaf.replace(
       trainable=True, metadata={}, key=None, digest=leaf.digest
     )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
+from surgery.core import paths
 from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.manifest import Manifest
 from surgery.core.paths import Path
 from surgery.files.output import Output
-from surgery.files.safetensors import writing
+from surgery.files.safetensors import dtypes, writing
 from surgery.files.safetensors.reading import open_part
 
-__all__ = ['names', 'open_part', 'overhead', 'write_part']
+__all__ = ['empty', 'names', 'open_part', 'overhead', 'write_part']
 
-# An entry of the header and what the manifest may say of a name; each axis.
-_AROUND, _AXIS = 400, 20
+# Of an entry of the header; of its axes; of what the manifest says of a name.
+_AROUND, _AXIS, _SAID = 100, 20, 60
+# Of a file: lengths, padding, and the manifest but for what it says of names.
+_FILE = 300
 
 
 def names(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[Path, str]]:
@@ -25,12 +30,26 @@ def names(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[Path, str]]:
   return checkpoint, writing.called(checkpoint)
 
 
+def empty(about: Manifest) -> int:
+  """Returns how many bytes a file without leaves takes, at most."""
+  return _FILE + len(json.dumps(dict(about.metadata)).encode())
+
+
 def overhead(path: Path, leaf: Leaf) -> int:
   """Returns how many bytes a leaf takes beside its own, at most."""
-  text = sum(len(key.encode()) + 3 for key in path)
+  # Quotes and backslashes are escaped, and in the manifest twice.
+  text = len(json.dumps(paths.show(path), ensure_ascii=False).encode())
   if leaf.shape is None:
-    return 4 * text + 2 * len(repr(leaf.load()).encode()) + _AROUND
-  return 4 * text + _AROUND + _AXIS * len(leaf.shape)
+    value = json.dumps(str(leaf.load()), ensure_ascii=False)
+    return 4 * (text + len(value.encode())) + _AROUND + _SAID
+  size = text + len(path) + _AROUND + _AXIS * len(leaf.shape)
+  if leaf.scalar or leaf.dtype not in dtypes.TAGS or _is_odd(path):
+    size += 8 * text + _SAID
+  return size
+
+
+def _is_odd(path: Path) -> bool:
+  return any('.' in key or '\\' in key for key in path)
 
 
 def write_part(

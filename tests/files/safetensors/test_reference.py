@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -133,7 +134,7 @@ def test_tensors_are_aligned(tree):
     entries.pop('__metadata__', None)
     assert 0 == end % 8
     for name, leaf in open_file(file).items():
-      if leaf.shape is not None:
+      if leaf.dtype is not None:
         start = leaf.source.spans[0][0]
         assert 0 == start % arrays.DTYPES[leaf.dtype].alignment, name
 
@@ -160,7 +161,7 @@ def test_names_with_dots_inside_are_told_apart(target, path):
   assert values[path].tolist() == opened[path].load().tolist()
 
 
-NEEDS = {
+NEEDS: dict[str, dict[str, Any]] = {
   'values that are no arrays: n': {'n': 3},
   'names with dots inside: a.b': {'a.b': np.ones(2)},
   'dtypes that safetensors does not have: x': {'x': np.ones(2, 'complex128')},
