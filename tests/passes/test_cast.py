@@ -90,7 +90,8 @@ def same(expected, actual):
 def test_float64_is_rounded_once_to_nearest_even(dtype, data):
   to = rounding.DTYPES[dtype]
   bits = data.draw(st.integers(0, 2 ** (8 * to.itemsize) - 1))
-  near = np.array(bits, f'u{to.itemsize}').view(to).astype(np.float64)
+  with np.errstate(invalid='ignore'):  # Of signalling NaNs.
+    near = np.array(bits, f'u{to.itemsize}').view(to).astype(np.float64)
   # Half-way to the next number, and the numbers right beside that.
   scale = data.draw(
     st.sampled_from([1, 1 + 2.0 ** -(ml_dtypes.finfo(to).nmant + 1)])
@@ -100,6 +101,16 @@ def test_float64_is_rounded_once_to_nearest_even(dtype, data):
     value = math.nextafter(value, data.draw(st.sampled_from([0, math.inf])))
   result = float(casted(f64([value]), dtype, overflow=True)[0])
   assert same(nearest(value, dtype), result), value
+
+
+@pytest.mark.parametrize('to', DTYPES)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_any_bits_are_cast_without_a_warning(dtype, to):
+  size = rounding.DTYPES[dtype].itemsize
+  every = np.arange(2 ** min(8 * size, 16), dtype=f'u{size}')
+  for shift in range(0, 8 * size, 16):
+    value = (every << every.dtype.type(shift)).view(rounding.DTYPES[dtype])
+    casted(value, to, overflow=True)
 
 
 @pytest.mark.parametrize('dtype', [d for d in DTYPES if d != 'float64'])
