@@ -6,7 +6,9 @@ import shlex
 
 import blox as bx
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import serialization
 
 import surgery
 from surgery.cli import main
@@ -22,32 +24,58 @@ def lines(page, language):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-  """A folder with a base model and an adapter of it."""
+  """A folder with a base model, an adapter of it, and a file from flax."""
   monkeypatch.chdir(tmp_path)
   params = bx.Params()
-  for name in ('query', 'value'):
-    params[('net', 'attention', name, 'kernel')] = bx.Param(jnp.ones((4, 3)))
+  for block in ('h0', 'h1'):
+    for name in ('query', 'value'):
+      params['net', block, name, 'kernel'] = bx.Param(jnp.ones((4, 3)) / 3)
+      params['net', block, name, 'bias'] = bx.Param(jnp.zeros(3))
+    params['net', block, 'norm', 'scale'] = bx.Param(jnp.ones(4))
+  params['net', 'head', 'kernel'] = bx.Param(jnp.ones((4, 2)))
   params = params.locked()
   surgery.save('base.msgpack', params)
-  adapted = surgery.attach(params, surgery.LoRA(rank=1), to='**')
+  adapted = surgery.attach(params, surgery.LoRA(rank=1), to='**/query')
   surgery.save_adapter('adapter.msgpack', adapted)
+  pathlib.Path('flax.msgpack').write_bytes(
+    serialization.to_bytes({'layer': {'kernel': np.ones((2, 2))}})
+  )
   return tmp_path
 
 
 def test_the_shell_examples_run(files, capfd):
   for line in lines('cli.md', 'sh'):
-    arguments = shlex.split(line)
+    # LoRA's B is zero at first, so nothing would differ.
+    command, _, comment = line.partition('    #')
+    arguments = shlex.split(command)
     assert 'surgery' == arguments[0]
-    assert 0 == main.run(arguments[1:]), (line, capfd.readouterr().err)
+    code = 1 if 'exits with 1' in comment else 0
+    assert code == main.run(arguments[1:]), (line, capfd.readouterr().err)
+    if arguments[1] == 'attach' and 'adapted.msgpack' in arguments:
+      trained(files / 'adapted.msgpack')
   written = {path.stem for path in files.glob('*.msgpack')}
   assert {'adapted', 'merged', 'again', 'direct'} <= written
   assert 'other' not in written
 
 
-def test_every_verb_is_documented():
+def trained(path):
+  """Gives B of an adapter another value than zero."""
+  opened = surgery.open(path)
+  leaves = {
+    name: leaf.replace(load=lambda leaf=leaf: np.ones(leaf.shape, leaf.dtype))
+    if name[-1] == 'lora_b'
+    else leaf
+    for name, leaf in opened.items()
+  }
+  opened.replace(leaves=leaves).write(path, overwrite=True)
+
+
+def test_every_verb_is_documented_by_an_example():
   text = (DOCS / 'cli.md').read_text()
+  verbs = {shlex.split(line)[1] for line in lines('cli.md', 'sh')}
   for verb in main.VERBS:
     assert f'`{verb}' in text
+  assert main.VERBS.keys() - {'demo'} == verbs
 
 
 def test_every_hook_is_documented():
@@ -71,6 +99,19 @@ def test_the_examples_of_passes_run(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   exec('\n'.join(lines('passes.md', 'python')), {})
   assert {'base', 'small'} == {path.stem for path in tmp_path.iterdir()}
+
+
+def test_the_examples_of_formats_run(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  exec('\n'.join(lines('formats.md', 'python')), {})
+  assert (tmp_path / 'large.msgpack.index.json').exists()
+
+
+def test_every_format_is_documented():
+  text = (DOCS / 'formats.md').read_text()
+  for name, form in surgery.default_host().formats.items():
+    assert re.search(rf'^## .*{name}', text, re.MULTILINE), name
+    assert all(f'`{suffix}`' in text for suffix in form.suffixes)
 
 
 def test_every_pass_is_documented():

@@ -53,7 +53,11 @@ class _Verbs(click.Group):
     del ctx
     if name not in VERBS:
       return None
-    return importlib.import_module(VERBS[name][0]).command
+    command: click.Command = importlib.import_module(VERBS[name][0]).command
+    if command.help is not None:
+      # In a raw docstring the mark before lines that stay apart is two letters.
+      command.help = command.help.replace('\\b\n', '\b\n')
+    return command
 
   def resolve_command(
     self, ctx: click.Context, args: list[str]

@@ -50,6 +50,15 @@ def test_every_verb_has_help(surgery_cli, name):
   assert 'Usage: surgery' in result.out
 
 
+@pytest.mark.parametrize(
+  'name', sorted(main.VERBS.keys() - {'demo', 'plugins'})
+)
+def test_help_has_an_example_on_a_line_of_its_own(surgery_cli, name):
+  lines = surgery_cli(name, '--help').out.splitlines()
+  assert [line for line in lines if line.startswith(f'  surgery {name} ')]
+  assert '\\b' not in '\n'.join(lines)
+
+
 def test_an_unknown_verb_is_a_usage_error_with_a_suggestion(surgery_cli):
   result = surgery_cli('atach')
   assert 2 == result.code
