@@ -58,7 +58,7 @@ def test_the_adapter_of_the_readme_works(model):
 def test_the_shell_example_runs(model, tmp_path):
   surgery.save(tmp_path / 'base.msgpack', model['params'])
   lines = blocks('sh')[1].strip().splitlines()
-  assert 5 == len(lines)
+  assert 8 == len(lines)
   bin = pathlib.Path(sys.executable).parent
   for line in lines:
     done = subprocess.run(
