@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import mmap
@@ -22,6 +23,9 @@ Span = tuple[int, int]
 
 # Pages of a tensor of at least that many bytes are dropped after use.
 _LARGE = 1 << 20
+
+# Of smaller files all is read when their headers are: that takes no time.
+_SCATTERED = 1 << 26
 
 
 class MappedFile:
@@ -65,6 +69,21 @@ class MappedFile:
         0,
       )
     self.data = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
+
+  @contextlib.contextmanager
+  def scattered(self) -> Iterator[None]:
+    """Says that little is read here and there, far apart.
+
+    Otherwise the system would read megabytes ahead at each place.
+    """
+    advise = self.size >= _SCATTERED and hasattr(mmap, 'MADV_RANDOM')
+    if advise:
+      self.data.madvise(mmap.MADV_RANDOM)
+    try:
+      yield
+    finally:
+      if advise:
+        self.data.madvise(mmap.MADV_NORMAL)
 
   def forget(self, start: int, stop: int) -> None:
     """Gives back the memory of a range; its bytes are read again if needed."""

@@ -23,8 +23,9 @@ from surgery.core.selection import Selection
 from surgery.files import arrays
 from surgery.passes import choosing
 
-# Figures are computed of pieces that, as float64, a processor's cache holds.
-_PIECE = 1 << 16
+# Figures are computed of pieces that, as float64, a processor's cache holds, and
+# for which memory is used again instead of asking the system.
+_PIECE = 1 << 14
 
 # Of an adapter's data these say how it came about, not what it is.
 _PROVENANCE = {'name', 'seed', 'to', 'distribution'}
@@ -273,8 +274,11 @@ def _equal(
   if a.dtype != b.dtype:
     exact = a == b if a.dtype.kind in 'iu' and b.dtype.kind in 'iu' else x == y
     return exact | (np.isnan(x) & np.isnan(y))
-  bits = [v.view(np.uint8).reshape(len(v), -1) for v in (a, b)]
-  return (bits[0] == bits[1]).all(axis=1)
+  size = a.dtype.itemsize
+  if size > 8:
+    bits = [v.view(np.uint64).reshape(len(v), -1) for v in (a, b)]
+    return (bits[0] == bits[1]).all(axis=1)
+  return a.view(f'u{size}') == b.view(f'u{size}')
 
 
 def _apart(
@@ -286,6 +290,14 @@ def _apart(
     one, other = a.astype(np.uint64), b.astype(np.uint64)
     return np.where(a > b, one - other, other - one).astype(np.float64)
   return x - y
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+  """Returns the sum of products of two vectors.
+
+  Not by BLAS, whose result depends on the number of its threads.
+  """
+  return float(np.einsum('i,i->', x, y))
 
 
 class _Sums:
@@ -320,11 +332,10 @@ class _Sums:
       self._rescale(float(max(np.abs(x).max(), np.abs(y).max())))
       if self.scale != 1:
         x, y, apart = (v / self.scale for v in (x, y, apart))
-    # Not by BLAS, whose result depends on the number of its threads.
-    self.aa += float(np.sum(x * x))
-    self.bb += float(np.sum(y * y))
-    self.ab += float(np.sum(x * y))
-    self.dd += float(np.sum(apart * apart))
+    self.aa += _dot(x, x)
+    self.bb += _dot(y, y)
+    self.ab += _dot(x, y)
+    self.dd += _dot(apart, apart)
 
   def _rescale(self, largest: float) -> None:
     """Makes squares of numbers up to `largest` fit."""

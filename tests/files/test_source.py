@@ -1,4 +1,7 @@
+import mmap
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,3 +120,34 @@ def test_large_arrays_survive_that_their_pages_are_dropped(tmp_path):
   other = one()
   del other  # Its pages are dropped, and so are those of `kept`.
   assert data[1:-1] == kept.tobytes()
+
+
+def test_headers_of_a_large_file_are_read_without_reading_ahead(
+  tmp_path, checkpoint
+):
+  values = {(str(i),): np.zeros(1 << 21, 'uint8') for i in range(64)}
+  path = tmp_path / 'm.msgpack'
+  checkpoint(values).write(path)
+  with path.open('rb') as file:
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+  counted = subprocess.run(
+    [sys.executable, '-c', READ, str(path)],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  # Some pages a header; of a file system in memory nothing at all.
+  assert int(counted.stdout) < path.stat().st_size // 8
+
+
+READ = """
+import pathlib, sys
+from surgery.files.msgpack import open_file
+def read():
+  lines = pathlib.Path('/proc/self/io').read_text().splitlines()
+  return int(dict(line.split(': ') for line in lines)['read_bytes'])
+before = read()
+assert 64 == len(open_file(sys.argv[1]))
+print(read() - before)
+"""

@@ -55,7 +55,8 @@ def walk(file: MappedFile) -> dict[Path, Entry]:
   """
   walker = _Walker(file)
   try:
-    return walker.run()
+    with file.scattered():
+      return walker.run()
   except Bad as bad:
     where = f', {_short(paths.show(walker.path))}' if walker.path else ''
     raise errors.FormatError(
