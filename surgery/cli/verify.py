@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli import codes, history, progress, shared, writing
-from surgery.core import errors, paths
+from surgery.core import errors, location, paths
 
 if TYPE_CHECKING:
   from surgery.core.checkpoint import Checkpoint
@@ -79,7 +79,14 @@ def _complete(
   after = history.recorded(
     after, history.entry('verify', {'write': True}, [opened])
   )
-  writing.write(writing.Step(opened, after, writing.Output(file, force=True)))
+  where = pathlib.Path(opened.origin)
+  if location.is_index(where):
+    from surgery.files import sharding
+
+    # Only the index changes; its files need not be written again.
+    sharding.annotate(where, after)
+    return
+  writing.write(writing.Step(opened, after, writing.Output(where, force=True)))
 
 
 def _reason(one: Verified) -> str:

@@ -19,7 +19,7 @@ from surgery.core import manifest as manifests
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import LeafNote, Manifest
 from surgery.core.paths import Path
-from surgery.files import atomic_sets, notes, strict_json
+from surgery.files import atomic, atomic_sets, notes, strict_json
 from surgery.files.output import Output
 from surgery.files.progress import Told
 from surgery.files.source import MappedFile
@@ -172,7 +172,10 @@ def _index(
   metadata: dict[str, Any] = {'total_size': size}
   if said is not None:
     metadata[manifests.KEY] = said
-  data = {'metadata': metadata, 'weight_map': weight_map}
+  return _encoded({'metadata': metadata, 'weight_map': weight_map})
+
+
+def _encoded(data: Mapping[str, Any]) -> bytes:
   text = json.dumps(data, ensure_ascii=False, indent=2) + '\n'
   raw = text.encode()
   if strict_json.too_large(raw):
@@ -181,6 +184,34 @@ def _index(
       'one file, without a shard_size.'
     )
   return raw
+
+
+def annotate(index: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+  """Writes what an index says beside where tensors lie; these stay.
+
+  Args:
+    index: the index; it is replaced as a whole.
+    checkpoint: what was opened from it, with other flags, digests and so on.
+
+  Raises:
+    FormatError: if something cannot be said.
+    OSError: if it cannot be written.
+  """
+  file = MappedFile(index)
+  data = strict_json.loads(_text(file), file.name)
+  said = manifests.to_json(checkpoint.manifest, checkpoint.notes())
+  # Others may have left it out, or said another size.
+  size = sum(leaf.nbytes for leaf in checkpoint.values())
+  data['metadata'] = {
+    **data.get('metadata', {}),
+    'total_size': size,
+    manifests.KEY: said,
+  }
+  raw = _encoded(data)
+  with atomic.writing(index, overwrite=True) as fd:
+    output = Output(fd)
+    output.write(raw)
+    output.flush()
 
 
 def open_set(index: str | os.PathLike[str], form: Parts) -> Checkpoint:

@@ -23,8 +23,8 @@ from surgery.core.selection import Selection
 from surgery.files import arrays
 from surgery.passes import choosing
 
-# Figures are computed of pieces that, as float64, a processor's cache holds, and
-# for which memory is used again instead of asking the system.
+# Figures are computed of pieces that, as float64, a processor's cache holds,
+# and for which memory is used again instead of asking the system.
 _PIECE = 1 << 14
 
 # Of an adapter's data these say how it came about, not what it is.

@@ -117,3 +117,38 @@ def test_what_differs_is_named_in_an_adapter_too(
   result = surgery_cli('verify', alone)
   assert 1 == result.code
   assert result.out.startswith('model/net/query/lora_a: ')
+
+
+@pytest.mark.parametrize('suffix', ['.msgpack', '.safetensors'])
+@pytest.mark.parametrize('by', ['index', 'folder'])
+def test_digests_of_a_set_are_added_to_its_index(
+  model, tmp_path, surgery_cli, suffix, by
+):
+  folder = tmp_path / 'set'
+  folder.mkdir()
+  target = folder / f'm{suffix}'
+  whole = surgery.open(model.file)
+  arrays = {p: leaf for p, leaf in whole.items() if leaf.shape is not None}
+  surgery.Checkpoint(arrays).write(target, manifest=False, shard_size=500)
+  index = folder / f'm{suffix}.index.json'
+  said = json.loads(index.read_text())
+  said['metadata'] = {'format': 'flax'}  # As others write it.
+  index.write_text(json.dumps(said))
+  parts = {p: p.read_bytes() for p in folder.iterdir() if p != index}
+  assert len(parts) > 1
+  file = index if by == 'index' else folder
+  result = surgery_cli('verify', file, '--write')
+  assert 0 == result.code, result.err
+  assert f'0 ok, {len(arrays)} added' in result.err
+  assert {**parts, index: index.read_bytes()} == {
+    p: p.read_bytes() for p in folder.iterdir()
+  }
+  assert said['weight_map'] == json.loads(index.read_text())['weight_map']
+  opened = surgery.open(index)
+  assert {'format': 'flax'} == opened.manifest.metadata
+  assert all(leaf.digest for leaf in opened.values())
+  result = surgery_cli('verify', file)
+  assert (0, f'{len(arrays)} ok') == (
+    result.code,
+    result.err.split(': ')[1][:-1],
+  )
