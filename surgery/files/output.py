@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 from collections.abc import Callable
 
@@ -25,7 +26,12 @@ _CANNOT = {
   errno.EOPNOTSUPP,
   errno.EPERM,
   errno.ETXTBSY,
+  # What is mapped is not there any more.
+  errno.EFAULT,
 }
+
+# From a file to a descriptor, from where on, how many bytes; how many it did.
+_Way = Callable[[MappedFile, int, int, int], int]
 
 
 class Output:
@@ -168,8 +174,12 @@ def _copy(file: MappedFile, fd: int, start: int, stop: int) -> None:
   Raises:
     FormatError: if the file was cut while it was read.
   """
-  for way in (_by_range, _by_sendfile, _by_reading):
-    start = _all(way, file.fd, fd, start, stop)
+  ways: tuple[_Way, ...] = (_by_range, _by_sendfile, _by_reading)
+  if (os.lseek(fd, 0, os.SEEK_CUR) - start) % mmap.PAGESIZE:
+    # Pages do not become pages, so the system would copy each in two pieces.
+    ways = (_by_mapping, *ways)
+  for way in ways:
+    start = _all(way, file, fd, start, stop)
     if start == stop:
       return
   raise errors.FormatError(
@@ -180,11 +190,7 @@ def _copy(file: MappedFile, fd: int, start: int, stop: int) -> None:
 
 
 def _all(
-  way: Callable[[int, int, int, int], int],
-  source: int,
-  target: int,
-  start: int,
-  stop: int,
+  way: _Way, source: MappedFile, target: int, start: int, stop: int
 ) -> int:
   """Copies as far as this way goes; returns where it ended."""
   try:
@@ -199,17 +205,34 @@ def _all(
   return start
 
 
-def _by_range(source: int, target: int, start: int, length: int) -> int:
+def _by_range(source: MappedFile, target: int, start: int, length: int) -> int:
   if not hasattr(os, 'copy_file_range'):
     return 0
-  return os.copy_file_range(source, target, length, start)
+  return os.copy_file_range(source.fd, target, length, start)
 
 
-def _by_sendfile(source: int, target: int, start: int, length: int) -> int:
-  return os.sendfile(target, source, start, length)
+def _by_sendfile(
+  source: MappedFile, target: int, start: int, length: int
+) -> int:
+  return os.sendfile(target, source.fd, start, length)
 
 
-def _by_reading(source: int, target: int, start: int, length: int) -> int:
-  data = os.pread(source, min(length, _BUFFER), start)
+def _by_reading(
+  source: MappedFile, target: int, start: int, length: int
+) -> int:
+  data = os.pread(source.fd, min(length, _BUFFER), start)
   _write(target, data)
   return len(data)
+
+
+def _by_mapping(
+  source: MappedFile, target: int, start: int, length: int
+) -> int:
+  # Of a file that was cut the last page seems to go on.
+  size = os.fstat(source.fd).st_size
+  length = min(length, _BUFFER, max(0, size - start))
+  source.fetch(start, start + length)
+  with memoryview(source.data) as view, view[start : start + length] as part:
+    done = os.write(target, part)
+  source.forget(start, start + done)
+  return done

@@ -1,5 +1,7 @@
 import errno
+import mmap
 import os
+import pathlib
 
 import pytest
 
@@ -132,16 +134,53 @@ def test_many_short_writes_after_a_range_are_whole(file, target):
 
 
 @pytest.mark.parametrize('missing', [1, 2])
+@pytest.mark.parametrize('before', [3, 4])
 def test_other_ways_of_copying_give_the_same(
-  file, target, monkeypatch, missing
+  file, target, monkeypatch, missing, before
 ):
   for name in ('copy_file_range', 'sendfile')[:missing]:
     monkeypatch.setattr(os, name, fail(errno.EXDEV))
   out = Output(target)
-  out.write(b'z')
-  out.copy(file, 3, 3 * LARGE)
+  out.write(b'zzz')
+  out.copy(file, before, 3 * LARGE)
   out.flush()
-  assert b'z' + file.data[3 : 3 * LARGE] == content(target)
+  assert b'zzz' + file.data[before : 3 * LARGE] == content(target)
+
+
+@pytest.mark.parametrize('before', [0, 1, 4095, 4096, 5000])
+@pytest.mark.parametrize('start', [0, 1, 4096])
+def test_pages_that_become_pages_are_copied_by_the_system(
+  file, target, monkeypatch, before, start
+):
+  apart = (before - start) % mmap.PAGESIZE
+  if apart:
+    monkeypatch.setattr(os, 'copy_file_range', fail(errno.EIO))
+  else:
+    monkeypatch.setattr(output, '_by_mapping', fail(errno.EIO))
+  out = Output(target)
+  out.write(b'z' * before)
+  out.copy(file, start, 3 * LARGE)
+  out.flush()
+  assert b'z' * before + file.data[start : 3 * LARGE] == content(target)
+
+
+def test_nothing_stays_mapped_of_what_was_copied(tmp_path, target):
+  path = tmp_path / 'in.bin'
+  path.write_bytes(os.urandom(1 << 25))
+  file = MappedFile(path)
+  before = resident()
+  out = Output(target)
+  out.write(b'z')
+  out.copy(file, 0, 1 << 25)
+  out.flush()
+  assert resident() - before < 1 << 23
+
+
+def resident():
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  return 1024 * next(
+    int(x.split()[1]) for x in lines if x.startswith('RssFile')
+  )
 
 
 def test_copying_goes_on_where_another_way_stopped(file, target, monkeypatch):
@@ -168,12 +207,14 @@ def test_a_full_disk_is_not_tried_again(file, target, monkeypatch):
     out.flush()
 
 
-def test_a_file_that_was_cut_meanwhile_is_an_error(tmp_path, target):
+@pytest.mark.parametrize('before', [b'', b'z'])
+def test_a_file_that_was_cut_meanwhile_is_an_error(tmp_path, target, before):
   path = tmp_path / 'cut.bin'
   path.write_bytes(bytes(2 * LARGE))
   file = MappedFile(path)
   os.truncate(path, LARGE)
   out = Output(target)
+  out.write(before)
   out.copy(file, 0, 2 * LARGE)
   with pytest.raises(errors.FormatError, match='found the end') as info:
     out.flush()
