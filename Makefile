@@ -10,7 +10,7 @@ WORKERS ?= auto
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format docs bench clean
 
 demo: $(VENV)/installed  ## Pretrain, adapt, merge and save on real data.
 	$(BIN)/surgery demo
@@ -28,6 +28,10 @@ lint: $(VENV)/dev-installed  ## Style, types, and who may import whom.
 format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/dev-installed  ## The reference of steps.
+	$(BIN)/python -m surgery.recipes.reference > docs/steps.new
+	mv docs/steps.new docs/steps.md
 
 bench: $(VENV)/dev-installed  ## The figures in docs/performance.md.
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from surgery.core import version
+
 if TYPE_CHECKING:
   from surgery.builtin.lora import LoRA
   from surgery.core.adapter import Adapter, named_key
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     AdapterError,
     BaseMismatchError,
     CastError,
+    CheckError,
     ConfigError,
     FormatError,
     OrderError,
     PluginError,
+    RecipeError,
     RenameError,
     SelectorError,
     SiteError,
@@ -35,8 +39,10 @@ if TYPE_CHECKING:
   from surgery.core.lowrank import LowRank
   from surgery.core.selection import Selection
   from surgery.core.site import ParamSpec, Site
+  from surgery.live.applying import apply
   from surgery.live.check import check
   from surgery.live.layers import LoraLinear
+  from surgery.live.migrating import migrate
   from surgery.live.params import AdaptedParams
   from surgery.live.saving import load, load_adapter, save, save_adapter
   from surgery.live.verbs import (
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
     unfreeze,
   )
   from surgery.passes.choosing import select
+  from surgery.recipes.recipe import Recipe
 
 # Where each public name lives.
 _HOMES = {
@@ -67,10 +74,12 @@ _HOMES = {
     'AdapterError',
     'BaseMismatchError',
     'CastError',
+    'CheckError',
     'ConfigError',
     'FormatError',
     'OrderError',
     'PluginError',
+    'RecipeError',
     'RenameError',
     'SelectorError',
     'SiteError',
@@ -83,8 +92,10 @@ _HOMES = {
   'core.lowrank': ('LowRank',),
   'core.selection': ('Selection',),
   'core.site': ('ParamSpec', 'Site'),
+  'live.applying': ('apply',),
   'live.check': ('check',),
   'live.layers': ('LoraLinear',),
+  'live.migrating': ('migrate',),
   'live.params': ('AdaptedParams',),
   'live.saving': ('load', 'load_adapter', 'save', 'save_adapter'),
   'live.verbs': (
@@ -104,11 +115,12 @@ _HOMES = {
     'unfreeze',
   ),
   'passes.choosing': ('select',),
+  'recipes.recipe': ('Recipe',),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 _WHERE['open'] = 'core.checkpoint'
 
-__version__ = '0.1.0'
+__version__ = version.VERSION
 
 __all__ = [
   'AdaptedParams',
@@ -117,6 +129,7 @@ __all__ = [
   'AdapterInfo',
   'BaseMismatchError',
   'CastError',
+  'CheckError',
   'Checkpoint',
   'ConfigError',
   'FormatError',
@@ -129,6 +142,8 @@ __all__ = [
   'ParamSpec',
   'PluginError',
   'PluginWarning',
+  'Recipe',
+  'RecipeError',
   'Refusal',
   'RenameError',
   'Selection',
@@ -139,6 +154,7 @@ __all__ = [
   'UnknownAdapterType',
   'UnreachedError',
   'adapters',
+  'apply',
   'attach',
   'cast',
   'check',
@@ -154,6 +170,7 @@ __all__ = [
   'load',
   'load_adapter',
   'merge',
+  'migrate',
   'named_key',
   'open',
   'rename',

@@ -40,6 +40,7 @@ def files(tmp_path, monkeypatch):
   pathlib.Path('flax.msgpack').write_bytes(
     serialization.to_bytes({'layer': {'kernel': np.ones((2, 2))}})
   )
+  pathlib.Path('recipe.yaml').write_text("- drop: '**/norm'")
   return tmp_path
 
 
@@ -89,7 +90,7 @@ def test_every_hook_is_documented():
 
 def test_links_between_pages_lead_somewhere():
   root = DOCS.parent
-  for page in [root / 'README.md', *DOCS.glob('*.md')]:
+  for page in [root / 'README.md', *DOCS.rglob('*.md')]:
     for link in re.findall(r'\]\(([^)#]+)', page.read_text()):
       if not link.startswith('http'):
         assert (page.parent / link).exists(), (page.name, link)
@@ -115,9 +116,43 @@ def test_every_format_is_documented():
 
 
 def test_every_pass_is_documented():
-  text = (DOCS / 'passes.md').read_text()
+  from surgery.recipes import reference
+
+  # Without plugins that happen to be installed.
+  page = (DOCS / 'steps.md').read_text()
+  assert reference.markdown(surgery.default_host()) == page, 'make docs'
   for name in surgery.default_host().passes:
-    assert re.search(rf'^## .*\b{name}\b', text, re.MULTILINE), name
+    assert re.search(rf'^## {name}$', page, re.MULTILINE), name
+
+
+def test_the_tutorial_of_recipes_runs(tmp_path, monkeypatch, capfd):
+  monkeypatch.chdir(tmp_path)
+  recipe = next(
+    b
+    for b in re.findall(
+      r'```yaml\n(.*?)```', (DOCS / 'recipes.md').read_text(), re.DOTALL
+    )
+    if 'export.yaml' in b
+  )
+  pathlib.Path('export.yaml').write_text(recipe)
+  for line in lines('recipes.md', 'sh'):
+    arguments = shlex.split(line)
+    assert 0 == main.run(arguments[1:]), (line, capfd.readouterr().err)
+  small = surgery.open('export.safetensors')
+  assert 'bfloat16' == small['layers', '0', 'kernel'].dtype
+  assert 6 == len(small)
+  exec('\n'.join(lines('recipes.md', 'python')), {})
+
+
+def test_the_recipes_of_the_page_can_be_read():
+  text = (DOCS / 'recipes.md').read_text()
+  for written in re.findall(r'```yaml\n(.*?)```', text, re.DOTALL):
+    recipe = surgery.Recipe.loads(written)
+    host = surgery.default_host()
+    from surgery.recipes import definitions
+
+    for step in recipe.steps:
+      definitions.find(step.name, host).read(step.value)
 
 
 def test_the_adapter_of_the_plugin_page_works():

@@ -120,29 +120,18 @@ def command(
     raise click.UsageError('--no-check-base goes with --from.')
   assert kind is not None
   adapter = _configured(kind, settings)
-  from surgery.passes import attach
-
-  before = shared.model(file)
-  after = attach.attach(
-    before,
-    adapter,
-    to=list(to),
-    name=name or 'default',
-    seed=seed or 0,
-    stacked=stacked,
-    layout=_layouts(layout),
-    host=default_host(),
-  )
-  arguments = {
+  value: dict[str, object] = {
     'adapter': kind,
-    'config': adapter.config(),
-    'to': list(to),
+    'to': shared.short(to),
+    'set': adapter.config(),
     'name': name or 'default',
     'seed': seed or 0,
-    'stacked': stacked,
-    'layout': _layouts(layout),
   }
-  writing.finish(before, after, output, 'attach', arguments)
+  if stacked is not None:
+    value['stacked'] = stacked
+  if layout:
+    value['layout'] = _layouts(layout)
+  writing.carry_out(output, [{'attach': value}], shared.model(file))
 
 
 def _refuse_with_from(**given: Any) -> None:
@@ -168,19 +157,11 @@ def _insert(
   check_base: bool,
   output: writing.Output,
 ) -> None:
-  from surgery.passes import extract
-
-  before, alone = shared.model(file), shared.opened(source)
-  after = extract.insert(
-    before,
-    alone,
-    name=name,
-    check_base=check_base,
-    host=default_host(),
-  )
-  arguments = {
-    'from': source.name,
-    'name': name,
-    'no_check_base': not check_base,
-  }
-  writing.finish(before, after, output, 'attach', arguments, [alone])
+  value: dict[str, object] = {'from': 'adapter'}
+  if name is not None:
+    value['name'] = name
+  if not check_base:
+    value['check-base'] = False
+  before = shared.model(file)
+  others = {'adapter': shared.opened(source)}
+  writing.carry_out(output, [{'attach': value}], before, others)

@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import completion, shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -45,17 +44,9 @@ def command(
   \b
   surgery cast base.msgpack --to bf16 --keep '**/norm*' -o half.msgpack
   """
-  before = shared.opened(file)
-  after = shared.passed('cast')(
-    before,
-    to,
-    keep=list(keep) or None,
-    overflow=allow_overflow,
-    host=default_host(),
-  )
-  arguments = {
-    'to': to,
-    'keep': list(keep),
-    'allow_overflow': allow_overflow,
-  }
-  writing.finish(before, after, output, 'cast', arguments)
+  value: dict[str, object] = {'to': to}
+  if keep:
+    value['keep'] = shared.short(keep)
+  if allow_overflow:
+    value['overflow'] = True
+  writing.carry_out(output, [{'cast': value}], shared.opened(file))

@@ -29,7 +29,5 @@ def command(
   surgery convert base.msgpack base.safetensors
   surgery convert base.msgpack parts.msgpack --shard-size 5GB
   """
-  before = shared.opened(file)
   output = dataclasses.replace(output, format=form)
-  arguments = {'to': form, 'shard_size': output.shard_size}
-  writing.finish(before, before, output, 'convert', arguments)
+  writing.carry_out(output, [], shared.opened(file))

@@ -7,8 +7,7 @@ import pathlib
 
 import click
 
-from surgery.cli import extract, history, shared, writing
-from surgery.core.host import default_host
+from surgery.cli import extract, shared, writing
 
 
 @click.command()
@@ -33,24 +32,13 @@ def command(
   surgery detach adapted.msgpack -o base.msgpack
   surgery detach adapted.msgpack --save-adapter a.msgpack -o base.msgpack
   """
-  before = shared.model(file)
-  after = shared.passed('detach')(
-    before, list(names) or None, host=default_host()
-  )
-  arguments = {
-    'adapter': list(names),
-    'save_adapter': saved.name if saved else None,
-  }
-  said = history.entry('detach', arguments, [before])
-  steps = [writing.Step(before, history.recorded(after, said), output)]
+  steps: list[object] = [{'detach': shared.short(names)}]
+  others = {}
   if saved is not None:
-    where = dataclasses.replace(
-      output, path=saved, shard_size=None, strict_flax=False
-    )
+    where = dataclasses.replace(output, path=saved, shard_size=None)
     where.check()
     if saved.resolve() == output.path.resolve():
       raise click.UsageError('--save-adapter and -o name the same file.')
-    weights, adapter = extract.alone(before, extract.chosen(before, names))
-    adapter = history.recorded(adapter, said)
-    steps.insert(0, writing.Step(weights, adapter, where))
-  writing.run(steps)
+    steps.insert(0, extract.step(names))
+    others['saved'] = {'path': saved, 'of': 'adapter'}
+  writing.carry_out(output, steps, shared.model(file), saved=others)

@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -22,7 +21,5 @@ def command(
   \b
   surgery disable adapted.msgpack --adapter default -o out.msgpack
   """
-  before = shared.model(file)
-  disable = shared.passed('disable')
-  after = disable(before, list(names) or None, host=default_host())
-  writing.finish(before, after, output, 'disable', {'adapter': list(names)})
+  steps = [{'disable': shared.short(names)}]
+  writing.carry_out(output, steps, shared.model(file))

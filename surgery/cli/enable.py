@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -22,7 +21,5 @@ def command(
   \b
   surgery enable adapted.msgpack --adapter default -o out.msgpack
   """
-  before = shared.model(file)
-  enable = shared.passed('enable')
-  after = enable(before, list(names) or None, host=default_host())
-  writing.finish(before, after, output, 'enable', {'adapter': list(names)})
+  steps = [{'enable': shared.short(names)}]
+  writing.carry_out(output, steps, shared.model(file))

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import click
 
-from surgery.cli import history, shared, writing
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import default_host
+from surgery.cli import shared, writing
 
 
-def chosen(before: Checkpoint, names: tuple[str, ...]) -> str:
-  """Returns the name of the one adapter that is meant.
+def step(names: tuple[str, ...]) -> dict[str, object]:
+  """Returns the step that makes an adapter of its own, as `adapter`.
 
   Raises:
-    AdapterError: if none is attached, or several are and none was named.
-    UsageError: if several were named.
+    UsageError: if several adapters were named.
   """
   if len(names) > 1:
     raise click.UsageError(
       f'a file holds one adapter, found {len(names)}. Name one with --adapter.'
     )
-  known = before.records(default_host()).names
-  if names or len(known) == 1:
-    return before.records(default_host()).get((names or known)[0]).name
-  if not known:
-    raise errors.AdapterError('no adapter is attached.')
-  raise errors.AdapterError(
-    f'{len(known)} adapters are attached, and a file holds one. Name it with '
-    f'--adapter: {", ".join(known)}.'
-  )
-
-
-def alone(before: Checkpoint, name: str) -> tuple[Checkpoint, Checkpoint]:
-  """Returns what is read for an adapter's file, and what is written."""
-  from surgery.passes import extract
-
-  after = extract.extract(before, name, host=default_host())
-  weights = {path: before[path] for path in after}
-  return before.replace(leaves=weights), after
+  return {'extract': names[0] if names else None, 'as': 'adapter'}
 
 
 @click.command()
@@ -56,8 +36,5 @@ def command(
   surgery extract adapted.msgpack --adapter default -o a.msgpack
   """
   before = shared.model(file)
-  name = chosen(before, names)
-  weights, after = alone(before, name)
-  said = history.entry('extract', {'adapter': [name]}, [before])
-  after = history.recorded(after, said)
-  writing.run([writing.Step(weights, after, output)])
+  output = dataclasses.replace(output, of='adapter')
+  writing.carry_out(output, [step(names)], before)

@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -34,9 +33,5 @@ def command(
   """
   if selectors and policy:
     raise click.UsageError('give SELECTOR or --policy, not both.')
-  before = shared.model(file)
-  after = shared.passed('freeze')(
-    before, list(selectors) or None, policy=policy, host=default_host()
-  )
-  arguments = {'selectors': list(selectors), 'policy': policy}
-  writing.finish(before, after, output, 'freeze', arguments)
+  value = {'policy': policy} if policy else shared.short(selectors)
+  writing.carry_out(output, [{'freeze': value}], shared.model(file))

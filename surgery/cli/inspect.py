@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import history as histories
 from surgery.cli import shared
 from surgery.core import manifest, paths, recording
+from surgery.core.host import default_host
 from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 
@@ -31,7 +31,9 @@ def _flags(leaf: Leaf) -> list[str]:
 @click.command()
 @shared.file
 @shared.selectors(required=False)
-@click.option('--history', is_flag=True, help='Show the passes that made it.')
+@click.option(
+  '--history', is_flag=True, help='Show a recipe that makes it again.'
+)
 @shared.json_option
 def command(
   file: pathlib.Path, selectors: tuple[str, ...], history: bool, as_json: bool
@@ -50,19 +52,23 @@ def command(
     chosen = choosing.select(opened, *selectors)
   chosen = list(chosen)
   if history:
-    _show_history(opened, as_json)
+    _show_history(file, opened, as_json)
   elif as_json:
     click.echo(json.dumps(_data(opened, chosen)))
   else:
     click.echo('\n'.join(_lines(opened, chosen)))
 
 
-def _show_history(opened: Checkpoint, as_json: bool) -> None:
+def _show_history(
+  file: pathlib.Path, opened: Checkpoint, as_json: bool
+) -> None:
+  from surgery.recipes import history as histories
+
   said = opened.manifest.history
   if as_json:
     click.echo(json.dumps(said))
     return
-  for line in histories.lines(said):
+  for line in histories.lines(said, file.name, default_host()):
     click.echo(line)
   if not said:
     click.echo('no history is recorded.', err=True)

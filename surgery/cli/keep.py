@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -22,8 +21,5 @@ def command(
   \b
   surgery keep base.msgpack '**/encoder' -o out.msgpack
   """
-  before = shared.model(file)
-  keep = shared.passed('keep')
-  after = keep(before, list(selectors), host=default_host())
-  arguments = {'selectors': list(selectors)}
-  writing.finish(before, after, output, 'keep', arguments)
+  steps = [{'keep': shared.short(selectors)}]
+  writing.carry_out(output, steps, shared.model(file))

@@ -17,7 +17,7 @@ from surgery.core import errors
 # Name → (where the command lives, summary). Static, so that `--help` imports
 # nothing: Click asks for every command to print the list.
 VERBS: dict[str, tuple[str, str]] = {
-  verb: (f'surgery.cli.{verb}', summary)
+  verb: (f'surgery.cli.{verb.replace("-", "_")}', summary)
   for verb, summary in {
     'attach': 'Attach an adapter to a saved model.',
     'cast': 'Cast floating tensors to another dtype.',
@@ -34,7 +34,9 @@ VERBS: dict[str, tuple[str, str]] = {
     'keep': 'Leave out all other tensors.',
     'merge': 'Fold adapters into the base.',
     'plugins': 'List plugins, or show one.',
+    'recipe-schema': 'Print the JSON schema of recipes.',
     'rename': 'Rename tensors and layers.',
+    'run': 'Do the steps of a recipe.',
     'select': 'Print the tensors that selectors mean.',
     'unfreeze': 'Let parameters train again.',
     'verify': 'Check tensors against their digests.',

@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -38,27 +37,18 @@ def command(
   surgery merge adapted.msgpack -o merged.msgpack
   surgery merge base.msgpack --with a.msgpack -o merged.msgpack
   """
-  from surgery.passes import extract
-
   if no_check_base and source is None:
     raise click.UsageError('--no-check-base goes with --with.')
   if source is not None and names:
     raise click.UsageError(
       '--adapter does not go with --with: the file holds one adapter.'
     )
-  host = default_host()
-  before = adapted = shared.model(file)
-  wanted, others = list(names) or None, []
-  if source is not None:
-    others = [shared.opened(source)]
-    adapted = extract.insert(
-      before, others[0], check_base=not no_check_base, host=host
-    )
-    wanted = [adapted.records(host).names[-1]]
-  after = shared.passed('merge')(adapted, wanted, host=host)
-  arguments = {
-    'adapter': list(names),
-    'with': source.name if source else None,
-    'no_check_base': no_check_base,
-  }
-  writing.finish(before, after, output, 'merge', arguments, others)
+  before = shared.model(file)
+  if source is None:
+    writing.carry_out(output, [{'merge': shared.short(names)}], before)
+    return
+  value: dict[str, object] = {'with': 'adapter'}
+  if no_check_base:
+    value['check-base'] = False
+  others = {'adapter': shared.opened(source)}
+  writing.carry_out(output, [{'merge': value}], before, others)

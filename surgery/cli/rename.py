@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -27,7 +26,5 @@ def command(
   surgery rename base.msgpack 'net/head -> net/output' -o out.msgpack
   surgery rename base.msgpack '**/h<i>/** -> **/block<i+1>/**' -o out.msgpack
   """
-  before = shared.model(file)
-  after = shared.passed('rename')(before, list(rules), host=default_host())
-  arguments = {'rules': list(rules)}
-  writing.finish(before, after, output, 'rename', arguments)
+  steps = [{'rename': shared.short(rules)}]
+  writing.carry_out(output, steps, shared.model(file))

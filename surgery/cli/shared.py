@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import pathlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import completion
 from surgery.core import errors, manifest
-from surgery.core.host import default_host
 
 if TYPE_CHECKING:
   from surgery.core.checkpoint import Checkpoint
 
 # Whether it can be read or written the system says best.
 FILE = click.Path(path_type=pathlib.Path, readable=False)
-
-_UNITS = {
-  '': 1,
-  **{f'{c}B': 1000**n for n, c in enumerate('KMGT', 1)},
-  **{f'{c}IB': 1024**n for n, c in enumerate('KMGT', 1)},
-  'B': 1,
-}
 
 
 def nbytes(
@@ -37,15 +28,12 @@ def nbytes(
   """
   if value is None:
     return None
-  match = re.fullmatch(r'(\d+(?:\.\d+)?)\s*([a-zA-Z]*)', value.strip())
-  unit = match and _UNITS.get(match[2].upper())
-  if not match or not unit or not (number := round(float(match[1]) * unit)):
-    raise click.BadParameter(
-      f'{value!r}: expected a number of bytes such as 5GB, 500MB or 2GiB.',
-      ctx,
-      param,
-    )
-  return number
+  from surgery.recipes import recipe
+
+  try:
+    return recipe.nbytes(value)
+  except errors.RecipeError as error:
+    raise click.BadParameter(str(error), ctx, param) from None
 
 
 file = click.argument('file', type=FILE)
@@ -79,18 +67,11 @@ json_option = click.option(
 )
 
 
-def passed(name: str) -> Callable[..., Any]:
-  """Returns a pass by its name.
-
-  Raises:
-    SurgeryError: if no plugin offers it.
-  """
-  known = default_host().passes
-  if name not in known:
-    raise errors.SurgeryError(
-      f'no plugin offers the pass {name!r}. `surgery plugins` lists plugins.'
-    )
-  return known[name]
+def short(items: Sequence[str]) -> Any:
+  """Returns items as a recipe says them: none, one alone, or a list."""
+  if len(items) > 1:
+    return list(items)
+  return items[0] if items else None
 
 
 def opened(path: pathlib.Path) -> Checkpoint:

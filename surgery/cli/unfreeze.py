@@ -7,7 +7,6 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
-from surgery.core.host import default_host
 
 
 @click.command()
@@ -22,9 +21,5 @@ def command(
   \b
   surgery unfreeze frozen.msgpack '**/output' -o out.msgpack
   """
-  before = shared.model(file)
-  after = shared.passed('unfreeze')(
-    before, list(selectors) or None, host=default_host()
-  )
-  arguments = {'selectors': list(selectors)}
-  writing.finish(before, after, output, 'unfreeze', arguments)
+  steps = [{'unfreeze': shared.short(selectors)}]
+  writing.carry_out(output, steps, shared.model(file))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli import codes, history, progress, shared, writing
+from surgery.cli import codes, progress, shared
 from surgery.core import errors, location, paths
+from surgery.core.host import default_host
 
 if TYPE_CHECKING:
   from surgery.core.checkpoint import Checkpoint
@@ -73,20 +74,23 @@ def _complete(
 ) -> None:
   """Writes the file anew, with all digests."""
   from surgery.passes import verify
+  from surgery.recipes import running
+  from surgery.recipes.recipe import Recipe
 
   digests = {one.path: one.found for one in found if one.found is not None}
   after = verify.complete(opened, digests)
-  after = history.recorded(
-    after, history.entry('verify', {'write': True}, [opened])
-  )
   where = pathlib.Path(opened.origin)
+  recipe = Recipe(
+    [], inputs={'model': where}, outputs={'out': where}, origin=''
+  )
+  plan = running.plan(recipe, default_host(), {'model': after})
   if location.is_index(where):
     from surgery.files import sharding
 
     # Only the index changes; its files need not be written again.
-    sharding.annotate(where, after)
+    sharding.annotate(where, plan.outputs[0].after)
     return
-  writing.write(writing.Step(opened, after, writing.Output(where, force=True)))
+  plan.write(overwrite=True, watched=lambda one: progress.shown(one.values()))
 
 
 def _reason(one: Verified) -> str:

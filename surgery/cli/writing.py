@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import history, planning, progress, shared
-from surgery.core import errors
+from surgery.cli import progress, shared, showing
 from surgery.core.host import default_host
 
 if TYPE_CHECKING:
   from surgery.core.checkpoint import Checkpoint
-
-_INDEX = '.index.json'
+  from surgery.recipes.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +31,7 @@ class Output:
     shard_size: most bytes a file, if it becomes several.
     strict_flax: whether it is written without a manifest, as flax writes it.
     format: name of the format, where the suffix does not tell it.
+    of: which model of the recipe is written; the first by default.
   """
 
   path: pathlib.Path
@@ -45,13 +41,7 @@ class Output:
   shard_size: int | None = None
   strict_flax: bool = False
   format: str | None = None
-
-  @property
-  def shown(self) -> pathlib.Path:
-    """The file that is opened again: that, or the index of the shards."""
-    if self.shard_size is None:
-      return self.path
-    return self.path.with_name(self.path.name + _INDEX)
+  of: str | None = None
 
   def check(self) -> None:
     """Raises unless it can be written, as far as one can tell beforehand.
@@ -60,30 +50,15 @@ class Output:
       UsageError: for options that exclude each other.
       SurgeryError: if the file exists, or its folder does not.
     """
+    from surgery.recipes import running
+    from surgery.recipes.recipe import Target
+
     if self.strict_flax and self.shard_size is not None:
       raise click.UsageError(
         '--strict-flax does not go with --shard-size: flax writes one file.'
       )
-    folder = self.path.parent
-    if self.path.is_dir():
-      raise errors.SurgeryError(
-        f'{self.path}: expected a file, found a folder.'
-      )
-    if not folder.is_dir():
-      raise errors.SurgeryError(
-        f'{folder}: there is no such folder. Make it first: mkdir -p {folder}.'
-      )
-    if not os.access(folder, os.W_OK | os.X_OK):
-      raise errors.SurgeryError(f'{folder}: the folder is not writable.')
-    if self.shard_size is not None and self.shown.exists():
-      raise errors.SurgeryError(
-        f'{self.shown}: exists already, and the index of a set of files is '
-        'never replaced. Remove the set, or write elsewhere.'
-      )
-    if self.path.exists() and not self.force:
-      raise errors.SurgeryError(
-        f'{self.path}: exists already. Give --force to replace it.'
-      )
+    target = Target(self.path, shard_size=self.shard_size)
+    running.check_target(target, self.force)
 
 
 def _options(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,7 +116,7 @@ def _writing(
   function: Callable[..., Any], target: Callable[..., Any]
 ) -> Callable[..., Any]:
   names = [f.name for f in dataclasses.fields(Output) if f.name != 'path']
-  names.remove('format')
+  names = [name for name in names if name not in ('format', 'of')]
 
   @functools.wraps(function)
   def wrapped(*args: Any, target: pathlib.Path, **kwargs: Any) -> Any:
@@ -152,171 +127,81 @@ def _writing(
   return target(_options(wrapped))
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-  """One file that is to be written.
-
-  Attributes:
-    before: what was read.
-    after: what is written.
-    output: where and how.
-  """
-
-  before: Checkpoint
-  after: Checkpoint
-  output: Output
-
-
-def finish(
-  before: Checkpoint,
-  after: Checkpoint,
+def carry_out(
   output: Output,
-  verb: str,
-  arguments: Mapping[str, Any],
-  others: Sequence[Checkpoint] = (),
+  steps: Sequence[Any],
+  before: Checkpoint,
+  others: Mapping[str, Checkpoint] | None = None,
+  saved: Mapping[str, Any] | None = None,
+  quiet: bool = False,
 ) -> None:
-  """Writes what a verb made, or shows what would be written.
+  """Does what a verb stands for: a recipe of one step, or two.
 
   Args:
-    before: what was read.
-    after: what the verb made of it.
-    output: where and how.
-    verb: the verb's name, for the history.
-    arguments: its arguments, for the history; see `history.entry`.
-    others: what else was read.
+    output: where and how it is written.
+    steps: the steps, as in a recipe.
+    before: what is read and changed.
+    others: what else is read, by alias.
+    saved: what else is written, by name, as in a recipe.
+    quiet: whether nothing is said of it.
 
   Raises:
-    SurgeryError: if it cannot be written.
+    SurgeryError: if it cannot be done, or not be written.
   """
-  said = history.entry(verb, arguments, (before, *others))
-  run([Step(before, history.recorded(after, said), output)])
+  from surgery.recipes.recipe import Recipe
 
-
-def run(steps: Sequence[Step]) -> None:
-  """Writes files, all or none, and reports; the last one is the main one.
-
-  Raises:
-    SurgeryError: if one cannot be written.
-  """
-  lost = [line for step in steps for line in _lost(step)]
-  for step in steps:
-    default_host().format_of(step.output.path, step.output.format)
-  if not steps[-1].output.dry_run:
-    with contextlib.ExitStack() as undo:
-      for step in steps[:-1]:
-        undo.enter_context(_restored(step.output.path))
-        write(step)
-      write(steps[-1])
-  for line in lost:
-    click.echo(line, err=True)
-  _report(steps)
-
-
-def _report(steps: Sequence[Step]) -> None:
-  plans = [planning.plan(step.before, step.after) for step in steps]
-  reports = [
-    planning.report(rows, step.output.shown.name, planning.needed(step.after))
-    for rows, step in zip(plans, steps, strict=True)
-  ]
-  output = steps[-1].output
-  if output.as_json:
-    data = reports[-1]
-    if len(reports) > 1:
-      data = {**data, 'saved': reports[:-1]}
-    click.echo(json.dumps(data))
-    return
-  for rows, step, report in zip(plans, steps, reports, strict=True):
-    where = str(step.output.shown)
-    planning.show(rows, where, report['memory'], output.dry_run)
-
-
-def write(step: Step) -> None:
-  """Writes one file.
-
-  Raises:
-    OSError: naming the file, if the system says no.
-  """
-  output = step.output
-  options: dict[str, Any] = {}
-  if output.shard_size is not None:
-    options['shard_size'] = output.shard_size
-  if output.strict_flax:
-    options['manifest'] = False
-  try:
-    with progress.shown(step.after.values()) as told:
-      if told is not None:
-        options['progress'] = told
-      step.after.write(
-        output.path,
-        overwrite=output.force,
-        format=output.format,
-        host=default_host(),
-        **options,
-      )
-  except OSError as error:
-    if error.filename is not None:
-      raise
-    # A full disk does not say which.
-    text = f'{error.strerror or error}; nothing was written'
-    raise OSError(error.errno, text, str(output.path)) from error
-
-
-@contextlib.contextmanager
-def _restored(path: pathlib.Path) -> Iterator[None]:
-  """If what follows fails, `path` is again what it was: a file, or nothing."""
-  old = None
-  if path.exists():
-    path = path.resolve()
-    old = path.with_name(f'.{path.name[:180]}.{secrets.token_hex(4)}.old')
-    try:
-      os.link(path, old)
-    except OSError as error:
-      raise errors.SurgeryError(
-        f'{path}: cannot be kept until all is written ({error.strerror}). '
-        'Write to another name.'
-      ) from error
-  try:
-    yield
-  except BaseException:
-    if old is not None:
-      old.replace(path)
-    else:
-      path.unlink(missing_ok=True)
-    raise
-  finally:
-    if old is not None:
-      old.unlink(missing_ok=True)
-
-
-def _lost(step: Step) -> Iterator[str]:
-  """Yields what `--strict-flax` leaves out.
-
-  Raises:
-    SurgeryError: if the file would not say what it is.
-  """
-  if not step.output.strict_flax:
-    return
-  form = step.output.format or step.output.path.suffix.lstrip('.')
-  if form != 'msgpack':
-    raise errors.SurgeryError(
-      f'{step.output.path}: --strict-flax is for flax msgpack, found {form!r}.'
-    )
-  manifest = step.after.resolved(default_host())
-  if manifest.adapters:
-    names = ', '.join(repr(one['name']) for one in manifest.adapters)
-    raise errors.SurgeryError(
-      f'--strict-flax leaves out what adapters are, and {names} would be '
-      'tensors without a meaning. Merge or detach first.'
-    )
-  notes = step.after.notes().values()
-  counts = {
-    'flags (not trainable)': sum(not n.trainable for n in notes),
-    'metadata of tensors': sum(bool(n.metadata) for n in notes),
-    'kinds of PRNG keys': sum(n.key is not None for n in notes),
-    'digests': sum(n.digest is not None for n in notes),
-    'types of layers': len(manifest.layer_types),
-    'structures of values': len(manifest.trees),
-    'passes of the history': len(manifest.history),
+  target = {
+    'path': output.path,
+    'of': output.of,
+    'format': output.format,
+    'shard-size': output.shard_size,
+    'strict-flax': output.strict_flax,
   }
-  said = [f'{count} {what}' for what, count in counts.items() if count]
-  yield f'--strict-flax leaves out: {", ".join(said)}.'
+  given = {'model': before, **(others or {})}
+  recipe = Recipe(
+    steps,
+    inputs={alias: one.origin for alias, one in given.items()},
+    outputs={'out': target, **(saved or {})},
+    origin='',
+  )
+  run(recipe, output, given, quiet)
+
+
+def run(
+  recipe: Recipe,
+  output: Output,
+  given: Mapping[str, Checkpoint] | None = None,
+  quiet: bool = False,
+) -> None:
+  """Carries out a recipe, or shows its plan.
+
+  Args:
+    recipe: the recipe, with all files.
+    output: whether outputs may exist, and what is shown.
+    given: inputs that have been opened already, by alias.
+    quiet: whether nothing is said of it.
+
+  Raises:
+    SurgeryError: if it cannot be done, or not be written.
+  """
+  from surgery.recipes import running
+
+  plan = running.plan(recipe, default_host(), given)
+  plan.check(overwrite=output.force)
+  if not output.dry_run:
+    plan.write(
+      overwrite=output.force, watched=lambda one: progress.shown(one.values())
+    )
+  for line in running.lost(plan):
+    click.echo(line, err=True)
+  if quiet:
+    return
+  report = plan.report()
+  if output.as_json:
+    click.echo(json.dumps(report))
+    return
+  others = report.get('saved', [])
+  reports = [report, *others]
+  # The main one is told of last.
+  for one, said in reversed(list(zip(plan.outputs, reports, strict=True))):
+    showing.show(said, str(one.shown), output.dry_run)

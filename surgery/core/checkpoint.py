@@ -87,6 +87,10 @@ class Leaf:
     source: what a format keeps to copy the bytes unread; None if computed.
     part: returns a part, `part(index)` being `load()[index]` without the rest;
       the index is one of `grid(shape)`. None if it comes in one piece only.
+    memory: bytes of memory that computing it takes, where that is another
+      number than its blocks tell.
+    heavy: whether computing it takes far longer than reading it, as products
+      and decompositions do.
   """
 
   load: Callable[[], Any]
@@ -101,6 +105,8 @@ class Leaf:
   part: Callable[[Index], Any] | None = dataclasses.field(
     default=None, compare=False, repr=False
   )
+  memory: int | None = dataclasses.field(default=None, compare=False)
+  heavy: bool = dataclasses.field(default=False, compare=False)
 
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.
@@ -139,6 +145,19 @@ class Leaf:
 _NOTHING = manifest.Manifest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """What has to hold of values before anything is written.
+
+  Attributes:
+    text: what holds, for plans.
+    run: raises `CheckError` if it does not.
+  """
+
+  text: str
+  run: Callable[[], None] = dataclasses.field(compare=False, repr=False)
+
+
 class Checkpoint(Mapping[Path, Leaf]):
   """Leaves by path, in order, and what is known beside them.
 
@@ -147,6 +166,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     manifest: what else is known.
     records: adapters, where they have been resolved already.
     origin: where it came from, for error messages.
+    checks: what has to hold before it is written.
 
   Example:
     ckpt = surgery.open('m.msgpack')
@@ -161,11 +181,13 @@ class Checkpoint(Mapping[Path, Leaf]):
     manifest: manifest.Manifest = _NOTHING,
     records: Records | None = None,
     origin: str = '',
+    checks: tuple[Check, ...] = (),
   ) -> None:
     self._leaves = dict(leaves)
     self.manifest = manifest
     self._records = records
     self.origin = origin
+    self.checks = checks
 
   def __getitem__(self, path: Path) -> Leaf:
     try:
@@ -195,15 +217,25 @@ class Checkpoint(Mapping[Path, Leaf]):
     leaves: Mapping[Path, Leaf] | None = None,
     manifest: manifest.Manifest | None = None,
     records: Records | None = None,
+    checks: tuple[Check, ...] | None = None,
   ) -> Checkpoint:
     """Returns a checkpoint with some parts changed."""
-    new = Checkpoint(
+    return Checkpoint(
       self._leaves if leaves is None else leaves,
       self.manifest if manifest is None else manifest,
       self._records if records is None else records,
       self.origin,
+      self.checks if checks is None else checks,
     )
-    return new
+
+  def check(self) -> None:
+    """Sees to what passes said has to hold of values; tensors are read for it.
+
+    Raises:
+      CheckError: for the first that does not hold.
+    """
+    for one in self.checks:
+      one.run()
 
   def records(self, host: Host) -> Records:
     """Returns the adapters, with their types from `host`.
@@ -265,6 +297,7 @@ class Checkpoint(Mapping[Path, Leaf]):
 
     Raises:
       FormatError: if the checkpoint cannot be written in that format.
+      CheckError: if something does not hold that a pass said has to.
       FileExistsError: if the file exists and `overwrite` is False.
       OSError: if it cannot be written: no such folder, a full disk, …
     """
@@ -287,7 +320,9 @@ class Checkpoint(Mapping[Path, Leaf]):
     if progress is not None:
       options['progress'] = progress
     whole = self.replace(manifest=self.resolved(host))
-    form.write(whole, path, overwrite=overwrite, **_taken(form, path, options))
+    taken = _taken(form, path, options)
+    self.check()
+    form.write(whole, path, overwrite=overwrite, **taken)
 
 
 def _taken(

@@ -34,6 +34,14 @@ class RenameError(SurgeryError, ValueError):
   """A rule cannot be read, matches nothing, or makes two paths one."""
 
 
+class CheckError(SurgeryError):
+  """Something does not hold that was said to hold; nothing was written."""
+
+
+class RecipeError(SurgeryError, ValueError):
+  """A recipe cannot be read, or a step of it cannot be done."""
+
+
 class AdapterError(SurgeryError):
   """An adapter name is unknown or taken, or its records are missing."""
 

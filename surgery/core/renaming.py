@@ -31,11 +31,15 @@ _TERM = re.compile(r'[a-zA-Z_][\w-]*:(?!\\)')
 _SHOWN = 20
 
 # Between segments, and behind the last, where a path is matched.
-_END = '\0'
+END = '\0'
+# What a name cannot hold, for the place of a number.
+HOLE = '\1'
 
 
 @dataclasses.dataclass(frozen=True)
-class _Text:
+class Text:
+  """Characters that stand for themselves."""
+
   text: str
 
 
@@ -53,31 +57,64 @@ class _Wild:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Braces:
+class Braces:
+  """`{a,b}`; the number counts those of a side."""
+
   number: int
   words: tuple[str, ...]
 
   @property
   def group(self) -> str:
+    """The group of a regex that holds what it matched."""
     return f'braces{self.number}'
 
 
 @dataclasses.dataclass(frozen=True)
-class _Number:
+class Number:
+  """`<i>`, or on the right something computed of it."""
+
   name: str
   operator: str = ''
   operand: int = 0
 
   @property
   def group(self) -> str:
+    """The group of a regex that holds what it matched."""
     return f'number_{self.name}'
 
+  def of(self, value: int, rule: str, where: str = 'a path') -> int:
+    """Returns the number for a value of `i`.
 
-_Part = _Text | _Wild | _Braces | _Number
+    Args:
+      value: the value.
+      rule: the whole rule, for messages.
+      where: what gets the number, for messages.
+
+    Raises:
+      RenameError: if it gets negative.
+    """
+    by = self.operand
+    result = {
+      '': lambda: value,
+      '+': lambda: value + by,
+      '-': lambda: value - by,
+      '*': lambda: value * by,
+      '//': lambda: value // by,
+      '%': lambda: value % by,
+    }[self.operator]()
+    if result < 0:
+      raise errors.RenameError(
+        f'rule {rule!r}: {where} would get the number {result}, and numbers in '
+        'names cannot be negative.'
+      )
+    return result
+
+
+Part = Text | _Wild | Braces | Number
 _GROUPS = {'*': 'star', '?': 'one', '**': 'any', '[…]': 'class'}
 
 
-class _Reader:
+class Reader:
   """Reads one side of a rule into segments, each a list of parts.
 
   Args:
@@ -90,13 +127,25 @@ class _Reader:
     self._rule = rule
     self._at = 0
     self.counts = {'*': 0, '**': 0, '?': 0, '[…]': 0, '{…}': 0}
-    self.segments: list[list[_Part]] = [[]]
+    self.segments: list[list[Part]] = [[]]
     while self._at < len(text):
       self._part()
     for segment in self.segments:
       wild = [p for p in segment if isinstance(p, _Wild) and p.kind == '**']
       if wild and len(segment) > 1:
         self._fail("a '**' stands alone between slashes. Write '*' for a part")
+
+  @property
+  def braces(self) -> list[Braces]:
+    """All braces, in order."""
+    parts = (p for segment in self.segments for p in segment)
+    return [p for p in parts if isinstance(p, Braces)]
+
+  @property
+  def numbers(self) -> dict[str, Number]:
+    """Numbers by their names."""
+    parts = (p for segment in self.segments for p in segment)
+    return {p.name: p for p in parts if isinstance(p, Number)}
 
   def _fail(self, why: str) -> NoReturn:
     raise errors.RenameError(f'rule {self._rule!r}: {why}.')
@@ -125,13 +174,13 @@ class _Reader:
       self._number(rest)
     else:
       escaped = first == '\\' and len(rest) > 1
-      self._add(1 + escaped, _Text(rest[escaped]))
+      self._add(1 + escaped, Text(rest[escaped]))
 
   def _count(self, kind: str) -> int:
     self.counts[kind] += 1
     return self.counts[kind] - 1
 
-  def _add(self, length: int, part: _Part) -> None:
+  def _add(self, length: int, part: Part) -> None:
     self._at += length
     self.segments[-1].append(part)
 
@@ -145,7 +194,7 @@ class _Reader:
     operator, operand = match[2] or '', int(match[3] or 0)
     if operator in ('//', '%') and not operand:
       self._fail(f'{match[0]!r} divides by 0')
-    self._add(len(match[0]), _Number(match[1], operator, operand))
+    self._add(len(match[0]), Number(match[1], operator, operand))
 
   def _braces(self, rest: str) -> None:
     words, word, at = [], '', 1
@@ -163,11 +212,11 @@ class _Reader:
           'a regular expression (re:…)'
         )
       else:
-        word += _END if char == '/' else char
+        word += END if char == '/' else char
       at += 1
     if at == len(rest):
       self._fail("a '{' without its '}'. Write '\\{' for the character")
-    self._add(at + 1, _Braces(self._count('{…}'), (*words, word)))
+    self._add(at + 1, Braces(self._count('{…}'), (*words, word)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,13 +232,13 @@ class Rule:
 
   text: str
   regex: re.Pattern[str] = dataclasses.field(compare=False)
-  left: tuple[tuple[_Part, ...], ...] | None = dataclasses.field(compare=False)
-  right: tuple[tuple[_Part, ...], ...] | str = dataclasses.field(compare=False)
+  left: tuple[tuple[Part, ...], ...] | None = dataclasses.field(compare=False)
+  right: tuple[tuple[Part, ...], ...] | str = dataclasses.field(compare=False)
 
   @property
   def old(self) -> str:
     """The left side as it was written."""
-    return _sides(self.text)[0]
+    return sides(self.text)[0]
 
   def apply(self, path: Path) -> Path | None:
     """Returns the new name of a path; None if the rule does not match it.
@@ -208,6 +257,10 @@ class Rule:
       )
     return new
 
+  def match(self, path: Path) -> re.Match[str] | None:
+    """Returns how a rule of patterns matches a path."""
+    return self.regex.fullmatch(joined(path))
+
   def _expanded(self, path: Path) -> Path | None:
     match = self.regex.fullmatch(paths.show(path))
     if match is None:
@@ -218,26 +271,25 @@ class Rule:
       raise errors.RenameError(f'rule {self.text!r}: {error}.') from None
 
   def _built(
-    self, path: Path, right: tuple[tuple[_Part, ...], ...]
+    self, path: Path, right: tuple[tuple[Part, ...], ...]
   ) -> Path | None:
-    match = self.regex.fullmatch(''.join(s + _END for s in path))
+    match = self.match(path)
     if match is None:
       return None
-    joined = ''
+    new = ''
     for segment in right:
-      joined += ''.join(self._value(part, match, path) for part in segment)
+      new += ''.join(self._value(part, match, path) for part in segment)
       if not (segment and _is_any(segment[0])):
-        joined += _END
-    joined += match['rest']
-    return tuple(joined.split(_END)[:-1])
+        new += END
+    return separated(new + match['rest'])
 
-  def _value(self, part: _Part, match: re.Match[str], path: Path) -> str:
-    if isinstance(part, _Text):
+  def _value(self, part: Part, match: re.Match[str], path: Path) -> str:
+    if isinstance(part, Text):
       return part.text
     found = match[part.group]
-    if isinstance(part, _Braces):
+    if isinstance(part, Braces):
       return part.words[self._words[part.number].index(found)]
-    if isinstance(part, _Number) and part.operator:
+    if isinstance(part, Number) and part.operator:
       return self._computed(part, found, path)
     return found
 
@@ -245,26 +297,24 @@ class Rule:
   def _words(self) -> list[tuple[str, ...]]:
     """What the braces of the left hold."""
     parts = (p for segment in self.left or () for p in segment)
-    return [p.words for p in parts if isinstance(p, _Braces)]
+    return [p.words for p in parts if isinstance(p, Braces)]
 
-  def _computed(self, part: _Number, found: str, path: Path) -> str:
-    value, by = int(found), part.operand
-    result = {
-      '+': lambda: value + by,
-      '-': lambda: value - by,
-      '*': lambda: value * by,
-      '//': lambda: value // by,
-      '%': lambda: value % by,
-    }[part.operator]()
-    if result < 0:
-      raise errors.RenameError(
-        f'rule {self.text!r}: {paths.show(path)} would get the number {result}'
-        ', and numbers in names cannot be negative.'
-      )
+  def _computed(self, part: Number, found: str, path: Path) -> str:
+    result = part.of(int(found), self.text, paths.show(path))
     return str(result).zfill(len(found) if found.startswith('0') else 0)
 
 
-def _is_any(part: _Part) -> bool:
+def joined(path: Path) -> str:
+  """Returns a path as rules match it."""
+  return ''.join(segment + END for segment in path)
+
+
+def separated(text: str) -> Path:
+  """Returns the path that was joined."""
+  return tuple(text.split(END)[:-1])
+
+
+def _is_any(part: Part) -> bool:
   return isinstance(part, _Wild) and part.kind == '**'
 
 
@@ -276,7 +326,12 @@ def _stripped(side: str) -> str:
   return body + last if escapes % 2 else body
 
 
-def _sides(text: str) -> tuple[str, str]:
+def has_arrow(text: str) -> bool:
+  """Whether a text has the arrow of a rule."""
+  return _ARROW.search(text) is not None
+
+
+def sides(text: str) -> tuple[str, str]:
   """Returns both sides of a rule.
 
   Raises:
@@ -309,7 +364,7 @@ def parse(text: str) -> Rule:
     raise errors.RenameError(
       f"a rule is text, 'OLD -> NEW', found {text!r} ({type(text).__name__})."
     )
-  old, new = _sides(text)
+  old, new = sides(text)
   if old.startswith('re:'):
     try:
       return Rule(text, re.compile(old[3:]), None, new)
@@ -317,23 +372,36 @@ def parse(text: str) -> Rule:
       raise errors.RenameError(
         f'rule {text!r}: not a regular expression: {error}.'
       ) from None
-  for side in (old, new):
+  check_plain(text, old, new)
+  left, right = Reader(old, text), Reader(new, text)
+  _check(text, left, right)
+  return built(text, left.segments, right.segments)
+
+
+def check_plain(text: str, *sides: str) -> None:
+  """Raises unless the sides of a rule are patterns of paths.
+
+  Raises:
+    RenameError: naming the side.
+  """
+  for side in sides:
     if side.startswith('!') or _TERM.match(side):
       raise errors.RenameError(
         f'rule {text!r}: rules are about paths, found {side!r}. Write a '
         "pattern of paths, or 're:…' on the left; a name that has a ':' or "
         "'!' is written with '\\' before it."
       )
-  left, right = _Reader(old, text), _Reader(new, text)
-  _check(text, left, right)
-  return Rule(text, _regex(text, left.segments), *map(_frozen, (left, right)))
 
 
-def _frozen(side: _Reader) -> tuple[tuple[_Part, ...], ...]:
-  return tuple(map(tuple, side.segments))
+def built(
+  text: str, left: Sequence[Sequence[Part]], right: Sequence[Sequence[Part]]
+) -> Rule:
+  """Returns the rule of two sides that have been read."""
+  frozen = (tuple(map(tuple, side)) for side in (left, right))
+  return Rule(text, _regex(text, left), *frozen)
 
 
-def _check(text: str, left: _Reader, right: _Reader) -> None:
+def _check(text: str, left: Reader, right: Reader) -> None:
   """Raises unless the right says what becomes of all that the left matches."""
   for kind, count in left.counts.items():
     other = right.counts[kind]
@@ -345,8 +413,8 @@ def _check(text: str, left: _Reader, right: _Reader) -> None:
       )
   parts = lambda side: [p for segment in side.segments for p in segment]
   for a, b in zip(
-    [p for p in parts(left) if isinstance(p, _Braces)],
-    [p for p in parts(right) if isinstance(p, _Braces)],
+    [p for p in parts(left) if isinstance(p, Braces)],
+    [p for p in parts(right) if isinstance(p, Braces)],
     strict=True,
   ):
     if len(a.words) != len(b.words):
@@ -354,7 +422,7 @@ def _check(text: str, left: _Reader, right: _Reader) -> None:
         f'rule {text!r}: braces with {len(a.words)} names on the left, and '
         f'with {len(b.words)} on the right.'
       )
-  known = {p.name: p for p in parts(left) if isinstance(p, _Number)}
+  known = {p.name: p for p in parts(left) if isinstance(p, Number)}
   for number in known.values():
     if number.operator:
       raise errors.RenameError(
@@ -362,7 +430,7 @@ def _check(text: str, left: _Reader, right: _Reader) -> None:
         'stands on the right.'
       )
   for part in parts(right):
-    if isinstance(part, _Number) and part.name not in known:
+    if isinstance(part, Number) and part.name not in known:
       raise errors.RenameError(
         f"rule {text!r}: '<{part.name}>' stands on the right and not on the "
         'left.'
@@ -373,7 +441,7 @@ def _check(text: str, left: _Reader, right: _Reader) -> None:
     )
 
 
-def _regex(text: str, segments: Sequence[Sequence[_Part]]) -> re.Pattern[str]:
+def _regex(text: str, segments: Sequence[Sequence[Part]]) -> re.Pattern[str]:
   """Returns a regex over a joined path; what lies beneath is the group rest."""
   seen: set[str] = set()
   out = []
@@ -381,7 +449,7 @@ def _regex(text: str, segments: Sequence[Sequence[_Part]]) -> re.Pattern[str]:
     for part in segment:
       out.append(_part_regex(part, seen, text))
     if not (segment and _is_any(segment[0])):
-      out.append(_END)
+      out.append(END)
   try:
     return re.compile(''.join(out) + '(?P<rest>(?:[^\0]*\0)*)')
   except re.error as error:
@@ -390,15 +458,15 @@ def _regex(text: str, segments: Sequence[Sequence[_Part]]) -> re.Pattern[str]:
     ) from None
 
 
-def _part_regex(part: _Part, seen: set[str], text: str) -> str:
-  if isinstance(part, _Text):
+def _part_regex(part: Part, seen: set[str], text: str) -> str:
+  if isinstance(part, Text):
     return re.escape(part.text)
   if part.group in seen:
     return f'(?P={part.group})'
   seen.add(part.group)
-  if isinstance(part, _Braces):
+  if isinstance(part, Braces):
     body = '|'.join(map(re.escape, part.words))
-  elif isinstance(part, _Number):
+  elif isinstance(part, Number):
     body = '[0-9]{1,100}'
   elif part.kind == '[…]':
     body, _ = selectors.segment_regex(part.text, text)
@@ -454,13 +522,18 @@ def _unused(
         f'{paths.show(path)}, an earlier rule does, {before[0].text!r}. Put it '
         'first.'
       )
+  return nothing(rule.text, universe)
+
+
+def nothing(text: str, universe: Sequence[Path]) -> errors.RenameError:
+  """Returns the error for a rule that matches nothing."""
   if not universe:
     return errors.RenameError(
-      f'rule {rule.text!r} matches nothing: there are no tensors.'
+      f'rule {text!r} matches nothing: there are no tensors.'
     )
-  near = ', '.join(selectors.nearest(rule.old, universe))
+  near = ', '.join(selectors.nearest(sides(text)[0], universe))
   return errors.RenameError(
-    f'rule {rule.text!r} matches nothing among {len(universe)} tensors. '
+    f'rule {text!r} matches nothing among {len(universe)} tensors. '
     f'Nearest: {near}.'
   )
 

@@ -61,6 +61,10 @@ def cast(
     SurgeryError: if there is nothing to cast.
     CastError: for a finite value that a dtype cannot hold, when the tensor is
       asked for.
+
+  Example:
+    cast: bf16
+    cast: {to: bf16, keep: '**/norm=f32'}
   """
   name = rounding.name_of(to)
   types = layer_types

@@ -24,6 +24,9 @@ def detach(
 
   Raises:
     AdapterError: for an unknown name.
+
+  Example:
+    detach: default
   """
   records = checkpoint.records(host)
   names = names_of(records, names)

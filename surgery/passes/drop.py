@@ -32,6 +32,9 @@ def drop(
     SelectorError: for a selector that matches nothing.
     AdapterError: if half of what an adapter needs would be left.
     SurgeryError: if half a parameter would be left, or nothing at all.
+
+  Example:
+    drop: '**/mask'
   """
   following.check_model(checkpoint, 'drop')
   gone = dropping.chosen(checkpoint, select, layer_types, 'drop', host)

@@ -80,7 +80,7 @@ def without(
     records=records,
     manifest=checkpoint.manifest.replace(
       trees=_trees(checkpoint, leaves, gone, verb),
-      layer_types=_layer_types(checkpoint, leaves),
+      layer_types=following.layer_types(checkpoint, leaves),
     ),
   )
 
@@ -140,13 +140,3 @@ def _trees(
       )
   lost = {following.tree_of(path, trees) for path in gone}
   return {p: tree for p, tree in trees.items() if p not in lost}
-
-
-def _layer_types(
-  checkpoint: Checkpoint, leaves: Mapping[Path, Leaf]
-) -> LayerTypes:
-  """Returns the types of layers but of those that lost all that they had."""
-  types = checkpoint.manifest.layer_types
-  above = lambda some: {p[:n] for p in some for n in range(len(p))}
-  lost = above(checkpoint) - above(leaves)
-  return {p: t for p, t in types.items() if p not in lost} if types else types

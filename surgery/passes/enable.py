@@ -34,8 +34,16 @@ def enable(
 ) -> Checkpoint:
   """Switches adapters on; all by default.
 
+  Args:
+    checkpoint: the model.
+    names: an adapter, several, or None for all.
+    host: knows the adapters' types.
+
   Raises:
     AdapterError: for an unknown name.
+
+  Example:
+    enable: default
   """
   records = checkpoint.records(host)
   return checkpoint.replace(records=switched(records, names, True))
@@ -49,8 +57,16 @@ def disable(
 ) -> Checkpoint:
   """Switches adapters off; layers get the base as it is stored.
 
+  Args:
+    checkpoint: the model.
+    names: an adapter, several, or None for all.
+    host: knows the adapters' types.
+
   Raises:
     AdapterError: for an unknown name.
+
+  Example:
+    disable: default
   """
   records = checkpoint.records(host)
   return checkpoint.replace(records=switched(records, names, False))

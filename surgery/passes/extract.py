@@ -35,7 +35,7 @@ def _base(record: AdapterRecord) -> list[Path]:
 
 def extract(
   checkpoint: Checkpoint,
-  name: str,
+  name: str | None = None,
   *,
   host: Host,
   known: Mapping[str, Any] | None = None,
@@ -44,13 +44,25 @@ def extract(
 
   Args:
     checkpoint: the model.
-    name: the adapter's name.
+    name: the adapter's name; None for the only one.
     host: knows the adapter's type.
     known: seed and selector, where they are known.
 
   Raises:
-    AdapterError: for an unknown name.
+    AdapterError: for an unknown name, or if there is not only one.
+
+  Example:
+    extract: default
   """
+  names = checkpoint.records(host).names
+  if name is None and not names:
+    raise errors.AdapterError('no adapter is attached.')
+  if name is None and len(names) > 1:
+    raise errors.AdapterError(
+      f'{len(names)} adapters are attached, and a file holds one. Name it with '
+      f'--adapter: {", ".join(names)}.'
+    )
+  name = names[0] if name is None else name
   record = checkpoint.records(host).get(name)
   said = next(
     (a for a in checkpoint.manifest.adapters if a['name'] == name), {}

@@ -10,6 +10,7 @@ from surgery.core import errors, manifest
 from surgery.core.adapter import Adapter
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 from surgery.core.records import (
   AdapterRecord,
@@ -133,3 +134,13 @@ def retagged(
   ):
     return metadata
   return {**metadata, TAG: {**said, 'param': dict(change(said['param']))}}
+
+
+def layer_types(
+  checkpoint: Checkpoint, leaves: Mapping[Path, Leaf]
+) -> LayerTypes:
+  """Returns the types of layers but of those that lost all that they had."""
+  types = checkpoint.manifest.layer_types
+  above = lambda some: {p[:n] for p in some for n in range(len(p))}
+  lost = above(checkpoint) - above(leaves)
+  return {p: t for p, t in types.items() if p not in lost} if types else types

@@ -77,6 +77,10 @@ def freeze(
     PluginError: for a policy that nobody knows.
     AdapterError: under a policy, if an adapter still looks for parameters:
       those to come would not be frozen.
+
+  Example:
+    freeze
+    freeze: '**/embedding'
   """
   if select is not None and policy is not None:
     raise errors.SurgeryError('freeze: give a selector or a policy, not both.')
@@ -131,6 +135,9 @@ def unfreeze(
   Raises:
     SelectorError: for a selector that matches nothing.
     SurgeryError: if `freeze` froze none of what is selected.
+
+  Example:
+    unfreeze: '**/output'
   """
   types = (
     checkpoint.manifest.layer_types if layer_types is None else layer_types

@@ -31,6 +31,9 @@ def keep(
     SelectorError: for a selector that matches nothing.
     AdapterError: if half of what an adapter needs would be left.
     SurgeryError: if half a parameter would be left.
+
+  Example:
+    keep: ['encoder', '!**/mask']
   """
   following.check_model(checkpoint, 'keep')
   kept = dropping.chosen(checkpoint, select, layer_types, 'keep', host)

@@ -84,8 +84,10 @@ def merge(
   checkpoint: Checkpoint,
   names: str | Sequence[str] | None = None,
   *,
-  host: Host,
+  with_: Checkpoint | None = None,
+  check_base: bool = True,
   check_finite: bool = True,
+  host: Host,
 ) -> Checkpoint:
   """Folds adapters into the base; their weights are gone.
 
@@ -95,8 +97,10 @@ def merge(
   Args:
     checkpoint: the model.
     names: an adapter, several, or None for all.
-    host: whose hooks are asked.
+    with_: an adapter without its base, to merge instead of what is attached.
+    check_base: whether its base must have the values that it was made for.
     check_finite: whether a result with NaN or infinity is an error.
+    host: whose hooks are asked.
 
   Returns:
     The checkpoint without these adapters, computed when leaves are asked for.
@@ -106,7 +110,22 @@ def merge(
       something is missing.
     OrderError: if an adapter inside does not commute.
     SiteError: if a result is not finite.
+
+  Example:
+    merge: default
+    merge: {with: tuned}
   """
+  if with_ is not None:
+    from surgery.passes import extract
+
+    if names is not None:
+      raise errors.AdapterError(
+        'merge: names do not go with an adapter from elsewhere, which is one.'
+      )
+    checkpoint = extract.insert(
+      checkpoint, with_, check_base=check_base, host=host
+    )
+    names = checkpoint.records(host).names[-1]
   records = checkpoint.records(host)
   merged = names_of(records, names)
   for name in merged:

@@ -19,17 +19,43 @@ if TYPE_CHECKING:
 
 # Where each pass lives, in this room.
 _HOMES = {
-  'attach': 'attach',
+  'add': 'arithmetic',
+  'assert': 'assertion',
+  'attach': 'attaching',
   'cast': 'cast',
+  'concat': 'concat',
+  'copy': 'copy',
   'detach': 'detach',
   'disable': 'enable',
   'drop': 'drop',
   'enable': 'enable',
+  'extract': 'extract',
+  'factorise': 'factorise',
+  'fill': 'fill',
+  'fold-norm': 'fold_norm',
   'freeze': 'freeze',
   'keep': 'keep',
+  'matmul': 'arithmetic',
   'merge': 'merge',
+  'move': 'copy',
+  'pad': 'reshape',
+  'permute': 'slicing',
+  'random': 'fill',
   'rename': 'rename',
+  'renumber': 'renumber',
+  'repeat': 'renumber',
+  'reshape': 'reshape',
+  'resize-vocab': 'vocabulary',
+  'scale': 'arithmetic',
+  'slice': 'slicing',
+  'split': 'concat',
+  'stack': 'concat',
+  'subtract': 'arithmetic',
+  'tie': 'tie',
+  'transpose': 'reshape',
   'unfreeze': 'freeze',
+  'unstack': 'concat',
+  'untie': 'tie',
 }
 
 
@@ -50,7 +76,9 @@ class Pass:
   @functools.cached_property
   def __wrapped__(self) -> Callable[..., Checkpoint]:
     module = importlib.import_module(self.__module__)
-    return getattr(module, self.__name__)
+    name = self.__name__.replace('-', '_')
+    # What is a word of Python ends in an underscore.
+    return getattr(module, f'{name}_', None) or getattr(module, name)
 
   def __call__(self, *args: Any, **kwargs: Any) -> Checkpoint:
     """Calls the function."""

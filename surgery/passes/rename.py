@@ -44,23 +44,44 @@ def rename(
     AdapterError: for an adapter that cannot follow.
 
   Example:
-    rename(ckpt, ['**/h<i>/** -> **/block<i+1>/**'], host=host)
+    rename: '**/h<i>/** -> **/block<i+1>/**'
+    rename: ['a -> b', 'b -> a']
   """
-  following.check_model(checkpoint, 'rename')
-  records = following.settled(checkpoint, 'rename', host)
   texts = [rules] if isinstance(rules, str) else list(rules)
   if not texts:
     raise errors.RenameError("rename: expected rules 'OLD -> NEW', found none.")
-  names = _Names(checkpoint, [renaming.parse(text) for text in texts], records)
+  read = [renaming.parse(text) for text in texts]
+  return renamed(checkpoint, read, verb='rename', host=host)
+
+
+def renamed(
+  checkpoint: Checkpoint, rules: Sequence[Rule], *, verb: str, host: Host
+) -> Checkpoint:
+  """Gives tensors and layers other names, by rules that have been read.
+
+  Args:
+    checkpoint: the model.
+    rules: the rules.
+    verb: the pass, for messages.
+    host: whose hooks are asked.
+
+  Raises:
+    RenameError: for a rule that decides nothing, and if two tensors would get
+      one name.
+    AdapterError: for an adapter that cannot follow.
+  """
+  following.check_model(checkpoint, verb)
+  records = following.settled(checkpoint, verb, host)
+  names = _Names(checkpoint, rules, records)
   said = checkpoint.manifest
   trees = _trees(said.trees, names)
-  renamed = [_moved(record, names, host) for record in records.adapters]
+  moved = [_moved(record, names, host) for record in records.adapters]
   leaves = _leaves(checkpoint, names, records)
-  for old, new in zip(records.adapters, renamed, strict=True):
+  for old, new in zip(records.adapters, moved, strict=True):
     said = _remembering(said, old, new, names)
   return checkpoint.replace(
     leaves=leaves,
-    records=Records(renamed, records.probe),
+    records=Records(moved, records.probe),
     manifest=said.replace(
       trees=trees, layer_types=_layer_types(said.layer_types, names)
     ),

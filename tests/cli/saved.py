@@ -21,6 +21,15 @@ def history(file):
   return surgery.open(file).manifest.history
 
 
+def steps(file):
+  """The steps of the last recipe that made a file: names and values."""
+  found = history(file)[-1]['recipe']['steps']
+  return [
+    (one, None) if isinstance(one, str) else next(iter(one.items()))
+    for one in found
+  ]
+
+
 def assert_same(expected, actual):
   """Raises unless arrays by path are equal to the bit, in order."""
   assert list(expected) == list(actual)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import surgery
+from tests.cli.saved import steps
 
 LORA = ('--adapter', 'lora', '--to', '**/{query,value}', '--set', 'rank=2')
 
@@ -177,11 +178,11 @@ def test_the_same_command_gives_the_same_bytes(model, tmp_path):
 
 def test_history_records_the_pass_with_its_arguments(model, out, surgery_cli):
   surgery_cli('attach', model.file, *LORA, '--seed', 5, '-o', out)
-  [entry] = surgery.open(out).manifest.history
-  assert 'attach' == entry['pass']
-  assert 5 == entry['arguments']['seed']
-  assert ['**/{query,value}'] == entry['arguments']['to']
-  assert 2 == entry['arguments']['config']['rank']
+  [(verb, said)] = steps(out)
+  assert 'attach' == verb
+  assert 5 == said['seed']
+  assert '**/{query,value}' == said['to']
+  assert 2 == said['set']['rank']
 
 
 @pytest.mark.parametrize(

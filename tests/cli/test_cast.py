@@ -4,7 +4,7 @@ import pytest
 
 import surgery
 from surgery.core.checkpoint import BLOCK, Checkpoint, Leaf
-from tests.cli.saved import assert_same, history, planned, values
+from tests.cli.saved import assert_same, planned, steps, values
 
 
 def cast(before, dtype):
@@ -32,8 +32,8 @@ def test_some_are_kept_and_some_get_another_dtype(model, out, surgery_cli):
     after[f'model/net/{path}'].dtype.name
     for path in ('value/bias', 'query/kernel', 'value/kernel')
   ]
-  [said] = history(out)
-  assert ['**/bias', '**/query/kernel=f16'] == said['arguments']['keep']
+  [(verb, said)] = steps(out)
+  assert ('cast', ['**/bias', '**/query/kernel=f16']) == (verb, said['keep'])
 
 
 def test_the_plan_says_how_it_is_computed(tmp_path, out, surgery_cli):

@@ -1,7 +1,7 @@
 import pytest
 
 import surgery
-from tests.cli.saved import assert_same, flags, history, values
+from tests.cli.saved import assert_same, flags, steps, values
 
 
 def test_all_but_the_adapter_is_frozen(adapted, out, surgery_cli):
@@ -40,8 +40,7 @@ def test_the_plan_says_what_is_frozen(model, out, surgery_cli):
 def test_a_policy_is_asked_of_adapters(adapted, out, surgery_cli):
   args = ('freeze', adapted, '--policy', 'adapters', '-o', out)
   assert 0 == surgery_cli(*args).code
-  [*_, said] = history(out)
-  assert ('freeze', 'adapters') == (said['pass'], said['arguments']['policy'])
+  assert [('freeze', {'policy': 'adapters'})] == steps(out)
 
 
 @pytest.mark.parametrize(

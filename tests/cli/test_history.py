@@ -1,46 +1,127 @@
 import json
 
+import numpy as np
 import pytest
 
 import surgery
-from surgery.cli import history
+from surgery.recipes import history
+from tests.cli.saved import assert_same, values
+
+HOST = surgery.default_host()
 
 
-def test_people_read_command_lines(model, tmp_path, out, surgery_cli):
-  adapted = tmp_path / 'adapted.msgpack'
-  args = ('--to', '**/{query,value}', '--set', 'rank=2', '--seed', 3)
-  more = ('--set', '**/value:rank=1', '--layout', '**/kernel=io')
-  surgery_cli(
-    'attach', model.file, '--adapter', 'lora', *args, *more, '-o', adapted
-  )
-  surgery_cli('freeze', adapted, '**/bias', '!**/query', '-o', out)
-  first, source, second, other = surgery_cli(
-    'inspect', out, '--history'
-  ).out.splitlines()
-  assert (
-    'surgery attach base.msgpack --adapter lora --set rank=2 --set rslora=false '
-    "--set '**/value:rank=1' --to '**/{query,value}' --name default --seed 3 "
-    "--layout '**/kernel=io'"
-  ) == first
-  assert source.startswith('  # surgery 0.1.0, base.msgpack xxh3:')
-  assert "surgery freeze adapted.msgpack '**/bias' '!**/query'" == second
-  assert other.startswith('  # surgery 0.1.0, adapted.msgpack xxh3:')
-
-
-def test_what_is_shown_gives_the_same_tensors_again(
-  model, tmp_path, out, surgery_cli, monkeypatch
-):
-  import shlex
-
+@pytest.fixture
+def here(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def shown(surgery_cli, file, tmp_path):
+  """Writes the recipe that a file's history shows to a file."""
+  result = surgery_cli('inspect', file, '--history')
+  assert 0 == result.code, result.err
+  recipe = tmp_path / 'again.yaml'
+  recipe.write_text(result.out)
+  return recipe
+
+
+ATTACH = (
+  '--adapter', 'lora', '--to', '**/{query,value}', '--set', 'rank=2', '--seed',
+  '3', '--set', '**/value:rank=1', '--layout', '**/kernel=io',
+)  # fmt: skip
+
+
+def test_people_read_a_recipe(model, here, surgery_cli):
+  surgery_cli('attach', 'base.msgpack', *ATTACH, '-o', 'adapted.msgpack')
   surgery_cli(
-    'attach', 'base.msgpack', '--adapter', 'lora', '--to', '**/query', '--set',
-    'rank=2', '--seed', 5, '-o', 'out.msgpack',
-  )  # fmt: skip
-  line = surgery_cli('inspect', 'out.msgpack', '--history').out.splitlines()[0]
-  again = shlex.split(line)[1:]
-  assert 0 == surgery_cli(*again, '-o', 'again.msgpack').code
-  assert out.read_bytes() == (tmp_path / 'again.msgpack').read_bytes()
+    'freeze', 'adapted.msgpack', '**/bias', '!**/query', '-o', 'out.msgpack'
+  )
+  first, second, *lines = surgery_cli(
+    'inspect', 'out.msgpack', '--history'
+  ).out.splitlines()
+  assert first.startswith('# surgery 0.1.0, base.msgpack xxh3:')
+  assert second.startswith('# surgery 0.1.0, adapted.msgpack xxh3:')
+  assert (
+    """\
+inputs:
+  model: base.msgpack
+steps:
+  - attach:
+      adapter: lora
+      to: '**/{query,value}'
+      set:
+        rank: 2
+        alpha: null
+        rslora: false
+        patterns:
+          '**/value':
+            rank: 1
+      name: default
+      seed: 3
+      layout:
+        '**/kernel': io
+  - freeze:
+      - '**/bias'
+      - '!**/query'
+outputs:
+  out: out.msgpack""".splitlines()
+    == lines
+  )
+
+
+def test_one_verb_is_made_again_to_the_byte(model, here, surgery_cli):
+  surgery_cli('attach', 'base.msgpack', *ATTACH, '-o', 'out.msgpack')
+  before = (here / 'out.msgpack').read_bytes()
+  recipe = shown(surgery_cli, 'out.msgpack', here)
+  result = surgery_cli('run', recipe, '--force')
+  assert 0 == result.code, result.err
+  assert before == (here / 'out.msgpack').read_bytes()
+
+
+@pytest.mark.parametrize('suffix', ['msgpack', 'safetensors'])
+def test_several_verbs_become_one_recipe(model, here, surgery_cli, suffix):
+  out = f'out.{suffix}'
+  for arguments in (
+    ('attach', 'base.msgpack', *ATTACH, '--name', 'a', '-o', '1.msgpack'),
+    ('extract', '1.msgpack', '-o', 'a.msgpack'),
+    ('merge', '1.msgpack', '-o', '2.msgpack'),
+    ('merge', '2.msgpack', '--with', 'a.msgpack', '--no-check-base', '-o', '3.msgpack'),
+    ('merge', '3.msgpack', '--with', 'a.msgpack', '--no-check-base', '-o', '4.msgpack'),
+    ('rename', '4.msgpack', 'model/net -> model/other', '-o', '5.msgpack'),
+    ('convert', '5.msgpack', out),
+  ):  # fmt: skip
+    result = surgery_cli(*arguments)
+    assert 0 == result.code, result.err
+  expected = values(out)
+  recipe = shown(surgery_cli, out, here)
+  # Each adapter's file has a name of its own, though both had one.
+  assert 2 == recipe.read_text().count(': a.msgpack')
+  for file in here.glob('[1-5].msgpack'):
+    file.unlink()
+  assert 0 == surgery_cli('run', recipe, '--force').code
+  assert_same(expected, values(out))
+
+
+def test_an_output_of_another_model_is_made_again(model, here, surgery_cli):
+  (here / 'r.yaml').write_text("""
+inputs: {a: base.msgpack, b: base.msgpack}
+steps:
+  - {scale: {select: '**/kernel', by: 2}, in: b, as: c}
+  - {add: 'c::**/bias', in: c}
+outputs:
+  one: {path: one.msgpack, of: c}
+  two: two.msgpack
+""")
+  assert 0 == surgery_cli('run', 'r.yaml').code
+  expected = values('one.msgpack')
+  assert not np.array_equal(
+    expected['model/net/query/kernel'],
+    values('two.msgpack')['model/net/query/kernel'],
+  )
+  recipe = shown(surgery_cli, 'one.msgpack', here)
+  (here / 'one.msgpack').unlink()
+  assert 0 == surgery_cli('run', recipe).code
+  assert_same(expected, values('one.msgpack'))
 
 
 def test_json_is_as_recorded(model, out, surgery_cli):
@@ -56,22 +137,26 @@ def test_no_history_is_told(model, surgery_cli):
 
 
 @pytest.mark.parametrize(
-  ('entry', 'line'),
+  'entry',
   [
-    ({'pass': 'x', 'version': '9'}, 'surgery x'),
-    (
-      {'pass': 'x', 'arguments': {'flag': True, 'off': False}},
-      'surgery x --flag',
-    ),
-    (
-      {'pass': 'x', 'arguments': {'a_b': [1, 'c d']}},
-      "surgery x --a-b 1 --a-b 'c d'",
-    ),
-    ({'pass': 'x', 'arguments': {'rules': ['a -> b']}}, "surgery x 'a -> b'"),
-    ({'pass': 'x', 'arguments': ['?'], 'inputs': ['?']}, 'surgery x'),
-    ({}, 'surgery None'),
+    {},
+    {'pass': 'x', 'version': '9'},
+    {'recipe': 'x'},
+    {'recipe': {'steps': [], 'outputs': {}}},
+    {'recipe': {'steps': ['x'], 'outputs': {'o': None}}, 'inputs': ['?']},
   ],
 )
-def test_entries_of_others_are_shown_too(entry, line):
-  assert line == history.command_line(entry)
-  assert next(iter(history.lines([entry]))) == line
+def test_entries_of_others_are_counted(entry):
+  [line] = history.lines([entry], 'out.msgpack', HOST)
+  assert '# 1 more that are no recipes of this program' == line
+
+
+def test_steps_of_plugins_that_are_gone_are_shown():
+  step = {'theirs': {'x': 1}, 'in': 'b'}
+  entry = {
+    'recipe': {'steps': [step, 'theirs'], 'outputs': {'o': None}},
+    'main': 'a',
+    'inputs': [{'name': n, 'file': n, 'digest': ''} for n in 'ab'],
+  }
+  made = history.as_recipe([entry], 'out.msgpack', HOST)
+  assert [step, 'theirs'] == made['steps']

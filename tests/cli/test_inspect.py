@@ -85,7 +85,8 @@ def test_history_is_shown_on_request(model, tmp_path, surgery_cli):
     out,
   )
   lines = surgery_cli('inspect', out, '--history').out.splitlines()
-  assert lines[0].startswith('surgery attach base.msgpack --adapter lora')
+  assert '  model: base.msgpack' in lines
+  assert '      adapter: lora' in lines
 
 
 def test_a_selector_that_matches_nothing_is_an_error(model, surgery_cli):

@@ -7,8 +7,7 @@ import pytest
 
 import surgery
 from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.passes.attach import attach
-from surgery.passes.freeze import unfreeze
+from surgery.passes.freeze import freeze, unfreeze
 
 HOST = surgery.default_host()
 NAMES = [
@@ -41,7 +40,7 @@ def test_a_pass_has_name_documentation_and_signature(name):
 
 
 def test_a_pass_is_the_function_of_its_module():
-  assert attach.__doc__ == HOST.passes['attach'].__doc__
+  assert freeze.__doc__ == HOST.passes['freeze'].__doc__
   assert inspect.signature(unfreeze) == inspect.signature(
     HOST.passes['unfreeze']
   )

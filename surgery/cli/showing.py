@@ -1,0 +1,60 @@
+"""Plans as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from surgery.cli.shared import size
+
+_KINDS = ('copied', 'renamed', 'computed', 'new', 'gone')
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """Yields what a plan changes, a tensor a line."""
+  for row in rows:
+    plain = not {'trainable', 'from'} & row.keys()
+    if row['what'] == 'copied' and plain:
+      continue
+    shape = '' if row['shape'] is None else str(tuple(row['shape']))
+    notes = []
+    if 'from' in row:
+      notes.append(f'from {row["from"]}')
+    if 'blocks' in row:
+      notes.append('in blocks' if row['blocks'] else 'whole')
+    if row.get('time') == 'heavy':
+      notes.append('takes long')
+    if 'trainable' in row:
+      notes.append('trains' if row['trainable'] else 'frozen')
+    tensor = f'{row["dtype"] or "value"}{shape}'
+    yield '  '.join([f'{row["what"]:<8}', row['path'], tensor, *notes])
+
+
+def summary(report: dict[str, Any]) -> str:
+  """Returns a plan in a line."""
+  rows = report['tensors']
+  some = {what: [r for r in rows if r['what'] == what] for what in _KINDS}
+  parts = [
+    f'{len(one)} {what} ({size(sum(r["bytes"] for r in one))})'
+    for what, one in some.items()
+    if one
+  ]
+  for flag, word in ((False, 'frozen'), (True, 'to train')):
+    if count := sum(r.get('trainable') is flag for r in rows):
+      parts.append(f'{count} {word}')
+  if report['memory']:
+    parts.append(f'about {size(report["memory"])} of memory')
+  return ', '.join(parts)
+
+
+def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
+  """Prints a plan: what is to be done, or what was done."""
+  if dry_run:
+    for check in report['checks']:
+      click.echo(f'check     {check}')
+    for line in lines(report['tensors']):
+      click.echo(line)
+  verb = 'would write' if dry_run else 'wrote'
+  click.echo(f'{verb} {where}: {summary(report)}', err=not dry_run)

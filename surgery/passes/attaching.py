@@ -1,0 +1,126 @@
+"""Attach, as recipes and the shell say it: types by name, files by alias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.core import config, errors, selectors
+from surgery.core.adapter import Adapter
+from surgery.core.checkpoint import Checkpoint
+from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
+from surgery.core.selection import Selection
+from surgery.passes import attach as attaching
+from surgery.passes import extract
+
+
+def attach(
+  checkpoint: Checkpoint,
+  adapter: str | Adapter | None = None,
+  *,
+  to: selectors.Text | Selection | None = None,
+  set: Mapping[str, Any] | None = None,
+  name: str | None = None,
+  seed: int | None = None,
+  stacked: int | Mapping[str, int] | None = None,
+  layout: str | Mapping[str, str] | None = None,
+  from_: Checkpoint | None = None,
+  check_base: bool = True,
+  layer_types: LayerTypes | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Attaches a new adapter, or one that was written to a file of its own.
+
+  Args:
+    checkpoint: the model.
+    adapter: the adapter's type, e.g. `lora`.
+    to: the layers or parameters.
+    set: options of the type, e.g. `{rank: 8}`; for some sites only under
+      `'SELECTOR:rank'`, or as `patterns: {SELECTOR: {rank: 16}}`.
+    name: the adapter's name; `default` by default.
+    seed: from which its weights derive; 0 by default.
+    stacked: number of axes stacked in front of parameters.
+    layout: a letter an axis: `s` stacked, `i` input, `o` output.
+    from_: attach the adapter of this input instead of a new one.
+    check_base: whether the base must have the values that it was made for.
+    layer_types: types of layers; by default those of the checkpoint.
+    host: whose hooks are asked.
+
+  Raises:
+    UnknownAdapterType: if nothing offers the type.
+    ConfigError: for a wrong option.
+    SelectorError: if a selector matches nothing.
+
+  Example:
+    attach: {adapter: lora, to: '**/{query,value}', set: {rank: 8}}
+    attach: {from: tuned}
+  """
+  if (adapter is None) == (from_ is None):
+    raise errors.ConfigError('attach: give adapter, or from, and not both.')
+  if from_ is not None:
+    given = {
+      'to': to,
+      'set': set,
+      'seed': seed,
+      'stacked': stacked,
+      'layout': layout,
+    }
+    for key, value in given.items():
+      if value is not None:
+        raise errors.ConfigError(
+          f'attach: {key} does not go with from: the file says it.'
+        )
+    return extract.insert(
+      checkpoint, from_, name=name, check_base=check_base, host=host
+    )
+  if to is None:
+    raise errors.ConfigError("attach: give to, e.g. to: '**/query'.")
+  if isinstance(adapter, str):
+    adapter = _configured(adapter, set or {}, host)
+  elif set is not None:
+    raise errors.ConfigError('attach: set goes with the name of a type.')
+  assert adapter is not None
+  return attaching.attach(
+    checkpoint,
+    adapter,
+    to=to,
+    name='default' if name is None else name,
+    seed=0 if seed is None else seed,
+    stacked=stacked,
+    layout=layout,
+    layer_types=layer_types,
+    host=host,
+  )
+
+
+def _configured(kind: str, said: Mapping[str, Any], host: Host) -> Adapter:
+  """Returns an adapter from options as data.
+
+  Raises:
+    UnknownAdapterType: if nothing offers the type.
+    ConfigError: for an unknown option or a wrong value.
+  """
+  cls = host.adapter_type(kind)
+  general: dict[str, Any] = {}
+  patterns: dict[str, dict[str, Any]] = {}
+  for key, value in said.items():
+    selector, _, option = key.rpartition(':')
+    if key == 'patterns':
+      if not isinstance(value, Mapping) or not all(
+        isinstance(one, Mapping) for one in value.values()
+      ):
+        raise errors.ConfigError(
+          f'attach: patterns: expected {{SELECTOR: {{OPTION: VALUE}}}}, found '
+          f'{value!r}.'
+        )
+      for where, some in value.items():
+        patterns.setdefault(where, {}).update(some)
+    elif selector:
+      patterns.setdefault(selector, {})[option] = value
+    else:
+      general[key] = value
+  return cls(
+    **config.from_json(cls, general),
+    patterns={s: config.from_json(cls, v) for s, v in patterns.items()},
+  )

@@ -1,0 +1,145 @@
+"""Copy and move: tensors under further names, or under others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from surgery.core import errors, paths, renaming, selectors
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.layers import LayerType
+from surgery.core.paths import Path
+from surgery.passes import editing, following
+from surgery.passes.drop import drop
+from surgery.passes.rename import rename
+
+
+def copy(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  *,
+  overwrite: bool = False,
+  inputs: editing.Inputs | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Copies tensors and layers to further names, also from another model.
+
+  Bytes are copied unread. What is known of a layer goes along, adapters do not.
+
+  Args:
+    checkpoint: the model.
+    rules: `OLD -> NEW`, or several. `ALIAS::OLD -> NEW` copies from another
+      input, `ALIAS::OLD` alone under the same names.
+    overwrite: whether a new name may be that of a tensor that is there.
+    inputs: other checkpoints by alias.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing, a name that is taken, or two
+      tensors that would get one name.
+    AdapterError: if a weight of an adapter would be copied.
+
+  Example:
+    copy: 'encoder/** -> target_encoder/**'
+    copy: ['other::**/mlp -> **/experts/1']
+  """
+  fresh: dict[Path, Leaf] = {}
+  behind: dict[Path, Path] = {}
+  types = dict(checkpoint.manifest.layer_types)
+  trees = dict(checkpoint.manifest.trees)
+  for text in editing.texts(rules, 'copy'):
+    alias, _ = editing.split_alias(text)
+    source = editing.aliased(checkpoint, alias, inputs, 'copy')
+    owned = following.settled(source, 'copy', host).owned
+    for old, leaf, new, _ in editing.pairs(checkpoint, [text], 'copy', inputs):
+      if old in owned:
+        raise errors.AdapterError(
+          f'copy: {paths.show(old)} is a weight of an adapter, and copies have '
+          'no adapters. Merge or detach first, or copy other tensors.'
+        )
+      if new in fresh:
+        raise errors.RenameError(
+          f'copy: {text!r}: two tensors would be {paths.show(new)}. Change the '
+          'rules.'
+        )
+      fresh[new] = editing.as_new(leaf)
+      if alias is None:
+        behind[new] = old
+      _describe(source, old, new, types, trees, text)
+  result = editing.edited(
+    checkpoint,
+    'copy',
+    fresh=fresh,
+    behind=behind,
+    overwrite=overwrite,
+    host=host,
+  )
+  said = result.manifest.replace(layer_types=types, trees=trees)
+  return result.replace(manifest=said)
+
+
+def _describe(
+  source: Checkpoint,
+  old: Path,
+  new: Path,
+  types: dict[Path, LayerType],
+  trees: dict[Path, Any],
+  text: str,
+) -> None:
+  """Adds what is known of a tensor and its layers for its copy.
+
+  Raises:
+    RenameError: if a part of a parameter would be copied without the rest.
+  """
+  tree = following.tree_of(old, source.manifest.trees)
+  if tree is not None:
+    inner = old[len(tree) :]
+    if new[len(new) - len(inner) :] != inner:
+      raise errors.RenameError(
+        f'copy: {text!r}: {paths.show(old)} is a part of the parameter '
+        f'{paths.show(tree)}. Copy all of it under one name.'
+      )
+    trees[new[: len(new) - len(inner)]] = source.manifest.trees[tree]
+  known = source.manifest.layer_types
+  for n in range(1, min(len(old), len(new))):
+    a, b = old[:-n], new[:-n]
+    if a[-1] != b[-1] and n > 1:
+      break
+    if a in known:
+      types.setdefault(b, known[a])
+
+
+def move(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  *,
+  overwrite: bool = False,
+  host: Host,
+) -> Checkpoint:
+  """Moves tensors and layers to other names; adapters go along.
+
+  As `rename`, but that what is there under a new name may be replaced.
+
+  Args:
+    checkpoint: the model.
+    rules: `OLD -> NEW`, or several.
+    overwrite: whether what is there under a new name is dropped first.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing, or a name that is taken.
+    AdapterError: for an adapter that cannot follow.
+
+  Example:
+    move: {rules: 'ema/** -> net/**', overwrite: true}
+  """
+  written = editing.texts(rules, 'move')
+  if overwrite:
+    read = [renaming.parse(text) for text in written]
+    where = renaming.targets(read, list(checkpoint))
+    taken = [p for p in where.values() if p in checkpoint and p not in where]
+    if taken:
+      select: selectors.Text = [paths.literal(p) for p in taken]
+      checkpoint = drop(checkpoint, select, host=host)
+  return rename(checkpoint, written, host=host)

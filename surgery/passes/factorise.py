@@ -1,0 +1,174 @@
+"""Factorise: matrices as products of two of low rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.passes import arithmetic, concat, regions
+from surgery.passes.fill import generator
+from surgery.passes.regions import Reader, Shape
+
+# Of the randomised decomposition: columns beyond the rank, and passes over the
+# matrix that sharpen small gaps between singular values.
+OVERSAMPLING, ITERATIONS = 16, 4
+
+
+def factorise(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  rank: int,
+  *,
+  exact: bool = False,
+  seed: int = 0,
+  keep: bool = False,
+  host: Host,
+) -> Checkpoint:
+  """Replaces matrices by two factors, whose product is the nearest of a rank.
+
+  `W ≈ A·B` with `A = U·√S` (rows, rank) and `B = √S·Vᵀ` (rank, columns) of the
+  singular value decomposition. By default it is a randomised one with
+  subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), drawn
+  by the seed and the path alone. Axes in front of the last two are stacked
+  matrices.
+
+  Args:
+    checkpoint: the model.
+    rules: `ONE -> MANY` with two names in the braces: A and B.
+    rank: columns of A and rows of B.
+    exact: whether the decomposition is a full one, which takes far longer.
+    seed: the seed.
+    keep: whether the matrix stays, too.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing, or a name that is taken.
+    SurgeryError: for a tensor that is no matrix, or a rank that is too large.
+
+  Example:
+    factorise: {rules: '**/mlp/kernel -> **/mlp/kernel_{a,b}', rank: 64}
+  """
+
+  def cut(path: Path, leaf: Leaf, count: int | None) -> list[Leaf]:
+    arithmetic.check_number(leaf, path, 'factorise')
+    shape = leaf.shape or ()
+    where = f'factorise: {paths.show(path)}'
+    if count != 2:
+      raise errors.SurgeryError(
+        f'{where}: expected two names on the right, found {count or "numbers"}.'
+      )
+    if len(shape) < 2:
+      raise errors.SurgeryError(f'{where}: expected a matrix, found {shape}.')
+    if not 1 <= rank <= min(shape[-2:]):
+      raise errors.SurgeryError(
+        f'{where}: a matrix of {shape} has a rank from 1 to {min(shape[-2:])}, '
+        f'found {rank}.'
+      )
+    both = _Factors(leaf, path, rank, exact, seed)
+    return [both.leaf(0), both.leaf(1)]
+
+  return concat.parted(checkpoint, rules, 'factorise', cut, keep, host)
+
+
+class _Factors:
+  """Two factors of a matrix, computed when the first is asked for.
+
+  They are dropped once both have been given.
+
+  Args:
+    leaf: the matrix.
+    path: its path.
+    rank: the rank.
+    exact: whether the decomposition is a full one.
+    seed: the seed.
+  """
+
+  def __init__(
+    self, leaf: Leaf, path: Path, rank: int, exact: bool, seed: int
+  ) -> None:
+    self._leaf = leaf
+    self._path = path
+    self._rank = rank
+    self._exact = exact
+    self._seed = seed
+    self._lock = threading.Lock()
+    self._held: dict[int, np.ndarray] = {}
+
+  def leaf(self, number: int) -> Leaf:
+    """Returns one of the factors."""
+    shape = self._leaf.shape or ()
+    sizes: Shape = (*shape[:-1], self._rank)
+    if number:
+      sizes = (*shape[:-2], self._rank, shape[-1])
+    # In float64: the matrix, its decomposition, and what that takes.
+    memory = 8 * self._leaf.size * (5 if self._exact else 2)
+    return self._leaf.replace(
+      load=lambda: self._given(number), shape=sizes, memory=memory, heavy=True
+    )
+
+  def _given(self, number: int) -> Any:
+    with self._lock:
+      if number not in self._held:
+        self._held = dict(enumerate(self._computed()))
+      return self._held.pop(number)
+
+  def _computed(self) -> tuple[Any, Any]:
+    shape = self._leaf.shape or ()
+    dtype = str(self._leaf.dtype)
+    value = Reader(self._leaf)(regions.whole(shape))
+    wide = 'complex128' if dtype.startswith('complex') else 'float64'
+    matrix = arithmetic.plain(value, self._path, 'factorise').astype(wide)
+    if not np.isfinite(matrix).all():
+      raise errors.SurgeryError(
+        f'factorise: {paths.show(self._path)}: has NaN or infinity, and so no '
+        'factors.'
+      )
+    flat = matrix.reshape(-1, *shape[-2:])
+    found = [self._decomposed(one, k) for k, one in enumerate(flat)]
+    factors = []
+    for which, sizes in enumerate(
+      ((*shape[:-1], self._rank), (*shape[:-2], self._rank, shape[-1]))
+    ):
+      values = np.stack([one[which] for one in found]).reshape(sizes)
+      factors.append(
+        arithmetic.narrowed(values, dtype, self._path, 'factorise')
+      )
+    return factors[0], factors[1]
+
+  def _decomposed(self, matrix: Any, number: int) -> tuple[Any, Any]:
+    rank, least = self._rank, min(matrix.shape)
+    if self._exact or rank + OVERSAMPLING >= least:
+      u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    else:
+      u, s, v = self._randomised(matrix, number)
+    # A decomposition is unique but for signs: the largest of a column is
+    # positive.
+    largest = np.take_along_axis(u, np.argmax(np.abs(u), axis=0)[None], axis=0)
+    signs = np.where(largest == 0, 1, largest / np.abs(largest))[0, :rank]
+    root = np.sqrt(s[:rank])
+    a = u[:, :rank] / signs * root
+    return a, (root * signs)[:, None] * v[:rank]
+
+  def _randomised(self, matrix: Any, number: int) -> tuple[Any, Any, Any]:
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.conj().T if wide else matrix
+    stream = generator(self._seed, self._path, number)
+    width = self._rank + OVERSAMPLING
+    basis = tall @ stream.standard_normal((tall.shape[1], width))
+    for _ in range(ITERATIONS):
+      basis, _ = np.linalg.qr(basis)
+      basis, _ = np.linalg.qr(tall.conj().T @ basis)
+      basis = tall @ basis
+    basis, _ = np.linalg.qr(basis)
+    u, s, v = np.linalg.svd(basis.conj().T @ tall, full_matrices=False)
+    u = basis @ u
+    if wide:
+      return v.conj().T, s, u.conj().T
+    return u, s, v

@@ -1,0 +1,262 @@
+"""Fill and random: tensors with one value, or with random numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from surgery.core import errors, paths, renaming
+from surgery.core.checkpoint import Checkpoint, Leaf, grid
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.files import arrays
+from surgery.files.digest import Digester
+from surgery.passes import editing, regions, rounding
+from surgery.passes.regions import Region, Shape
+from surgery.passes.reshape import scalar
+
+_Make = Callable[[Path, Shape, str], Leaf]
+
+
+def _made(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  verb: str,
+  make: _Make,
+  shape: Sequence[int] | None,
+  dtype: str | None,
+  overwrite: bool,
+  host: Host,
+) -> Checkpoint:
+  """Returns the checkpoint with tensors that are made anew.
+
+  Args:
+    checkpoint: the model.
+    rules: selectors of tensors that there are, `OLD -> NEW` for new ones beside
+      others, or `-> NEW`.
+    verb: the pass.
+    make: returns a tensor of some path, shape and dtype.
+    shape: shape of new ones; that of the old by default.
+    dtype: dtype of new ones; that of the old by default.
+    overwrite: whether a new name may be taken.
+    host: knows the adapters' types.
+  """
+  changed: dict[Path, Leaf] = {}
+  fresh: dict[Path, Leaf] = {}
+  behind: dict[Path, Path] = {}
+  for text in editing.texts(rules, verb):
+    if not renaming.has_arrow(text):
+      if shape is not None or dtype is not None:
+        raise errors.SurgeryError(
+          f'{verb}: {text!r} are tensors that there are; they keep their shape '
+          "and dtype. Write 'OLD -> NEW', or '-> NEW', for new ones."
+        )
+      for path, leaf in editing.chosen(checkpoint, text, verb, host).items():
+        assert leaf.shape is not None and leaf.dtype is not None
+        changed[path] = _with(leaf, make(path, leaf.shape, leaf.dtype))
+      continue
+    for new, source, old in _news(checkpoint, text, verb):
+      sizes = shape
+      if sizes is None and source is not None:
+        sizes = source.shape
+      name = dtype or (None if source is None else source.dtype)
+      if sizes is None or name is None:
+        raise errors.SurgeryError(
+          f'{verb}: {text!r}: give shape and dtype of the new tensor.'
+        )
+      if new in fresh and fresh[new].shape != tuple(sizes):
+        raise errors.RenameError(
+          f'{verb}: {text!r}: {paths.show(new)} would have two shapes. Give '
+          'shape.'
+        )
+      if any(n < 0 for n in sizes):
+        raise errors.SurgeryError(f'{verb}: {text!r}: no shape: {sizes}.')
+      made = make(new, tuple(sizes), _dtype(name, verb))
+      fresh[new] = made if source is None else _with(source, made)
+      if old is not None:
+        behind[new] = old
+  return editing.edited(
+    checkpoint,
+    verb,
+    changed=changed,
+    fresh=fresh,
+    behind=behind,
+    overwrite=overwrite,
+    host=host,
+  )
+
+
+def _news(
+  checkpoint: Checkpoint, text: str, verb: str
+) -> list[tuple[Path, Leaf | None, Path | None]]:
+  """Returns new paths, and beside which tensor each is made."""
+  left, _, right = text.partition('->')
+  if not left.strip():
+    return [(paths.parse(right.strip()), None, None)]
+  found = editing.pairs(checkpoint, [text], verb, None)
+  for old, leaf, _, _ in found:
+    regions.array(leaf, old, verb)
+  return [(new, leaf, old) for old, leaf, new, _ in found]
+
+
+def _with(like: Leaf, made: Leaf) -> Leaf:
+  """Returns a made tensor with the flags and metadata of another."""
+  return made.replace(trainable=like.trainable, metadata=like.metadata)
+
+
+def _dtype(name: str, verb: str) -> str:
+  full = rounding.SHORT.get(name, name)
+  if full not in arrays.DTYPES:
+    known = (*rounding.SHORT, *arrays.DTYPES)
+    raise errors.ConfigError(
+      f'{verb}: no dtype is called {name!r}.{errors.suggest(name, known)}'
+    )
+  return full
+
+
+def fill(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  value: float = 0,
+  *,
+  shape: Sequence[int] | None = None,
+  dtype: str | None = None,
+  overwrite: bool = False,
+  host: Host,
+) -> Checkpoint:
+  """Sets tensors to one value, or makes new ones of it.
+
+  Args:
+    checkpoint: the model.
+    rules: a selector of tensors that there are; `OLD -> NEW` for new ones, one
+      for each name that comes out; or `-> NEW` for one.
+    value: the value.
+    shape: shape of new ones; that of OLD by default.
+    dtype: dtype of new ones; that of OLD by default.
+    overwrite: whether a new name may be that of a tensor that is there.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing, or a name that is taken.
+    SurgeryError: if the dtype cannot hold the value.
+
+  Example:
+    fill: '**/bias'
+    fill: {rules: '**/mlp/up/kernel -> **/gate/kernel', shape: [768, 2]}
+  """
+
+  def make(path: Path, sizes: Shape, name: str) -> Leaf:
+    number = scalar(value, name, f'fill: {paths.show(path)}')
+    to = regions.dtype_of(name)
+
+    def block(region: Region) -> Any:
+      return np.full(regions.sizes(region), number, to)
+
+    return regions.computed(Leaf(lambda: None, sizes, name), sizes, block, [])
+
+  return _made(checkpoint, rules, 'fill', make, shape, dtype, overwrite, host)
+
+
+def random(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  *,
+  seed: int = 0,
+  distribution: Literal['normal', 'uniform'] = 'normal',
+  scale: float = 0.02,
+  mean: float = 0,
+  shape: Sequence[int] | None = None,
+  dtype: str | None = None,
+  overwrite: bool = False,
+  host: Host,
+) -> Checkpoint:
+  """Draws tensors at random; each by the seed and its path alone.
+
+  So what is drawn does not depend on other tensors, on their order, or on the
+  number of threads.
+
+  Args:
+    checkpoint: the model.
+    rules: a selector of tensors that there are; `OLD -> NEW` for new ones, one
+      for each name that comes out; or `-> NEW` for one.
+    seed: the seed.
+    distribution: `normal`, with standard deviation `scale`; or `uniform`
+      between `mean - scale` and `mean + scale`.
+    scale: the width.
+    mean: the mean.
+    shape: shape of new ones; that of OLD by default.
+    dtype: dtype of new ones; that of OLD by default.
+    overwrite: whether a new name may be that of a tensor that is there.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing, or a name that is taken.
+    SurgeryError: for a dtype that is not floating-point.
+
+  Example:
+    random: {rules: 'head/kernel', seed: 1, scale: 0.01}
+  """
+  if not (math.isfinite(scale) and math.isfinite(mean) and scale >= 0):
+    raise errors.SurgeryError(
+      f'random: expected finite numbers, found scale={scale}, mean={mean}.'
+    )
+
+  def make(path: Path, sizes: Shape, name: str) -> Leaf:
+    if not rounding.is_float(name):
+      raise errors.SurgeryError(
+        f'random: {paths.show(path)} is {name}; expected a floating-point '
+        'dtype.'
+      )
+
+    def block(region: Region) -> Any:
+      values = drawn(seed, path, sizes, region, distribution)
+      return rounding.rounded(
+        values * np.float32(scale) + np.float32(mean), name
+      )
+
+    return regions.computed(Leaf(lambda: None, sizes, name), sizes, block, [])
+
+  return _made(checkpoint, rules, 'random', make, shape, dtype, overwrite, host)
+
+
+def generator(seed: int, path: Path, number: int = 0) -> np.random.Generator:
+  """Returns a generator for a path: Philox, keyed by a digest of both.
+
+  Args:
+    seed: the seed.
+    path: the path.
+    number: of several for one path, which.
+  """
+  digester = Digester()
+  digester.update(repr((int(seed), path)).encode())
+  key = int(digester.digest().partition(':')[2], 16)
+  return np.random.Generator(
+    np.random.Philox(key=key, counter=[0, 0, 0, number])
+  )
+
+
+def drawn(
+  seed: int, path: Path, shape: Shape, region: Region, distribution: str
+) -> np.ndarray:
+  """Returns random float32 numbers, of one block of `grid(shape)` or of all.
+
+  Each block has a stream of its own, so that blocks can be drawn alone.
+  """
+  result = np.empty(regions.sizes(region), np.float32)
+  for number, index in enumerate(grid(shape)):
+    cell = regions.full(index, shape)
+    if region not in (cell, regions.whole(shape)):
+      continue
+    stream = generator(seed, path, number)
+    count = regions.sizes(cell)
+    if distribution == 'normal':
+      values = stream.standard_normal(count, np.float32)
+    else:
+      values = stream.random(count, np.float32) * 2 - 1
+    if region == cell:
+      return values
+    result[index] = values
+  return result

@@ -1,0 +1,289 @@
+"""Fold-norm: batch normalisation folded into the layer before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from surgery.core import errors, paths, renaming
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.passes import arithmetic, editing, regions
+from surgery.passes.regions import Reader, Region
+
+# What frameworks call a norm's parameters.
+_NAMES: Mapping[str, tuple[str, ...]] = {
+  'scale': ('scale', 'gamma', 'weight'),
+  'offset': ('bias', 'beta', 'offset'),
+  'mean': ('running_mean', 'mean', 'moving_mean'),
+  'variance': ('running_var', 'var', 'variance', 'moving_variance'),
+}
+_KERNELS = ('kernel', 'weight', 'w')
+_BIASES = ('bias', 'b')
+
+
+def fold_norm(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  *,
+  epsilon: float = 1e-5,
+  axis: int = -1,
+  norm: Literal['drop', 'identity'] = 'drop',
+  statistics: str | Sequence[str] | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Folds batch normalisation into the convolution or linear layer before it.
+
+  In inference `y = scale · (W·x + b - mean) / √(variance + epsilon) + offset`,
+  which is a layer with `W' = W·s` and `b' = (b - mean)·s + offset` where
+  `s = scale / √(variance + epsilon)`.
+
+  Args:
+    checkpoint: the model.
+    rules: `LAYER -> NORM`: for each layer the norm behind it.
+    epsilon: the norm's epsilon.
+    axis: the kernel's output axis: -1, or 0 of a kernel of torch.
+    norm: whether the norm goes away (`drop`, and the layer gets a bias if it
+      had none), or stays and does nothing more than add an offset (`identity`),
+      for a model whose code still has it.
+    statistics: `NORM -> LAYER` where mean and variance lie elsewhere, as in
+      flax: `'params/** -> batch_stats/**'`.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing.
+    SurgeryError: if a parameter is missing, or shapes do not fit.
+    AdapterError: for a layer with an adapter.
+
+  Example:
+    fold-norm: '**/conv<i> -> **/norm<i>'
+  """
+  changed: dict[Path, Leaf] = {}
+  fresh: dict[Path, Leaf] = {}
+  gone: set[Path] = set()
+  behind: dict[Path, Path] = {}
+  for layer, found in _pairs(checkpoint, rules).items():
+    elsewhere = _elsewhere(found, statistics)
+    one = _read(checkpoint, layer, found, elsewhere, axis, epsilon)
+    if one.norm_paths() & gone or one.kernel in changed:
+      raise errors.RenameError(
+        f'fold-norm: {paths.show(found)} would be folded twice. Change the '
+        'rules.'
+      )
+    changed[one.kernel] = one.folded_kernel()
+    if norm == 'drop':
+      gone |= one.norm_paths()
+      bias = one.bias or (*layer, 'bias')
+      (changed if one.bias else fresh)[bias] = one.folded_bias(bias)
+      behind[bias] = one.kernel
+    else:
+      changed.update(one.identity())
+  # Arithmetic on what an adapter rewrites would change what it was made for.
+  editing.check_free(checkpoint, (*changed, *gone), 'fold-norm', host)
+  return editing.edited(
+    checkpoint,
+    'fold-norm',
+    changed=changed,
+    fresh=fresh,
+    gone=gone,
+    behind=behind,
+    host=host,
+  )
+
+
+def _pairs(
+  checkpoint: Checkpoint, rules: str | Sequence[str]
+) -> dict[Path, Path]:
+  """Returns the norm behind each layer."""
+  layers = list(dict.fromkeys(p[:-1] for p in checkpoint if len(p) > 1))
+  found: dict[Path, Path] = {}
+  for text in editing.texts(rules, 'fold-norm'):
+    rule = renaming.parse(text)
+    before = len(found)
+    for layer in layers:
+      target = rule.apply(layer)
+      # A rule about a layer matches what lies beneath it, too.
+      direct = any((*layer, name) in checkpoint for name in _KERNELS)
+      if target is None or not direct or target == layer:
+        continue
+      if target not in layers:
+        raise errors.RenameError(
+          f'fold-norm: rule {text!r}: there is no {paths.show(target)} behind '
+          f'{paths.show(layer)}.'
+        )
+      found.setdefault(layer, target)
+    if len(found) == before:
+      raise renaming.nothing(text, list(checkpoint))
+  return found
+
+
+def _elsewhere(norm: Path, statistics: str | Sequence[str] | None) -> Path:
+  if statistics is None:
+    return norm
+  for text in editing.texts(statistics, 'fold-norm'):
+    target = renaming.parse(text).apply(norm)
+    if target is not None:
+      return target
+  return norm
+
+
+def _one(
+  checkpoint: Checkpoint, layer: Path, names: Sequence[str], what: str
+) -> Path:
+  for name in names:
+    if (*layer, name) in checkpoint:
+      return (*layer, name)
+  raise errors.SurgeryError(
+    f'fold-norm: {paths.show(layer)} has no {what}; looked for '
+    f'{", ".join(names)}.'
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fold:
+  """A layer and the norm behind it.
+
+  Attributes:
+    leaves: the model.
+    kernel: path of the kernel.
+    bias: path of the layer's bias, if it has one.
+    norm: paths of scale, offset, mean and variance, those that there are.
+    axis: the kernel's output axis.
+    epsilon: the norm's epsilon.
+  """
+
+  leaves: Checkpoint
+  kernel: Path
+  bias: Path | None
+  norm: Mapping[str, Path]
+  axis: int
+  epsilon: float
+
+  def norm_paths(self) -> set[Path]:
+    """Returns the parameters of the norm."""
+    return set(self.norm.values())
+
+  def value(self, name: str, missing: float) -> np.ndarray:
+    """Returns a parameter of the norm as float64, (out,)."""
+    if name not in self.norm:
+      return np.float64(missing) * np.ones(())
+    return self._wide(self.norm[name])
+
+  def _wide(self, path: Path) -> np.ndarray:
+    value = arithmetic.plain(self.leaves[path].load(), path, 'fold-norm')
+    return value.astype(np.float64)
+
+  def factor(self) -> np.ndarray:
+    """Returns scale / √(variance + epsilon), (out,)."""
+    variance = self.value('variance', 1)
+    if (variance < 0).any():
+      raise errors.SurgeryError(
+        f'fold-norm: {paths.show(self.norm["variance"])}: has negative numbers.'
+      )
+    return self.value('scale', 1) / np.sqrt(variance + self.epsilon)
+
+  def shift(self) -> np.ndarray:
+    """Returns what is added behind the folded kernel, (out,)."""
+    bias = self._wide(self.bias) if self.bias is not None else 0.0
+    shift = (bias - self.value('mean', 0)) * self.factor()
+    return shift + self.value('offset', 0)
+
+  def folded_kernel(self) -> Leaf:
+    """Returns the kernel with the norm's factor in it."""
+    leaf = self.leaves[self.kernel]
+    assert leaf.shape is not None and leaf.dtype is not None
+    shape, dtype, reader = leaf.shape, leaf.dtype, Reader(leaf)
+
+    def block(region: Region) -> Any:
+      value = arithmetic.plain(reader(region), self.kernel, 'fold-norm')
+      sizes = [1] * len(shape)
+      factor = np.broadcast_to(self.factor(), (shape[self.axis],))
+      factor = factor[region[self.axis]]
+      sizes[self.axis] = len(factor)
+      result = value.astype(np.float64) * factor.reshape(sizes)
+      return arithmetic.narrowed(result, dtype, self.kernel, 'fold-norm')
+
+    return regions.computed(leaf, shape, block, [leaf])
+
+  def folded_bias(self, path: Path) -> Leaf:
+    """Returns the layer's bias with the norm's offset in it."""
+    like = self.leaves[self.bias if self.bias is not None else self.kernel]
+    return self._vector(editing.as_new(like), path, self.shift)
+
+  def identity(self) -> dict[Path, Leaf]:
+    """Returns bias and norm such that the norm does nothing but add."""
+    one = lambda: np.ones(())
+    parts: dict[str, Any] = {
+      'scale': one,
+      'mean': lambda: np.zeros(()),
+      'variance': lambda: np.ones(()) - self.epsilon,
+      'offset': self.shift,
+    }
+    if self.bias is None and 'offset' not in self.norm:
+      raise errors.SurgeryError(
+        f'fold-norm: {paths.show(self.kernel)} has no bias and its norm no '
+        "offset, so there is nowhere to add the mean. Give norm: 'drop'."
+      )
+    made = {}
+    if self.bias is not None:
+      # The shift goes where a bias is; the norm's offset becomes zero.
+      made[self.bias] = self.folded_bias(self.bias)
+      parts['offset'] = lambda: np.zeros(())
+    for name, path in self.norm.items():
+      made[path] = self._vector(self.leaves[path], path, parts[name])
+    return made
+
+  def _vector(self, like: Leaf, path: Path, values: Any) -> Leaf:
+    kernel = self.leaves[self.kernel]
+    assert kernel.shape is not None and like.dtype is not None
+    shape, dtype = (kernel.shape[self.axis],), like.dtype
+
+    def block(region: Region) -> Any:
+      full = np.broadcast_to(values(), shape)[region]
+      return arithmetic.narrowed(full, dtype, path, 'fold-norm')
+
+    sources = [kernel, *(self.leaves[p] for p in self.norm.values())]
+    return regions.computed(like, shape, block, sources)
+
+
+def _read(
+  checkpoint: Checkpoint,
+  layer: Path,
+  norm: Path,
+  elsewhere: Path,
+  axis: int,
+  epsilon: float,
+) -> _Fold:
+  """Reads a layer and the norm behind it.
+
+  Raises:
+    SurgeryError: if a parameter is missing, or shapes do not fit.
+  """
+  kernel = _one(checkpoint, layer, _KERNELS, 'kernel')
+  found = {
+    'mean': _one(checkpoint, elsewhere, _NAMES['mean'], 'mean'),
+    'variance': _one(checkpoint, elsewhere, _NAMES['variance'], 'variance'),
+  }
+  for name in ('scale', 'offset'):
+    for one in _NAMES[name]:
+      if (*norm, one) in checkpoint:
+        found.setdefault(name, (*norm, one))
+  bias = next(((*layer, b) for b in _BIASES if (*layer, b) in checkpoint), None)
+  leaf = checkpoint[kernel]
+  arithmetic.check_number(leaf, kernel, 'fold-norm')
+  assert leaf.shape is not None
+  at = regions.axis_of(axis, leaf.shape, kernel, 'fold-norm')
+  for path in (*found.values(), *([bias] if bias else [])):
+    arithmetic.check_number(checkpoint[path], path, 'fold-norm')
+    if checkpoint[path].shape != (leaf.shape[at],):
+      raise errors.SurgeryError(
+        f'fold-norm: {paths.show(path)} is {checkpoint[path]}; expected '
+        f'[{leaf.shape[at]}], as many as {paths.show(kernel)} has outputs '
+        f'(axis {axis} of {leaf.shape}).'
+      )
+  order = {k: found[k] for k in _NAMES if k in found}
+  return _Fold(checkpoint, kernel, bias, order, at, epsilon)

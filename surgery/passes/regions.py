@@ -1,0 +1,238 @@
+"""Tensors that are computed from regions of others, block by block.
+
+What is cut, joined, permuted or added up is never there as a whole: a writer
+asks for a block, and that asks for the regions of other tensors that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.checkpoint import Index, Leaf, grid
+from surgery.core.paths import Path
+from surgery.files import arrays
+
+Shape = tuple[int, ...]
+
+# For each axis a slice whose bounds are numbers.
+Region = tuple[slice, ...]
+
+
+def whole(shape: Shape) -> Region:
+  """Returns the region that is all of an array."""
+  return tuple(slice(0, n) for n in shape)
+
+
+def sizes(region: Region) -> Shape:
+  """Returns the shape of a region."""
+  return tuple(s.stop - s.start for s in region)
+
+
+def full(index: Index, shape: Shape) -> Region:
+  """Returns a block of `grid(shape)` as a region."""
+  return (*index, *whole(shape)[len(index) :])
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+  """Returns a dtype by its full name."""
+  return np.dtype(arrays.DTYPES[name])
+
+
+def of_jax(*values: Any) -> bool:
+  """Whether one of some arrays is JAX's, without importing it."""
+  jax = sys.modules.get('jax')
+  return jax is not None and any(isinstance(v, jax.Array) for v in values)
+
+
+def namespace(*values: Any) -> Any:
+  """Returns `jax.numpy` if one of some arrays is JAX's, otherwise numpy."""
+  if of_jax(*values):
+    import jax.numpy
+
+    return jax.numpy
+  return np
+
+
+def array(leaf: Leaf, path: Path, verb: str) -> Shape:
+  """Returns the shape of a tensor.
+
+  Args:
+    leaf: the tensor.
+    path: its path, for messages.
+    verb: the pass, for messages.
+
+  Raises:
+    SurgeryError: if it is no array of numbers.
+  """
+  if leaf.shape is None or leaf.dtype is None or leaf.key is not None:
+    kind = 'a PRNG key' if leaf.key is not None else 'a value without a shape'
+    raise errors.SurgeryError(
+      f'{verb}: {paths.show(path)}: expected an array, found {kind}. Select '
+      'arrays only.'
+    )
+  return leaf.shape
+
+
+class Reader:
+  """Reads regions of a tensor, which may be computed itself.
+
+  Args:
+    leaf: the tensor.
+  """
+
+  def __init__(self, leaf: Leaf) -> None:
+    assert leaf.shape is not None
+    self.leaf = leaf
+    self.shape: Shape = leaf.shape
+    self._last: tuple[Index, Any] | None = None
+
+  @property
+  def direct(self) -> bool:
+    """Whether the tensor is there already: in memory, or mapped."""
+    leaf = self.leaf
+    if leaf.part is None:
+      return True
+    spans = getattr(leaf.source, 'spans', ())
+    return leaf.load is leaf.source and len(spans) == 1
+
+  def __call__(self, region: Region) -> Any:
+    """Returns a region."""
+    if self.direct or math.prod(self.shape) == 0:
+      return self.leaf.load()[region]
+    if region == whole(self.shape) and math.prod(self.shape) == 1:
+      return self.leaf.load()
+    return self._assembled(region)
+
+  def take(self, region: Region, axis: int, places: np.ndarray) -> Any:
+    """Returns places along an axis, of a region on all others."""
+    if not len(places):
+      cut = (*region[:axis], slice(0, 0), *region[axis + 1 :])
+      return self(cut)
+    low, high = int(places.min()), int(places.max()) + 1
+    cut = (*region[:axis], slice(low, high), *region[axis + 1 :])
+    found = self(cut)
+    if high - low == len(places) and bool(np.all(np.diff(places) == 1)):
+      return found
+    return namespace(found).take(found, places - low, axis=axis)
+
+  def flat(self, start: int, stop: int) -> Any:
+    """Returns elements of the tensor in C order, `(stop - start,)`."""
+    if self.direct or math.prod(self.shape) == 0:
+      return self.leaf.load().reshape(-1)[start:stop]
+    pieces, at = [], 0
+    for index in grid(self.shape):
+      count = math.prod(sizes(full(index, self.shape)))
+      low, high = max(start - at, 0), min(stop - at, count)
+      if low < high:
+        pieces.append(self._block(index).reshape(-1)[low:high])
+      at += count
+    if len(pieces) == 1:
+      return pieces[0]
+    if not pieces:
+      return self.leaf.load().reshape(-1)[:0]
+    return namespace(*pieces).concatenate(pieces)
+
+  def _block(self, index: Index) -> Any:
+    if self._last is None or self._last[0] != index:
+      assert self.leaf.part is not None
+      self._last = (index, self.leaf.part(index))
+    return self._last[1]
+
+  def _assembled(self, region: Region) -> Any:
+    """Returns a region of a tensor that is computed in blocks."""
+    assert self.leaf.dtype is not None
+    result = np.empty(sizes(region), dtype_of(self.leaf.dtype))
+    for index in grid(self.shape):
+      block = full(index, self.shape)
+      met = [
+        slice(max(a.start, b.start), min(a.stop, b.stop))
+        for a, b in zip(region, block, strict=True)
+      ]
+      if any(s.start >= s.stop for s in met):
+        continue
+      to = tuple(
+        slice(s.start - r.start, s.stop - r.start)
+        for s, r in zip(met, region, strict=True)
+      )
+      of = tuple(
+        slice(s.start - b.start, s.stop - b.start)
+        for s, b in zip(met, block, strict=True)
+      )
+      result[to] = self._block(index)[of]
+    return result
+
+
+def computed(
+  like: Leaf,
+  shape: Shape,
+  block: Callable[[Region], Any],
+  sources: Sequence[Leaf],
+  dtype: str | None = None,
+  cut: bool = False,
+) -> Leaf:
+  """Returns a tensor that is computed when it is asked for.
+
+  Args:
+    like: whose flags and metadata it has.
+    shape: its shape.
+    block: returns a region of it, one of the blocks of `grid(shape)`, or all.
+    sources: what it is computed from; if these are in memory it is not cut into
+      blocks.
+    dtype: name of its dtype; that of `like` by default.
+    cut: whether it is cut into blocks even then, because bits depend on that.
+  """
+  held = (
+    bool(sources)
+    and not cut
+    and all(leaf.part is None and leaf.source is None for leaf in sources)
+  )
+
+  def load() -> Any:
+    blocks = list(grid(shape))
+    if held or len(blocks) == 1:
+      return block(whole(shape))
+    name = dtype or like.dtype
+    assert name is not None
+    result = np.empty(shape, dtype_of(name))
+    for index in blocks:
+      result[index] = block(full(index, shape))
+    return result
+
+  def part(index: Index) -> Any:
+    return block(full(index, shape))
+
+  return like.replace(
+    load=load,
+    part=None if held else part,
+    shape=shape,
+    dtype=dtype or like.dtype,
+    scalar=False,
+  )
+
+
+def start_of(region: Region, shape: Shape) -> int:
+  """Returns how many elements lie before a block of `grid(shape)`."""
+  at = 0
+  for cut, size in zip(region, shape, strict=True):
+    at = at * size + cut.start
+  return at
+
+
+def axis_of(axis: int, shape: Shape, path: Path, verb: str) -> int:
+  """Returns an axis counted from the front.
+
+  Raises:
+    SurgeryError: if there is none.
+  """
+  if not -len(shape) <= axis < len(shape):
+    raise errors.SurgeryError(
+      f'{verb}: {paths.show(path)}: has no axis {axis}, its shape is '
+      f'{shape}. Give an axis from {-len(shape)} to {len(shape) - 1}.'
+    )
+  return axis % len(shape)

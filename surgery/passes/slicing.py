@@ -1,0 +1,199 @@
+"""Slice, permute, split and repeat places along an axis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery.core import errors, paths, selectors
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.core.selection import Selection
+from surgery.passes import editing, regions
+from surgery.passes.regions import Reader, Region
+
+Places = int | str | Sequence[int | str]
+
+_RANGE = re.compile(r'\s*(-?\d+)?\s*:\s*(-?\d+)?\s*')
+
+
+def places(given: Places, count: int, what: str) -> list[int]:
+  """Reads places on an axis: `5`, `'0:640'`, `[0, 3, '8:']`, `'0:2, 5'`.
+
+  Ranges are Python's: the end is not in it, and what is negative is counted
+  from the end.
+
+  Args:
+    given: the places.
+    count: how many there are.
+    what: for messages.
+
+  Raises:
+    SurgeryError: for a place that is not there, or named twice.
+  """
+  items: list[Any] = []
+  for one in [given] if isinstance(given, (int, str)) else list(given):
+    items += one.split(',') if isinstance(one, str) else [one]
+  found: list[int] = []
+  for item in items:
+    match = _RANGE.fullmatch(item) if isinstance(item, str) else None
+    if match is not None:
+      bounds = [None if b is None else int(b) for b in match.groups()]
+      if any(b is not None and not -count <= b <= count for b in bounds):
+        raise errors.SurgeryError(
+          f'{what}: the range {item.strip()!r} leaves the axis, which has '
+          f'{count} places.'
+        )
+      found += range(*slice(*bounds).indices(count))
+      continue
+    try:
+      place = int(item)
+    except ValueError:
+      raise errors.SurgeryError(
+        f"{what}: expected a number or a range such as '0:640', found {item!r}."
+      ) from None
+    if not -count <= place < count:
+      raise errors.SurgeryError(
+        f'{what}: there is no place {place}; the axis has {count}, from 0 to '
+        f'{count - 1}.'
+      )
+    found.append(place % count)
+  if not found:
+    raise errors.SurgeryError(f'{what}: no place is meant by {given!r}.')
+  return found
+
+
+def taken(leaf: Leaf, axis: int, wanted: Sequence[int]) -> Leaf:
+  """Returns some places of a tensor along an axis, in that order."""
+  assert leaf.shape is not None
+  reader = Reader(leaf)
+  index = np.asarray(wanted, np.int64)
+  shape = (*leaf.shape[:axis], len(wanted), *leaf.shape[axis + 1 :])
+
+  def block(region: Region) -> Any:
+    return reader.take(region, axis, index[region[axis]])
+
+  return regions.computed(leaf, shape, block, [leaf])
+
+
+def _groups(size: int, of: int | None, path: Path, verb: str) -> int:
+  """Returns how many places a group has.
+
+  Raises:
+    SurgeryError: if the axis does not come in equal groups.
+  """
+  if of is None:
+    return 1
+  if of < 1 or size % of:
+    raise errors.SurgeryError(
+      f'{verb}: {paths.show(path)}: an axis of {size} cannot be cut into {of} '
+      'equal groups.'
+    )
+  return size // of
+
+
+def _spread(wanted: Sequence[int], width: int) -> list[int]:
+  return [k * width + j for k in wanted for j in range(width)]
+
+
+def slice_(
+  checkpoint: Checkpoint,
+  select: selectors.Text | Selection,
+  axis: int = 0,
+  *,
+  keep: Places | None = None,
+  drop: Places | None = None,
+  of: int | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Keeps some places along an axis: rows, columns, channels, heads.
+
+  Args:
+    checkpoint: the model.
+    select: the tensors.
+    axis: the axis; negative ones count from the end.
+    keep: places to keep: `5`, `'0:640'`, `[0, '8:16']`.
+    drop: places to leave out, instead.
+    of: number of equal groups in which the axis comes, e.g. of heads; then
+      places are groups.
+    host: knows the adapters' types.
+
+  Raises:
+    SurgeryError: for a place that is not there, or if none would be left.
+    AdapterError: for a tensor with an adapter.
+
+  Example:
+    slice: {select: '**/{q,k,v}_proj/kernel', axis: -1, drop: 5, of: 16}
+  """
+  if (keep is None) == (drop is None):
+    raise errors.SurgeryError('slice: give keep, or drop, and not both.')
+  changed = {}
+  for path, leaf in editing.chosen(checkpoint, select, 'slice', host).items():
+    assert leaf.shape is not None
+    at = regions.axis_of(axis, leaf.shape, path, 'slice')
+    width = _groups(leaf.shape[at], of, path, 'slice')
+    count = leaf.shape[at] // width
+    what = f'slice: {paths.show(path)}, axis {axis}'
+    given = keep if keep is not None else drop
+    assert given is not None
+    named = set(places(given, count, what))
+    wanted = [k for k in range(count) if (k in named) == (keep is not None)]
+    if not wanted:
+      raise errors.SurgeryError(f'{what}: nothing would be left.')
+    if len(wanted) < count:
+      changed[path] = taken(leaf, at, _spread(wanted, width))
+  if not changed:
+    raise errors.SurgeryError(
+      'slice: every place would be kept. Change keep or drop.'
+    )
+  return editing.edited(checkpoint, 'slice', changed=changed, host=host)
+
+
+def permute(
+  checkpoint: Checkpoint,
+  select: selectors.Text | Selection,
+  axis: int = 0,
+  *,
+  order: Places,
+  of: int | None = None,
+  host: Host,
+) -> Checkpoint:
+  """Brings places along an axis into another order.
+
+  Args:
+    checkpoint: the model.
+    select: the tensors.
+    axis: the axis; negative ones count from the end.
+    order: all places, in the order that they are to have.
+    of: number of equal groups in which the axis comes, e.g. of heads; then
+      places are groups.
+    host: knows the adapters' types.
+
+  Raises:
+    SurgeryError: if a place is missing or named twice.
+    AdapterError: for a tensor with an adapter.
+
+  Example:
+    permute: {select: '**/qkv/kernel', axis: -1, order: [2, 0, 1], of: 3}
+  """
+  changed = {}
+  for path, leaf in editing.chosen(checkpoint, select, 'permute', host).items():
+    assert leaf.shape is not None
+    at = regions.axis_of(axis, leaf.shape, path, 'permute')
+    width = _groups(leaf.shape[at], of, path, 'permute')
+    count = leaf.shape[at] // width
+    what = f'permute: {paths.show(path)}, axis {axis}'
+    wanted = places(order, count, what)
+    if sorted(wanted) != list(range(count)):
+      raise errors.SurgeryError(
+        f'{what}: expected each of {count} places once, found {len(wanted)} '
+        f'places, {len(set(wanted))} of them different.'
+      )
+    changed[path] = taken(leaf, at, _spread(wanted, width))
+  # An adapter's factors have the order of the tensor.
+  editing.check_free(checkpoint, changed, 'permute', host)
+  return editing.edited(checkpoint, 'permute', changed=changed, host=host)

@@ -1,0 +1,129 @@
+"""Tie and untie: one tensor for two names, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.checkpoint import Check, Checkpoint, Leaf, grid
+from surgery.core.host import Host
+from surgery.core.paths import Path
+from surgery.passes import editing, regions
+from surgery.passes.reshape import transposed
+
+
+def tie(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  *,
+  transpose: bool = False,
+  check: bool = True,
+  host: Host,
+) -> Checkpoint:
+  """Leaves out tensors that are equal to others, for models that share them.
+
+  Args:
+    checkpoint: the model.
+    rules: `KEPT -> LEFT_OUT`.
+    transpose: whether the one that is left out is the other transposed.
+    check: whether they have to be equal, which is seen to before anything is
+      written.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing, or names what is not there.
+    CheckError: when it is written, if two are not equal.
+
+  Example:
+    tie: {rules: 'embed/embedding -> head/kernel', transpose: true}
+  """
+  gone: set[Path] = set()
+  checks: list[Check] = []
+  written = editing.texts(rules, 'tie')
+  for old, leaf, new, text in editing.pairs(checkpoint, written, 'tie', None):
+    if new not in checkpoint or new == old:
+      raise errors.RenameError(
+        f'tie: rule {text!r}: there is no other tensor {paths.show(new)}.'
+      )
+    regions.array(leaf, old, 'tie')
+    other = checkpoint[new]
+    kept = _turned(leaf, old, 'tie') if transpose else leaf
+    if (kept.shape, kept.dtype) != (other.shape, other.dtype):
+      raise errors.SurgeryError(
+        f'tie: {paths.show(old)} is {leaf} and {paths.show(new)} is {other}; '
+        'they cannot be one.'
+      )
+    if check:
+      checks.append(_equal(kept, other, old, new))
+    gone.add(new)
+  result = editing.edited(checkpoint, 'tie', gone=gone, host=host)
+  return result.replace(checks=(*result.checks, *checks))
+
+
+def _turned(leaf: Leaf, path: Path, verb: str) -> Leaf:
+  """Returns a matrix transposed."""
+  if len(leaf.shape or ()) != 2:
+    raise errors.SurgeryError(
+      f'{verb}: {paths.show(path)}: expected a matrix to transpose, found '
+      f'{leaf.shape}.'
+    )
+  return transposed(leaf, [1, 0])
+
+
+def _equal(a: Leaf, b: Leaf, one: Path, other: Path) -> Check:
+  text = f'{paths.show(one)} equals {paths.show(other)}'
+
+  def run() -> None:
+    assert a.shape is not None
+    first, second = regions.Reader(a), regions.Reader(b)
+    for index in grid(a.shape):
+      cell = regions.full(index, a.shape)
+      x, y = np.asarray(first(cell)), np.asarray(second(cell))
+      if x.tobytes() != y.tobytes():
+        raise errors.CheckError(
+          f'tie: {paths.show(one)} and {paths.show(other)} are not equal, so '
+          'one cannot stand for both. Give check=false to leave out the second '
+          'all the same.'
+        )
+
+  return Check(text, run)
+
+
+def untie(
+  checkpoint: Checkpoint,
+  rules: str | Sequence[str],
+  *,
+  transpose: bool = False,
+  host: Host,
+) -> Checkpoint:
+  """Copies tensors that a model shares to a second name of their own.
+
+  Args:
+    checkpoint: the model.
+    rules: `OLD -> NEW`.
+    transpose: whether the copy is transposed.
+    host: knows the adapters' types.
+
+  Raises:
+    RenameError: for a rule that matches nothing, or a name that is taken.
+
+  Example:
+    untie: {rules: 'embed/embedding -> head/kernel', transpose: true}
+  """
+  fresh: dict[Path, Leaf] = {}
+  behind: dict[Path, Path] = {}
+  written = editing.texts(rules, 'untie')
+  for old, leaf, new, text in editing.pairs(checkpoint, written, 'untie', None):
+    if new in fresh:
+      raise errors.RenameError(
+        f'untie: rule {text!r}: two tensors would be {paths.show(new)}.'
+      )
+    regions.array(leaf, old, 'untie')
+    made = _turned(leaf, old, 'untie') if transpose else leaf
+    fresh[new] = editing.as_new(made)
+    behind[new] = old
+  return editing.edited(
+    checkpoint, 'untie', fresh=fresh, behind=behind, host=host
+  )

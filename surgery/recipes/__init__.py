@@ -1,0 +1,1 @@
+"""Recipes: many changes said in one file, planned, and done in one pass."""

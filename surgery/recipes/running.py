@@ -1,0 +1,498 @@
+"""Planning a recipe and carrying it out.
+
+A plan is made by doing all steps on what has been opened and not read: passes
+are lazy, so what is found then (names, shapes, dtypes, collisions) is what will
+be written, and nothing else can happen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.core import checkpoint as checkpoints
+from surgery.core import errors, manifest, selectors
+from surgery.core.checkpoint import Checkpoint
+from surgery.core.host import Host
+from surgery.recipes import definitions, history, planning
+
+if TYPE_CHECKING:
+  from surgery.recipes.recipe import Recipe, Step, Target
+
+_INDEX = '.index.json'
+
+
+class _Models(Mapping[str, Checkpoint]):
+  """Checkpoints by alias, of which those are opened that are asked for.
+
+  Args:
+    recipe: the recipe.
+    host: whose formats are known.
+    given: those that need not be opened.
+  """
+
+  def __init__(
+    self, recipe: Recipe, host: Host, given: Mapping[str, Checkpoint]
+  ) -> None:
+    self._recipe = recipe
+    self._host = host
+    self.now: dict[str, Checkpoint] = dict(given)
+    self.opened: dict[str, Checkpoint] = dict(given)
+
+  def __getitem__(self, alias: str) -> Checkpoint:
+    if alias not in self.now:
+      if alias not in self._recipe.inputs:
+        raise KeyError(alias)
+      self.now[alias] = self.opened[alias] = self._open(alias)
+    return self.now[alias]
+
+  def _open(self, alias: str) -> Checkpoint:
+    path = self._recipe.inputs[alias]
+    if path is None:
+      where = self._recipe.where('inputs', alias)
+      raise errors.RecipeError(
+        f'{where}: input {alias!r} has no file. Give {alias}=FILE.'
+      )
+    return checkpoints.open_checkpoint(path, host=self._host)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(dict.fromkeys((*self._recipe.inputs, *self.now)))
+
+  def __len__(self) -> int:
+    return len(list(iter(self)))
+
+
+def _performed(recipe: Recipe, models: _Models, host: Host) -> None:
+  """Does all steps; what they make is in `models`."""
+  # Mistakes in what is written are found before a file is opened.
+  steps = [_defined(recipe, k, host) for k in range(len(recipe.steps))]
+  first = next(iter(recipe.inputs))
+  known = set(recipe.inputs)
+  for number, step in enumerate(recipe.steps):
+    with _placed(recipe, number, step):
+      _check_alias(step.on or first, known)
+      known.add(step.result or step.on or first)
+  for name, target in recipe.outputs.items():
+    if target.of is not None and target.of not in known:
+      raise errors.RecipeError(
+        f'{recipe.where("outputs", name)}: of: no model is called '
+        f'{target.of!r}.{errors.suggest(target.of, known)}'
+      )
+  for alias in recipe.inputs:
+    models[alias]
+  for number, step in enumerate(recipe.steps):
+    definition, arguments = steps[number]
+    alias = step.on or first
+    with _placed(recipe, number, step):
+      models.now[step.result or alias] = _done(
+        definition, arguments, models, alias, host
+      )
+
+
+def _defined(
+  recipe: Recipe, number: int, host: Host
+) -> tuple[definitions.Definition, dict[str, Any]]:
+  step = recipe.steps[number]
+  with _placed(recipe, number, step):
+    definition = definitions.find(step.name, host)
+    arguments = definition.read(step.value)
+    _check_selectors(definition, arguments)
+    return definition, arguments
+
+
+def _check_selectors(
+  definition: definitions.Definition, arguments: Mapping[str, Any]
+) -> None:
+  """Raises for a selector that cannot be read."""
+  for option in definition.options.values():
+    value = arguments.get(option.argument)
+    if option.name == 'select' and isinstance(value, (str, list)):
+      selectors.parse(value)
+
+
+def _check_alias(alias: str, known: set[str]) -> None:
+  if alias not in known:
+    raise errors.RecipeError(
+      f'in: no model is called {alias!r}.{errors.suggest(alias, known)}'
+    )
+
+
+@contextlib.contextmanager
+def _placed(recipe: Recipe, number: int, step: Step) -> Iterator[None]:
+  """Says of errors in which step of which recipe they are."""
+  if not recipe.origin:
+    yield  # It is a verb of the shell, which knows what it did.
+    return
+  try:
+    yield
+  except errors.PluginError:
+    raise
+  except errors.CheckError as error:
+    raise errors.CheckError(_in_step(recipe, number, step, error)) from error
+  except (errors.SurgeryError, KeyError) as error:
+    raise errors.RecipeError(_in_step(recipe, number, step, error)) from error
+
+
+def _in_step(
+  recipe: Recipe, number: int, step: Step, error: BaseException
+) -> str:
+  where = recipe.where('steps', number)
+  said = error.args[0] if isinstance(error, KeyError) else str(error)
+  said = str(said).removeprefix(f'{step.name}: ')
+  return f'{where}: step {number + 1} ({step.name}): {said}'
+
+
+def _done(
+  definition: definitions.Definition,
+  arguments: Mapping[str, Any],
+  models: _Models,
+  alias: str,
+  host: Host,
+) -> Checkpoint:
+  """Does one step."""
+  given = dict(arguments)
+  for option in definition.options.values():
+    value = given.get(option.argument)
+    if option.model and isinstance(value, str):
+      if value not in models:
+        raise errors.RecipeError(
+          f'{option.name}: no model is called {value!r}.'
+          f'{errors.suggest(value, models)}'
+        )
+      given[option.argument] = models[value]
+  if 'inputs' in definition.given:
+    given['inputs'] = models
+  if 'original' in definition.given:
+    given['original'] = models.opened.get(alias)
+  if 'host' in definition.given:
+    given['host'] = host
+  with host.observed(definition.name, _told(arguments)):
+    result = definition.function(models[alias], **given)
+  if not isinstance(result, Checkpoint):
+    raise errors.PluginError(
+      f'the pass {definition.name!r} returned {type(result).__name__}, '
+      'expected a Checkpoint.'
+    )
+  return result
+
+
+def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns arguments as observers are told them."""
+  plain = (str, int, float, bool, list, dict, type(None))
+  return {k: v for k, v in arguments.items() if isinstance(v, plain)}
+
+
+def applied(
+  recipe: Recipe, given: Mapping[str, Checkpoint], host: Host
+) -> Checkpoint:
+  """Does a recipe on checkpoints; returns what its first output is made of.
+
+  Raises:
+    RecipeError: for a mistake, with line and step.
+  """
+  for alias in given:
+    if alias not in recipe.inputs:
+      raise errors.RecipeError(
+        f'{recipe.origin}: it has no input {alias!r}.'
+        f'{errors.suggest(alias, recipe.inputs)}'
+      )
+  models = _Models(recipe, host, given)
+  _performed(recipe, models, host)
+  target = next(iter(recipe.outputs.values()), None)
+  alias = (target and target.of) or next(iter(recipe.inputs))
+  return models[alias]
+
+
+# Plans.
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """One file that is to be written.
+
+  Attributes:
+    name: its name in the recipe.
+    target: where and how.
+    sources: what was opened, by alias.
+    main: alias of the input that it goes on from.
+    after: what is written.
+  """
+
+  name: str
+  target: Target
+  sources: Mapping[str, Checkpoint]
+  main: str
+  after: Checkpoint
+
+  @property
+  def path(self) -> pathlib.Path:
+    """The file."""
+    assert self.target.path is not None
+    return self.target.path
+
+  @property
+  def shown(self) -> pathlib.Path:
+    """The file that is opened again: that, or the index of the shards."""
+    if self.target.shard_size is None:
+      return self.path
+    return self.path.with_name(self.path.name + _INDEX)
+
+  def rows(self) -> list[dict[str, Any]]:
+    """Returns what happens to each tensor; see `planning.plan`."""
+    return planning.plan(self.sources, self.main, self.after)
+
+  def report(self) -> dict[str, Any]:
+    """Returns what happens as JSON data."""
+    return planning.report(
+      self.rows(),
+      self.shown.name,
+      planning.needed(self.after),
+      [one.text for one in self.after.checks],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a recipe will do, which is all that it can do.
+
+  Attributes:
+    recipe: the recipe, with all files.
+    outputs: what is written, in the recipe's order.
+    host: whose formats are known.
+  """
+
+  recipe: Recipe
+  outputs: tuple[Output, ...]
+  host: Host
+
+  def report(self) -> dict[str, Any]:
+    """Returns it as JSON data: the first output, and others under `saved`.
+
+    Returns:
+      `output`, a file's name; `memory`, about how many bytes it takes; `time`,
+      the class of the slowest tensor; `checks`; and `tensors`, each with
+      `path`, `what`, `shape`, `dtype`, `bytes`, `time` and what else there is.
+    """
+    first, *others = [one.report() for one in self.outputs]
+    return {**first, 'saved': others} if others else first
+
+  def check(self, overwrite: bool = False) -> None:
+    """Raises unless outputs can be written, as far as one can tell.
+
+    Raises:
+      SurgeryError: if a file exists, or its folder does not.
+    """
+    seen: dict[pathlib.Path, str] = {}
+    for one in self.outputs:
+      check_target(one.target, overwrite)
+      self.host.format_of(one.path, one.target.format)
+      other = seen.setdefault(one.path.resolve(), one.name)
+      if other != one.name:
+        raise errors.RecipeError(
+          f'outputs {other!r} and {one.name!r} name the same file, {one.path}.'
+        )
+
+  def write(
+    self,
+    *,
+    overwrite: bool = False,
+    watched: Callable[[Checkpoint], Any] | None = None,
+  ) -> None:
+    """Writes all outputs, or none.
+
+    Args:
+      overwrite: whether outputs may exist.
+      watched: returns a context manager that gives the function to be told of
+        progress, or None.
+
+    Raises:
+      CheckError: if something does not hold that the recipe asserts.
+      SurgeryError: if an output cannot be written.
+      OSError: naming the file, if the system says no.
+    """
+    self.check(overwrite)
+    for one in self.outputs:
+      one.after.check()
+    # The first is the main one: it appears last.
+    order = list(reversed(self.outputs))
+    with contextlib.ExitStack() as undo:
+      for one in order[:-1]:
+        undo.enter_context(_restored(one.shown))
+        self._write(one, overwrite, watched)
+      self._write(order[-1], overwrite, watched)
+
+  def _write(
+    self,
+    one: Output,
+    overwrite: bool,
+    watched: Callable[[Checkpoint], Any] | None,
+  ) -> None:
+    target = one.target
+    after = one.after.replace(checks=())  # They have been seen to.
+    shown = watched(after) if watched else contextlib.nullcontext()
+    try:
+      with shown as told:
+        after.write(
+          one.path,
+          overwrite=overwrite,
+          format=target.format,
+          host=self.host,
+          manifest=not target.strict_flax,
+          shard_size=target.shard_size,
+          progress=told,
+        )
+    except OSError as error:
+      if error.filename is not None:
+        raise
+      # A full disk does not say which.
+      said = f'{error.strerror or error}; nothing was written'
+      raise OSError(error.errno, said, str(one.path)) from error
+
+
+def check_target(target: Target, overwrite: bool) -> None:
+  """Raises unless a file can be written, as far as one can tell beforehand.
+
+  Raises:
+    SurgeryError: if the file exists, or its folder does not.
+  """
+  path = target.path
+  assert path is not None
+  folder = path.parent
+  if path.is_dir():
+    raise errors.SurgeryError(f'{path}: expected a file, found a folder.')
+  if not folder.is_dir():
+    raise errors.SurgeryError(
+      f'{folder}: there is no such folder. Make it first: mkdir -p {folder}.'
+    )
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise errors.SurgeryError(f'{folder}: the folder is not writable.')
+  index = path.with_name(path.name + _INDEX)
+  if target.shard_size is not None and index.exists():
+    raise errors.SurgeryError(
+      f'{index}: exists already, and the index of a set of files is never '
+      'replaced. Remove the set, or write elsewhere.'
+    )
+  if path.exists() and not overwrite:
+    raise errors.SurgeryError(
+      f'{path}: exists already. Give --force (overwrite=True) to replace it.'
+    )
+
+
+def plan(
+  recipe: Recipe, host: Host, given: Mapping[str, Checkpoint] | None = None
+) -> Plan:
+  """Plans a recipe; see `Recipe.plan`.
+
+  Args:
+    recipe: the recipe.
+    host: whose passes and formats there are.
+    given: inputs that have been opened already, by alias.
+  """
+  if not recipe.outputs:
+    raise errors.RecipeError(f'{recipe.origin}: expected an output.')
+  for name, target in recipe.outputs.items():
+    if target.path is None:
+      raise errors.RecipeError(
+        f'{recipe.where("outputs", name)}: output {name!r} has no file. Give '
+        f'{name}=FILE.'
+      )
+    if target.strict_flax:
+      _check_strict(target, host)
+  models = _Models(recipe, host, given or {})
+  _performed(recipe, models, host)
+  outputs = []
+  for name, target in recipe.outputs.items():
+    alias = target.of or next(iter(recipe.inputs))
+    after = models[alias]
+    main = _main_of(after, models)
+    said = history.entry(recipe, name, main, models.opened)
+    after = history.recorded(after, said)
+    if target.strict_flax:
+      _check_plain(target, after, host)
+    outputs.append(Output(name, target, dict(models.opened), main, after))
+  return Plan(recipe, tuple(outputs), host)
+
+
+def _main_of(after: Checkpoint, models: _Models) -> str:
+  """Returns which input a checkpoint goes on from."""
+  for alias, one in models.opened.items():
+    if one.origin == after.origin:
+      return alias
+  for alias, one in models.opened.items():
+    if one.manifest.history and one.manifest.history == after.manifest.history:
+      return alias
+  return next(iter(models.opened))
+
+
+def _check_strict(target: Target, host: Host) -> None:
+  del host
+  assert target.path is not None
+  form = target.format or target.path.suffix.lstrip('.')
+  if form != 'msgpack':
+    raise errors.SurgeryError(
+      f'{target.path}: --strict-flax is for flax msgpack, found {form!r}.'
+    )
+
+
+def _check_plain(target: Target, after: Checkpoint, host: Host) -> None:
+  said = after.resolved(host)
+  if said.adapters:
+    names = ', '.join(repr(one['name']) for one in said.adapters)
+    raise errors.SurgeryError(
+      f'--strict-flax leaves out what adapters are, and {names} would be '
+      'tensors without a meaning. Merge or detach first.'
+    )
+
+
+def lost(plan: Plan) -> Iterator[str]:
+  """Yields what outputs that are written as flax writes them leave out."""
+  for one in plan.outputs:
+    if not one.target.strict_flax:
+      continue
+    said: manifest.Manifest = one.after.resolved(plan.host)
+    notes = one.after.notes().values()
+    counts = {
+      'flags (not trainable)': sum(not n.trainable for n in notes),
+      'metadata of tensors': sum(bool(n.metadata) for n in notes),
+      'kinds of PRNG keys': sum(n.key is not None for n in notes),
+      'digests': sum(n.digest is not None for n in notes),
+      'types of layers': len(said.layer_types),
+      'structures of values': len(said.trees),
+      'passes of the history': len(said.history),
+    }
+    shown = [f'{count} {what}' for what, count in counts.items() if count]
+    yield f'--strict-flax leaves out: {", ".join(shown)}.'
+
+
+@contextlib.contextmanager
+def _restored(path: pathlib.Path) -> Iterator[None]:
+  """If what follows fails, `path` is again what it was: a file, or nothing."""
+  old = None
+  if path.exists():
+    path = path.resolve()
+    old = path.with_name(f'.{path.name[:180]}.{secrets.token_hex(4)}.old')
+    try:
+      os.link(path, old)
+    except OSError as error:
+      reason = os.strerror(error.errno or errno.EIO)
+      raise errors.SurgeryError(
+        f'{path}: cannot be kept until all is written ({reason}). Write to '
+        'another name.'
+      ) from error
+  try:
+    yield
+  except BaseException:
+    if old is not None:
+      old.replace(path)
+    else:
+      path.unlink(missing_ok=True)
+    raise
+  finally:
+    if old is not None:
+      old.unlink(missing_ok=True)
