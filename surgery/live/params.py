@@ -256,6 +256,23 @@ def notes_of(params: bx.Params) -> Mapping[str, Any]:
   return params._notes if isinstance(params, AdaptedParams) else {}
 
 
+def lineage_of(params: bx.Params) -> tuple[Any, ...]:
+  """Returns how params came about, as `surgery.live.lineage` says it."""
+  if isinstance(params, AdaptedParams):
+    return tuple(params._notes.get('lineage', ()))
+  return tuple(getattr(params, '_surgery_lineage', ()))
+
+
+def with_lineage(params: bx.Params, lineage: tuple[Any, ...]) -> bx.Params:
+  """Returns params that say how they came about."""
+  clone = params._clone()
+  if isinstance(clone, AdaptedParams):
+    clone._notes = {**clone._notes, 'lineage': lineage}
+  else:
+    clone._surgery_lineage = lineage
+  return clone
+
+
 def with_records(
   params: bx.Params, records: Records, notes: Mapping[str, Any] | None = None
 ) -> bx.Params:

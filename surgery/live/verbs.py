@@ -18,7 +18,7 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
-from surgery.live import convert, designed
+from surgery.live import convert, designed, lineage
 from surgery.live import params as live
 from surgery.live.dispatch import takes_checkpoints, told, types_of
 from surgery.passes import attach as attaching
@@ -159,7 +159,10 @@ def _passed(
   """Applies a pass to params in memory."""
   before = convert.to_checkpoint(params)
   after = change(before, *args, host=host, **kwargs)
-  return convert.to_params(after, host, like=params)
+  result = convert.to_params(after, host, like=params)
+  return lineage.remembered(
+    result, params, before, change.__name__, change, args, kwargs, host
+  )
 
 
 def _layer_types(params: bx.Params, graph: Any) -> layers.LayerTypes:

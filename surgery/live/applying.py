@@ -1,0 +1,116 @@
+"""Recipes on params."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import blox as bx
+import jax
+import numpy as np
+
+from surgery.core import errors
+from surgery.core.checkpoint import Checkpoint, open_checkpoint
+from surgery.core.host import Host, default_host
+from surgery.live import convert, designed, lineage
+from surgery.live import params as live
+from surgery.live.dispatch import types_of
+from surgery.recipes import recipe as recipes
+from surgery.recipes.recipe import Recipe
+
+Model = TypeVar('Model', bx.Params, Checkpoint)
+
+
+def apply(
+  model: Model,
+  recipe: Recipe | Sequence[Mapping[str, Any] | str] | Mapping[str, Any] | str,
+  *,
+  graph: bx.Graph | None = None,
+  host: Host | None = None,
+  **inputs: bx.Params | Checkpoint | str | os.PathLike[str],
+) -> Model:
+  """Does the steps of a recipe on params, or on a saved model.
+
+  On params they are done at once; of a `Checkpoint` nothing is read until it is
+  written.
+
+  Args:
+    model: the model's params, or a `Checkpoint`; not changed.
+    recipe: a recipe, its steps, or one step: `{'drop': '**/mask'}`.
+    graph: the model's graph, for `type:` selectors.
+    host: whose passes there are.
+    **inputs: other inputs of the recipe by alias: params, checkpoints or files.
+
+  Returns:
+    What the recipe's first output is made of, of the kind of `model`.
+
+  Raises:
+    RecipeError: for a mistake, with the step.
+    CheckError: if something does not hold that the recipe asserts; of a
+      `Checkpoint` when it is written.
+
+  Example:
+    params = surgery.apply(params, {'stack': 'h/<i>/** -> h/**'})
+    both = surgery.apply(params, {'add': 'tuned::**/mlp/**'}, tuned='t.msgpack')
+  """
+  host = host or default_host()
+  steps = recipes.of(recipe)
+  missing = [alias for alias in inputs if alias not in steps.inputs]
+  if missing and not isinstance(recipe, Recipe):
+    given = {**steps.inputs, **dict.fromkeys(missing)}
+    steps = Recipe([one.data() for one in steps.steps], inputs=given)
+  others = {alias: _opened(alias, one, host) for alias, one in inputs.items()}
+  if isinstance(model, Checkpoint):
+    before = model
+  elif isinstance(model, bx.Params):
+    before = convert.to_checkpoint(designed.adopted(model))
+  else:
+    raise errors.SurgeryError(
+      f'apply: expected bx.Params or a Checkpoint, found '
+      f'{type(model).__name__}.'
+    )
+  if graph is not None:
+    said = before.manifest.replace(layer_types=types_of(graph))
+    before = before.replace(manifest=said)
+  after = steps.apply(before, host=host, **others)
+  if isinstance(model, Checkpoint):
+    return after
+  after.check()
+  params = _of_jax(convert.to_params(after, host, like=model), model)
+  return lineage.remembered(
+    params, model, before, 'apply', steps, (), others, host
+  )
+
+
+def _opened(alias: str, value: Any, host: Host) -> Checkpoint:
+  if isinstance(value, Checkpoint):
+    return value
+  if isinstance(value, bx.Params):
+    return convert.to_checkpoint(designed.adopted(value))
+  if isinstance(value, (str, os.PathLike)):
+    return convert.from_tensors(open_checkpoint(value, host=host))
+  raise errors.SurgeryError(
+    f'apply: {alias}: expected params, a Checkpoint or a file, found '
+    f'{type(value).__name__}.'
+  )
+
+
+def _of_jax(params: bx.Params, before: bx.Params) -> bx.Params:
+  """Returns params of which what numpy computed is JAX's.
+
+  64-bit arrays stay numpy's where JAX would narrow them, as do those that were.
+  """
+  data = {}
+  for path, param in params.items():
+    old = before[path].value if path in before else None
+    value = param.value
+    if (
+      isinstance(value, (np.ndarray, np.generic))
+      and value is not old
+      and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
+    ):
+      param = param.replace(value=jax.numpy.asarray(value))
+    data[path] = param
+  records, notes = live.records_of(params), live.notes_of(params)
+  return live.make(data, params.is_locked, records, notes)

@@ -1,0 +1,128 @@
+"""How params came about: the passes that made them, kept beside them.
+
+It is what lets an optimizer's state follow (`surgery.migrate`). It never enters
+the pytree: a transformation returns params without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import blox as bx
+
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.live import params as live
+from surgery.recipes.recipe import Recipe
+
+# So many passes are remembered.
+_MOST = 64
+_MASK = (1 << 64) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """One pass on params, or one recipe.
+
+  Attributes:
+    name: the pass.
+    before: what it was given, without values.
+    after: fingerprints of what it returned: of all, and of what trains.
+    run: the pass, or the recipe.
+    args: its arguments behind the checkpoint.
+    kwargs: its named arguments.
+    host: whose hooks were asked.
+  """
+
+  name: str
+  before: Checkpoint
+  after: tuple[int, int]
+  run: Callable[..., Checkpoint] | Recipe
+  args: tuple[Any, ...]
+  kwargs: Mapping[str, Any]
+  host: Host
+
+
+def unknown() -> Any:
+  """Stands for a value that is not kept."""
+  raise AssertionError('Lineage has no values.')
+
+
+def fingerprints(params: bx.Params | Checkpoint) -> tuple[int, int]:
+  """Returns what identifies names, shapes and flags: of all, of what trains."""
+  whole = half = 0
+  for path, one in params.items():
+    value = one if isinstance(one, Leaf) else one.value
+    found = hash((path, tuple(getattr(value, 'shape', None) or ()))) & _MASK
+    whole = (whole + found * (2 if one.trainable else 3)) & _MASK
+    if one.trainable:
+      half = (half + found * 2) & _MASK
+  return whole, half
+
+
+def remembered(
+  after: bx.Params,
+  before: bx.Params,
+  given: Checkpoint,
+  name: str,
+  run: Callable[..., Checkpoint] | Recipe,
+  args: tuple[Any, ...],
+  kwargs: Mapping[str, Any],
+  host: Host,
+) -> bx.Params:
+  """Returns params that know how they came about.
+
+  Args:
+    after: what a pass made.
+    before: of which params.
+    given: the same as a checkpoint, as the pass got it.
+    name: the pass.
+    run: the pass, or the recipe.
+    args: its arguments behind the checkpoint.
+    kwargs: its named arguments.
+    host: whose hooks were asked.
+  """
+  empty = {
+    path: dataclasses.replace(leaf, load=unknown, part=None, source=None)
+    for path, leaf in given.items()
+  }
+  records = given.records(host)
+  change = Change(
+    name,
+    given.replace(leaves=empty, records=records),
+    fingerprints(after),
+    run,
+    args,
+    kwargs,
+    host,
+  )
+  return live.with_lineage(after, (*of(before), change)[-_MOST:])
+
+
+def of(params: bx.Params) -> tuple[Change, ...]:
+  """Returns the passes that made params, oldest first."""
+  found = live.lineage_of(params)
+  if found and not set(fingerprints(params)) & set(found[-1].after):
+    return ()  # Somebody else has changed them since.
+  return found
+
+
+def between(before: bx.Params, after: bx.Params) -> tuple[Change, ...] | None:
+  """Returns the passes that made some params of others.
+
+  Returns:
+    The passes, oldest first; none if both are alike; None if it is not known.
+  """
+  known, own = of(after), of(before)
+  if own:
+    for k in reversed(range(len(known))):
+      if known[k] is own[-1]:
+        return known[k + 1 :]
+  start = set(fingerprints(before))
+  # What has no lineage was there before the first of them.
+  for k in range(len(known)):
+    if start & set(fingerprints(known[k].before)):
+      return known[k:]
+  return () if start & set(fingerprints(after)) else None
