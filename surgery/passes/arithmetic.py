@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -81,6 +83,24 @@ def narrowed(block: np.ndarray, dtype: str, path: Path, verb: str) -> Any:
       'dtype first.'
     )
   return after
+
+
+@functools.cache
+def _pools() -> Any:
+  import threadpoolctl
+
+  return threadpoolctl.ThreadpoolController()
+
+
+def steady() -> contextlib.AbstractContextManager[Any]:
+  """Keeps products and decompositions on one thread while it is entered.
+
+  How a product is shared among threads decides how it is rounded.
+  """
+  pools: contextlib.AbstractContextManager[Any] = _pools().limit(
+    limits=1, user_api='blas'
+  )
+  return pools
 
 
 def add(
@@ -318,7 +338,8 @@ def _product(
       cut = region[:-1] if result is None else region[:-2]
       read = Reader(leaf)((*cut, *rows[len(cut) :]))
       factor = plain(read, target, 'matmul').astype(within)
-      result = factor if result is None else result @ factor
+      with steady():
+        result = factor if result is None else result @ factor
     result = result[..., region[-1]]
     return narrowed(result * by, dtype, target, 'matmul')
 

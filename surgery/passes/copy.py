@@ -45,7 +45,6 @@ def copy(
     copy: ['other::**/mlp -> **/experts/1']
   """
   fresh: dict[Path, Leaf] = {}
-  behind: dict[Path, Path] = {}
   types = dict(checkpoint.manifest.layer_types)
   trees = dict(checkpoint.manifest.trees)
   for text in editing.texts(rules, 'copy'):
@@ -64,14 +63,11 @@ def copy(
           'rules.'
         )
       fresh[new] = editing.as_new(leaf)
-      if alias is None:
-        behind[new] = old
       _describe(source, old, new, types, trees, text)
   result = editing.edited(
     checkpoint,
     'copy',
     fresh=fresh,
-    behind=behind,
     overwrite=overwrite,
     host=host,
   )

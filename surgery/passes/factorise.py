@@ -131,7 +131,8 @@ class _Factors:
         'factors.'
       )
     flat = matrix.reshape(-1, *shape[-2:])
-    found = [self._decomposed(one, k) for k, one in enumerate(flat)]
+    with arithmetic.steady():
+      found = [self._decomposed(one, k) for k, one in enumerate(flat)]
     factors = []
     for which, sizes in enumerate(
       ((*shape[:-1], self._rank), (*shape[:-2], self._rank, shape[-1]))

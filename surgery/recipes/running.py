@@ -20,6 +20,7 @@ from surgery.core import checkpoint as checkpoints
 from surgery.core import errors, manifest, selectors
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
+from surgery.files import strict_json
 from surgery.recipes import definitions, history, planning
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ class Plan:
     order = list(reversed(self.outputs))
     with contextlib.ExitStack() as undo:
       for one in order[:-1]:
-        undo.enter_context(_restored(one.shown))
+        undo.enter_context(_restored(one))
         self._write(one, overwrite, watched)
       self._write(order[-1], overwrite, watched)
 
@@ -471,9 +472,9 @@ def lost(plan: Plan) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _restored(path: pathlib.Path) -> Iterator[None]:
-  """If what follows fails, `path` is again what it was: a file, or nothing."""
-  old = None
+def _restored(output: Output) -> Iterator[None]:
+  """If what follows fails, a file is what it was before, or not there."""
+  path, old = output.shown, None
   if path.exists():
     path = path.resolve()
     old = path.with_name(f'.{path.name[:180]}.{secrets.token_hex(4)}.old')
@@ -491,8 +492,18 @@ def _restored(path: pathlib.Path) -> Iterator[None]:
     if old is not None:
       old.replace(path)
     else:
+      for part in _parts(output):
+        part.unlink(missing_ok=True)
       path.unlink(missing_ok=True)
     raise
   finally:
     if old is not None:
       old.unlink(missing_ok=True)
+
+
+def _parts(output: Output) -> set[pathlib.Path]:
+  """Returns the files of a set that has been written."""
+  if output.target.shard_size is None or not output.shown.exists():
+    return set()
+  index = strict_json.loads(output.shown.read_bytes(), str(output.shown))
+  return {output.shown.with_name(n) for n in index['weight_map'].values()}

@@ -62,6 +62,23 @@ def test_other_models_may_be_params_or_files(tmp_path):
     assert np.array_equal(twice, after['net', 'h0', 'kernel'].value)
 
 
+def test_an_adapter_of_a_file_is_attached(tmp_path):
+  params = scanned()
+  adapted = surgery.attach(params, surgery.LoRA(rank=1), to='net/h0', seed=4)
+  surgery.save_adapter(tmp_path / 'a.msgpack', adapted)
+  for value in (tmp_path / 'a.msgpack', surgery.open(tmp_path / 'a.msgpack')):
+    again = surgery.apply(params, {'attach': {'from': 'a'}}, a=value)
+    assert jax.tree.structure(adapted) == jax.tree.structure(again)
+    assert np.array_equal(
+      adapted['net', 'h0', 'lora_a'].value, again['net', 'h0', 'lora_a'].value
+    )
+  step = {
+    'attach': {'adapter': 'lora', 'to': 'net/h0', 'set': {'rank': 1}, 'seed': 4}
+  }
+  again = surgery.apply(params, step)
+  assert jax.tree.structure(adapted) == jax.tree.structure(again)
+
+
 def test_what_is_shared_stays_shared():
   params = scanned()
   after = surgery.apply(params, {'rename': 'net/h0 -> net/first'})
