@@ -45,6 +45,16 @@ class Change:
   host: Host
 
 
+class Lineage(tuple[Change, ...]):
+  """Passes, oldest first. It is not copied into other processes or files."""
+
+  def __reduce__(self) -> Any:
+    return (Lineage, ())
+
+  def __deepcopy__(self, memo: Any) -> Lineage:
+    return self
+
+
 def unknown() -> Any:
   """Stands for a value that is not kept."""
   raise AssertionError('Lineage has no values.')
@@ -98,7 +108,8 @@ def remembered(
     kwargs,
     host,
   )
-  return live.with_lineage(after, (*of(before), change)[-_MOST:])
+  known = (*of(before), change)[-_MOST:]
+  return live.with_lineage(after, Lineage(known))
 
 
 def of(params: bx.Params) -> tuple[Change, ...]:

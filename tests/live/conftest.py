@@ -16,3 +16,6 @@ def _optimized(request):
   jax.config.update('jax_disable_most_optimizations', not optimized)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+  if not optimized:
+    # Who comes next on this worker may compare bits with programs of its own.
+    jax.clear_caches()

@@ -372,6 +372,24 @@ def test_what_only_got_other_names_is_known_by_its_arrays():
   assert np.array_equal(moments(state, path), moments(moved, ('model', *path)))
 
 
+@pytest.mark.parametrize('verb', ['attach', 'apply'])
+def test_lineage_stays_in_its_process(verb):
+  import copy
+  import pickle
+
+  before = network()
+  if verb == 'attach':
+    after = surgery.attach(before, surgery.LoRA(rank=1), to='**')
+  else:
+    after = surgery.apply(before, {'scale': {'select': '**/bias', 'by': 2}})
+  other = pickle.loads(pickle.dumps(after))
+  assert jax.tree.structure(after) == jax.tree.structure(other)
+  tx = optax.adam(1e-3)
+  state = trained(tx, before)
+  surgery.migrate(state, before, copy.deepcopy(after))
+  surgery.migrate(state, before, copy.copy(after))
+
+
 def test_lineage_leaves_params_as_they_are():
   """It is no part of the pytree, and holds no arrays."""
   import gc
