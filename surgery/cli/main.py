@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'inspect': 'Show what a file holds.',
     'keep': 'Leave out all other tensors.',
     'merge': 'Fold adapters into the base.',
+    'new-plugin': 'Write a plugin to begin with.',
     'plugins': 'List plugins, or show one.',
     'recipe-schema': 'Print the JSON schema of recipes.',
     'rename': 'Rename tensors and layers.',
@@ -105,12 +106,25 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
   callback=_version,
   help='Print the version.',
 )
-def cli() -> None:
+@click.option(
+  '--no-plugin',
+  'blocked',
+  multiple=True,
+  metavar='NAME',
+  help='Go on without a plugin or adapter type; it is not imported.',
+)
+@click.pass_context
+def cli(ctx: click.Context, blocked: tuple[str, ...]) -> None:
   """Change saved models: attach adapters, merge, rename, cast, look inside.
 
   What is asked for goes to stdout, all else to stderr. Completion of verbs and
   of names inside of files: eval "$(_SURGERY_COMPLETE=bash_source surgery)".
   """
+  from surgery.core import host
+
+  if blocked or any(variable in os.environ for variable in host.VARIABLES):
+    # A host of this command's own, so that nothing is global.
+    ctx.with_resource(host.used(host.from_environment(block=blocked)))
 
 
 def _code(error: BaseException) -> int:

@@ -38,7 +38,8 @@ def command(ctx: click.Context, as_json: bool) -> None:
 def show(name: str, as_json: bool) -> None:
   """Show an adapter type and its options, or a plugin and its hooks."""
   host = default_host()
-  others = [i for i in host.plugins() if i.name == name and i.kind == 'plugin']
+  known = [i for i in host.plugins() if i.name == name]
+  others = [i for i in known if i.kind == 'plugin' or i.state == 'blocked']
   if others and name not in host.adapter_names():
     data = dataclasses.asdict(others[0])
   else:
@@ -51,6 +52,8 @@ def show(name: str, as_json: bool) -> None:
       click.echo(f'{key}: {data[key]}')
   if data.get('hooks'):
     click.echo(f'hooks: {", ".join(data["hooks"])}')
+  if data.get('traceback'):
+    click.echo(f'\n{data["traceback"].rstrip()}')
   if data.get('about'):
     click.echo(f'\n{data["about"]}')
   for option in data.get('options', ()):
@@ -78,6 +81,12 @@ def _type(name: str) -> dict[str, Any]:
     if hint := errors.suggest(name, names):
       raise errors.UnknownAdapterType(f"no plugin '{name}'.{hint}") from error
     raise
+  except errors.PluginError:
+    # What is broken is shown with its reason.
+    broken = [i for i in host.plugins() if i.name == name and i.reason]
+    if not broken:
+      raise
+    return dataclasses.asdict(broken[0])
   info = next(i for i in host.plugins() if i.name == name)
   return {
     **dataclasses.asdict(info),

@@ -12,25 +12,37 @@ importable modules.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import importlib.metadata
 import inspect
 import os
 import pathlib
+import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pluggy
 
-from surgery.core import errors, hookspecs, location
+from surgery.core import errors, hookspecs, location, paths, version
 from surgery.core.adapter import Adapter
+from surgery.core.site import Site
 
 ADAPTERS = 'surgery.adapters'
 PLUGINS = 'surgery.plugins'
+VARIABLES = (
+  'SURGERY_PLUGINS',
+  'SURGERY_PREFER',
+  'SURGERY_STRICT_PLUGINS',
+  'SURGERY_TRACE',
+)
+# The library's own.
+DISTRIBUTION = 'blox-surgery'
 
 
 class PluginWarning(UserWarning):
@@ -49,6 +61,7 @@ class PluginInfo:
     state: `available` (not imported yet), `loaded`, `broken` or `blocked`.
     reason: why it is broken.
     hooks: names of the hooks that it implements, where it is loaded.
+    traceback: where it broke, for `surgery plugins show`.
   """
 
   name: str
@@ -58,6 +71,7 @@ class PluginInfo:
   state: str = 'available'
   reason: str = ''
   hooks: tuple[str, ...] = ()
+  traceback: str = ''
 
   @property
   def origin(self) -> str:
@@ -96,6 +110,12 @@ class Host:
     plugins: adapter types and objects with hooks, beside what is installed.
     entry_points: whether installed distributions are asked for plugins.
     block: names of plugins that must not be loaded.
+    only: names of the plugins of other distributions that may be loaded; all
+      by default. What comes with the library is always there, unless blocked.
+    prefer: where two distributions offer one name, or a distribution offers
+      one that comes with the library: the distribution that is meant, by name.
+    strict: whether a broken plugin is an error, not a warning.
+    trace: is told of each call of a hook, in a line.
 
   Example:
     host = surgery.Host(plugins=[MyAdapter], entry_points=False)
@@ -108,9 +128,17 @@ class Host:
     *,
     entry_points: bool = True,
     block: Iterable[str] = (),
+    only: Iterable[str] | None = None,
+    prefer: Mapping[str, str] | None = None,
+    strict: bool = False,
+    trace: Callable[[str], Any] | None = None,
   ) -> None:
     self._lock = threading.RLock()
     self._block = frozenset(block)
+    self._only = None if only is None else frozenset(only)
+    self._prefer = dict(prefer or {})
+    self._strict = strict
+    self._trace = trace
     self._entry_points = entry_points
     self._manager: pluggy.PluginManager | None = None
     self._given: list[Any] = []
@@ -127,10 +155,43 @@ class Host:
       found.setdefault(entry.info.name, []).append(entry)
     return found
 
+  def _blocked(self, info: PluginInfo) -> bool:
+    """Whether a plugin must not be loaded."""
+    if info.name in self._block:
+      return True
+    own = info.distribution in ('', DISTRIBUTION)
+    return not own and self._only is not None and info.name not in self._only
+
+  def _chosen(self, entries: list[_Entry], what: str) -> list[_Entry]:
+    """Returns those of the same name that are meant: one, or none.
+
+    Raises:
+      PluginError: if there are several, naming their distributions.
+    """
+    open_ = [e for e in entries if not self._blocked(e.info)]
+    if len(open_) < 2:
+      return open_
+    name = open_[0].info.name
+    wanted = self._prefer.get(name)
+    meant = [e for e in open_ if e.info.distribution == wanted]
+    if len(meant) == 1:
+      return meant
+    origins = ' and '.join(e.info.origin for e in open_)
+    raise errors.PluginError(
+      f"{what} '{name}' is offered by {origins}. Uninstall or block one of "
+      f'them, or say which is meant: Host(prefer={{{name!r}: '
+      f'{open_[0].info.distribution!r}}}), or SURGERY_PREFER='
+      f'{name}={open_[0].info.distribution}.'
+    )
+
   def adapter_names(self) -> tuple[str, ...]:
     """Returns the names of all adapter types, without importing them."""
-    names = {*self._types, *self._adapters} - self._block
-    return tuple(sorted(names))
+    found = {
+      name
+      for name, entries in self._adapters.items()
+      if not all(self._blocked(e.info) for e in entries)
+    }
+    return tuple(sorted((found | self._types.keys()) - self._block))
 
   def adapter_type(self, name: str) -> type[Adapter]:
     """Returns an adapter type, importing it if need be.
@@ -141,19 +202,13 @@ class Host:
     """
     if name in self._types and name not in self._block:
       return self._types[name]
-    entries = self._adapters.get(name, []) if name not in self._block else []
+    entries = self._chosen(self._adapters.get(name, []), 'adapter type')
     if not entries:
       raise errors.UnknownAdapterType(
         f"unknown adapter type '{name}'."
         f'{errors.suggest(name, self.adapter_names())} Adapter types come '
         f"from installed distributions (entry points in '{ADAPTERS}'); "
         '`surgery plugins` lists them.'
-      )
-    if len(entries) > 1:
-      origins = ' and '.join(e.info.origin for e in entries)
-      raise errors.PluginError(
-        f"adapter type '{name}' is offered by {origins}. Uninstall one of "
-        'them, or block it.'
       )
     entry = self._load(entries[0])
     if entry.error is not None:
@@ -165,7 +220,9 @@ class Host:
 
   def distribution(self, name: str) -> str:
     """Returns the distribution and version an adapter type comes from."""
-    entries = self._adapters.get(name, ())
+    if name in self._types:
+      return ''
+    entries = self._chosen(self._adapters.get(name, []), 'adapter type')
     return entries[0].info.origin if entries else ''
 
   def _load(self, entry: _Entry) -> _Entry:
@@ -187,7 +244,9 @@ class Host:
           entry.info,
           state='broken',
           reason=f'{type(error).__name__}: {error} '
-          f'({pathlib.Path(last.filename).name}:{last.lineno})',
+          f'({pathlib.Path(last.filename).name}:{last.lineno})'
+          f'{_release(entry)}',
+          traceback=''.join(traceback.format_exception(error)),
         )
       return entry
 
@@ -230,17 +289,71 @@ class Host:
         manager = pluggy.PluginManager(hookspecs.PROJECT)
         manager.add_hookspecs(hookspecs)
         # The last that was registered is asked first.
-        for entry in reversed(self._plugin_entries):
+        for entry in reversed(self._wanted()):
           self._load_plugin(manager, entry)
         for plugin in self._given:
           _register(manager, plugin, None)
+        if self._trace is not None:
+          manager.add_hookcall_monitoring(lambda *_: None, self._traced)
         self._manager = manager
       return self._manager
 
+  def _wanted(self) -> list[_Entry]:
+    """Returns the plugins that may be loaded; of one name only one.
+
+    Raises:
+      PluginError: if two distributions offer one name.
+    """
+    names = dict.fromkeys(e.info.name for e in self._plugin_entries)
+    wanted = []
+    for name in names:
+      same = [e for e in self._plugin_entries if e.info.name == name]
+      try:
+        meant = self._chosen(same, 'plugin')
+      except errors.PluginError as error:
+        # None of them is loaded: which would be a matter of luck.
+        for entry in same:
+          self._broken(entry, error)
+        continue
+      for entry in same:
+        if entry not in meant:
+          entry.info = dataclasses.replace(entry.info, state='blocked')
+      wanted += meant
+    return wanted
+
+  def _broken(self, entry: _Entry, error: errors.PluginError) -> None:
+    entry.error = error
+    entry.info = dataclasses.replace(
+      entry.info, state='broken', reason=f'{error}{_release(entry)}'
+    )
+    self._report(entry)
+
+  def _report(self, entry: _Entry) -> None:
+    """Warns of a broken plugin, or raises if that was asked for."""
+    text = f"plugin '{entry.info.name}' of {entry.info.origin} is broken"
+    if self._strict:
+      raise errors.PluginError(
+        f'{text}: {entry.info.reason} Uninstall it, block it (--no-plugin '
+        f'{entry.info.name}), or unset SURGERY_STRICT_PLUGINS.'
+      ) from entry.error
+    warnings.warn(
+      f'{text} and left out: {entry.info.reason}', PluginWarning, stacklevel=2
+    )
+
+  def _traced(
+    self, outcome: Any, hook: str, impls: Any, arguments: Mapping[str, Any]
+  ) -> None:
+    assert self._trace is not None
+    names = [impl.plugin_name for impl in impls]
+    said = ', '.join(f'{k}={_short(v)}' for k, v in arguments.items())
+    result = (
+      f'raised {_short(outcome.exception)}'
+      if outcome.exception is not None
+      else _short(outcome.get_result())
+    )
+    self._trace(f'{hook}({said}) asked of {", ".join(names)} → {result}')
+
   def _load_plugin(self, manager: pluggy.PluginManager, entry: _Entry) -> None:
-    if entry.info.name in self._block:
-      entry.info = dataclasses.replace(entry.info, state='blocked')
-      return
     self._load(entry)
     if entry.error is None:
       try:
@@ -250,17 +363,10 @@ class Host:
           entry.info, hooks=tuple(sorted(h.name for h in hooks))
         )
       except errors.PluginError as error:
-        entry.error = error
-        entry.info = dataclasses.replace(
-          entry.info, state='broken', reason=str(error)
-        )
+        self._broken(entry, error)
+        return
     if entry.error is not None:
-      warnings.warn(
-        f"plugin '{entry.info.name}' of {entry.info.origin} is broken and left "
-        f'out: {entry.info.reason}',
-        PluginWarning,
-        stacklevel=2,
-      )
+      self._report(entry)
 
   def ask(self, hook: str, *, of: Any = None, **arguments: Any) -> Any:
     """Asks a hook.
@@ -283,7 +389,7 @@ class Host:
     try:
       if extra is None:
         return caller(**arguments)
-      if not caller.get_hookimpls():
+      if not caller.get_hookimpls() and self._trace is None:
         # Nobody else has a say: a model of ten thousand layers asks often.
         return extra(**{n: arguments[n] for n in _names(extra.__func__)})
       return caller.call_extra([extra], arguments)
@@ -311,7 +417,7 @@ class Host:
     _ = self.manager  # Loads plugins with hooks, so that states are true.
     infos = [
       dataclasses.replace(
-        e.info, state='blocked' if e.info.name in self._block else e.info.state
+        e.info, state='blocked' if self._blocked(e.info) else e.info.state
       )
       for entries in self._adapters.values()
       for e in entries
@@ -347,10 +453,17 @@ class Host:
         ) from error
       for name, value in dict(offered or {}).items():
         if name in found:
-          raise errors.PluginError(
-            f"'{name}' is offered by two plugins, '{found[name][0]}' and "
-            f"'{impl.plugin_name}' ({hook}). Uninstall or block one of them."
-          )
+          both = (found[name][0], impl.plugin_name)
+          wanted = self._prefer.get(name)
+          if wanted not in both:
+            raise errors.PluginError(
+              f"'{name}' is offered by two plugins, '{both[0]}' and "
+              f"'{both[1]}' ({hook}). Uninstall or block one of them, or say "
+              f'which is meant: Host(prefer={{{name!r}: {both[0]!r}}}), or '
+              f'SURGERY_PREFER={name}={both[0]}.'
+            )
+          if wanted == found[name][0]:
+            continue
         found[name] = (impl.plugin_name, value)
     return {name: value for name, (_, value) in sorted(found.items())}
 
@@ -483,7 +596,88 @@ def _register(
     )
 
 
+def _short(value: Any) -> str:
+  """Returns a value in a few characters, for a trace."""
+  if isinstance(value, Site):
+    return paths.show(value.path) if value.known else '?'
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:57]}…'
+
+
+def _release(entry: _Entry) -> str:
+  """Returns what a broken plugin was made for, if it says so."""
+  point = entry.entry_point
+  if point is None or point.dist is None:
+    return ''
+  wanted = [
+    text
+    for text in point.dist.requires or ()
+    if text.replace('_', '-').lower().startswith(DISTRIBUTION)
+  ]
+  if not wanted:
+    return ''
+  return f' (it requires {wanted[0]}; this is {version.VERSION})'
+
+
+def from_environment(**changes: Any) -> Host:
+  """Returns a host as the environment's variables want it.
+
+  `SURGERY_PLUGINS`, a list with commas, names the plugins of other
+  distributions that may be loaded; empty, there are none. `SURGERY_PREFER=
+  name=distribution,…` says which of two is meant. `SURGERY_STRICT_PLUGINS=1`
+  makes a broken plugin an error. `SURGERY_TRACE=1` prints calls of hooks to
+  stderr.
+
+  Args:
+    **changes: further arguments of the host.
+
+  Raises:
+    PluginError: for a variable that cannot be read.
+  """
+  listed = lambda text: [t.strip() for t in text.split(',') if t.strip()]
+  options: dict[str, Any] = {}
+  only = os.environ.get('SURGERY_PLUGINS')
+  if only is not None:
+    options['only'] = listed(only)
+  prefer = {}
+  for item in listed(os.environ.get('SURGERY_PREFER', '')):
+    name, sign, distribution = item.partition('=')
+    if not (name and sign and distribution):
+      raise errors.PluginError(
+        f'SURGERY_PREFER: expected name=distribution, found {item!r}.'
+      )
+    prefer[name] = distribution
+  options['prefer'] = prefer
+  options['strict'] = _is_on('SURGERY_STRICT_PLUGINS')
+  if _is_on('SURGERY_TRACE'):
+    options['trace'] = lambda line: print(line, file=sys.stderr)
+  return Host(**{**options, **changes})
+
+
+def _is_on(variable: str) -> bool:
+  return os.environ.get(variable, '') not in ('', '0')
+
+
 @functools.cache
+def _default() -> Host:
+  return from_environment()
+
+
+_CURRENT: contextvars.ContextVar[Host | None] = contextvars.ContextVar(
+  'surgery_host', default=None
+)
+
+
 def default_host() -> Host:
   """Returns the host that verbs use where none is given."""
-  return Host()
+  return _CURRENT.get() or _default()
+
+
+@contextlib.contextmanager
+def used(host: Host) -> Iterator[None]:
+  """Makes a host the default one, in this thread and for a time."""
+  token = _CURRENT.set(host)
+  try:
+    yield
+  finally:
+    _CURRENT.reset(token)

@@ -206,7 +206,7 @@ def test_every_verb_that_writes_is_tested_here():
 
   reads = {'demo', 'diff', 'inspect', 'plugins', 'select', 'verify'}
   # They have tests of their own.
-  others = {'convert', 'unfreeze', 'run', 'recipe-schema'}
+  others = {'convert', 'unfreeze', 'run', 'recipe-schema', 'new-plugin'}
   assert set(main.VERBS) == VERBS.keys() | reads | others
 
 

@@ -75,12 +75,15 @@ def installed(tmp_path, monkeypatch):
   """Returns a function that puts a distribution on the path."""
   monkeypatch.syspath_prepend(tmp_path)
 
-  def install(name, module, source, *, adapters='', plugins='', version='1.0'):
+  def install(
+    name, module, source, *, adapters='', plugins='', version='1.0', needs=''
+  ):
     (tmp_path / f'{module}.py').write_text(textwrap.dedent(source))
     info = tmp_path / f'{name}-{version}.dist-info'
     info.mkdir()
     (info / 'METADATA').write_text(
       f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
+      + (f'Requires-Dist: {needs}\n' if needs else '')
     )
     points = ''
     if adapters:
@@ -294,3 +297,179 @@ def test_a_type_is_registered_once():
   host = Host(plugins=[Double], entry_points=False)
   with pytest.raises(errors.PluginError, match='registered already'):
     host.register(Double)
+
+
+PLUGIN = """
+  import surgery
+
+  @surgery.hookimpl
+  def surgery_methods():
+    return {'name': len}
+"""
+
+
+def test_plugins_of_one_name_are_both_named_and_left_out(installed):
+  for name in ('one', 'two'):
+    installed(name, f'{name}_mod', PLUGIN, plugins=f'same = {name}_mod')
+  host = Host()
+  with pytest.warns(surgery.PluginWarning) as told:
+    assert {} == dict(host.methods)
+  assert 2 == len(told)
+  message = (
+    "plugin 'same' is offered by one 1.0 and two 1.0. Uninstall or block"
+  )
+  assert all(message in str(one.message) for one in told)
+  assert 'one_mod' not in sys.modules
+  # Whoever says which is meant gets it.
+  host = Host(prefer={'same': 'two'})
+  assert {'name'} == set(host.methods)
+  assert 'one_mod' not in sys.modules
+  states = [i.state for i in host.plugins() if i.name == 'same']
+  assert ['blocked', 'loaded'] == states
+
+
+def test_what_comes_with_the_library_is_overridden_on_request_only(installed):
+  source = ADAPTER.replace("'mine'", "'lora'")
+  installed('rival', 'rival_mod', source, adapters='lora = rival_mod:Mine')
+  with pytest.raises(
+    surgery.PluginError,
+    match=r"'lora' is offered by blox-surgery .* and rival 1\.0.*prefer=",
+  ):
+    Host().adapter_type('lora')
+  assert 'rival_mod' not in sys.modules
+  mine = Host(prefer={'lora': 'rival'}).adapter_type('lora')
+  assert 'rival_mod' == mine.__module__
+  own = Host(prefer={'lora': 'blox-surgery'}).adapter_type('lora')
+  assert surgery.LoRA is own
+
+
+def test_a_pass_that_comes_with_the_library_is_overridden_on_request_only():
+  class Rival:
+    @surgery.hookimpl
+    def surgery_passes(self):
+      return {'cast': len}
+
+  with pytest.raises(surgery.PluginError, match="'cast' is offered by two"):
+    Host(plugins=[Rival()]).passes
+  plugin = Rival()
+  name = str(Host(plugins=[plugin]).manager.get_name(plugin))
+  assert len is Host(plugins=[plugin], prefer={'cast': name}).passes['cast']
+  own = Host(plugins=[plugin], prefer={'cast': 'passes'}).passes['cast']
+  assert 'surgery.passes.cast' == own.__module__
+
+
+def test_a_plugin_for_a_newer_release_is_reported(installed):
+  source = """
+    import surgery
+
+    @surgery.hookimpl
+    def surgery_from_the_future(site):
+      return None
+  """
+  installed(
+    'new', 'new_mod', source, plugins='new = new_mod',
+    needs='blox-surgery>=9.1',
+  )  # fmt: skip
+  with pytest.warns(
+    surgery.PluginWarning,
+    match=r'surgery_from_the_future.*it requires blox-surgery>=9\.1; this is',
+  ):
+    assert 'msgpack' in Host().formats
+
+
+def test_strict_hosts_take_no_broken_plugin(installed):
+  installed('bad', 'bad_mod', 'raise OSError("gone")', plugins='bad = bad_mod')
+  with pytest.raises(
+    surgery.PluginError, match="'bad' of bad 1.0 is broken: OSError: gone"
+  ):
+    Host(strict=True).formats
+  assert 'msgpack' in Host(strict=True, block=['bad']).formats
+
+
+def test_only_some_plugins_of_others_are_loaded(installed):
+  installed('a', 'a_mod', PLUGIN, plugins='a = a_mod')
+  installed('b', 'b_mod', ADAPTER, adapters='mine = b_mod:Mine')
+  host = Host(only=[])
+  assert {} == dict(host.methods)
+  assert {'msgpack', 'safetensors'} == set(host.formats)
+  assert 'lora' in host.adapter_names() and 'mine' not in host.adapter_names()
+  assert 'mine' in Host(only=['mine']).adapter_names()
+  states = {i.name: i.state for i in host.plugins()}
+  assert ('blocked', 'blocked') == (states['a'], states['mine'])
+  assert not {'a_mod', 'b_mod'} & sys.modules.keys()
+
+
+def test_what_is_blocked_is_not_imported(installed):
+  installed('slow', 'slow_mod', 'raise SystemExit', plugins='slow = slow_mod')
+  assert 'msgpack' in Host(block=['slow']).formats
+  assert 'slow_mod' not in sys.modules
+
+
+def test_calls_of_hooks_are_traced():
+  lines = []
+  host = Host(plugins=[Hooks()], entry_points=False, trace=lines.append)
+  host.ask('surgery_match_layer', site=SITE, term='mine:')
+  [line] = lines
+  assert "surgery_match_layer(site=net/a/kernel, term='mine:')" in line
+  assert line.endswith('→ True')
+
+  class Bad:
+    @surgery.hookimpl
+    def surgery_match_layer(self, site, term):
+      raise ZeroDivisionError('oh')
+
+  host = Host(plugins=[Bad()], entry_points=False, trace=lines.append)
+  with pytest.raises(surgery.PluginError):
+    host.ask('surgery_match_layer', site=SITE, term='x:')
+  assert 'raised ZeroDivisionError' in lines[-1]
+
+
+def test_the_environment_makes_a_host(installed, monkeypatch, surgery_cli):
+  installed('b', 'b_mod', ADAPTER, adapters='mine = b_mod:Mine')
+  installed('bad', 'bad_mod', 'raise OSError("gone")', plugins='bad = bad_mod')
+  assert 'mine' in surgery_cli('--no-plugin', 'bad', 'plugins').out
+  monkeypatch.setenv('SURGERY_STRICT_PLUGINS', '1')
+  result = surgery_cli('plugins')
+  assert (4, True) == (result.code, 'OSError: gone' in result.err)
+  monkeypatch.setenv('SURGERY_PLUGINS', 'mine')
+  result = surgery_cli('plugins')
+  assert 0 == result.code, result.err
+  assert 'blocked' in next(x for x in result.out.splitlines() if ' bad ' in x)
+  monkeypatch.setenv('SURGERY_TRACE', '1')
+  assert 'surgery_formats()' not in surgery_cli('plugins').err
+  monkeypatch.setenv('SURGERY_PREFER', 'x')
+  assert 'expected name=distribution' in surgery_cli('plugins').err
+
+
+def test_what_is_broken_is_shown_with_its_traceback(installed, surgery_cli):
+  installed('bad', 'bad_mod', 'raise OSError("gone")', adapters='bad = bad_mod')
+  result = surgery_cli('plugins', 'show', 'bad')
+  assert 0 == result.code, result.err
+  assert 'state: broken' in result.out
+  assert 'reason: OSError: gone (bad_mod.py:1)' in result.out
+  assert 'Traceback (most recent call last)' in result.out
+
+
+def test_two_hosts_side_by_side_in_two_threads():
+  import concurrent.futures
+
+  import blox as bx
+  import jax.numpy as jnp
+
+  class Triple(Double):
+    def apply(self, site, name, base, weights):
+      return 3 * base
+
+  params = bx.Params()
+  params['net', 'a', 'kernel'] = bx.Param(jnp.ones((3, 2)))
+  params = params.locked()
+
+  def run(cls):
+    host = Host(plugins=[cls], entry_points=False)
+    for _ in range(10):
+      adapted = surgery.attach(params, cls(), to='**', host=host)
+      merged = surgery.merge(adapted, host=host)
+    return float(merged['net', 'a', 'kernel'].value[0, 0])
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    assert [2.0, 3.0] == list(pool.map(run, (Double, Triple)))

@@ -1,0 +1,202 @@
+"""`surgery new-plugin`."""
+
+from __future__ import annotations
+
+import keyword
+import pathlib
+import re
+import string
+
+import click
+
+from surgery.cli import shared
+from surgery.core import errors, version
+from surgery.core.host import default_host
+
+_PYPROJECT = """\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "$distribution"
+version = "0.1.0"
+description = "The adapter type '$name' for surgery."
+readme = "README.md"
+requires-python = ">=3.11"
+dependencies = ["blox-surgery>=$version", "jax>=0.7"]
+
+# The entry's name is the type's name, in recipes and in the shell too.
+[project.entry-points."surgery.adapters"]
+$name = "$package:$class_"
+
+[dependency-groups]
+dev = ["pytest>=8.4"]
+
+[tool.setuptools]
+packages = ["$package"]
+"""
+
+_MODULE = '''\
+"""$class_: replace this line by what the adapter type is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import surgery
+
+__all__ = ['$class_']
+
+
+class $class_(surgery.Adapter):
+  """Scales what goes into a layer and what comes out (name your source).
+
+  `W' = diag(1 + strength·a) · W · diag(1 + strength·b)` with `a` of `in_shape`
+  and `b` of `out_shape`. Both are zero at the start, so `W' = W`.
+  """
+
+  name = '$name'
+
+  strength: float = surgery.field(
+    default=1.0, gt=0, doc='How much the weights count.'
+  )
+
+  def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
+    """Returns `a`, zeros of `in_shape`, and `b`, zeros of `out_shape`."""
+    del key  # Weights that are drawn at random come from here.
+    return {'a': jnp.zeros(site.in_shape), 'b': jnp.zeros(site.out_shape)}
+
+  def apply(
+    self, site: surgery.Site, name: str, base: jax.Array, weights: Any
+  ) -> jax.Array:
+    """Returns what the layer gets, of the shape of `base`."""
+    rows = 1 + self.strength * weights['a']
+    columns = 1 + self.strength * weights['b']
+    return base * rows.reshape(rows.shape + (1,) * columns.ndim) * columns
+'''
+
+_TEST = '''\
+"""The laws that every adapter type obeys, and what this one computes."""
+
+import jax.numpy as jnp
+import numpy as np
+import surgery
+from surgery.testing import AdapterConformance
+
+from $package import $class_
+
+
+class Test$class_(AdapterConformance):
+  adapter = $class_()
+
+
+def test_values():
+  kernel = surgery.ParamSpec('kernel', (2, 3), 'float32', 'io')
+  site = surgery.Site(('net', 'layer'), (kernel,))
+  weights = {'a': jnp.array([0.5, 0]), 'b': jnp.array([0, 1.0, 0])}
+  adapter = $class_(strength=2.0)
+  answer = adapter.apply(site, 'kernel', jnp.ones((2, 3)), weights)
+  assert np.array_equal([[2, 6, 2], [1, 3, 1]], answer)
+'''
+
+_README = """\
+# $distribution
+
+The adapter type `$name` for [surgery](https://pypi.org/project/blox-surgery/).
+
+```sh
+pip install $distribution
+surgery plugins show $name
+surgery attach base.msgpack --adapter $name --to '**' -o adapted.msgpack
+```
+
+```python
+import surgery
+from $package import $class_
+
+params = surgery.attach(params, $class_(), to='**/{query,value}')
+```
+
+## Working on it
+
+```sh
+pip install --editable . --group dev
+pytest
+```
+
+`$package/__init__.py` is the type: `init` says which weights a layer gets,
+`apply` what the layer is answered. `tests/` runs the laws of all types.
+"""
+
+_CI = """\
+name: tests
+on: [push, pull_request]
+jobs:
+  tests:
+    runs-on: ubuntu-latest
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with: {python-version: '3.11'}
+      - run: pip install --upgrade pip
+      - run: pip install --editable . --group dev
+      - run: pytest
+        env: {JAX_PLATFORMS: cpu}
+"""
+
+
+@click.command()
+@click.argument('name')
+@click.option(
+  '-o',
+  '--output',
+  'folder',
+  type=shared.FILE,
+  help='The folder to make; surgery-NAME by default.',
+)
+def command(name: str, folder: pathlib.Path | None) -> None:
+  r"""Write a distribution with an adapter type that works at once.
+
+  \b
+  surgery new-plugin mine
+  pip install --editable ./surgery-mine --group surgery-mine/pyproject.toml:dev
+  pytest surgery-mine
+  """
+  package = f'surgery_{name}'
+  if not re.fullmatch(r'[a-z][a-z0-9_]*', name) or keyword.iskeyword(name):
+    raise click.UsageError(
+      f'{name!r}: expected lower-case letters, digits and underscores.'
+    )
+  if name in default_host().adapter_names():
+    origin = default_host().distribution(name)
+    raise errors.SurgeryError(
+      f"adapter type '{name}' is there already, of {origin}. Take another name."
+    )
+  distribution = f'surgery-{name.replace("_", "-")}'
+  folder = folder or pathlib.Path(distribution)
+  if folder.exists():
+    raise errors.SurgeryError(f'{folder}: exists already. Give another folder.')
+  if not folder.parent.is_dir():
+    raise errors.SurgeryError(f'{folder.parent}: there is no such folder.')
+  said = {
+    'name': name,
+    'package': package,
+    'distribution': distribution,
+    'class_': ''.join(word.capitalize() for word in name.split('_')),
+    'version': version.VERSION,
+  }
+  for path, text in {
+    'pyproject.toml': _PYPROJECT,
+    f'{package}/__init__.py': _MODULE,
+    f'tests/test_{name}.py': _TEST,
+    'README.md': _README,
+    '.github/workflows/tests.yml': _CI,
+  }.items():
+    file = folder / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(string.Template(text).substitute(said), encoding='utf-8')
+    click.echo(str(file))

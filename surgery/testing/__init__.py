@@ -1,0 +1,103 @@
+"""The conformance kit: tests that any adapter type has to pass.
+
+    from surgery.testing import AdapterConformance
+
+    class TestMine(AdapterConformance):
+      adapter = Mine(rank=2)
+
+That is all of a test file. A type says what it does not do by class attributes,
+and the kit sees to it that it refuses. Without pytest: `check(Mine(rank=2))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from surgery.core.adapter import Adapter
+from surgery.testing import laws as _laws
+from surgery.testing.laws import LAWS, Broken, Case, Declared
+
+__all__ = ['LAWS', 'AdapterConformance', 'Broken', 'Case', 'Declared', 'check']
+
+
+class AdapterConformance:
+  """A test class for pytest; derive from it and set `adapter`.
+
+  Attributes:
+    adapter: the adapter, with a configuration that suits layers of width 4.
+    identity: whether a new adapter changes nothing.
+    mergeable: whether it can be merged; what the type says by default.
+    unsupported: kinds of layers that it does not serve: `linear`, `no_bias`,
+      `conv`, `embed`, `einsum`, `stacked`.
+  """
+
+  adapter: ClassVar[Adapter]
+  identity: ClassVar[bool] = True
+  mergeable: ClassVar[bool | None] = None
+  unsupported: ClassVar[tuple[str, ...]] = ()
+
+  @classmethod
+  def cases(cls) -> list[Case]:
+    """Returns what there is to look at."""
+    return _laws.cases(cls.adapter, _declared(cls))
+
+  def test_law(self, case: Case) -> None:
+    """Looks at one law on one kind of layer."""
+    LAWS[case.law](case)
+
+
+def _declared(cls: type[AdapterConformance]) -> Declared:
+  mergeable = cls.mergeable
+  if mergeable is None:
+    mergeable = type(cls.adapter).mergeable
+  return Declared(cls.identity, mergeable, tuple(cls.unsupported))
+
+
+def check(
+  adapter: Adapter,
+  *,
+  identity: bool = True,
+  mergeable: bool | None = None,
+  unsupported: Iterable[str] = (),
+  laws: Iterable[str] | None = None,
+  kinds: Iterable[str] | None = None,
+  dtypes: Iterable[str] | None = None,
+) -> None:
+  """Raises unless an adapter obeys the laws.
+
+  Args:
+    adapter: the adapter.
+    identity: whether a new adapter changes nothing.
+    mergeable: whether it can be merged; what the type says by default.
+    unsupported: kinds of layers that it does not serve.
+    laws: names of the laws to look at; all by default.
+    kinds: kinds of layers to look at; all by default.
+    dtypes: dtypes to look at; all by default.
+
+  Raises:
+    Broken: for the first law that is broken.
+  """
+  if mergeable is None:
+    mergeable = type(adapter).mergeable
+  declared = Declared(identity, mergeable, tuple(unsupported))
+  for case in _laws.cases(
+    adapter, declared, laws=laws, kinds=kinds, dtypes=dtypes
+  ):
+    LAWS[case.law](case)
+
+
+def broken(adapter: Adapter, **options: Any) -> dict[str, Exception]:
+  """Returns the laws that an adapter breaks, each with its first failure.
+
+  Args:
+    adapter: the adapter.
+    **options: as for `check`.
+  """
+  found: dict[str, Exception] = {}
+  for law in options.pop('laws', None) or LAWS:
+    try:
+      check(adapter, laws=[law], **options)
+    except Exception as error:
+      found[law] = error
+  return found

@@ -1,0 +1,651 @@
+"""The laws that every adapter type obeys, each a function of a case.
+
+They come from what went wrong in other libraries; a docstring says the law, and
+a broken one says where, by how much, and how to see it again.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.adapter import Adapter
+from surgery.core.checkpoint import open_checkpoint
+from surgery.core.host import Host
+from surgery.live import params as live
+from surgery.live import saving, verbs
+from surgery.testing import models
+
+# How far outputs may differ where programs are compiled otherwise.
+TOLERANCES = {'float32': 2e-5, 'bfloat16': 5e-2, 'float16': 1e-2}
+
+
+class Broken(AssertionError):  # noqa: N818 - it is what pytest reports.
+  """A law that an adapter type breaks.
+
+  Attributes:
+    law: its name.
+  """
+
+  def __init__(self, message: str, law: str) -> None:
+    super().__init__(message)
+    self.law = law
+
+
+@dataclasses.dataclass(frozen=True)
+class Declared:
+  """What a type says that it does not do.
+
+  Attributes:
+    identity: whether a new adapter changes nothing.
+    mergeable: whether it can be merged.
+    unsupported: kinds of layers that it does not serve.
+  """
+
+  identity: bool = True
+  mergeable: bool = True
+  unsupported: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """An adapter on a model.
+
+  Attributes:
+    adapter: the adapter.
+    kind: the kind of layers.
+    dtype: dtype of the base.
+    declared: what the type says of itself.
+    law: name of the law that is looked at.
+  """
+
+  adapter: Adapter
+  kind: str
+  dtype: str
+  declared: Declared
+  law: str = ''
+
+  @property
+  def host(self) -> Host:
+    """A host that knows this type and no other."""
+    return Host(plugins=[type(self.adapter)], only=())
+
+  def model(self) -> models.Model:
+    """Returns the model."""
+    return models.model(self.kind, self.dtype)
+
+  def attached(self, of: models.Model, **options: Any) -> bx.Params:
+    """Returns the model's params with the adapter, as it begins."""
+    adapter = options.pop('adapter', self.adapter)
+    return models.attached(of, adapter, self.host, **options)
+
+  def trained(self, of: models.Model, **options: Any) -> bx.Params:
+    """Returns the same with weights that do something."""
+    return models.stirred(self.attached(of, **options))
+
+  # What laws say.
+
+  def broken(self, what: str, site: str = '') -> Broken:
+    """Returns the error for this law."""
+    at = f', at {site}' if site else ''
+    return Broken(
+      f"law '{self.law}' is broken by {self.adapter!r} on {self.kind} layers "
+      f'of {self.dtype}{at}: {what}\nThe law: {summary(self.law)}\nReproduce: '
+      f'surgery.testing.check({self.adapter!r}, laws=[{self.law!r}], '
+      f'kinds=[{self.kind!r}], dtypes=[{self.dtype!r}])',
+      self.law,
+    )
+
+  def close(self, expected: Any, actual: Any, what: str) -> None:
+    """Raises unless two outputs are equal but for rounding."""
+    self._compare(expected, actual, what, TOLERANCES[self.dtype])
+
+  def same(self, expected: Any, actual: Any, what: str) -> None:
+    """Raises unless two outputs are equal to the bit."""
+    self._compare(expected, actual, what, 0.0)
+
+  def _compare(
+    self, expected: Any, actual: Any, what: str, most: float
+  ) -> None:
+    a, b = np.asarray(expected), np.asarray(actual)
+    if a.shape != b.shape or a.dtype != b.dtype:
+      raise self.broken(
+        f'{what}: expected {a.dtype}{a.shape}, found {b.dtype}{b.shape}.'
+      )
+    if not most and a.tobytes() == b.tobytes():
+      return
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    apart = np.abs(x - y).max(initial=0)
+    size = max(np.abs(x).max(initial=0), 1.0)
+    if not apart <= most * size or not most:
+      allowed = f'at most {most * size:.2g}' if most else 'the same bits'
+      raise self.broken(
+        f'{what}: expected {allowed} between them, they differ by up to '
+        f'{apart:.3g}.'
+      )
+
+  def same_params(
+    self, expected: bx.Params, actual: bx.Params, what: str
+  ) -> None:
+    """Raises unless params are equal: paths, flags and bits."""
+    if sorted(expected.keys()) != sorted(actual.keys()):
+      odd = set(expected.keys()) ^ set(actual.keys())
+      raise self.broken(f'{what}: one has {paths.show(min(odd))}.')
+    for path, param in expected.items():
+      other = actual[path]
+      if param.trainable != other.trainable:
+        raise self.broken(f'{what}: the flag differs.', paths.show(path))
+      a, b = _plain(param.value), _plain(other.value)
+      if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
+        raise self.broken(f'{what}: values differ.', paths.show(path))
+
+  def raises(self, function: Callable[[], Any], what: str) -> None:
+    """Raises unless a call is refused."""
+    try:
+      function()
+    except errors.SurgeryError:
+      return
+    raise self.broken(f'{what}: expected an error, and there was none.')
+
+
+def _plain(value: Any) -> np.ndarray:
+  if live.is_key(value):
+    value = jax.random.key_data(value)
+  return np.asarray(value)
+
+
+def _snapshot(params: bx.Params) -> dict[Any, bytes]:
+  return {path: _plain(p.value).tobytes() for path, p in params.items()}
+
+
+Law = Callable[[Case], None]
+LAWS: dict[str, Law] = {}
+# Laws about dtypes are looked at for all of them, others in float32.
+ALL_DTYPES: set[str] = set()
+# Laws that do not depend on the kind of layer.
+ONE_KIND: set[str] = set()
+
+
+def summary(law: str) -> str:
+  """Returns a law in a sentence."""
+  return ' '.join((LAWS[law].__doc__ or '').split('\n\n')[0].split())
+
+
+def _law(*, dtypes: bool = False, kinds: bool = True) -> Callable[[Law], Law]:
+  def add(law: Law) -> Law:
+    name = law.__name__
+    LAWS[name] = law
+    if dtypes:
+      ALL_DTYPES.add(name)
+    if not kinds:
+      ONE_KIND.add(name)
+    return law
+
+  return add
+
+
+# The beginning.
+
+
+@_law(dtypes=True)
+def identity_at_start(case: Case) -> None:
+  """A new adapter changes no output, unless it is declared that it does."""
+  model = case.model()
+  before, after = model(model.params), model(case.attached(model))
+  if case.declared.identity:
+    case.close(before, after, 'outputs before and after attaching')
+  elif np.array_equal(before, after):
+    raise case.broken(
+      'it is declared not to be the identity at the start, and it is.'
+    )
+
+
+@_law()
+def random_weights_do_something(case: Case) -> None:
+  """With other weights an adapter changes outputs."""
+  model = case.model()
+  before, after = model(model.params), model(case.trained(model))
+  if np.array_equal(before, after):
+    raise case.broken('outputs are those of the base, whatever its weights.')
+
+
+@_law(dtypes=True)
+def outputs_are_finite(case: Case) -> None:
+  """Outputs and gradients have neither NaN nor infinity, and keep the dtype."""
+  model = case.model()
+  before = model(model.params)
+  for state, params in (
+    ('as it begins', case.attached(model)),
+    ('with other weights', case.trained(model)),
+  ):
+    after = model(params)
+    if after.dtype != before.dtype:
+      raise case.broken(f'outputs are {after.dtype}, were {before.dtype}.')
+    if not np.isfinite(np.asarray(after, np.float32)).all():
+      raise case.broken(f'outputs {state} have NaN or infinity.')
+    for path, grad in _gradients(model, params).items():
+      if not np.isfinite(np.asarray(grad, np.float32)).all():
+        raise case.broken(
+          f'the gradient {state} has NaN or infinity.', paths.show(path)
+        )
+
+
+def _gradients(model: models.Model, params: bx.Params) -> dict[Any, Any]:
+  half, rest = params.split()
+
+  def loss(half: bx.Params) -> Any:
+    return (model(half.merge(rest)).astype(jnp.float32) ** 2).sum()
+
+  return {p: g.value for p, g in jax.grad(loss)(half).items()}
+
+
+@_law(kinds=False)
+def seeds_decide_the_weights(case: Case) -> None:
+  """The same seed gives the same weights; the base has no part in the draw."""
+  model = case.model()
+  one, two = case.attached(model, seed=3), case.attached(model, seed=3)
+  case.same_params(one, two, 'weights of one seed')
+  rest = one.split(lambda path, p: not models.is_weight(p))[0]
+  case.same_params(model.params, _as_plain(rest), 'the base after attaching')
+
+
+def _as_plain(params: bx.Params) -> bx.Params:
+  plain = bx.Params()
+  for path, param in params.items():
+    plain[path] = param
+  return plain.locked()
+
+
+# Merging, detaching, disabling.
+
+
+@_law(dtypes=True)
+def merged_is_adapted(case: Case) -> None:
+  """What is merged is what layers got, to the bit."""
+  if not case.declared.mergeable:
+    return
+  model = case.model()
+  params = case.trained(model)
+  merged = verbs.merge(params, host=case.host)
+  case.same(model(params), model(merged), 'outputs adapted and merged')
+  if any(map(models.is_weight, merged.values())):
+    raise case.broken('weights of the adapter are left after merging.')
+
+
+@_law(dtypes=True)
+def file_merge_is_live_merge(case: Case) -> None:
+  """Merging a file gives the bits that merging params gives."""
+  if not case.declared.mergeable:
+    return
+  model, host = case.model(), case.host
+  params = case.trained(model)
+  with tempfile.TemporaryDirectory() as folder:
+    before, after = pathlib.Path(folder, 'a.msgpack'), pathlib.Path(folder, 'b')
+    saving.save(before, params, host=host)
+    merged = verbs.merge(open_checkpoint(before, host=host), host=host)
+    merged.write(after, host=host, format='msgpack')
+    found = open_checkpoint(after, host=host, format='msgpack')
+    for path, param in verbs.merge(params, host=host).items():
+      if live.is_key(param.value):
+        continue
+      a, b = np.asarray(param.value), np.asarray(found[path].load())
+      if a.dtype != b.dtype or a.tobytes() != b.tobytes():
+        raise case.broken('the file has other bits.', paths.show(path))
+
+
+@_law(kinds=False)
+def merging_twice_is_refused(case: Case) -> None:
+  """What has been merged cannot be merged again."""
+  if not case.declared.mergeable:
+    return
+  model = case.model()
+  merged = verbs.merge(case.trained(model), host=case.host)
+  case.raises(lambda: verbs.merge(merged, host=case.host), 'merging again')
+
+
+@_law(kinds=False)
+def what_is_not_finite_is_not_merged(case: Case) -> None:
+  """A merge that gives NaN is refused, and the params stay as they were."""
+  if not case.declared.mergeable:
+    return
+  model = case.model()
+  weights, rest = case.trained(model).split(
+    lambda path, p: models.is_weight(p) and p.trainable
+  )
+  params = jax.tree.map(lambda w: w * jnp.nan, weights).merge(rest)
+  before = _snapshot(params)
+  case.raises(lambda: verbs.merge(params, host=case.host), 'merging NaN')
+  if before != _snapshot(params):
+    raise case.broken('the refused merge changed the params.')
+
+
+@_law()
+def several_adapters_work_together(case: Case) -> None:
+  """Merging two is merging one by one; the other one stays at work."""
+  model, host = case.model(), case.host
+  first = case.attached(model, name='a')
+  # The name of one is a part of the other's.
+  both = models.stirred(case.attached(model, params=first, name='ab', seed=1))
+  if not case.declared.mergeable:
+    return
+  expected = model(both)
+  inner = verbs.merge(both, 'a', host=host)
+  case.close(expected, model(inner), 'outputs with the inner one merged')
+  if ['ab'] != [info.name for info in verbs.adapters(inner, host=host)]:
+    raise case.broken("merging 'a' left other adapters than 'ab'.")
+  if type(case.adapter).adds:
+    outer = verbs.merge(both, 'ab', host=host)
+    case.close(expected, model(outer), 'outputs with the outer one merged')
+  one_by_one = verbs.merge(inner, 'ab', host=host)
+  case.close(expected, model(one_by_one), 'outputs merged one by one')
+  at_once = verbs.merge(both, host=host)
+  case.close(model(one_by_one), model(at_once), 'merging at once')
+
+
+@_law(dtypes=True)
+def detaching_restores_the_base(case: Case) -> None:
+  """Detached params are the base, bit for bit."""
+  model = case.model()
+  detached = verbs.detach(case.trained(model), host=case.host)
+  case.same_params(model.params, detached, 'base and detached params')
+
+
+@_law()
+def disabling_gives_the_base(case: Case) -> None:
+  """Disabled, outputs are the base's; enabled again, they are as before."""
+  model, host = case.model(), case.host
+  params = case.trained(model)
+  off = verbs.disable(params, 'default', host=host)
+  case.same(model(model.params), model(off), 'outputs of base and disabled')
+  on = verbs.enable(off, 'default', host=host)
+  case.same(model(params), model(on), 'outputs before and after')
+  if case.declared.mergeable:
+    case.raises(lambda: verbs.merge(off, host=host), 'merging what is disabled')
+
+
+# Saving.
+
+
+@_law(dtypes=True)
+def saved_is_loaded(case: Case) -> None:
+  """Saved and loaded, params answer as before, whatever seed there is."""
+  model, host = case.model(), case.host
+  params = case.trained(model, seed=5)
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, 'm.msgpack')
+    saving.save(file, params, host=host)
+    loaded = saving.load(file, host=host)
+  case.same_params(params, loaded, 'saved and loaded params')
+  case.same(model(params), model(loaded), 'outputs before and after')
+
+
+@_law()
+def an_adapter_is_saved_alone(case: Case) -> None:
+  """An adapter's file holds no base; on its base it works as before."""
+  model, host = case.model(), case.host
+  params = case.trained(model, seed=5)
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, 'a.msgpack')
+    saving.save_adapter(file, params, 'default', host=host)
+    alone = open_checkpoint(file, host=host)
+    for path in alone:
+      if path in model.params:
+        raise case.broken('the file holds the base.', paths.show(path))
+    loaded = saving.load_adapter(file, model.params, host=host)
+  case.same(model(params), model(loaded), 'outputs before and after')
+
+
+@_law(kinds=False)
+def configuration_is_data(case: Case) -> None:
+  """A configuration survives JSON, and is equal to a copy of itself."""
+  import json
+
+  data = json.loads(json.dumps(case.adapter.config()))
+  again = type(case.adapter).from_config(data)
+  if again != case.adapter or hash(again) != hash(case.adapter):
+    raise case.broken(f'{again!r} is read back, and it is not equal.')
+  if copy.deepcopy(case.adapter) != case.adapter:
+    raise case.broken('a copy of the adapter is not equal to it.')
+
+
+# Training.
+
+
+@_law()
+def training_changes_the_adapter_alone(case: Case) -> None:
+  """Frozen, only the adapter's weights have gradients, and all of them do."""
+  model, host = case.model(), case.host
+  params = verbs.freeze(case.trained(model), host=host)
+  base = {p for p, one in params.items() if not models.is_weight(one)}
+  gradients = _gradients(model, params)
+  for path in base & gradients.keys():
+    raise case.broken('the base has a gradient.', paths.show(path))
+  for path, gradient in gradients.items():
+    if not np.asarray(gradient, np.float32).any():
+      raise case.broken(
+        'the gradient is zero, so it never learns. Declare the weight in '
+        '`frozen` if that is meant.',
+        paths.show(path),
+      )
+  if not gradients:
+    raise case.broken('nothing trains.')
+
+
+@_law()
+def what_is_declared_frozen_does_not_train(case: Case) -> None:
+  """Every name in `frozen` is a weight, and none of these trains."""
+  model = case.model()
+  params = case.trained(model)
+  [record] = live.records_of(params).adapters
+  weights = [
+    (name, spec)
+    for some in (record.shared, *(s.weights for s in record.sites.values()))
+    for name, spec in some.items()
+  ]
+  for name in type(case.adapter).frozen:
+    if name not in dict(weights):
+      known = ', '.join(sorted(dict(weights)))
+      raise case.broken(
+        f'{name!r} is declared frozen, and there is no such weight. There are: '
+        f'{known}.'
+      )
+    for other, spec in weights:
+      if other == name and params[spec.path].trainable:
+        raise case.broken(f'{name!r} trains.', paths.show(spec.path))
+
+
+# Names.
+
+
+@_law(kinds=False)
+def names_that_are_parts_of_others_do_not_matter(case: Case) -> None:
+  """An adapter on `query` leaves `query2` alone."""
+  model = case.model()
+  # Patterns may be about the other layer.
+  plain: Adapter = dataclasses.replace(case.adapter, patterns=())  # type: ignore[type-var]
+  params = case.attached(model, to='net/layers/query', adapter=plain)
+  for path, param in params.items():
+    if models.is_weight(param) and 'query2' in path:
+      raise case.broken('it has weights there.', paths.show(path))
+  detached = verbs.detach(params, host=case.host)
+  case.same_params(model.params, detached, 'detached params')
+
+
+@_law(kinds=False)
+def wrong_names_change_nothing(case: Case) -> None:
+  """Unknown and taken names are refused, and nothing changes."""
+  model, host = case.model(), case.host
+  params = case.attached(model)
+  before = _snapshot(params)
+  for verb in (verbs.detach, verbs.disable, verbs.merge):
+    call = functools.partial(verb, params, 'x', host=host)
+    case.raises(call, 'unknown name')
+  case.raises(lambda: case.attached(model, params=params), 'a name twice')
+  for name in ('', 'a.b', 'a/b', '..'):
+    call = functools.partial(case.attached, model, name=name)
+    case.raises(call, f'the name {name!r}')
+  if before != _snapshot(params):
+    raise case.broken('a refused call changed the params.')
+
+
+@_law(kinds=False)
+def what_the_caller_holds_stays(case: Case) -> None:
+  """Attaching, merging and saving change nothing that was passed in."""
+  model, host = case.model(), case.host
+  config, before = case.adapter.config(), _snapshot(model.params)
+  params = case.trained(model)
+  held = _snapshot(params)
+  model(params)
+  if case.declared.mergeable:
+    verbs.merge(params, host=host)
+  if before != _snapshot(model.params) or held != _snapshot(params):
+    raise case.broken('params that were passed in have changed.')
+  if config != case.adapter.config():
+    raise case.broken('the configuration has changed.')
+
+
+# Transformations.
+
+
+@_law()
+def two_calls_give_the_same(case: Case) -> None:
+  """`apply` is a function: called again it answers the same."""
+  model = case.model()
+  params = case.trained(model)
+  case.same(model(params), model(params), 'outputs of two calls')
+
+
+@_law()
+def transformations_give_the_eager_result(case: Case) -> None:
+  """Under jit, grad, vmap, scan and checkpoint outputs are the eager ones."""
+  model = case.model()
+  params = case.trained(model)
+  eager = model(params)
+  case.close(
+    eager, jax.jit(lambda p: model(p))(params), 'outputs eager and under jit'
+  )
+  remat = jax.checkpoint(lambda p: model(p))
+  case.close(eager, remat(params), 'outputs eager and under checkpoint')
+  each = jax.vmap(lambda x: model(params, x[None])[0])(model.x)
+  case.close(eager, each, 'outputs at once and under vmap')
+
+  def step(carry: Any, x: Any) -> Any:
+    return carry, model(params, x[None])[0]
+
+  _, scanned = jax.lax.scan(step, 0, model.x)
+  case.close(eager, scanned, 'outputs at once and under scan')
+  eager_gradients = _gradients(model, params)
+  half, rest = params.split()
+  loss = lambda h: (model(h.merge(rest)).astype(jnp.float32) ** 2).sum()
+  compiled = jax.jit(jax.grad(loss))(half)
+  for path, gradient in eager_gradients.items():
+    case.close(
+      gradient, compiled[path].value, f'gradient of {paths.show(path)} and jit'
+    )
+
+
+@_law(kinds=False)
+def shards_give_the_eager_result(case: Case) -> None:
+  """Under shard_map, over all devices that there are, outputs are the same."""
+  model = case.model()
+  params = case.trained(model)
+  count = len(jax.devices())
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
+  x = jnp.concatenate([model.x] * count)
+  spec = jax.sharding.PartitionSpec
+  sharded = jax.shard_map(
+    lambda p, x: model(p, x),
+    mesh=mesh,
+    in_specs=(spec(), spec('data')),
+    out_specs=spec('data'),
+  )
+  case.close(model(params, x), sharded(params, x), 'outputs and sharded ones')
+
+
+# What it says that it does not do.
+
+
+def refuses(case: Case) -> None:
+  """What a type does not serve is refused, with a reason."""
+  model = case.model()
+  case.raises(
+    lambda: case.attached(model, to='net/layers/query'),
+    f'attaching to {case.kind} layers, which are declared unsupported',
+  )
+
+
+@_law(kinds=False)
+def what_cannot_be_merged_is_refused(case: Case) -> None:
+  """A type that cannot be merged says so when it is asked to."""
+  if case.declared.mergeable:
+    return
+  model = case.model()
+  params = case.trained(model)
+  case.raises(lambda: verbs.merge(params, host=case.host), 'merging')
+
+
+LAWS['refuses'] = refuses
+
+
+def cases(
+  adapter: Adapter,
+  declared: Declared,
+  *,
+  laws: Iterable[str] | None = None,
+  kinds: Iterable[str] | None = None,
+  dtypes: Iterable[str] | None = None,
+) -> list[Case]:
+  """Returns what there is to look at.
+
+  Args:
+    adapter: the adapter.
+    declared: what its type says of itself.
+    laws: names of laws; all by default.
+    kinds: kinds of layers; all by default.
+    dtypes: dtypes of the base; all by default.
+
+  Raises:
+    ConfigError: for a law or a kind that is not known.
+  """
+  for given, known, what in (
+    (laws, LAWS, 'law'),
+    (kinds, models.KINDS, 'kind of layer'),
+    (declared.unsupported, models.KINDS, 'kind of layer'),
+    (dtypes, models.DTYPES, 'dtype'),
+  ):
+    for one in given or ():
+      if one not in known:
+        raise errors.ConfigError(
+          f'no {what} is called {one!r}.{errors.suggest(one, known)}'
+        )
+  found = []
+  served = [k for k in models.KINDS if k not in declared.unsupported]
+  for law in LAWS:
+    some = declared.unsupported if law == 'refuses' else served
+    if law in ONE_KIND:
+      some = some[:1]
+    for kind in some:
+      for dtype in models.DTYPES:
+        # Other dtypes are looked at on one kind of layer.
+        other = dtype != 'float32'
+        if other and (law not in ALL_DTYPES or kind != served[0]):
+          continue
+        if laws is not None and law not in laws:
+          continue
+        if (kinds is not None and kind not in kinds) or (
+          dtypes is not None and dtype not in dtypes
+        ):
+          continue
+        found.append(Case(adapter, kind, dtype, declared, law))
+  return found

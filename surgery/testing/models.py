@@ -1,0 +1,178 @@
+"""Models for the conformance kit: small, and each awkward in its way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surgery.core.adapter import Adapter
+from surgery.core.host import Host
+from surgery.live import verbs
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+class _Heads(bx.Module):
+  """A layer whose kernel has three axes: (inputs, heads, head)."""
+
+  def __init__(self, graph: bx.Graph, heads: int, size: int, rng: Any) -> None:
+    super().__init__(graph)
+    self.sizes, self.rng = (heads, size), rng
+
+  def __call__(self, params: bx.Params, x: Any) -> Any:
+    init = jax.nn.initializers.normal(0.3)
+    kernel, params = self.get_param(
+      params, 'kernel', (x.shape[-1], *self.sizes), init, rng=self.rng
+    )
+    bias, params = self.get_param(
+      params, 'bias', self.sizes, init, rng=self.rng
+    )
+    y = jnp.einsum('...d,dhk->...hk', x, kernel) + bias
+    return y.reshape(*x.shape[:-1], -1), params
+
+
+class _Stack(bx.Module):
+  """Layers in one: what lies inside of scan, with axes in front."""
+
+  def __init__(self, graph: bx.Graph, depth: int, rng: Any) -> None:
+    super().__init__(graph)
+    self.depth, self.rng = depth, rng
+
+  def __call__(self, params: bx.Params, x: Any) -> Any:
+    init = jax.nn.initializers.normal(0.3)
+    width = x.shape[-1]
+    kernel, params = self.get_param(
+      params, 'kernel', (self.depth, width, width), init, rng=self.rng
+    )
+    bias, params = self.get_param(
+      params, 'bias', (self.depth, width), init, rng=self.rng
+    )
+
+    def layer(h: Any, one: Any) -> Any:
+      return jnp.tanh(h @ one[0] + one[1]), None
+
+    return jax.lax.scan(layer, x, (kernel, bias))[0], params
+
+
+class _Net(bx.Module):
+  """Two layers of a kind, the name of one being a part of the other's."""
+
+  def __init__(self, graph: bx.Graph, kind: str, rng: Any) -> None:
+    super().__init__(graph)
+    self.kind = kind
+    first, second = graph.child('query'), graph.child('query2')
+    plain = {'use_bias': False} if kind == 'no_bias' else {}
+    if kind == 'conv':
+      self.query = bx.Conv(first, (3, 2), 5, rng)
+      self.query2 = bx.Conv(second, 3, 4, rng)
+    elif kind == 'embed':
+      self.query = bx.Embed(first, 7, 5, rng)
+      self.query2 = bx.Linear(second, 4, rng)
+    elif kind == 'einsum':
+      self.query = _Heads(first, 2, 3, rng)
+      self.query2 = _Heads(second, 2, 2, rng)
+    elif kind == 'stacked':
+      self.query = _Stack(first, 3, rng)
+      self.query2 = _Stack(second, 2, rng)
+    else:
+      self.query = bx.Linear(first, 5, rng, **plain)
+      self.query2 = bx.Linear(second, 4, rng, **plain)
+
+  def __call__(self, params: bx.Params, x: Any) -> Any:
+    h, params = self.query(params, x)
+    return self.query2(params, jnp.tanh(h))
+
+
+KINDS = ('linear', 'no_bias', 'conv', 'embed', 'einsum', 'stacked')
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model to adapt.
+
+  Attributes:
+    net: the model.
+    params: its params, locked.
+    x: some inputs.
+    options: what `attach` needs to know of it.
+  """
+
+  net: Any
+  params: bx.Params
+  x: Any
+  options: dict[str, Any]
+
+  def __call__(self, params: bx.Params, x: Any = None) -> Any:
+    """Returns the outputs."""
+    return self.net(params, self.x if x is None else x)[0]
+
+
+def model(kind: str, dtype: str = 'float32') -> Model:
+  """Returns a model of a kind.
+
+  Args:
+    kind: one of `KINDS`.
+    dtype: dtype of its parameters.
+  """
+  graph = bx.Graph('net')
+  rng = bx.Rng(graph.child('rng'))
+  net = _Net(graph.child('layers'), kind, rng)
+  numbers = np.random.default_rng(0)
+  x: Any = jnp.asarray(numbers.normal(size=(3, 6)), 'float32')
+  if kind == 'embed':
+    x = jnp.asarray([[0, 3, 6], [1, 1, 5]])
+  elif kind == 'conv':
+    x = jnp.asarray(numbers.normal(size=(2, 6, 5, 3)), 'float32')
+  _, params = net(rng.seed(bx.Params(), seed=0), x)
+  params = params.locked()
+  if dtype != 'float32':
+    params = verbs.cast(params, dtype)
+  options: dict[str, Any] = {'stacked': 0}
+  if kind == 'einsum':
+    options['layout'] = {'**/kernel': 'ioo', '**/bias': 'oo'}
+  if kind == 'stacked':
+    options['stacked'] = 1
+  return Model(net, params, x, options)
+
+
+def attached(
+  of: Model,
+  adapter: Adapter,
+  host: Host,
+  *,
+  name: str = 'default',
+  seed: int = 0,
+  to: str = 'net/layers/**',
+  params: bx.Params | None = None,
+) -> bx.Params:
+  """Returns a model's params with the adapter."""
+  return verbs.attach(
+    of.params if params is None else params,
+    adapter,
+    to=to,
+    name=name,
+    seed=seed,
+    host=host,
+    **of.options,
+  )
+
+
+def is_weight(param: bx.Param) -> bool:
+  """Whether a parameter belongs to an adapter."""
+  return 'adapter' in param.metadata
+
+
+def stirred(params: bx.Params, seed: int = 1) -> bx.Params:
+  """Returns params whose trainable adapter weights are moved at random."""
+  numbers = np.random.default_rng(seed)
+  weights, rest = params.split(lambda path, p: is_weight(p) and p.trainable)
+  weights = jax.tree.map(
+    lambda w: w + jnp.asarray(0.3 * numbers.normal(size=w.shape), w.dtype),
+    weights,
+  )
+  return weights.merge(rest)

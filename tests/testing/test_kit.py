@@ -1,0 +1,229 @@
+"""The kit itself: broken adapters, each caught by the law that it breaks."""
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import surgery
+from surgery import testing
+
+# What each of them does right: a scale of outputs, on layers with a bias too.
+
+
+class _Scale(surgery.Adapter):
+  name = 'scale'
+  rewrites = ('kernel', 'bias')
+
+  def init(self, site, key):
+    return {'s': jnp.ones(site.out_shape)}
+
+  def apply(self, site, name, base, weights):
+    return base * weights['s']
+
+
+class NotTheIdentity(_Scale):
+  name = 'not_the_identity'
+
+  def init(self, site, key):
+    return {'s': 2 * jnp.ones(site.out_shape)}
+
+
+class WithoutEffect(_Scale):
+  name = 'without_effect'
+
+  def apply(self, site, name, base, weights):
+    s = weights['s']
+    return base + (s - jax.lax.stop_gradient(s))
+
+
+class NotFinite(_Scale):
+  """Its gradient is not a number where it begins."""
+
+  name = 'not_finite'
+
+  def apply(self, site, name, base, weights):
+    return base * (1 + jnp.sqrt((weights['s'] - 1) ** 2))
+
+
+class ReEncoded(_Scale):
+  """What is merged is not what layers got."""
+
+  name = 're_encoded'
+
+  @surgery.hookimpl
+  def surgery_merge_param(self, site, adapter):
+    return lambda value: value * 1.000001
+
+
+class Unused(_Scale):
+  name = 'unused'
+
+  def init(self, site, key):
+    return {'s': jnp.ones(site.out_shape), 'spare': jnp.zeros(3)}
+
+
+class NoSum(_Scale):
+  """It says that it adds, so that the order would not matter."""
+
+  name = 'no_sum'
+  adds = True
+
+  def apply(self, site, name, base, weights):
+    return base * weights['s'] + (weights['s'] - 1) ** 2
+
+
+class HidesNaN(_Scale):
+  name = 'hides_nan'
+
+  def apply(self, site, name, base, weights):
+    return base * jnp.nan_to_num(weights['s'])
+
+
+class FrozenTypo(_Scale):
+  name = 'frozen_typo'
+  frozen = ('t',)
+
+
+class Forgetful(_Scale):
+  """It is read back with other options."""
+
+  name = 'forgetful'
+  power: float = surgery.field(default=1.0)
+
+  def apply(self, site, name, base, weights):
+    return base * weights['s'] ** self.power
+
+  @classmethod
+  def from_config(cls, data):
+    return cls()
+
+
+class Greedy(_Scale):
+  """It serves layers that it is declared not to serve."""
+
+  name = 'greedy'
+
+
+SAVING = {
+  'saved_is_loaded',
+  'an_adapter_is_saved_alone',
+  'file_merge_is_live_merge',
+}
+
+BROKEN = {
+  'not the identity': (NotTheIdentity(), {}, {'identity_at_start'}),
+  'declared otherwise': (
+    _Scale(),
+    {'identity': False},
+    {'identity_at_start'},
+  ),
+  'without effect': (WithoutEffect(), {}, {'random_weights_do_something'}),
+  'not finite': (NotFinite(), {}, {'outputs_are_finite'}),
+  're-encoded': (ReEncoded(), {}, {'merged_is_adapted'}),
+  'unused': (Unused(), {}, {'training_changes_the_adapter_alone'}),
+  'no sum': (NoSum(), {}, {'several_adapters_work_together'}),
+  'hides NaN': (HidesNaN(), {}, {'what_is_not_finite_is_not_merged'}),
+  'frozen typo': (
+    FrozenTypo(),
+    {},
+    {'what_is_declared_frozen_does_not_train'},
+  ),
+  'merged all the same': (
+    _Scale(),
+    {'mergeable': False},
+    {'what_cannot_be_merged_is_refused'},
+  ),
+  'forgetful': (Forgetful(power=2.0), {}, {'configuration_is_data', *SAVING}),
+}
+
+
+def test_what_is_right_is_right():
+  assert {} == testing.broken(_Scale(), kinds=['linear'], dtypes=['float32'])
+
+
+@pytest.mark.parametrize('name', BROKEN)
+def test_each_is_caught_by_its_law(name):
+  adapter, declared, laws = BROKEN[name]
+  found = testing.broken(
+    adapter, kinds=['linear'], dtypes=['float32'], **declared
+  )
+  assert laws == found.keys(), found
+  for law, error in found.items():
+    if isinstance(error, testing.Broken):
+      assert law == error.law
+      assert f"law '{law}' is broken by" in str(error)
+      assert 'Reproduce: surgery.testing.check(' in str(error)
+
+
+def test_what_is_served_but_declared_unsupported_is_caught():
+  found = testing.broken(
+    Greedy(), unsupported=['conv'], kinds=['linear', 'conv'],
+    dtypes=['float32'], laws=['refuses', 'two_calls_give_the_same'],
+  )  # fmt: skip
+  assert {'refuses'} == found.keys()
+  assert 'expected an error, and there was none' in str(found['refuses'])
+
+
+def test_a_failure_says_where_by_how_much_and_how_to_see_it_again():
+  with pytest.raises(testing.Broken) as told:
+    testing.check(NotTheIdentity(), kinds=['conv'])
+  text = str(told.value)
+  assert 'on conv layers of float32' in text
+  assert re.search(r'differ by up to [\d.]+', text)
+  assert 'The law: A new adapter changes no output' in text
+  [command] = re.findall(r'Reproduce: (.*)', text)
+  assert "laws=['identity_at_start'], kinds=['conv']" in command
+
+
+def test_laws_and_kinds_that_are_not_known_are_refused():
+  with pytest.raises(surgery.ConfigError, match="Did you mean 'conv'"):
+    testing.check(_Scale(), kinds=['konv'])
+  with pytest.raises(surgery.ConfigError, match='no law is called'):
+    testing.check(_Scale(), laws=['x'])
+
+
+def test_every_law_has_a_sentence():
+  for name, law in testing.LAWS.items():
+    assert law.__doc__ and law.__doc__.split('\n')[0].endswith('.'), name
+
+
+def test_pytest_finds_the_laws_of_a_type(tmp_path):
+  (tmp_path / 'test_mine.py').write_text(
+    textwrap.dedent("""
+      import jax.numpy as jnp
+      import surgery
+      from surgery.testing import AdapterConformance
+
+      class Mine(surgery.Adapter):
+        name = 'mine'
+        def init(self, site, key):
+          return {'s': 2 * jnp.ones(site.out_shape)}
+        def apply(self, site, name, base, weights):
+          return base * weights['s']
+
+      class TestMine(AdapterConformance):
+        adapter = Mine()
+        unsupported = ('embed', 'conv', 'einsum', 'stacked', 'no_bias')
+
+      class TestNone(AdapterConformance):
+        adapter = Mine()
+        identity = False
+        unsupported = TestMine.unsupported
+    """)
+  )
+  done = subprocess.run(
+    [
+      sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
+      str(tmp_path), '-k', 'identity and float32',
+    ],
+    capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert '1 failed, 1 passed' in done.stdout, done.stdout
+  assert 'test_law[identity_at_start-linear-float32]' in done.stdout
+  assert "law 'identity_at_start' is broken by" in done.stdout
