@@ -119,9 +119,18 @@ class Net:
     return dict(jax.grad(loss)(trainable).items())
 
 
+def pytest_configure(config):
+  config.addinivalue_line(
+    'markers', 'peft(case): which output of PEFT is meant'
+  )
+
+
 @pytest.fixture
 def net(request):
   data = pathlib.Path(request.path).parent / 'data'
+  # A plugin with several types has a folder for each case of PEFT.
+  marker = request.node.get_closest_marker('peft')
+  case = data / marker.args[0] if marker else data
   base = load_file(data / 'base_net.safetensors')
   inputs = load_file(data / 'inputs_net.safetensors')
   graph = bx.Graph('net')
@@ -135,9 +144,9 @@ def net(request):
   return Net(
     model,
     params.locked(),
-    json.loads((data / 'adapter_config.json').read_text()),
-    load_file(data / 'adapter_model.safetensors'),
+    json.loads((case / 'adapter_config.json').read_text()),
+    load_file(case / 'adapter_model.safetensors'),
     jnp.asarray(inputs['x0']),
-    load_file(data / 'y.safetensors')['y'],
-    load_file(data / 'merged_changed.safetensors'),
+    load_file(case / 'y.safetensors')['y'],
+    load_file(case / 'merged_changed.safetensors'),
   )

@@ -30,17 +30,20 @@ class AdapterConformance:
     mergeable: whether it can be merged; what the type says by default.
     unsupported: kinds of layers that it does not serve: `linear`, `no_bias`,
       `conv`, `embed`, `einsum`, `stacked`.
+    kinds: kinds of layers to look at, where a configuration does not suit all
+      of them; all by default.
   """
 
   adapter: ClassVar[Adapter]
   identity: ClassVar[bool] = True
   mergeable: ClassVar[bool | None] = None
   unsupported: ClassVar[tuple[str, ...]] = ()
+  kinds: ClassVar[tuple[str, ...] | None] = None
 
   @classmethod
   def cases(cls) -> list[Case]:
     """Returns what there is to look at."""
-    return _laws.cases(cls.adapter, _declared(cls))
+    return _laws.cases(cls.adapter, _declared(cls), kinds=cls.kinds)
 
   def test_law(self, case: Case) -> None:
     """Looks at one law on one kind of layer."""

@@ -52,11 +52,12 @@ class _Stack(bx.Module):
     bias, params = self.get_param(
       params, 'bias', (self.depth, width), init, rng=self.rng
     )
+    return jax.lax.scan(_layer, x, (kernel, bias))[0], params
 
-    def layer(h: Any, one: Any) -> Any:
-      return jnp.tanh(h @ one[0] + one[1]), None
 
-    return jax.lax.scan(layer, x, (kernel, bias))[0], params
+def _layer(h: Any, one: Any) -> Any:
+  # A function of the module: a new one would be compiled at each call.
+  return jnp.tanh(h @ one[0] + one[1]), None
 
 
 class _Net(bx.Module):
@@ -132,6 +133,7 @@ def model(kind: str, dtype: str = 'float32') -> Model:
   params = params.locked()
   if dtype != 'float32':
     params = verbs.cast(params, dtype)
+    x = x if kind == 'embed' else x.astype(dtype)
   options: dict[str, Any] = {'stacked': 0}
   if kind == 'einsum':
     options['layout'] = {'**/kernel': 'ioo', '**/bias': 'oo'}

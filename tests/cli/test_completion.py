@@ -109,7 +109,7 @@ def test_names_that_mean_something_in_selectors_are_escaped(tmp_path):
 
 
 def test_adapter_types_for_attach(folder):
-  assert ['lora'] == completed('surgery attach adapted.msgpack --adapter lo')
+  assert ['lora'] == completed('surgery attach adapted.msgpack --adapter lor')
 
 
 @pytest.mark.parametrize(

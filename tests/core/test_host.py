@@ -443,7 +443,8 @@ def test_the_environment_makes_a_host(installed, monkeypatch, surgery_cli):
 
 def test_what_is_broken_is_shown_with_its_traceback(installed, surgery_cli):
   installed('bad', 'bad_mod', 'raise OSError("gone")', adapters='bad = bad_mod')
-  result = surgery_cli('plugins', 'show', 'bad')
+  # A host of its own, which has not looked at what is installed before.
+  result = surgery_cli('--no-plugin', 'x', 'plugins', 'show', 'bad')
   assert 0 == result.code, result.err
   assert 'state: broken' in result.out
   assert 'reason: OSError: gone (bad_mod.py:1)' in result.out

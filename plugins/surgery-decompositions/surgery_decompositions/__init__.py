@@ -1,0 +1,109 @@
+"""PiSSA and OLoRA: LoRA whose factors begin in the matrix itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import surgery
+
+__all__ = ['OLoRA', 'PiSSA']
+
+
+class _Decomposed(surgery.Adapter):
+  """LoRA that begins with a part of the matrix.
+
+  `W' = W + A·B - A₀·B₀`, where `A₀` and `B₀` are what `A` and `B` begin with.
+  Others take that part out of the stored base; here the base stays as it is, so
+  that switching off, and taking off, gives it back bit for bit.
+  """
+
+  frozen = ('lora_a0', 'lora_b0')
+  adds = True
+
+  def _factors(
+    self, matrix: jax.Array, rank: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns `A₀` `(in, rank)` and `B₀` `(rank, out)`."""
+    raise NotImplementedError
+
+  def _begun(self, site: surgery.Site, rank: int) -> dict[str, Any]:
+    rows, columns = math.prod(site.in_shape), math.prod(site.out_shape)
+    if rank > min(rows, columns):
+      raise surgery.SiteError(
+        f'{"/".join(site.layer)}: rank {rank} exceeds the smaller side of a '
+        f'matrix of {rows} inputs and {columns} outputs. Take a smaller rank, '
+        'for this layer by patterns.'
+      )
+    matrix = site.base().astype('float32').reshape(rows, columns)
+    a, b = self._factors(matrix, rank)
+    return {'lora_a': a, 'lora_b': b, 'lora_a0': a, 'lora_b0': b}
+
+  def apply(
+    self, site: surgery.Site, name: str, base: jax.Array, weights: Any
+  ) -> jax.Array:
+    """Returns the base with the update, of the shape of `base`."""
+    del site, name
+    now = weights['lora_a'] @ weights['lora_b']
+    begun = weights['lora_a0'] @ weights['lora_b0']
+    return base + (now - begun).reshape(base.shape)
+
+
+class PiSSA(_Decomposed):
+  """Begins with the largest singular values.
+
+  `W' = W + A·B - A₀·B₀` with `A₀ = U·√S` of shape `(in, rank)` and `B₀ = √S·Vᵀ`
+  `(rank, out)` of the singular value decomposition of `W`, of which the `rank`
+  largest are taken (Meng et al. 2024, arXiv 2404.02948). At the start `W' = W`.
+  """
+
+  name = 'pissa'
+
+  rank: int = surgery.field(default=8, ge=1, doc='Rank of the update.')
+
+  def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
+    """Returns `lora_a`, `lora_b`, and what they begin with.
+
+    Raises:
+      SiteError: if the rank exceeds the smaller side of the matrix.
+    """
+    del key
+    return self._begun(site, self.rank)
+
+  def _factors(
+    self, matrix: jax.Array, rank: int
+  ) -> tuple[jax.Array, jax.Array]:
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    root = jnp.sqrt(s[:rank])
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+class OLoRA(_Decomposed):
+  """Begins with orthonormal columns (Büyükakyüz 2024, arXiv 2406.01775).
+
+  `W' = W + A·B - A₀·B₀` with `A₀ = Q` of shape `(in, rank)`, the first columns,
+  and `B₀ = R` `(rank, out)`, the first rows, of `W = Q·R`. At the start
+  `W' = W`.
+  """
+
+  name = 'olora'
+
+  rank: int = surgery.field(default=8, ge=1, doc='Rank of the update.')
+
+  def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
+    """Returns `lora_a`, `lora_b`, and what they begin with.
+
+    Raises:
+      SiteError: if the rank exceeds the smaller side of the matrix.
+    """
+    del key
+    return self._begun(site, self.rank)
+
+  def _factors(
+    self, matrix: jax.Array, rank: int
+  ) -> tuple[jax.Array, jax.Array]:
+    q, r = jnp.linalg.qr(matrix)
+    return q[:, :rank], r[:rank]

@@ -1,0 +1,13 @@
+"""The laws of adapter types."""
+
+from surgery_decompositions import OLoRA, PiSSA
+
+from surgery.testing import AdapterConformance
+
+
+class TestPiSSA(AdapterConformance):
+  adapter = PiSSA(rank=2)
+
+
+class TestOLoRA(AdapterConformance):
+  adapter = OLoRA(rank=2)

@@ -1,0 +1,24 @@
+"""The laws of adapter types."""
+
+from surgery_orthogonal import HRA, OFT
+
+from surgery.testing import AdapterConformance
+
+
+class TestOFT(AdapterConformance):
+  adapter = OFT(block_size=3, patterns={'**/query2': {'block_size': 5}})
+  kinds = ('linear', 'no_bias', 'conv')
+
+
+class TestOFTOnOtherLayers(AdapterConformance):
+  adapter = OFT(block_size=3)
+  kinds = ('einsum', 'stacked')
+
+
+class TestOFTOnEmbeddings(AdapterConformance):
+  adapter = OFT(block_size=7, patterns={'**/query2': {'block_size': 5}})
+  kinds = ('embed',)
+
+
+class TestHRA(AdapterConformance):
+  adapter = HRA(rank=2)

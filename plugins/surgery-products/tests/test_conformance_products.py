@@ -1,0 +1,13 @@
+"""The laws of adapter types."""
+
+from surgery_products import LoHa, LoKr
+
+from surgery.testing import AdapterConformance
+
+
+class TestLoHa(AdapterConformance):
+  adapter = LoHa(rank=2)
+
+
+class TestLoKr(AdapterConformance):
+  adapter = LoKr(rank=1)
