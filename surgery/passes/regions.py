@@ -23,6 +23,10 @@ Shape = tuple[int, ...]
 # For each axis a slice whose bounds are numbers.
 Region = tuple[slice, ...]
 
+# A tensor that is computed, and not asked for in rows, is held as a whole up to
+# that many bytes, until its last element has been asked for.
+_HELD = 128_000_000
+
 
 def whole(shape: Shape) -> Region:
   """Returns the region that is all of an array."""
@@ -91,6 +95,7 @@ class Reader:
     self.leaf = leaf
     self.shape: Shape = leaf.shape
     self._last: tuple[Index, Any] | None = None
+    self._held: Any = None
 
   @property
   def direct(self) -> bool:
@@ -138,6 +143,12 @@ class Reader:
       return self.leaf.load().reshape(-1)[:0]
     return namespace(*pieces).concatenate(pieces)
 
+  def _is_rows(self, region: Region) -> bool:
+    """Whether elements of a region are one behind the other, in C order."""
+    counts = sizes(region)
+    cut = next((k for k, n in enumerate(counts) if n != 1), len(counts))
+    return counts[cut + 1 :] == self.shape[cut + 1 :]
+
   def _block(self, index: Index) -> Any:
     if self._last is None or self._last[0] != index:
       assert self.leaf.part is not None
@@ -147,6 +158,12 @@ class Reader:
   def _assembled(self, region: Region) -> Any:
     """Returns a region of a tensor that is computed in blocks."""
     assert self.leaf.dtype is not None
+    if not self._is_rows(region) and self.leaf.nbytes <= _HELD:
+      # Each block would be computed for each region.
+      held = self.leaf.load() if self._held is None else self._held
+      last = all(s.stop == n for s, n in zip(region, self.shape, strict=True))
+      self._held = None if last else held
+      return held[region].copy()
     result = np.empty(sizes(region), dtype_of(self.leaf.dtype))
     for index in grid(self.shape):
       block = full(index, self.shape)

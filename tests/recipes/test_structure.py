@@ -504,3 +504,41 @@ def test_flags_and_metadata_stay():
       after[path].trainable,
       dict(after[path].metadata),
     )
+
+
+@pytest.mark.parametrize(
+  'step',
+  [
+    {'transpose': 'x'},
+    {'slice': {'select': 'x', 'axis': 1, 'keep': '5:15'}},
+    {'permute': {'select': 'x', 'order': [1, 0], 'of': 2}},
+    {'reshape': {'select': 'x', 'shape': [-1]}},
+    {'pad': {'select': 'x', 'axis': 1, 'before': 3}},
+  ],
+  ids=lambda step: next(iter(step)),
+)
+def test_what_is_computed_is_computed_once(tmp_path, step):
+  """Or twice, where blocks of the result begin within others."""
+  file = saved({'x': array(40, 30)}, tmp_path)
+  scaled = surgery.Recipe([{'scale': {'select': 'x', 'by': 2}}]).apply(
+    surgery.open(file)
+  )
+  [leaf] = scaled.values()
+  computed = 0
+
+  def part(index):
+    nonlocal computed
+    block = leaf.part(index)
+    computed += block.size
+    return block
+
+  def load():
+    nonlocal computed
+    computed += leaf.size
+    return leaf.load()
+
+  counted = leaf.replace(load=load, part=part)
+  after = surgery.Recipe([step]).apply(scaled.replace(leaves={('x',): counted}))
+  expected = applied({'x': 2 * array(40, 30)}, step)
+  same(expected, blocks(after))
+  assert computed <= 2 * leaf.size
