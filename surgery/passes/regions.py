@@ -25,7 +25,7 @@ Region = tuple[slice, ...]
 
 # A tensor that is computed, and not asked for in rows, is held as a whole up to
 # that many bytes, until its last element has been asked for.
-_HELD = 128_000_000
+_HELD = 64_000_000
 
 
 def whole(shape: Shape) -> Region:
