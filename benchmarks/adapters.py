@@ -3,9 +3,9 @@
   python benchmarks/adapters.py [--width 512] [--layers 8] [--rounds 20]
 
 A multilayer perceptron and a batch of 256 rows. Each round runs one step of
-every type, interleaved; a step is loss, gradients of what trains, and an update,
-compiled. Ratios are medians of the ratios within a round, to a step that trains
-all of the base. Merging is that of all layers, eagerly.
+every type, interleaved; a step is loss, gradients of what trains, and an
+update, compiled. Ratios are medians of the ratios within a round, to a step
+that trains all of the base. Merging is that of all layers, eagerly.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from surgery.live import params as live
 from surgery.live.dispatch import takes_checkpoints, told, types_of
 from surgery.passes import attach as attaching
 from surgery.passes import cast as casting
+from surgery.passes import combine as combining
 from surgery.passes import detach as detaching
 from surgery.passes import drop as dropping
 from surgery.passes import enable as enabling
@@ -395,6 +396,62 @@ def merge(
   with told(host, 'merge', names=names) as host:
     return _passed(
       params, host, merging.merge, names, check_finite=check_finite
+    )
+
+
+@takes_checkpoints(combining.combine_adapters)
+def combine_adapters(
+  params: Model,
+  weights: Mapping[str, float],
+  *,
+  method: combining.Method = 'linear',
+  name: str = 'combined',
+  rank: int | None = None,
+  density: float = 0.5,
+  seed: int = 0,
+  keep: bool = False,
+  host: Host | None = None,
+) -> Model:
+  """Makes one adapter, a LoRA, of several that add something to their base.
+
+  It is the updates that are combined, with the scales that they have, so
+  adapters of other ranks, scales and types can be; not the factors, of which
+  sums have cross terms.
+
+  Args:
+    params: the model's params, or a `Checkpoint`; not changed.
+    weights: for each adapter what it counts.
+    method: `linear` or `cat`, `Σ w·Δ`, exactly, of the sum of the ranks; `svd`,
+      the nearest to that of rank `rank`; `magnitude_prune`, `ties`,
+      `dare_linear` and `dare_ties`, of which the result is brought to `rank`.
+    name: name of the new adapter.
+    rank: its rank; of `linear` and `cat` the sum of the ranks by default, of
+      others the largest rank.
+    density: share of an update that is kept, for the last four.
+    seed: seed of what is dropped at random.
+    keep: whether the others stay; otherwise they are detached.
+    host: whose plugins are asked.
+
+  Raises:
+    AdapterError: for an unknown name, or a type that does not add.
+    ConfigError: for a density, rank, weight or method that cannot be.
+
+  Example:
+    params = surgery.combine_adapters(params, {'a': 0.7, 'b': 0.3})
+  """
+  params = _params(params, 'combine_adapters')
+  with told(host, 'combine_adapters', weights=dict(weights)) as host:
+    return _passed(
+      params,
+      host,
+      combining.combine_adapters,
+      weights,
+      method=method,
+      name=name,
+      rank=rank,
+      density=density,
+      seed=seed,
+      keep=keep,
     )
 
 

@@ -23,6 +23,7 @@ _HOMES = {
   'assert': 'assertion',
   'attach': 'attaching',
   'cast': 'cast',
+  'combine-adapters': 'combine',
   'concat': 'concat',
   'copy': 'copy',
   'detach': 'detach',

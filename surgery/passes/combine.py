@@ -1,0 +1,354 @@
+"""Combine: several adapters become one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surgery.core import errors, paths
+from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.host import Host
+from surgery.core.lowrank import LowRank
+from surgery.core.paths import Path
+from surgery.core.records import AdapterRecord, SiteRecord
+from surgery.passes import (
+  arithmetic,
+  attach,
+  compute,
+  detach,
+  following,
+  methods,
+)
+from surgery.passes.fill import generator
+
+Method = Literal[
+  'cat',
+  'dare_linear',
+  'dare_ties',
+  'linear',
+  'magnitude_prune',
+  'svd',
+  'ties',
+]
+# A update as factors, (…, in, rank) and (…, rank, out), or as a whole.
+_Update = tuple[np.ndarray, np.ndarray] | np.ndarray
+
+
+def combine_adapters(
+  checkpoint: Checkpoint,
+  weights: Mapping[str, float],
+  *,
+  method: Method = 'linear',
+  name: str = 'combined',
+  rank: int | None = None,
+  density: float = 0.5,
+  seed: int = 0,
+  keep: bool = False,
+  host: Host,
+) -> Checkpoint:
+  """Makes one adapter, a LoRA, of several that add something to their base.
+
+  It is the updates that are combined, with the scales that they have, so
+  adapters of other ranks, scales and types can be; not the factors, of which
+  sums have cross terms.
+
+  Args:
+    checkpoint: the model.
+    weights: for each adapter what it counts.
+    method: `linear` or `cat`, `Σ w·Δ`, exactly, of the sum of the ranks; `svd`,
+      the nearest to that of rank `rank`; `magnitude_prune`, `ties`,
+      `dare_linear` and `dare_ties`, of which the result is brought to `rank`.
+    name: name of the new adapter.
+    rank: its rank; of `linear` and `cat` the sum of the ranks by default, of
+      others the largest rank.
+    density: share of an update that is kept, for the last four.
+    seed: seed of what is dropped at random; with it adapter and path decide.
+    keep: whether the others stay; otherwise they are detached.
+    host: whose hooks are asked.
+
+  Raises:
+    AdapterError: for an unknown name, or a type that does not add.
+    ConfigError: for a density or rank that cannot be.
+
+  Example:
+    combine-adapters: {weights: {a: 0.7, b: 0.3}, method: ties, density: 0.5}
+  """
+  records = following.settled(checkpoint, 'combine', host)
+  chosen = [_checked(records.get(one)) for one in weights]
+  _check(weights, method, density, rank)
+  shapes: dict[Path, SiteRecord] = {}
+  for record in chosen:
+    for path, site in record.sites.items():
+      shapes.setdefault(path, site)
+  if not chosen:
+    raise errors.AdapterError('combine: expected adapters, found none.')
+  made = {
+    path: _Combined(
+      checkpoint, chosen, list(weights.values()), path, method, rank, density,
+      seed,
+    )
+    for path in shapes
+  }  # fmt: skip
+  after = (
+    checkpoint if keep else detach.detach(checkpoint, list(weights), host=host)
+  )
+  ranks = {path: one.rank for path, one in made.items()}
+  after = _attached(after, shapes, ranks, name, host)
+  leaves = dict(after)
+  for path, site in after.records(host).get(name).sites.items():
+    for number, weight in enumerate(('lora_a', 'lora_b')):
+      spec = site.weights[weight]
+      leaves[spec.path] = made[path].leaf(number, leaves[spec.path])
+  return after.replace(leaves=leaves)
+
+
+def _checked(record: AdapterRecord) -> AdapterRecord:
+  """Returns an adapter that can be combined.
+
+  Raises:
+    AdapterError: if it cannot be.
+  """
+  if not record.adapter.adds:
+    raise errors.AdapterError(
+      f"combine: adapter {record.name!r} ('{record.adapter.name}') does not "
+      'add something to its base that does not depend on it, so there is no '
+      'update to combine. Merge it instead.'
+    )
+  for path, site in record.sites.items():
+    if len(site.site.params) > 1:
+      raise errors.AdapterError(
+        f'combine: {paths.show(path)}: adapter {record.name!r} rewrites '
+        'several parameters of a layer.'
+      )
+  return record
+
+
+def _check(
+  weights: Mapping[str, float], method: str, density: float, rank: int | None
+) -> None:
+  methods.check_density(density)
+  known = ('cat', 'svd', *methods.METHODS)
+  if method not in known:
+    raise errors.ConfigError(
+      f'combine: no method is called {method!r}.{errors.suggest(method, known)}'
+    )
+  for name, weight in weights.items():
+    if not math.isfinite(weight):
+      raise errors.ConfigError(
+        f'combine: {name!r}: expected a finite weight, found {weight}.'
+      )
+  if rank is not None and rank < 1:
+    raise errors.ConfigError(
+      f'combine: rank: expected 1 or more, found {rank}.'
+    )
+
+
+def _attached(
+  checkpoint: Checkpoint,
+  sites: Mapping[Path, SiteRecord],
+  ranks: Mapping[Path, int],
+  name: str,
+  host: Host,
+) -> Checkpoint:
+  """Returns the checkpoint with a LoRA of the ranks, whose scale is one."""
+  cls: Any = host.adapter_type('lora')
+  common = max(set(ranks.values()), key=list(ranks.values()).count)
+  patterns = {
+    paths.literal(path): {'rank': one, 'alpha': float(one)}
+    for path, one in ranks.items()
+    if one != common
+  }
+  layout = {
+    paths.literal(path): site.site.primary.layout
+    for path, site in sites.items()
+  }
+  stacked = {
+    paths.literal(path): len(checkpoint[path].shape or ())
+    - len(site.site.primary.shape)
+    for path, site in sites.items()
+  }
+  return attach.attach(
+    checkpoint,
+    cls(rank=common, alpha=float(common), patterns=patterns),
+    to=[paths.literal(path) for path in sites],
+    name=name,
+    stacked=stacked,
+    layout=layout,
+    host=host,
+  )
+
+
+class _Combined:
+  """What several adapters add to a parameter, as two factors.
+
+  Args:
+    leaves: the model.
+    adapters: the adapters.
+    weights: what each counts.
+    path: the parameter.
+    method: how they are combined.
+    rank: the rank, or None for what suits the method.
+    density: share that is kept.
+    seed: seed of what is dropped.
+
+  Attributes:
+    rank: rank of the factors.
+  """
+
+  def __init__(
+    self,
+    leaves: Checkpoint,
+    adapters: Sequence[AdapterRecord],
+    weights: Sequence[float],
+    path: Path,
+    method: str,
+    rank: int | None,
+    density: float,
+    seed: int,
+  ) -> None:
+    pairs = zip(adapters, weights, strict=True)
+    self._parts = [(a, w) for a, w in pairs if path in a.sites]
+    # An adapter that is not here adds nothing here, and has a say in means.
+    self._absent = [
+      w for a, w in zip(adapters, weights, strict=True) if path not in a.sites
+    ]
+    self._leaves = leaves
+    self._path = path
+    self._method = method
+    self._density = density
+    self._seed = seed
+    self._held: dict[int, np.ndarray] = {}
+    site = self._parts[0][0].sites[path].site
+    self._sizes = (site.in_size, site.out_size)
+    ranks = [_rank(a.sites[path], a) for a, _ in self._parts]
+    exact = method in ('linear', 'cat')
+    whole = min(sum(ranks) if exact else max(ranks), *self._sizes)
+    self._exact = exact and rank is None and sum(ranks) == whole
+    self.rank = whole if rank is None else min(rank, *self._sizes)
+
+  def leaf(self, number: int, like: Leaf) -> Leaf:
+    """Returns a factor in the place of one that was drawn."""
+
+    def load() -> Any:
+      if number not in self._held:
+        self._held = dict(enumerate(self._factors()))
+      factor = self._held.pop(number).astype(np.float32)
+      return jnp.asarray(factor.reshape(like.shape or ()))
+
+    return like.replace(load=load, heavy=True)
+
+  def _factors(self) -> tuple[np.ndarray, np.ndarray]:
+    updates = [(self._update(a), w, a.name) for a, w in self._parts]
+    if self._exact and all(isinstance(u, tuple) for u, _, _ in updates):
+      firsts = [u[0] for u, _, _ in updates]
+      seconds = [w * u[1] for u, w, _ in updates]
+      return np.concatenate(firsts, -1), np.concatenate(seconds, -2)
+    dense = [u[0] @ u[1] if isinstance(u, tuple) else u for u, _, _ in updates]
+    weights = [w for _, w, _ in updates]
+    names = [n for _, _, n in updates]
+    for k, weight in enumerate(self._absent):
+      dense.append(np.zeros_like(dense[0]))
+      weights.append(weight)
+      names.append(f'.{k}')
+    front = dense[0].shape[:-2]
+    flat = [d.reshape(-1, *self._sizes) for d in dense]
+    found = [
+      self._near(self._mixed([d[k] for d in flat], weights, names, k))
+      for k in range(len(flat[0]))
+    ]
+    return (
+      np.stack([a for a, _ in found]).reshape(
+        *front, self._sizes[0], self.rank
+      ),
+      np.stack([b for _, b in found]).reshape(
+        *front, self.rank, self._sizes[1]
+      ),
+    )
+
+  def _mixed(
+    self,
+    updates: Sequence[np.ndarray],
+    weights: Sequence[float],
+    names: Sequence[str],
+    number: int,
+  ) -> Any:
+    method = 'linear' if self._method in ('svd', 'cat') else self._method
+    options: dict[str, Any] = {'density': self._density}
+    if method.startswith('dare'):
+      options['masks'] = [
+        self._mask(name, update.shape, number)
+        for name, update in zip(names, updates, strict=True)
+      ]
+    return methods.METHODS[method](updates, weights, **options)
+
+  def _mask(self, name: str, shape: tuple[int, ...], number: int) -> Any:
+    """Returns what is kept at random, by seed, adapter and path alone."""
+    stream = generator(self._seed, (*self._path, name), number)
+    return stream.random(shape) < self._density
+
+  def _near(self, update: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the factors of the nearest matrix of the rank."""
+    with arithmetic.steady():
+      u, s, v = np.linalg.svd(update, full_matrices=False)
+    root = np.sqrt(s[: self.rank])
+    a = u[:, : self.rank] * root
+    return a, root[:, None] * v[: self.rank]
+
+  def _update(self, adapter: AdapterRecord) -> Any:
+    """Returns what an adapter adds, in float64."""
+    record = adapter.sites[self._path]
+    shape = self._leaves[self._path].shape or ()
+    stack = len(shape) - len(record.site.primary.shape)
+    fetch = lambda path: self._leaves[path].load()
+    found = compute.weights_of(record, adapter.shared, self._path, stack, fetch)
+    one = _program(record, frozenset(adapter.shared), stack)
+    plain = {n: jnp.asarray(w, jnp.float32) for n, w in found.items()}
+    result = one(plain)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
+
+
+def _rank(site: SiteRecord, adapter: AdapterRecord) -> int:
+  """Returns the rank of what an adapter adds to a parameter."""
+  kinds = compute.kinds_of(site, adapter.shared)
+  structs = {
+    n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape, _ in kinds
+  }
+  result = jax.eval_shape(functools.partial(_added, site), structs)
+  if isinstance(result, tuple):
+    return int(result[0].shape[-1])
+  return min(site.site.in_size, site.site.out_size)
+
+
+def _added(record: SiteRecord, weights: Mapping[str, Any]) -> Any:
+  """Returns what an adapter adds to one parameter, factors or whole."""
+  site = record.site
+  zeros = jnp.zeros((*site.in_shape, *site.out_shape), jnp.float32)
+  bound = site.bind(lambda name: zeros)
+  value = record.interceptor.apply(bound, site.name, zeros, weights)
+  if isinstance(value, LowRank):
+    rank = value.a.shape[-1]
+    return (
+      value.a.reshape(site.in_size, rank),
+      (value.scale * value.b).reshape(rank, site.out_size),
+    )
+  return value.reshape(site.in_size, site.out_size)
+
+
+def _program(
+  record: SiteRecord, shared: frozenset[str], stack: int
+) -> Callable[[Mapping[str, Any]], Any]:
+
+  def run(weights: Mapping[str, Any]) -> Any:
+    one = functools.partial(_added, record)
+    for _ in range(stack):
+      one = jax.vmap(one, ({n: None if n in shared else 0 for n in weights},))
+    with jax.default_matmul_precision('highest'):
+      return one(dict(weights))
+
+  return run
