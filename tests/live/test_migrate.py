@@ -171,7 +171,9 @@ STEPS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize('name', STEPS)
-def test_moments_go_where_values_go(tx, name):
+@pytest.mark.parametrize('optimizer', ['adam', 'momentum'])
+def test_moments_go_where_values_go(optimizer, name):
+  tx = OPTIMIZERS[optimizer]
   step, expected, path = STEPS[name]
   before = network()
   state = trained(tx, before)

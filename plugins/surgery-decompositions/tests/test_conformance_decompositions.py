@@ -11,3 +11,4 @@ class TestPiSSA(AdapterConformance):
 
 class TestOLoRA(AdapterConformance):
   adapter = OLoRA(rank=2)
+  kinds = ('linear', 'conv')  # All else it shares with PiSSA.
