@@ -94,14 +94,12 @@ def remembered(
     kwargs: its named arguments.
     host: whose hooks were asked.
   """
-  empty = {
-    path: dataclasses.replace(leaf, load=unknown, part=None, source=None)
-    for path, leaf in given.items()
-  }
-  records = given.records(host)
+  if isinstance(run, Recipe):
+    # What they hold would be kept as long as the params are.
+    kwargs = {alias: _emptied(one, host) for alias, one in kwargs.items()}
   change = Change(
     name,
-    given.replace(leaves=empty, records=records),
+    _emptied(given, host),
     fingerprints(after),
     run,
     args,
@@ -110,6 +108,16 @@ def remembered(
   )
   known = (*of(before), change)[-_MOST:]
   return live.with_lineage(after, Lineage(known))
+
+
+def _emptied(checkpoint: Checkpoint, host: Host) -> Checkpoint:
+  """Returns a checkpoint without values."""
+  leaves = {
+    path: dataclasses.replace(leaf, load=unknown, part=None, source=None)
+    for path, leaf in checkpoint.items()
+  }
+  records = checkpoint.records(host)
+  return checkpoint.replace(leaves=leaves, records=records, checks=())
 
 
 def of(params: bx.Params) -> tuple[Change, ...]:

@@ -507,6 +507,8 @@ def _one(
     if said.get('with_') is not None:
       return now
     return detach.detach(now, said.get('names'), host=host)
+  if name == 'attach' and said.get('from_') is not None:
+    said['check_base'] = False  # Moments are not what it was made for.
   if name == 'tie':
     return run(now, **{**said, 'check': False}, host=host)
   if name == 'pad':

@@ -330,6 +330,39 @@ def test_what_begins_otherwise_than_with_zero_needs_the_optimizer():
     surgery.migrate(state, before, after, tx=optax.adam(1e-3))
 
 
+def test_other_models_are_not_held_and_need_not_be_there(tmp_path):
+  import gc
+  import weakref
+
+  tx = optax.adam(1e-3)
+  before, other = network(), network()
+  state = trained(tx, before)
+  path = ('net', 'h1', 'kernel')
+  adapted = surgery.attach(before, surgery.LoRA(rank=1), to='**')
+  surgery.save_adapter(tmp_path / 'a.msgpack', adapted)
+  after = surgery.apply(
+    before,
+    [{'add': 'b::**/kernel'}, {'attach': {'from': 'a', 'check-base': False}}],
+    b=other,
+    a=tmp_path / 'a.msgpack',
+  )
+  value = weakref.ref(other[path].value)
+  del other
+  gc.collect()
+  assert value() is None
+  moved = surgery.migrate(state, before, after)
+  checked(tx, moved, after)
+  assert np.array_equal(moments(state, path), moments(moved, path))
+  assert not moments(moved, ('net', 'h1', 'lora_b')).any()
+  for step, message in (
+    ({'copy': 'b::net/h0 -> net/h9'}, 'from another model'),
+    ({'drop': 'net/h0', 'in': 'b', 'as': 'c'}, 'is about several models'),
+  ):
+    after = surgery.apply(before, [step, {'drop': 'net/h2'}], b=network())
+    with pytest.raises(surgery.SurgeryError, match=message):
+      surgery.migrate(state, before, after)
+
+
 def test_what_cannot_be_placed_is_refused():
   tx = optax.adam(1e-3)
   before = network()
