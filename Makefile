@@ -29,9 +29,11 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/dev-installed  ## The reference of steps.
+docs: $(VENV)/dev-installed  ## The references of steps and of hooks.
 	$(BIN)/python -m surgery.recipes.reference > docs/steps.new
 	mv docs/steps.new docs/steps.md
+	$(BIN)/python -m surgery.core.reference > docs/hooks.new
+	mv docs/hooks.new docs/hooks.md
 
 bench: $(VENV)/dev-installed  ## The figures in docs/performance.md.
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

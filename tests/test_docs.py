@@ -88,6 +88,18 @@ def test_every_hook_is_documented():
       assert name in text
 
 
+def test_the_reference_of_hooks_is_what_they_say():
+  from surgery.core import hookspecs, reference
+
+  page = (DOCS / 'hooks.md').read_text()
+  assert reference.markdown() == page, 'make docs'
+  hooks = [name for name in vars(hookspecs) if name.startswith('surgery_')]
+  for name in hooks:
+    assert f'### {name}(' in page
+  for label in ('Called', 'Order', 'Return', 'May raise', 'Since'):
+    assert len(hooks) == page.count(f'* **{label}**: ')
+
+
 def test_links_between_pages_lead_somewhere():
   root = DOCS.parent
   for page in [root / 'README.md', *DOCS.rglob('*.md')]:
