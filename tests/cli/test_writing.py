@@ -38,9 +38,7 @@ def arguments(verb, file):
 @pytest.mark.parametrize('verb', VERBS)
 def test_the_same_command_gives_the_same_bytes(adapted, tmp_path, verb):
   written = []
-  for i, (seed, threads) in enumerate(
-    [('0', '1'), ('1', '2'), ('random', '2')]
-  ):
+  for i, (seed, threads) in enumerate([('0', '1'), ('random', '2')]):
     out = tmp_path / f'{i}' / 'out.msgpack'
     out.parent.mkdir()
     done = command(
@@ -58,7 +56,7 @@ def test_the_same_command_gives_the_same_bytes(adapted, tmp_path, verb):
     )
     assert 0 == done.returncode, done.stderr
     written.append(out.read_bytes())
-  assert written[0] == written[1] == written[2]
+  assert written[0] == written[1]
 
 
 @pytest.mark.parametrize('verb', VERBS)

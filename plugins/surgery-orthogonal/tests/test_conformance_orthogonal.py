@@ -15,10 +15,6 @@ class TestOFTOnOtherLayers(AdapterConformance):
   kinds = ('einsum', 'stacked')
 
 
-class TestOFTOnEmbeddings(AdapterConformance):
-  adapter = OFT(block_size=7, patterns={'**/query2': {'block_size': 5}})
-  kinds = ('embed',)
-
-
 class TestHRA(AdapterConformance):
   adapter = HRA(rank=2)
+  kinds = ('linear', 'conv', 'embed', 'stacked')

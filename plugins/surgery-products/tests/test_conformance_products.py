@@ -11,3 +11,4 @@ class TestLoHa(AdapterConformance):
 
 class TestLoKr(AdapterConformance):
   adapter = LoKr(rank=1)
+  kinds = ('linear', 'conv', 'einsum')
