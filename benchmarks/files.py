@@ -271,13 +271,16 @@ def make(path: pathlib.Path, dtype: str, size: float, seed: int = 0) -> None:
 
 
 def run(
-  name: str, source: pathlib.Path, target: pathlib.Path
+  name: str,
+  source: pathlib.Path,
+  target: pathlib.Path,
+  script: str = __file__,
 ) -> dict[str, Any]:
-  """Runs one task in a process of its own."""
+  """Runs one task of a script in a process of its own."""
   target.unlink(missing_ok=True)
   os.sync()
   out = subprocess.run(
-    [sys.executable, __file__, '--worker', name, str(source), str(target)],
+    [sys.executable, script, '--worker', name, str(source), str(target)],
     check=True,
     stdout=subprocess.PIPE,
     text=True,

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
 
-from files import Memory, copy
+from files import Memory, copy, run
 
 LAYERS = 20
 
@@ -136,23 +133,6 @@ def make(path: pathlib.Path, size: float) -> None:
   checkpoint.Checkpoint(leaves).write(path, overwrite=True)
 
 
-def run(
-  name: str, source: pathlib.Path, target: pathlib.Path
-) -> dict[str, Any]:
-  """Runs one task in a process of its own."""
-  target.unlink(missing_ok=True)
-  os.sync()
-  out = subprocess.run(
-    [sys.executable, __file__, '--worker', name, str(source), str(target)],
-    check=True,
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-  result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
-  result['written'] = target.stat().st_size if target.exists() else 0
-  return result
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--gigabytes', type=float, default=2.5)
@@ -170,7 +150,7 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in TASKS}
     for _ in range(given.rounds):
       for name in TASKS:
-        runs[name].append(run(name, source, target))
+        runs[name].append(run(name, source, target, __file__))
     size = source.stat().st_size
     print(f'float32, {size / 1e9:.2f} GB; medians of {given.rounds} rounds')
     print('task                     seconds  / cp    memory MB  written GB')

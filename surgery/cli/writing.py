@@ -187,8 +187,9 @@ def run(
   from surgery.recipes import running
 
   plan = running.plan(recipe, default_host(), given)
-  plan.check(overwrite=output.force)
-  if not output.dry_run:
+  if output.dry_run:
+    plan.check(overwrite=output.force)
+  else:
     plan.write(
       overwrite=output.force, watched=lambda one: progress.shown(one.values())
     )

@@ -81,6 +81,9 @@ class Spread:
   _left: Reader = dataclasses.field(compare=False, repr=False)
   _right: Reader = dataclasses.field(compare=False, repr=False)
   _extra: str | int = dataclasses.field(compare=False, repr=False)
+  _rules: dict[int, Rule] = dataclasses.field(
+    default_factory=dict, compare=False, repr=False
+  )
 
   def apply(self, path: Path, count: int) -> list[Path] | None:
     """Returns the paths that one becomes; None if the rule does not match.
@@ -98,11 +101,14 @@ class Spread:
     return self._rule(0).apply(path) is not None
 
   def _rule(self, place: int) -> Rule:
-    segments = [
-      [self._placed(part, place) for part in segment]
-      for segment in self._right.segments
-    ]
-    return renaming.built(self.text, self._left.segments, segments)
+    if place not in self._rules:
+      segments = [
+        [self._placed(part, place) for part in segment]
+        for segment in self._right.segments
+      ]
+      rule = renaming.built(self.text, self._left.segments, segments)
+      self._rules[place] = rule
+    return self._rules[place]
 
   def _placed(self, part: Part, place: int) -> Part:
     if isinstance(part, Number) and part.name == self._extra:

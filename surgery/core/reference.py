@@ -24,11 +24,11 @@ def markdown() -> str:
   """Returns a page with the contract of adapter types and all hooks."""
   lines = [_HEAD, '## The contract', '', 'Methods of `surgery.Adapter`.', '']
   for name in ('init', 'apply', 'init_shared', 'serves', 'sharding'):
-    lines += _method(name, getattr(Adapter, name))
+    lines += _method(getattr(Adapter, name))
   lines += ['## Hooks', '']
   for name in vars(hookspecs):
     if name.startswith('surgery_'):
-      lines += _hook(name, getattr(hookspecs, name))
+      lines += _hook(getattr(hookspecs, name))
   return '\n'.join(lines).rstrip() + '\n'
 
 
@@ -37,8 +37,7 @@ def _signature(function: Callable[..., Any]) -> str:
   return f'{function.__name__}({", ".join(names)})'
 
 
-def _method(name: str, function: Callable[..., Any]) -> Iterator[str]:
-  del name
+def _method(function: Callable[..., Any]) -> Iterator[str]:
   summary, _, rest = (inspect.getdoc(function) or '').partition('\n')
   yield f'### {_signature(function)}'
   yield ''
@@ -52,7 +51,7 @@ def _method(name: str, function: Callable[..., Any]) -> Iterator[str]:
     yield ''
 
 
-def _hook(name: str, function: Callable[..., Any]) -> Iterator[str]:
+def _hook(function: Callable[..., Any]) -> Iterator[str]:
   summary, _, rest = (inspect.getdoc(function) or '').partition('\n')
   yield f'### {_signature(function)}'
   yield ''
@@ -62,7 +61,6 @@ def _hook(name: str, function: Callable[..., Any]) -> Iterator[str]:
   for label, text in zip(pieces[1::2], pieces[2::2], strict=True):
     yield f'* **{label}**: {" ".join(text.split())}'
   yield ''
-  del name
 
 
 if __name__ == '__main__':

@@ -469,15 +469,7 @@ def _again(now: Checkpoint, change: Change, dtype: str) -> Checkpoint:
         'tx.init(after).'
       )
     definition = definitions.find(step.name, change.host)
-    given = definition.read(step.value)
-    for option in definition.options.values():
-      value = given.get(option.argument)
-      if option.model and isinstance(value, str):
-        given[option.argument] = models[value]
-    if 'inputs' in definition.given:
-      given['inputs'] = models
-    if 'original' in definition.given:
-      given['original'] = now
+    given = definition.bound(definition.read(step.value), models, now)
     now = one(now, step.name, definition.function, (), given)
   return now
 

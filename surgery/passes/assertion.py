@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from surgery.core import errors, paths, selectors
-from surgery.core.checkpoint import Check, Checkpoint, Leaf, grid
+from surgery.core.checkpoint import Check, Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.passes import choosing, editing, regions, rounding
-from surgery.passes.regions import Reader, Region
 
 _SHOWN = 5
 
@@ -311,14 +310,6 @@ def _dtype(given: Any, asked: _Asked) -> _Test:
 # What values tell.
 
 
-def _blocks(leaf: Leaf) -> Iterator[tuple[Region, np.ndarray]]:
-  assert leaf.shape is not None
-  reader = Reader(leaf)
-  for index in grid(leaf.shape):
-    cell = regions.full(index, leaf.shape)
-    yield cell, np.asarray(reader(cell))
-
-
 def _arrays(asked: _Asked, select: Any) -> list[Path]:
   return [
     p
@@ -337,7 +328,7 @@ def _finite(given: Any, asked: _Asked) -> _Test:
       leaf = asked.model[path]
       if not (rounding.is_float(leaf.dtype) or 'complex' in str(leaf.dtype)):
         continue
-      if any(not np.isfinite(_wide(b)).all() for _, b in _blocks(leaf)):
+      if any(not np.isfinite(_wide(b)).all() for _, b in regions.blocks(leaf)):
         wrong.append(f'{paths.show(path)} has NaN or infinity')
     return _listed(wrong) if wrong else None
 
@@ -372,7 +363,7 @@ def _zero(given: Any, asked: _Asked) -> _Test:
     wrong = []
     for path in chosen:
       most = max(
-        (_difference(b, None) for _, b in _blocks(asked.model[path])),
+        (_difference(b, None) for _, b in regions.blocks(asked.model[path])),
         key=lambda x: math.inf if math.isnan(x) else x,
         default=0.0,
       )
@@ -443,12 +434,9 @@ def _compared(
 def _apart(a: Leaf, b: Leaf) -> float:
   if a.load is b.load:
     return 0.0
-  assert a.shape is not None
-  first, second = Reader(a), Reader(b)
   most = 0.0
-  for index in grid(a.shape):
-    cell = regions.full(index, a.shape)
-    apart = _difference(np.asarray(first(cell)), np.asarray(second(cell)))
+  for (_, x), (_, y) in zip(regions.blocks(a), regions.blocks(b), strict=True):
+    apart = _difference(x, y)
     if not apart <= most:
       most = apart
     if math.isnan(most):
@@ -495,13 +483,7 @@ def _same(a: Leaf, b: Leaf) -> bool:
     return bool(a.load() == b.load())
   if a.digest is not None and a.digest == b.digest:
     return True
-  first, second = Reader(a), Reader(b)
-  for index in grid(a.shape):
-    cell = regions.full(index, a.shape)
-    x, y = np.asarray(first(cell)), np.asarray(second(cell))
-    if x.tobytes() != y.tobytes():
-      return False
-  return True
+  return regions.same_bytes(a, b)
 
 
 _CONDITIONS: dict[str, Callable[[Any, _Asked], _Test]] = {

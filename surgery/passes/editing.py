@@ -204,6 +204,7 @@ def edited(
   gone: Collection[Path] = (),
   behind: Mapping[Path, Path] | None = None,
   overwrite: bool = False,
+  rearranged: bool = False,
   host: Host,
 ) -> Checkpoint:
   """Returns a checkpoint with some tensors changed, new, and gone.
@@ -216,6 +217,8 @@ def edited(
     gone: what is left out.
     behind: behind which old tensor a new one stands; at the end by default.
     overwrite: whether a new name may be that of an old tensor.
+    rearranged: whether an adapter cannot follow what changed even where shape
+      and dtype are the same.
     host: knows the adapters' types.
 
   Raises:
@@ -229,8 +232,8 @@ def edited(
   replaced = [p for p in fresh if p in checkpoint and p not in gone]
   moved = [
     p
-    for p in (*changed, *replaced)
-    if _form({**changed, **fresh}[p]) != _form(checkpoint[p])
+    for p, leaf in {**changed, **{p: fresh[p] for p in replaced}}.items()
+    if rearranged or _form(leaf) != _form(checkpoint[p])
   ]
   check_free(checkpoint, (*gone, *moved), verb, host)
   _check_trees(checkpoint, (*gone, *changed, *replaced), verb)

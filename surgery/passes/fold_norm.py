@@ -83,7 +83,6 @@ def fold_norm(
     else:
       changed.update(one.identity())
   # Arithmetic on what an adapter rewrites would change what it was made for.
-  editing.check_free(checkpoint, (*changed, *gone), 'fold-norm', host)
   return editing.edited(
     checkpoint,
     'fold-norm',
@@ -91,6 +90,7 @@ def fold_norm(
     fresh=fresh,
     gone=gone,
     behind=behind,
+    rearranged=True,
     host=host,
   )
 

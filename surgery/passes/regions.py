@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,8 +110,6 @@ class Reader:
     """Returns a region."""
     if self.direct or math.prod(self.shape) == 0:
       return self.leaf.load()[region]
-    if region == whole(self.shape) and math.prod(self.shape) == 1:
-      return self.leaf.load()
     return self._assembled(region)
 
   def take(self, region: Region, axis: int, places: np.ndarray) -> Any:
@@ -183,6 +181,21 @@ class Reader:
       )
       result[to] = self._block(index)[of]
     return result
+
+
+def blocks(leaf: Leaf) -> Iterator[tuple[Region, np.ndarray]]:
+  """Yields where the blocks of a tensor are, and the blocks."""
+  assert leaf.shape is not None
+  reader = Reader(leaf)
+  for index in grid(leaf.shape):
+    cell = full(index, leaf.shape)
+    yield cell, np.asarray(reader(cell))
+
+
+def same_bytes(a: Leaf, b: Leaf) -> bool:
+  """Whether two tensors of one shape and dtype have the same bytes."""
+  pairs = zip(blocks(a), blocks(b), strict=True)
+  return all(x.tobytes() == y.tobytes() for (_, x), (_, y) in pairs)
 
 
 def computed(

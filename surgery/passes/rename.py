@@ -21,7 +21,7 @@ from surgery.core.records import (
 )
 from surgery.core.renaming import Rule
 from surgery.core.site import PathNeeded, Site
-from surgery.passes import following
+from surgery.passes import editing, following
 
 
 def rename(
@@ -47,10 +47,7 @@ def rename(
     rename: '**/h<i>/** -> **/block<i+1>/**'
     rename: ['a -> b', 'b -> a']
   """
-  texts = [rules] if isinstance(rules, str) else list(rules)
-  if not texts:
-    raise errors.RenameError("rename: expected rules 'OLD -> NEW', found none.")
-  read = [renaming.parse(text) for text in texts]
+  read = [renaming.parse(text) for text in editing.texts(rules, 'rename')]
   return renamed(checkpoint, read, verb='rename', host=host)
 
 

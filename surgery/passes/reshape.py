@@ -111,8 +111,9 @@ def transpose(
         f'{"of swapped axes" if axes is None else list(axes)}.'
       )
     changed[path] = transposed(leaf, order)
-  editing.check_free(checkpoint, changed, 'transpose', host)
-  return editing.edited(checkpoint, 'transpose', changed=changed, host=host)
+  return editing.edited(
+    checkpoint, 'transpose', changed=changed, rearranged=True, host=host
+  )
 
 
 def transposed(leaf: Leaf, order: Sequence[int]) -> Leaf:

@@ -195,5 +195,6 @@ def permute(
       )
     changed[path] = taken(leaf, at, _spread(wanted, width))
   # An adapter's factors have the order of the tensor.
-  editing.check_free(checkpoint, changed, 'permute', host)
-  return editing.edited(checkpoint, 'permute', changed=changed, host=host)
+  return editing.edited(
+    checkpoint, 'permute', changed=changed, rearranged=True, host=host
+  )

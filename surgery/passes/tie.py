@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from surgery.core import errors, paths
-from surgery.core.checkpoint import Check, Checkpoint, Leaf, grid
+from surgery.core.checkpoint import Check, Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.passes import editing, regions
@@ -76,17 +74,12 @@ def _equal(a: Leaf, b: Leaf, one: Path, other: Path) -> Check:
   text = f'{paths.show(one)} equals {paths.show(other)}'
 
   def run() -> None:
-    assert a.shape is not None
-    first, second = regions.Reader(a), regions.Reader(b)
-    for index in grid(a.shape):
-      cell = regions.full(index, a.shape)
-      x, y = np.asarray(first(cell)), np.asarray(second(cell))
-      if x.tobytes() != y.tobytes():
-        raise errors.CheckError(
-          f'tie: {paths.show(one)} and {paths.show(other)} are not equal, so '
-          'one cannot stand for both. Give check=false to leave out the second '
-          'all the same.'
-        )
+    if not regions.same_bytes(a, b):
+      raise errors.CheckError(
+        f'tie: {paths.show(one)} and {paths.show(other)} are not equal, so one '
+        'cannot stand for both. Give check=false to leave out the second all '
+        'the same.'
+      )
 
   return Check(text, run)
 

@@ -126,6 +126,38 @@ class Definition:
         )
     return found
 
+  def bound(
+    self,
+    arguments: Mapping[str, Any],
+    models: Mapping[str, Checkpoint],
+    original: Checkpoint | None,
+  ) -> dict[str, Any]:
+    """Returns arguments with models in the place of their aliases.
+
+    Args:
+      arguments: what `read` returned.
+      models: other models by alias.
+      original: the model before the first step.
+
+    Raises:
+      RecipeError: for an unknown alias.
+    """
+    given = dict(arguments)
+    for option in self.options.values():
+      value = given.get(option.argument)
+      if option.model and isinstance(value, str):
+        if value not in models:
+          raise errors.RecipeError(
+            f'{option.name}: no model is called {value!r}.'
+            f'{errors.suggest(value, models)}'
+          )
+        given[option.argument] = models[value]
+    if 'inputs' in self.given:
+      given['inputs'] = models
+    if 'original' in self.given:
+      given['original'] = original
+    return given
+
   def _key(self, key: str) -> str:
     name = key.replace('_', '-')
     if name not in self.options:

@@ -98,12 +98,13 @@ def lines(
   """
   from surgery.recipes import text
 
+  history = list(history)
   entries = [one for one in history if _is_entry(one)]
   for one in entries:
     said = [f'surgery {one["version"]}'] if one.get('version') else []
     said += [f'{i["file"]} {i["digest"]}' for i in _inputs(one)]
     yield f'# {", ".join(said)}'
-  others = len(list(history)) - len(entries)
+  others = len(history) - len(entries)
   if others:
     yield f'# {others} more that are no recipes of this program'
   if entries:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
   from surgery.core.checkpoint import Checkpoint, Leaf
   from surgery.core.paths import Path
 
-KINDS = ('copied', 'renamed', 'computed', 'new', 'gone')
-
 # A tensor, its result in float32, and what lies between them.
 _COPIES = 4
 

@@ -60,6 +60,15 @@ def nbytes(value: str | int) -> int:
   return number
 
 
+def _escaped(value: Any) -> Any:
+  """Returns a value that is the same again when variables are put in."""
+  if isinstance(value, Mapping):
+    return {_escaped(k): _escaped(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_escaped(one) for one in value]
+  return value.replace('$', '$$') if isinstance(value, str) else value
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
   """One step of a recipe.
@@ -77,8 +86,8 @@ class Step:
   result: str | None = None
 
   def data(self) -> Any:
-    """Returns it as data."""
-    said: dict[str, Any] = {self.name: self.value}
+    """Returns it as data, as a recipe says it."""
+    said: dict[str, Any] = {self.name: _escaped(self.value)}
     if self.on is not None:
       said['in'] = self.on
     if self.result is not None:

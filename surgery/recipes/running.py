@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.core import checkpoint as checkpoints
-from surgery.core import errors, manifest, selectors
+from surgery.core import errors, location, manifest, selectors
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.files import strict_json
@@ -25,8 +25,6 @@ from surgery.recipes import definitions, history, planning
 
 if TYPE_CHECKING:
   from surgery.recipes.recipe import Recipe, Step, Target
-
-_INDEX = '.index.json'
 
 
 class _Models(Mapping[str, Checkpoint]):
@@ -157,20 +155,7 @@ def _done(
   host: Host,
 ) -> Checkpoint:
   """Does one step."""
-  given = dict(arguments)
-  for option in definition.options.values():
-    value = given.get(option.argument)
-    if option.model and isinstance(value, str):
-      if value not in models:
-        raise errors.RecipeError(
-          f'{option.name}: no model is called {value!r}.'
-          f'{errors.suggest(value, models)}'
-        )
-      given[option.argument] = models[value]
-  if 'inputs' in definition.given:
-    given['inputs'] = models
-  if 'original' in definition.given:
-    given['original'] = models.opened.get(alias)
+  given = definition.bound(arguments, models, models.opened.get(alias))
   if 'host' in definition.given:
     given['host'] = host
   with host.observed(definition.name, _told(arguments)):
@@ -242,7 +227,7 @@ class Output:
     """The file that is opened again: that, or the index of the shards."""
     if self.target.shard_size is None:
       return self.path
-    return self.path.with_name(self.path.name + _INDEX)
+    return self.path.with_name(self.path.name + location.INDEX)
 
   def rows(self) -> list[dict[str, Any]]:
     """Returns what happens to each tensor; see `planning.plan`."""
@@ -318,8 +303,10 @@ class Plan:
       OSError: naming the file, if the system says no.
     """
     self.check(overwrite)
-    for one in self.outputs:
-      one.after.check()
+    # Several outputs may have the same checks, which read tensors.
+    checks = {id(c): c for one in self.outputs for c in one.after.checks}
+    for check in checks.values():
+      check.run()
     # The first is the main one: it appears last.
     order = list(reversed(self.outputs))
     with contextlib.ExitStack() as undo:
@@ -373,7 +360,7 @@ def check_target(target: Target, overwrite: bool) -> None:
     )
   if not os.access(folder, os.W_OK | os.X_OK):
     raise errors.SurgeryError(f'{folder}: the folder is not writable.')
-  index = path.with_name(path.name + _INDEX)
+  index = path.with_name(path.name + location.INDEX)
   if target.shard_size is not None and index.exists():
     raise errors.SurgeryError(
       f'{index}: exists already, and the index of a set of files is never '
@@ -404,7 +391,7 @@ def plan(
         f'{name}=FILE.'
       )
     if target.strict_flax:
-      _check_strict(target, host)
+      _check_strict(target)
   models = _Models(recipe, host, given or {})
   _performed(recipe, models, host)
   outputs = []
@@ -431,8 +418,7 @@ def _main_of(after: Checkpoint, models: _Models) -> str:
   return next(iter(models.opened))
 
 
-def _check_strict(target: Target, host: Host) -> None:
-  del host
+def _check_strict(target: Target) -> None:
   assert target.path is not None
   form = target.format or target.path.suffix.lstrip('.')
   if form != 'msgpack':

@@ -110,16 +110,9 @@ class SmallBlocks:
       return grid(shape, most)
 
     from surgery.files import payload
-    from surgery.passes import (
-      assertion,
-      cast,
-      diff,
-      fill,
-      regions,
-      tie,
-    )
+    from surgery.passes import cast, diff, fill, regions
 
-    modules = (checkpoints, payload, assertion, cast, diff, fill, regions, tie)
+    modules = (checkpoints, payload, cast, diff, fill, regions)
     self._patches = [mock.patch.object(m, 'grid', small) for m in modules]
     for patch in self._patches:
       patch.start()

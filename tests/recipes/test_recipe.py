@@ -99,6 +99,23 @@ steps:
   )
 
 
+def test_plain_dollars_stay_plain(file, tmp_path, surgery_cli):
+  """In what is recorded of a recipe, and where steps are taken from one."""
+  recipe = surgery.Recipe([{'copy': 'out -> a$$$$b'}])
+  out = tmp_path / 'out.msgpack'
+  recipe.run(model=file, out=out)
+  assert 'a$$b' in values(surgery.open(out))
+  again = tmp_path / 'again.yaml'
+  again.write_text(surgery_cli('inspect', out, '--history').out)
+  made = tmp_path / 'made.msgpack'
+  result = surgery_cli('run', again, f'model={file}', f'out={made}')
+  assert 0 == result.code, result.err
+  assert 'a$$b' in values(surgery.open(made))
+  step = {'copy': 'b::out -> a$$$$b'}
+  after = surgery.apply(surgery.open(file), step, b=file)
+  assert ('a$$b',) in after
+
+
 def test_other_models_and_results(file, tmp_path):
   other = saved({'h/0/q': np.full((2, 3), 9, 'float32')}, tmp_path, 'other')
   recipe = Recipe.loads(f"""

@@ -24,22 +24,30 @@ class _Decomposed(surgery.Adapter):
   frozen = ('lora_a0', 'lora_b0')
   adds = True
 
+  rank: int = surgery.field(default=8, ge=1, doc='Rank of the update.')
+
   def _factors(
     self, matrix: jax.Array, rank: int
   ) -> tuple[jax.Array, jax.Array]:
     """Returns `A₀` `(in, rank)` and `B₀` `(rank, out)`."""
     raise NotImplementedError
 
-  def _begun(self, site: surgery.Site, rank: int) -> dict[str, Any]:
+  def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
+    """Returns `lora_a`, `lora_b`, and what they begin with.
+
+    Raises:
+      SiteError: if the rank exceeds the smaller side of the matrix.
+    """
+    del key
     rows, columns = math.prod(site.in_shape), math.prod(site.out_shape)
-    if rank > min(rows, columns):
+    if self.rank > min(rows, columns):
       raise surgery.SiteError(
-        f'{"/".join(site.layer)}: rank {rank} exceeds the smaller side of a '
-        f'matrix of {rows} inputs and {columns} outputs. Take a smaller rank, '
-        'for this layer by patterns.'
+        f'{"/".join(site.layer)}: rank {self.rank} exceeds the smaller side of '
+        f'a matrix of {rows} inputs and {columns} outputs. Take a smaller '
+        'rank, for this layer by patterns.'
       )
     matrix = site.base().astype('float32').reshape(rows, columns)
-    a, b = self._factors(matrix, rank)
+    a, b = self._factors(matrix, self.rank)
     return {'lora_a': a, 'lora_b': b, 'lora_a0': a, 'lora_b0': b}
 
   def apply(
@@ -62,17 +70,6 @@ class PiSSA(_Decomposed):
 
   name = 'pissa'
 
-  rank: int = surgery.field(default=8, ge=1, doc='Rank of the update.')
-
-  def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `lora_a`, `lora_b`, and what they begin with.
-
-    Raises:
-      SiteError: if the rank exceeds the smaller side of the matrix.
-    """
-    del key
-    return self._begun(site, self.rank)
-
   def _factors(
     self, matrix: jax.Array, rank: int
   ) -> tuple[jax.Array, jax.Array]:
@@ -90,17 +87,6 @@ class OLoRA(_Decomposed):
   """
 
   name = 'olora'
-
-  rank: int = surgery.field(default=8, ge=1, doc='Rank of the update.')
-
-  def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `lora_a`, `lora_b`, and what they begin with.
-
-    Raises:
-      SiteError: if the rank exceeds the smaller side of the matrix.
-    """
-    del key
-    return self._begun(site, self.rank)
 
   def _factors(
     self, matrix: jax.Array, rank: int
