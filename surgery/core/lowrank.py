@@ -1,9 +1,23 @@
-"""The low-rank value that `Adapter.apply` may return in place of an array."""
+"""The low-rank value that `Adapter.apply` may return in place of an array.
+
+Wherever such a value is asked for as an array, the primitive `low_rank` is
+bound. By itself it computes the dense array, so it is right in any program and
+under any transformation; `surgery.factored` finds it in a model's jaxpr and
+keeps its factors apart.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
+
+from surgery.core import errors
+
+# For each axis of a factor the axis of the result that it owns, or RANK.
+Axes = tuple[int, ...]
+RANK = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,23 +25,230 @@ class LowRank:
   """`base + scale · a·b`, kept as its factors.
 
   It says no more than the dense array does: whoever wants the array calls
-  `dense()`. Returning it lets the core keep the factors apart where that is
-  cheaper.
+  `dense()`. Returning it, or an array made from its `dense()`, lets
+  `surgery.factored` keep the factors apart where that is cheaper.
 
   Attributes:
-    base: array of shape `in_shape + out_shape`.
+    base: array of shape `in_shape + out_shape`, or another `LowRank`.
     a: array of shape `in_shape + (rank,)`.
     b: array of shape `(rank,) + out_shape`.
     scale: factor of the product.
+    dropout: probability with which `surgery.factored` drops elements of what
+      goes into `a`, in training (and divides the others by `1 - dropout`); the
+      array, which is what it does on average, does not know of it.
+    key: typed PRNG key of shape `()` for that; needed if `dropout` is not zero.
   """
 
   base: Any
   a: Any
   b: Any
   scale: float | Any = 1.0
+  dropout: float = 0.0
+  key: Any = None
 
   def dense(self) -> Any:
-    """Returns the array, of shape `in_shape + out_shape`."""
+    """Returns the array, of shape `in_shape + out_shape`.
+
+    Raises:
+      SiteError: if the shapes of the factors do not fit together.
+    """
     import jax.numpy as jnp
 
-    return self.base + self.scale * jnp.tensordot(self.a, self.b, axes=1)
+    base = self.base.dense() if isinstance(self.base, LowRank) else self.base
+    base, a, b, scale = jnp.asarray(base), self.a, self.b, self.scale
+    outer = jnp.ndim(a) - 1
+    if outer < 0 or not jnp.ndim(b) or jnp.shape(a)[-1] != jnp.shape(b)[0]:
+      raise errors.SiteError(
+        f'LowRank: a of shape {jnp.shape(a)} and b of shape {jnp.shape(b)} '
+        'have no common rank: expected in_shape + (rank,) and (rank,) + '
+        'out_shape.'
+      )
+    shape = jnp.shape(a)[:-1] + jnp.shape(b)[1:]
+    if shape != base.shape:
+      raise errors.SiteError(
+        f'LowRank: a·b has shape {shape}, the base {base.shape}.'
+      )
+    if not isinstance(scale, (int, float)):
+      b, scale = scale * b, 1.0
+    keys = [] if self.key is None or not self.dropout else [self.key]
+    if self.dropout and not keys:
+      raise errors.SiteError('LowRank: dropout needs a key.')
+    return primitive().bind(
+      base,
+      a,
+      b,
+      *keys,
+      axes=_standard(outer, base.ndim),
+      scale=float(scale),
+      dropout=float(self.dropout),
+    )
+
+
+@functools.cache
+def _standard(outer: int, ndim: int) -> tuple[Axes, Axes, Axes]:
+  axes = tuple(range(ndim))
+  return axes, (*axes[:outer], RANK), (RANK, *axes[outer:])
+
+
+def contracted(
+  a: Any,
+  a_axes: Sequence[int],
+  b: Any,
+  b_axes: Sequence[int],
+  precision: Any = None,
+) -> Any:
+  """Returns the product of two factors, with axes in ascending order.
+
+  Args:
+    a: array whose axes are those of the result, or `RANK`.
+    a_axes: which; those that both factors have go together.
+    b: the other array.
+    b_axes: its axes.
+    precision: of the product.
+  """
+  import jax
+
+  both = [x for x in a_axes if x in b_axes and x != RANK]
+  product = jax.lax.dot_general(
+    a,
+    b,
+    (
+      ((a_axes.index(RANK),), (b_axes.index(RANK),)),
+      ([a_axes.index(x) for x in both], [b_axes.index(x) for x in both]),
+    ),
+    precision=precision,
+  )
+  found = [
+    *both,
+    *(x for x in a_axes if x not in both and x != RANK),
+    *(x for x in b_axes if x not in both and x != RANK),
+  ]
+  order = sorted(range(len(found)), key=found.__getitem__)
+  return product if order == sorted(order) else product.transpose(order)
+
+
+def spread(value: Any, axes: Sequence[int], shape: Sequence[int]) -> Any:
+  """Returns an array repeated along the axes that it does not own.
+
+  Args:
+    value: array whose axes are those of the result.
+    axes: which.
+    shape: shape of the result.
+  """
+  import jax
+
+  order = sorted(range(len(axes)), key=axes.__getitem__)
+  if order != list(range(len(axes))):
+    value = value.transpose(order)
+  if len(axes) == len(shape):
+    return value
+  return jax.lax.broadcast_in_dim(value, tuple(shape), sorted(axes))
+
+
+def _shape(
+  values: Sequence[Any], axes: tuple[Axes, Axes, Axes]
+) -> tuple[int, ...]:
+  sizes = {
+    axis: size
+    for value, owned in zip(values, axes, strict=True)
+    for axis, size in zip(owned, value.shape, strict=True)
+  }
+  sizes.pop(RANK, None)
+  return tuple(sizes[axis] for axis in range(len(sizes)))
+
+
+def dense(
+  base: Any,
+  a: Any,
+  b: Any,
+  *key: Any,
+  axes: tuple[Axes, Axes, Axes],
+  scale: float,
+  dropout: float = 0.0,
+) -> Any:
+  """Computes what the primitive stands for.
+
+  Args:
+    base: array; axes that it does not own it is repeated along.
+    a: array with a rank axis.
+    b: array with a rank axis.
+    *key: not used.
+    axes: for each of the three the axes of the result that it owns.
+    scale: factor of the product.
+    dropout: not used.
+  """
+  del key, dropout
+  shape = _shape((base, a, b), axes)
+  product = contracted(a, axes[1], b, axes[2], 'highest')
+  owned = sorted({x for x in (*axes[1], *axes[2]) if x != RANK})
+  return spread(base, axes[0], shape) + scale * spread(product, owned, shape)
+
+
+@functools.cache
+def primitive() -> Any:
+  """Returns the primitive `low_rank`; JAX is imported when it is needed."""
+  import jax
+  from jax.extend.core import Primitive
+  from jax.interpreters import ad, batching, mlir
+
+  low_rank = Primitive('low_rank')
+
+  compiled = jax.jit(dense, static_argnames=('axes', 'scale', 'dropout'))
+  low_rank.def_impl(compiled)
+
+  @functools.lru_cache(maxsize=4096)
+  def abstract(avals: Any, axes: Any, scale: float) -> Any:
+    # What dense code would be: shape, dtype, sharding and varying mesh axes.
+    closed = jax.make_jaxpr(functools.partial(dense, axes=axes, scale=scale))
+    return closed(*avals).out_avals[0]
+
+  low_rank.def_abstract_eval(
+    lambda base, a, b, *key, axes, scale, dropout: abstract(
+      (base, a, b), axes, scale
+    )
+  )
+  mlir.register_lowering(
+    low_rank, mlir.lower_fun(dense, multiple_results=False)
+  )
+
+  def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    axes, scale = params['axes'], params['scale']
+    base, a, b, *_ = primals
+    shape = _shape((base, a, b), axes)
+    owned = sorted({x for x in (*axes[1], *axes[2]) if x != RANK})
+
+    def product(a: Any, b: Any) -> Any:
+      made = contracted(a, axes[1], b, axes[2], 'highest')
+      return scale * spread(made, owned, shape)
+
+    moved = [isinstance(t, ad.Zero) for t in tangents]
+    parts = []
+    if not moved[0]:
+      parts.append(spread(tangents[0], axes[0], shape))
+    if not moved[1]:
+      parts.append(product(tangents[1], b))
+    if not moved[2]:
+      parts.append(product(a, tangents[2]))
+    out = low_rank.bind(*primals, **params)
+    if not parts:
+      return out, ad.Zero.from_primal_value(out)
+    return out, functools.reduce(lambda x, y: x + y, parts)
+
+  ad.primitive_jvps[low_rank] = jvp
+
+  def batch(operands: Any, dims: Any, **params: Any) -> Any:
+    # A mapped axis is one that each factor owns in which it is mapped.
+    axes = params.pop('axes')
+    moved, owned = [], []
+    for value, dim, old in zip(operands, dims, axes, strict=False):
+      new = [x if x == RANK else x + 1 for x in old]
+      if dim is not None:
+        new.insert(dim, 0)
+      moved.append(value)
+      owned.append(tuple(new))
+    for value, dim in zip(operands[3:], dims[3:], strict=True):
+      moved.append(value if dim is None else jax.numpy.moveaxis(value, dim, 0))
+    return low_rank.bind(*moved, axes=tuple(owned), **params), 0
+
+  batching.primitive_batchers[low_rank] = batch
+  return low_rank

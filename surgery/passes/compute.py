@@ -36,6 +36,16 @@ def wide(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def widened(value: Any) -> Any:
+  """Returns an array for arithmetic; integers, such as counts, as they are."""
+  return value.astype(_arithmetic(value.dtype))
+
+
+def _arithmetic(dtype: Any) -> Any:
+  inexact = jnp.issubdtype(dtype, jnp.inexact)
+  return wide(dtype) if inexact else jnp.dtype(dtype)
+
+
 def canonical(spec: ParamSpec, value: Any) -> Any:
   """Brings stored axes into the order inputs, outputs."""
   order = spec.order
@@ -134,7 +144,8 @@ def uses(
     for p in site.params
   }
   structs = {
-    n: jax.ShapeDtypeStruct(shape, wide(dtype)) for n, shape, dtype in weights
+    n: jax.ShapeDtypeStruct(shape, _arithmetic(dtype))
+    for n, shape, dtype in weights
   }
   jax.eval_shape(probe, bases, structs)
   return frozenset(used - {name})
@@ -154,7 +165,7 @@ def program(
   def answer(bases: Arrays, weights: Arrays) -> Any:
     with jax.default_matmul_precision('highest'):
       bases = {n: b.astype(wide(b.dtype)) for n, b in bases.items()}
-      weights = {n: w.astype(wide(w.dtype)) for n, w in weights.items()}
+      weights = {n: widened(w) for n, w in weights.items()}
       one = functools.partial(_applied, who, site, name)
       axes = (
         dict.fromkeys(bases, 0),

@@ -11,6 +11,7 @@ function that cannot be cut is found out, never computed wrongly.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import numpy as np
+
+from surgery.core import lowrank
 
 # For each axis of an array the axis of the result along with which it is cut.
 Labels = tuple[int | None, ...]
@@ -127,7 +130,7 @@ class _Flattener:
 
     for eqn in jaxpr.jaxpr.eqns:
       inputs = [read(v) for v in eqn.invars]
-      called = eqn.params.get(_CALLS.get(eqn.primitive.name, ''))
+      called = _called(eqn)
       if called is not None:
         if not hasattr(called, 'consts'):
           called = jex.ClosedJaxpr(called, ())
@@ -140,6 +143,14 @@ class _Flattener:
         outputs = [_Operand(n) for n in numbers]
       known.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.jaxpr.outvars]
+
+
+def _called(eqn: Any) -> Any:
+  """Returns the jaxpr that stands for an equation; None if it has none."""
+  if eqn.primitive is lowrank.primitive():
+    dense = functools.partial(lowrank.dense, **eqn.params)
+    return jax.make_jaxpr(dense)(*(v.aval for v in eqn.invars))
+  return eqn.params.get(_CALLS.get(eqn.primitive.name, ''))
 
 
 def _flat(closed: Any) -> _Program:
