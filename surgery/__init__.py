@@ -41,6 +41,8 @@ if TYPE_CHECKING:
   from surgery.core.site import ParamSpec, Site
   from surgery.live.applying import apply
   from surgery.live.check import check
+  from surgery.live.explain import Explanation, explain
+  from surgery.live.factored import factored
   from surgery.live.layers import LoraLinear
   from surgery.live.migrating import migrate
   from surgery.live.params import AdaptedParams
@@ -95,6 +97,8 @@ _HOMES = {
   'core.site': ('ParamSpec', 'Site'),
   'live.applying': ('apply',),
   'live.check': ('check',),
+  'live.explain': ('Explanation', 'explain'),
+  'live.factored': ('factored',),
   'live.layers': ('LoraLinear',),
   'live.migrating': ('migrate',),
   'live.params': ('AdaptedParams',),
@@ -134,6 +138,7 @@ __all__ = [
   'CheckError',
   'Checkpoint',
   'ConfigError',
+  'Explanation',
   'FormatError',
   'Host',
   'Leaf',
@@ -166,6 +171,8 @@ __all__ = [
   'disable',
   'drop',
   'enable',
+  'explain',
+  'factored',
   'field',
   'freeze',
   'hookimpl',

@@ -63,6 +63,8 @@ class Adapter(_Configured):
     frozen: names of its weights that never train.
     adds: True if `apply` adds to the base something that does not depend on
       it, so that such adapters can be merged in any order.
+    counters: names of integer weights of a site whose last element counts the
+      calls in training through `surgery.factored`, for keys of dropout.
     mergeable: False if `apply` is no parameter that could be stored.
     patterns: options for some sites only, by selector; the first selector that
       matches a site decides, e.g. `{'**/query': {'rank': 16}}`.
@@ -83,6 +85,7 @@ class Adapter(_Configured):
   rewrites: ClassVar[tuple[str, ...]] = ('kernel',)
   frozen: ClassVar[tuple[str, ...]] = ()
   adds: ClassVar[bool] = False
+  counters: ClassVar[tuple[str, ...]] = ()
   mergeable: ClassVar[bool] = True
 
   patterns: Any = dataclasses.field(default=(), repr=False)

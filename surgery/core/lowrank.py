@@ -221,18 +221,18 @@ def primitive() -> Any:
       made = contracted(a, axes[1], b, axes[2], 'highest')
       return scale * spread(made, owned, shape)
 
-    moved = [isinstance(t, ad.Zero) for t in tangents]
+    moves = [not isinstance(t, ad.Zero) for t in tangents[:3]]
     parts = []
-    if not moved[0]:
+    if moves[0]:
       parts.append(spread(tangents[0], axes[0], shape))
-    if not moved[1]:
+    if moves[1]:
       parts.append(product(tangents[1], b))
-    if not moved[2]:
+    if moves[2]:
       parts.append(product(a, tangents[2]))
     out = low_rank.bind(*primals, **params)
-    if not parts:
-      return out, ad.Zero.from_primal_value(out)
-    return out, functools.reduce(lambda x, y: x + y, parts)
+    # Nothing moves where the key alone was differentiated.
+    none = jax.numpy.zeros_like(out)
+    return out, functools.reduce(lambda x, y: x + y, parts) if parts else none
 
   ad.primitive_jvps[low_rank] = jvp
 

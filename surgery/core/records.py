@@ -257,9 +257,15 @@ class Probe:
 
   _numbers = itertools.count(1)
 
-  def __init__(self) -> None:
+  def __init__(self, tags: bool = False) -> None:
+    """Initializes the probe.
+
+    Args:
+      tags: whether what is answered says which parameter it is.
+    """
     self.number = next(self._numbers)
     self.asked: set[Path] = set()
+    self.tags = tags
 
 
 class Records:

@@ -33,6 +33,7 @@ from surgery.core.records import (
   unite,
 )
 from surgery.core.site import Site
+from surgery.live import walking
 from surgery.passes import attach, blocks, compute, finding
 
 _EMPTY = Records()
@@ -130,7 +131,10 @@ class AdaptedParams(bx.Params):
     on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
     if not on:
       return value
-    return blocks.answer(on, path, self._fetch, records.chains)
+    value = blocks.answer(on, path, self._fetch, records.chains)
+    if records.probe is not None and records.probe.tags:
+      value = walking.tag_primitive().bind(value, path=path)
+    return value
 
   def _fetch(self, path: Path) -> Any:
     try:
@@ -271,6 +275,16 @@ def with_lineage(params: bx.Params, lineage: tuple[Any, ...]) -> bx.Params:
   else:
     clone._surgery_lineage = lineage
   return clone
+
+
+def with_values(
+  params: AdaptedParams, values: Mapping[Path, Any]
+) -> AdaptedParams:
+  """Returns params with other values at some paths."""
+  result = params._clone()
+  for path, value in values.items():
+    result._data[path] = params._data[path].replace(value=value)
+  return result
 
 
 def with_records(

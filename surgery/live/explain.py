@@ -1,0 +1,162 @@
+"""`explain`: which parameters stay factored, and why others do not."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import blox as bx
+import jax
+
+from surgery.core import errors, paths
+from surgery.core.paths import Path
+from surgery.core.records import Probe
+from surgery.live import designed, factored, walking
+from surgery.live import params as live
+from surgery.passes import compute
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+  """What becomes of an adapted parameter in a call.
+
+  Attributes:
+    factored: how often it is used and stays factored.
+    dense: because of what it is made dense, and how often: a primitive of JAX,
+      or `not low-rank` where the adapter's type gives no low-rank value.
+    asked: whether the call asks for it at all.
+  """
+
+  factored: int = 0
+  dense: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  asked: bool = True
+
+  @property
+  def state(self) -> str:
+    """`factored`, `dense`, `both`, `unused` or `never asked for`."""
+    if not self.asked:
+      return 'never asked for'
+    if self.dense:
+      return 'both' if self.factored else 'dense'
+    return 'factored' if self.factored else 'unused'
+
+  def __str__(self) -> str:
+    if not self.dense:
+      return self.state
+    return f'{self.state} ({", ".join(self.dense)})'
+
+
+class Explanation(Mapping[Path, Use]):
+  """What becomes of each adapted parameter, by path.
+
+  Printed, it is a line a parameter.
+  """
+
+  def __init__(self, uses: Mapping[Path, Use]) -> None:
+    self._uses = dict(uses)
+
+  def __getitem__(self, path: Path) -> Use:
+    return self._uses[path]
+
+  def __iter__(self) -> Iterator[Path]:
+    return iter(self._uses)
+
+  def __len__(self) -> int:
+    return len(self._uses)
+
+  def __str__(self) -> str:
+    width = max((len(paths.show(p)) for p in self), default=0)
+    return '\n'.join(
+      f'{paths.show(path):<{width}}  {use}' for path, use in self.items()
+    )
+
+  __repr__ = __str__
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns it as JSON data, by path."""
+    return {
+      paths.show(path): {
+        'state': use.state,
+        'factored': use.factored,
+        'dense': dict(use.dense),
+      }
+      for path, use in self.items()
+    }
+
+
+def explain(
+  model: Callable[..., Any], params: bx.Params, *args: Any, **kwargs: Any
+) -> Explanation:
+  """Says which parameters `factored(model)` keeps factored in a call.
+
+  Nothing is computed; the call is traced.
+
+  Args:
+    model: a module, or any function that takes params first.
+    params: params with adapters.
+    *args: further arguments of the call, arrays or `jax.ShapeDtypeStruct`s.
+    **kwargs: further arguments of the call.
+
+  Returns:
+    For each parameter that an enabled adapter rewrites what becomes of it.
+
+  Raises:
+    AdapterError: if no adapter is attached.
+
+  Example:
+    print(surgery.explain(model, params, x))
+  """
+  params = designed.adopted(params)
+  records = live.records_of(params)
+  if not records.adapters:
+    raise errors.AdapterError('explain: no adapter is attached.')
+  probe = Probe(tags=True)
+  probed = live.with_records(params, records.probed(probe))
+  walk = walking.Walk()
+  kept = factored.arguments(model, kwargs)
+  reason = ''
+
+  def call(given: Any) -> int:
+    nonlocal reason
+    leaves, tree = jax.tree.flatten(given)
+    try:
+      factored.walked(model, leaves, tree, walk)
+    except factored.NotFollowed as found:
+      reason = found.reason
+    return 0
+
+  arrays, static = _split(((probed, *args), kept))
+  jax.eval_shape(lambda arrays: call(_joined(arrays, static)), arrays)
+  uses = {}
+  for path, chain in records.chains.items():
+    if not compute.enabled(chain):
+      continue
+    notes = collections.Counter(walk.notes.get(path, ()))
+    if reason or (path in probe.asked and path not in walk.notes):
+      notes[reason or 'a call that is not traced again'] += 1
+    often = notes.pop(walking.FACTORED, 0)
+    uses[path] = Use(often, dict(notes), path in probe.asked)
+  return Explanation(uses)
+
+
+def _split(tree: Any) -> tuple[list[Any], tuple[Any, list[Any]]]:
+  """Returns what is traced of some arguments, and the rest."""
+  leaves, structure = jax.tree.flatten(tree)
+  is_array = [hasattr(v, 'shape') and hasattr(v, 'dtype') for v in leaves]
+  pairs = list(zip(leaves, is_array, strict=True))
+  rest = [None if array else v for v, array in pairs]
+  return [v for v, array in pairs if array], (structure, [is_array, rest])
+
+
+def _joined(arrays: list[Any], static: tuple[Any, list[Any]]) -> Any:
+  structure, (is_array, rest) = static
+  given = iter(arrays)
+  return jax.tree.unflatten(
+    structure,
+    [
+      next(given) if array else v
+      for v, array in zip(rest, is_array, strict=True)
+    ],
+  )

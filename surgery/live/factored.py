@@ -1,0 +1,276 @@
+"""`factored`: a model whose low-rank parameters stay factored."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import blox as bx
+import jax
+import jax.extend.core as jex
+
+from surgery.core import errors, paths
+from surgery.live import params as live
+from surgery.live.walking import DropoutLost, Walk
+
+Model = TypeVar('Model', bound=Callable[..., Any])
+
+# What a model raises that cannot be traced with its inputs unknown.
+_UNTRACEABLE = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerBoolConversionError,
+  jax.errors.TracerIntegerConversionError,
+  jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def factored(model: Model) -> Model:
+  """Returns a model in which low-rank parameters stay factored.
+
+  A layer that asks for a parameter with LoRA gets `W + s·A·B`. Written out, it
+  costs the backward pass a dense gradient of `W` at each layer. The function that
+  is returned computes `x·W + s·(x·A)·B` in its place, for any code that uses the
+  parameter in a way that can be followed, and the dense array for the rest. Put
+  it around the model, or around the loss, before differentiating, like
+  `jax.checkpoint`; its absence changes speed, never results.
+
+  A call of which nothing is traced (no jit, no grad) is the model's own.
+
+  Dropout of adapters takes part where a call is in training: where the model's
+  argument `is_training` is true, by its default if it is not given. A model that
+  has no such argument may be called with it, and is in training by default, as
+  blox's layers are.
+
+  Args:
+    model: a module, or any function of which an argument holds params.
+
+  Returns:
+    A function with the model's arguments and results.
+
+  Raises:
+    AdapterError: when called in training, if a parameter with dropout is used in
+      a way that only a dense array can serve.
+
+  Example:
+    fast = surgery.factored(model)
+    grads = jax.grad(lambda p, x: loss(fast(p, x)[0]))(params, x)
+  """
+  signature = inspect.signature(model)
+
+  def call(*args: Any, **kwargs: Any) -> Any:
+    drops = any(map(_counters, _all_params((args, kwargs))))
+    if drops:
+      drops, kwargs = _training(signature, args, kwargs)
+    else:
+      kwargs = _arguments(signature, kwargs)
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    if not drops and not any(isinstance(v, jax.core.Tracer) for v in leaves):
+      return model(*args, **kwargs)
+    try:
+      result = walked(model, leaves, tree, Walk(training=drops))
+    except NotFollowed as found:
+      if drops:
+        raise errors.AdapterError(
+          f'factored: {found.reason}, so parameters are dense, and a dense '
+          'parameter has no dropout. Call it with is_training=False, or attach '
+          'with dropout=0.'
+        ) from found.__cause__
+      return model(*args, **kwargs)
+    except DropoutLost as lost:
+      raise errors.AdapterError(
+        f'factored: {", ".join(map(paths.show, lost.origin)) or "a parameter"} '
+        f'has dropout, and {lost.primitive!r} needs the dense parameter, which '
+        'has none. Attach elsewhere, or with dropout=0 there by patterns.'
+      ) from None
+    return _counted(result) if drops else result
+
+  with contextlib.suppress(AttributeError, TypeError):
+    functools.update_wrapper(call, model, updated=())
+  return call  # type: ignore[return-value]
+
+
+def _takes(signature: inspect.Signature, name: str) -> bool:
+  """Whether a function takes an argument by name."""
+  return name in signature.parameters or any(
+    p.kind is inspect.Parameter.VAR_KEYWORD
+    for p in signature.parameters.values()
+  )
+
+
+def _arguments(
+  signature: inspect.Signature, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns keywords that a model takes: it may do without `is_training`."""
+  if 'is_training' not in kwargs or _takes(signature, 'is_training'):
+    return kwargs
+  return {k: v for k, v in kwargs.items() if k != 'is_training'}
+
+
+def arguments(
+  model: Callable[..., Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns those keywords that a model is called with."""
+  return _arguments(inspect.signature(model), kwargs)
+
+
+def _training(
+  signature: inspect.Signature, args: Any, kwargs: dict[str, Any]
+) -> tuple[bool, dict[str, Any]]:
+  """Returns whether a call is in training, and what the model is called with.
+
+  Raises:
+    AdapterError: if that is not known when the call is traced.
+  """
+  known = signature.parameters.get('is_training')
+  if known is not None:
+    given = signature.bind(*args, **kwargs)
+    given.apply_defaults()
+    value = given.arguments['is_training']
+  else:
+    value = kwargs.get('is_training', True)
+    kwargs = _arguments(signature, kwargs)
+  if isinstance(value, jax.core.Tracer):
+    raise errors.AdapterError(
+      'factored: is_training is traced. Make it static (static_argnames=), as '
+      'dropout is there or not.'
+    )
+  return bool(value), kwargs
+
+
+class NotFollowed(Exception):  # noqa: N818 - the dense way is taken.
+  """A call that cannot be traced with its inputs unknown."""
+
+  def __init__(self, reason: str) -> None:
+    super().__init__(reason)
+    self.reason = reason
+
+
+def walked(
+  model: Callable[..., Any], leaves: list[Any], tree: Any, walk: Walk
+) -> Any:
+  """Returns what a model returns, with low-rank values kept factored.
+
+  Raises:
+    NotFollowed: if the call cannot be traced.
+    DropoutLost: if a value with dropout would have been made dense.
+  """
+  # What is known stays known: the model may decide by it.
+  where = [i for i, v in enumerate(leaves) if isinstance(v, jax.core.Tracer)]
+  results: list[Any] = []
+  trees: list[Any] = []
+  modules = _modules(model)
+  before = _stashed(modules)
+
+  def flat(*traced: Any) -> list[Any]:
+    given = [*leaves]
+    for i, value in zip(where, traced, strict=True):
+      given[i] = value
+    args, kwargs = jax.tree.unflatten(tree, given)
+    found, out = jax.tree.flatten(model(*args, **kwargs))
+    for value in found:
+      if not jex.valid_jaxtype(value) and not isinstance(value, str):
+        raise NotFollowed(f'a result is a {type(value).__name__}')
+    results[:] = found
+    trees[:] = [out]
+    return [v for v in found if isinstance(v, jax.core.Tracer)]
+
+  try:
+    closed = jax.make_jaxpr(flat)(*(leaves[i] for i in where))
+  except _UNTRACEABLE as error:
+    what = str(error).split('\n', 1)[0]
+    raise NotFollowed(f'the model decides by values ({what})') from error
+  if _stashed(modules) - before:
+    raise NotFollowed('a module keeps an intermediate value')
+  computed = iter(
+    walk.dense(v, 'result')
+    for v in walk.closed(closed, [leaves[i] for i in where])
+  )
+  whole = [
+    next(computed) if isinstance(v, jax.core.Tracer) else v for v in results
+  ]
+  return jax.tree.unflatten(trees[0], whole)
+
+
+# What a model keeps beside its params.
+
+
+def _modules(model: Any) -> list[bx.Module]:
+  """Returns the modules that a model or a function is made of, where seen."""
+  roots: dict[int, bx.Graph] = {}
+  seen: set[int] = set()
+
+  def visit(value: Any) -> None:
+    if id(value) in seen:
+      return
+    seen.add(id(value))
+    if isinstance(value, bx.Module):
+      root = value.graph.root
+      roots[id(root)] = root
+    elif isinstance(value, functools.partial):
+      for part in (value.func, *value.args, *value.keywords.values()):
+        visit(part)
+    elif inspect.ismethod(value):
+      visit(value.__self__)
+    elif inspect.isfunction(value):
+      inside = inspect.getclosurevars(value)
+      for part in (*inside.nonlocals.values(), *inside.globals.values()):
+        visit(part)
+      visit(inspect.unwrap(value))
+
+  visit(model)
+  return [module for root in roots.values() for _, module in root.walk()]
+
+
+def _stashed(modules: list[bx.Module]) -> set[int]:
+  """Returns which traced values modules keep as attributes."""
+  return {
+    id(leaf)
+    for module in modules
+    for value in vars(module).values()
+    if not isinstance(value, (bx.Module, bx.Graph, str, int, float))
+    for leaf in jax.tree.leaves(value)
+    if isinstance(leaf, jax.core.Tracer)
+  }
+
+
+# Dropout.
+
+
+def _all_params(tree: Any) -> Iterator[live.AdaptedParams]:
+  is_params = lambda value: isinstance(value, live.AdaptedParams)
+  for leaf in jax.tree.leaves(tree, is_leaf=is_params):
+    if is_params(leaf):
+      yield leaf
+
+
+def _counters(params: live.AdaptedParams) -> list[paths.Path]:
+  """Returns the weights that count calls in training."""
+  return [
+    record.weights[name].path
+    for adapter in params.records.adapters
+    if adapter.enabled
+    for record in adapter.sites.values()
+    for name in adapter.adapter.counters
+    if name in record.weights
+  ]
+
+
+def _counted(tree: Any) -> Any:
+  """Returns results in which params have counted one more call in training."""
+
+  def count(params: Any) -> Any:
+    if not isinstance(params, live.AdaptedParams):
+      return params
+    values = {
+      path: params[path].value for path in _counters(params) if path in params
+    }
+    return live.with_values(
+      params, {p: v.at[..., -1].add(1) for p, v in values.items()}
+    )
+
+  is_params = lambda value: isinstance(value, live.AdaptedParams)
+  return jax.tree.map(count, tree, is_leaf=is_params)

@@ -1,0 +1,476 @@
+"""Views: arrays that are not computed yet, as sums of products of factors.
+
+A view is what `surgery.factored` has in the place of an adapted parameter. Its
+terms are the base (one factor) and products of two factors over a rank; each
+factor owns some of the view's axes and is constant along the others. So turning,
+cutting and casting a view are done to its factors, and are cheap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surgery.core import lowrank
+from surgery.core.lowrank import RANK
+
+Shape = tuple[int, ...]
+Labels = tuple[Hashable, ...]
+
+
+class Decline(Exception):  # noqa: N818 - not an error: the dense way is taken.
+  """A rule does not know this case: the view is made dense."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Factor:
+  """An array that owns some axes of a view.
+
+  Attributes:
+    value: the array.
+    axes: for each of its axes that of the view, or `RANK`.
+  """
+
+  value: Any
+  axes: tuple[int, ...]
+
+  def owns(self, axis: int) -> bool:
+    """Whether it varies along an axis of the view."""
+    return axis in self.axes
+
+  def along(self, axis: int, change: Callable[[Any, int], Any]) -> Factor:
+    """Returns it with its array changed along an axis of the view."""
+    return Factor(change(self.value, self.axes.index(axis)), self.axes)
+
+  def renamed(self, names: Mapping[int, int]) -> Factor:
+    """Returns it with other names for axes."""
+    return Factor(self.value, tuple(names.get(x, x) for x in self.axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """What is done to the input of a product, in training.
+
+  Attributes:
+    rate: probability with which elements are dropped.
+    key: typed PRNG key of shape `()`.
+  """
+
+  rate: float
+  key: Any
+
+  def __call__(self, x: Any) -> Any:
+    """Returns an array with elements dropped, the others made larger."""
+    keep = 1.0 - self.rate
+    mask = jax.random.bernoulli(self.key, keep, x.shape)
+    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """A summand of a view.
+
+  Attributes:
+    factors: the base alone, or two factors with a common rank.
+    scale: factor of it, a number or an array of shape `()`.
+    spreads: arrays by which it is multiplied, each owning some axes.
+    dropout: what is done to the input of the product.
+  """
+
+  factors: tuple[Factor, ...]
+  scale: Any = 1.0
+  spreads: tuple[Factor, ...] = ()
+  dropout: Dropout | None = None
+
+  def mapped(self, change: Callable[[Factor], Factor]) -> Term:
+    """Returns it with each factor changed."""
+    return dataclasses.replace(
+      self,
+      factors=tuple(map(change, self.factors)),
+      spreads=tuple(map(change, self.spreads)),
+    )
+
+  def scaled(self, by: Any) -> Term:
+    """Returns it multiplied by a number."""
+    return dataclasses.replace(self, scale=self.scale * by)
+
+  def spread(self, by: Factor) -> Term:
+    """Returns it multiplied by an array that owns some axes."""
+    return dataclasses.replace(self, spreads=(*self.spreads, by))
+
+
+class View:
+  """An array that is not computed yet.
+
+  Attributes:
+    shape: its shape.
+    dtype: its dtype; factors may be stored in another, and are cast when used.
+    terms: its summands.
+    origin: paths of the parameters that it was made from, where known.
+    dropped: whether a term has dropout, which no dense array can do.
+  """
+
+  def __init__(
+    self,
+    shape: Sequence[int],
+    dtype: Any,
+    terms: Sequence[Term],
+    origin: tuple[Any, ...] = (),
+  ) -> None:
+    self.shape: Shape = tuple(shape)
+    self.dtype = jnp.dtype(dtype)
+    self.terms = tuple(terms)
+    self.origin = origin
+    self._dense: Any = None
+
+  @property
+  def ndim(self) -> int:
+    """Number of axes."""
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.shape)
+
+  @property
+  def dropped(self) -> bool:
+    """Whether a term has dropout, which no dense array can do."""
+    return any(t.dropout is not None for t in self.terms)
+
+  def like(
+    self,
+    terms: Sequence[Term],
+    shape: Sequence[int] | None = None,
+    dtype: Any = None,
+  ) -> View:
+    """Returns another view of the same origin."""
+    return View(
+      self.shape if shape is None else shape,
+      self.dtype if dtype is None else dtype,
+      terms,
+      self.origin,
+    )
+
+  def mapped(
+    self, change: Callable[[Factor], Factor], shape: Sequence[int] | None = None
+  ) -> View:
+    """Returns a view with each factor changed."""
+    return self.like([t.mapped(change) for t in self.terms], shape)
+
+  def along(
+    self, axis: int, change: Callable[[Any, int], Any], shape: Sequence[int]
+  ) -> View:
+    """Returns a view changed along one axis, in the factors that own it."""
+    return self.mapped(
+      lambda f: f.along(axis, change) if f.owns(axis) else f, shape
+    )
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    if self._dense is None:
+      self._dense = _dense(self)
+    return self._dense
+
+  def leaves(self) -> list[Any]:
+    """Returns the arrays that it is made of."""
+    return jax.tree.leaves(self)
+
+
+def _flatten(view: View) -> Any:
+  """Returns the arrays, each once, and what there is beside them."""
+  found: dict[int, int] = {}
+  leaves: list[Any] = []
+
+  def number(value: Any) -> int:
+    if id(value) not in found:
+      found[id(value)] = len(leaves)
+      leaves.append(value)
+    return found[id(value)]
+
+  def factor(one: Factor) -> tuple[int, tuple[int, ...]]:
+    return number(one.value), one.axes
+
+  terms = tuple(
+    (
+      tuple(map(factor, t.factors)),
+      t.scale if isinstance(t.scale, float) else None,
+      None if isinstance(t.scale, float) else number(t.scale),
+      tuple(map(factor, t.spreads)),
+      t.dropout and (t.dropout.rate, number(t.dropout.key)),
+    )
+    for t in view.terms
+  )
+  return leaves, (view.shape, view.dtype, terms, view.origin)
+
+
+def _unflatten(aux: Any, leaves: Any) -> View:
+  shape, dtype, terms, origin = aux
+
+  def factors(pairs: Any) -> tuple[Factor, ...]:
+    return tuple(Factor(leaves[at], axes) for at, axes in pairs)
+
+  return View(
+    shape,
+    dtype,
+    [
+      Term(
+        factors(pairs),
+        leaves[at] if scale is None else scale,
+        factors(spreads),
+        drop and Dropout(drop[0], leaves[drop[1]]),
+      )
+      for pairs, scale, at, spreads, drop in terms
+    ],
+    origin,
+  )
+
+
+jax.tree_util.register_pytree_node(View, _flatten, _unflatten)
+
+
+def plain(value: Any, dtype: Any = None) -> View:
+  """Returns an array as a view of one term, cast to a dtype when it is used."""
+  axes = tuple(range(value.ndim))
+  return View(
+    value.shape,
+    value.dtype if dtype is None else dtype,
+    [Term((Factor(value, axes),))],
+  )
+
+
+def cast(value: Any, dtype: Any) -> Any:
+  """Returns an array in a dtype; the very array if it has it."""
+  if value.dtype == dtype:
+    return value
+  return jax.lax.convert_element_type(value, dtype)
+
+
+def times(value: Any, scale: Any) -> Any:
+  """Returns an array times a number, in the array's dtype."""
+  if not isinstance(scale, jax.Array):
+    if scale == 1.0:
+      return value
+    scale = np.asarray(scale, value.dtype)
+  return jax.lax.mul(value, cast(scale, value.dtype))
+
+
+def _dense(view: View) -> Any:
+  wide = jnp.promote_types(view.dtype, jnp.float32)
+  total = None
+  for number, term in enumerate(view.terms):
+    if _is_low_rank(view, number):
+      # As the parameter is where nothing keeps it factored.
+      base, a, b = (
+        cast(f.value, wide)
+        for f in (*view.terms[number].factors, *view.terms[number + 1].factors)
+      )
+      axes = tuple(
+        f.axes for t in view.terms[number : number + 2] for f in t.factors
+      )
+      total = lowrank.primitive().bind(
+        base, a, b, axes=axes, scale=view.terms[1].scale, dropout=0.0
+      )
+      continue
+    if number == 1 and _is_low_rank(view, 0):
+      continue
+    made = _dense_term(term, view.shape, wide)
+    total = made if total is None else total + made
+  return cast(total, view.dtype)
+
+
+def _is_low_rank(view: View, number: int) -> bool:
+  """Whether a view begins as what the primitive `low_rank` computes."""
+  if number or len(view.terms) < 2:
+    return False
+  base, product = view.terms[:2]
+  owned = {x for t in (base, product) for f in t.factors for x in f.axes}
+  if owned != {RANK, *range(view.ndim)}:
+    return False
+  return (
+    len(base.factors) == 1
+    and len(product.factors) == 2
+    and not base.spreads
+    and not product.spreads
+    and isinstance(base.scale, float)
+    and base.scale == 1.0
+    and isinstance(product.scale, float)
+  )
+
+
+def _dense_term(term: Term, shape: Shape, dtype: Any) -> Any:
+  values = [cast(f.value, dtype) for f in term.factors]
+  owned: Sequence[int]
+  if len(values) == 1:
+    value, owned = values[0], term.factors[0].axes
+  else:
+    a, b = term.factors
+    value = lowrank.contracted(values[0], a.axes, values[1], b.axes, 'highest')
+    owned = sorted({x for x in (*a.axes, *b.axes) if x != RANK})
+  value = times(lowrank.spread(value, owned, shape), term.scale)
+  for by in term.spreads:
+    value = value * _beside(cast(by.value, dtype), by.axes, len(shape))
+  return value
+
+
+def _beside(value: Any, axes: Sequence[int], ndim: int) -> Any:
+  """Returns an array with one axis for each of a view, some of size one."""
+  order = sorted(range(len(axes)), key=axes.__getitem__)
+  sizes = [1] * ndim
+  for at in order:
+    sizes[axes[at]] = value.shape[at]
+  if order != list(range(len(axes))):
+    value = jax.lax.transpose(value, order)
+  return jax.lax.reshape(value, sizes)
+
+
+# Products of arrays whose axes have labels.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """How two arrays with labelled axes are multiplied.
+
+  Attributes:
+    shapes: shapes to which they are brought first.
+    numbers: dimension numbers of the product.
+    shape: shape to which it is brought.
+    order: order of its axes; None if they are in order.
+  """
+
+  shapes: tuple[Shape | None, Shape | None]
+  numbers: Any
+  shape: Shape | None
+  order: tuple[int, ...] | None
+
+
+def _runs(labels: Labels, sizes: Shape, inner: frozenset[Hashable]) -> Any:
+  """Returns how an array is seen as a matrix; None if its axes are mixed.
+
+  Returns:
+    Shape of the matrix, and the axis that is summed over.
+  """
+  where = [label in inner for label in labels]
+  if where != sorted(where) and where != sorted(where, reverse=True):
+    return None
+  outer = math.prod(s for s, w in zip(sizes, where, strict=True) if not w)
+  summed = math.prod(s for s, w in zip(sizes, where, strict=True) if w)
+  return ((summed, outer), 0) if where[0] else ((outer, summed), 1)
+
+
+@functools.lru_cache(maxsize=8192)
+def _plan(
+  x_labels: Labels, x_shape: Shape, y_labels: Labels, y_shape: Shape, out: Labels
+) -> _Plan:
+  common = [label for label in x_labels if label in y_labels]
+  batch = [label for label in common if label in out]
+  summed = [label for label in common if label not in out]
+  sizes = dict(zip((*x_labels, *y_labels), (*x_shape, *y_shape), strict=True))
+  outer = [
+    label
+    for label in (*x_labels, *y_labels)
+    if label not in batch and label not in summed
+  ]
+  if any(label not in out for label in outer):
+    raise Decline  # Summed over in one of them alone.
+  found = [*batch, *outer]
+  order = tuple(found.index(label) for label in out)
+  shape: Shape | None = tuple(sizes[label] for label in found)
+  shapes: tuple[Shape | None, Shape | None] = (None, None)
+  numbers: Any = (
+    (
+      tuple(map(x_labels.index, summed)),
+      tuple(map(y_labels.index, summed)),
+    ),
+    (tuple(map(x_labels.index, batch)), tuple(map(y_labels.index, batch))),
+  )
+  matrices = None
+  inner = frozenset(summed)
+  same = [s for s in y_labels if s in inner] == summed
+  if not batch and summed and same and max(len(x_labels), len(y_labels)) > 2:
+    # As matrices: axes that are not summed over cost copies in the gradient.
+    matrices = [
+      _runs(x_labels, x_shape, inner),
+      _runs(y_labels, y_shape, inner),
+    ]
+  if matrices and None not in matrices:
+    (x_matrix, x_axis), (y_matrix, y_axis) = matrices
+    shapes = (
+      None if len(x_labels) == 2 else x_matrix,
+      None if len(y_labels) == 2 else y_matrix,
+    )
+    numbers = (((x_axis,), (y_axis,)), ((), ()))
+  else:
+    shape = None
+  return _Plan(
+    shapes, numbers, shape, None if order == tuple(range(len(order))) else order
+  )
+
+
+# Parameters of a product that is as exact as the device can.
+EXACT: Mapping[str, Any] = {
+  'precision': (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST),
+  'out_sharding': None,
+}
+
+
+def product(
+  x: Any,
+  x_labels: Labels,
+  y: Any,
+  y_labels: Labels,
+  out: Labels,
+  params: Mapping[str, Any] = EXACT,
+  dtype: Any = None,
+) -> Any:
+  """Returns the product of two arrays, summed over labels that `out` lacks.
+
+  Args:
+    x: an array.
+    x_labels: labels of its axes.
+    y: another array.
+    y_labels: labels of its axes; equal ones go together.
+    out: labels of the result.
+    params: of the primitive `dot_general`, as far as they are not said here.
+    dtype: in which it is summed, and which it has.
+
+  Raises:
+    Decline: if an axis of one array alone would have to be summed over.
+  """
+  plan = _plan(x_labels, x.shape, y_labels, y.shape, out)
+  if plan.shapes[0] is not None:
+    x = jax.lax.reshape(x, plan.shapes[0])
+  if plan.shapes[1] is not None:
+    y = jax.lax.reshape(y, plan.shapes[1])
+  made = jax.lax.dot_general_p.bind(
+    x,
+    y,
+    **{
+      **params,
+      'dimension_numbers': plan.numbers,
+      'preferred_element_type': dtype,
+    },
+  )
+  if plan.shape is not None and plan.shape != made.shape:
+    made = jax.lax.reshape(made, plan.shape)
+  return made if plan.order is None else jax.lax.transpose(made, plan.order)
+
+
+def multiplied(x: Any, labels: Labels, by: Factor, names: Labels) -> Any:
+  """Returns an array times one that owns some of its axes.
+
+  Args:
+    x: the array.
+    labels: labels of its axes.
+    by: what it is multiplied by.
+    names: labels of the axes of `by`.
+  """
+  axes = [labels.index(name) for name in names]
+  return jax.lax.mul(x, _beside(cast(by.value, x.dtype), axes, x.ndim))

@@ -1,0 +1,459 @@
+"""Goes through a model's jaxpr and keeps low-rank values factored.
+
+Each equation is bound again as it stands, unless a view takes part in it; then
+the table of rules says what becomes of it. Calls are gone into where they can be
+traced again: `jit` is written out in place, `scan`, `while`, `cond`,
+`checkpoint` and `shard_map` get the parts of a view as operands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from surgery.core import lowrank
+from surgery.core.paths import Path
+from surgery.live.rules import CONSUMERS, EACH, RULES, Squared
+from surgery.live.views import Decline, Factor, View, cast, plain
+
+# Where primitives that call keep what they call.
+_INLINED = {
+  'jit': 'jaxpr',
+  'pjit': 'jaxpr',
+  'closed_call': 'call_jaxpr',
+  'core_call': 'call_jaxpr',
+}
+
+
+class DropoutLost(Exception):  # noqa: N818 - becomes an error with advice.
+  """A view with dropout would have been made dense."""
+
+  def __init__(self, view: View, primitive: str) -> None:
+    super().__init__(primitive)
+    self.origin = view.origin
+    self.primitive = primitive
+
+
+@dataclasses.dataclass
+class Walk:
+  """One walk through a model.
+
+  Attributes:
+    training: whether dropout is on.
+    notes: for each adapted parameter what became of its uses: `factored`, or
+      the primitive that made it dense.
+    ambient: the context (mesh, metadata) of equations that are made here;
+      those of the model have the same, but for some.
+  """
+
+  training: bool = False
+  notes: dict[Path, list[str]] = dataclasses.field(default_factory=dict)
+  ambient: Any = dataclasses.field(default_factory=lambda: _ambient())
+
+  # What is written down for `explain`.
+
+  def note(self, view: View, what: str) -> None:
+    """Writes down what became of a use of a view."""
+    for path in view.origin:
+      self.notes.setdefault(path, []).append(what)
+
+  def dense(self, value: Any, because: str) -> Any:
+    """Returns an array for a view, made dense because of a primitive.
+
+    Raises:
+      DropoutLost: if the view has dropout.
+    """
+    if not isinstance(value, View):
+      return value
+    inner = value.view if isinstance(value, Squared) else value
+    if inner.dropped:
+      raise DropoutLost(inner, because)
+    if value.origin:
+      self.note(value, because)
+    return value.dense()
+
+  # The walk.
+
+  def closed(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    """Goes through a closed jaxpr; returns its results, views among them."""
+    return self.run(jaxpr.jaxpr, jaxpr.consts, operands)
+
+  def run(
+    self, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]
+  ) -> list[Any]:
+    """Goes through a jaxpr; returns its results, views among them."""
+    values: dict[Any, Any] = {}
+    values.update(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, operands, strict=True))
+    viewed = any(isinstance(o, View) for o in operands)
+    bases = _bases(jaxpr)
+    literal, low_rank = jex.Literal, lowrank.primitive()
+    for eqn in jaxpr.eqns:
+      inputs = [
+        v.val if isinstance(v, literal) else values[v] for v in eqn.invars
+      ]
+      if bases and eqn.outvars[0] in bases and _widens(eqn, inputs):
+        # The base of a low-rank value stays in the dtype that it is stored in.
+        (value,) = inputs
+        values[eqn.outvars[0]] = plain(value, eqn.params['new_dtype'])
+        viewed = True
+        continue
+      if eqn.primitive is low_rank:
+        outputs = [self.low_rank(eqn, inputs)]
+        viewed = True
+      elif eqn.primitive.name == TAG:
+        outputs = [self.tagged(inputs[0], eqn.params['path'])]
+      elif viewed and any(isinstance(i, View) for i in inputs):
+        outputs = self.viewed(eqn, inputs)
+      elif _reaches(eqn):
+        outputs = self.call(eqn, inputs)
+      else:
+        outputs = self.bound(eqn, inputs)
+      for var, value in zip(eqn.outvars, outputs, strict=True):
+        values[var] = value
+    return [
+      v.val if isinstance(v, literal) else values[v] for v in jaxpr.outvars
+    ]
+
+  def low_rank(self, eqn: Any, inputs: Sequence[Any]) -> Any:
+    """Returns the view that a low-rank value is."""
+    try:
+      return RULES['low_rank'](*inputs, training=self.training, **eqn.params)
+    except Decline:
+      base, *rest = inputs
+      rest = [self.dense(i, 'low_rank') for i in rest]
+      if self.training and eqn.params['dropout']:
+        raise DropoutLost(plain(rest[0]), 'vmap') from None
+      return self.bound(eqn, [self.dense(base, 'low_rank'), *rest])[0]
+
+  def bound(self, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    """Binds an equation's primitive as it stands."""
+    primitive = eqn.primitive
+    params = primitive.get_bind_params(eqn.params)
+    if eqn.ctx is self.ambient:
+      outputs = primitive.bind(*inputs, **params)
+    else:
+      with eqn.ctx.manager:
+        outputs = primitive.bind(*inputs, **params)
+    return outputs if primitive.multiple_results else [outputs]
+
+  def viewed(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Does an equation of which an operand is a view."""
+    name = eqn.primitive.name
+    if name in _INLINED or name in _CALLS:
+      return self.call(eqn, inputs)
+    rule = RULES.get(name)
+    views = [i for i in inputs if isinstance(i, View)]
+    squared = any(isinstance(v, Squared) for v in views)
+    if rule is not None and squared == (name == 'reduce_sum'):
+      try:
+        if name in CONSUMERS:
+          result = _compiled(name, *inputs, **eqn.params)
+        elif name in EACH:
+          result = rule(*inputs, primitive=eqn.primitive, **eqn.params)
+        else:
+          result = rule(*inputs, **eqn.params)
+      except Decline:
+        pass
+      else:
+        if name in CONSUMERS and not isinstance(result, View):
+          for view in views:
+            self.note(view, FACTORED)
+          wanted = eqn.outvars[0].aval.dtype
+          result = cast(result, wanted)
+        return result if eqn.primitive.multiple_results else [result]
+    return self.bound(eqn, [self.dense(i, name) for i in inputs])
+
+  def tagged(self, value: Any, path: Path) -> Any:
+    """Returns a view that knows which parameter it is."""
+    if not isinstance(value, View):
+      self.notes.setdefault(path, []).append(NOT_LOW_RANK)
+      return value
+    self.notes.setdefault(path, [])
+    return View(value.shape, value.dtype, value.terms, (path,))
+
+  def call(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Does an equation that calls a jaxpr."""
+    name = eqn.primitive.name
+    if name in _INLINED:
+      called = eqn.params[_INLINED[name]]
+      if not hasattr(called, 'consts'):
+        called = jex.ClosedJaxpr(called, ())
+      return self.closed(called, inputs)
+    retraced = _CALLS.get(name)
+    if retraced is None:
+      return self.bound(eqn, [self.dense(i, name) for i in inputs])
+    return retraced(self, eqn, inputs)
+
+  def inner(
+    self, jaxpr: Any, because: str
+  ) -> Callable[..., list[Any]]:
+    """Returns a function of arrays and views that gives arrays."""
+
+    def function(*operands: Any) -> list[Any]:
+      operands_ = [o.like(o.terms) if type(o) is View else o for o in operands]
+      results = self.closed(jaxpr, operands_)
+      return [
+        _as_aval(self.dense(r, because), v.aval)
+        for r, v in zip(results, jaxpr.jaxpr.outvars, strict=True)
+      ]
+
+    return function
+
+
+FACTORED = 'factored'
+NOT_LOW_RANK = 'not low-rank'
+# The primitive that says which parameter a value is, for `explain`.
+TAG = 'surgery_site'
+
+
+def _compiled(name: str, *operands: Any, **params: Any) -> Any:
+  """Returns what a rule makes, by a program for all operands that look alike.
+
+  It is written out in the caller's program. What it is for is that a model's
+  many layers are traced, and differentiated, once a kind.
+  """
+  anonymous = []
+  for one in operands:
+    view = one.view if isinstance(one, Squared) else one
+    if isinstance(view, View):
+      view = View(view.shape, view.dtype, view.terms)
+    anonymous.append(view)
+  return _program(name, tuple(params.items()))(*anonymous)
+
+
+@functools.lru_cache(maxsize=1024)
+def _program(name: str, params: Any) -> Callable[..., Any]:
+  return jax.jit(functools.partial(RULES[name], **dict(params)), inline=True)
+
+
+def _ambient() -> Any:
+  """Returns the context in which an equation is made here and now."""
+  return jax.make_jaxpr(lambda x: -x)(0.0).eqns[0].ctx
+
+
+def _as_aval(value: Any, aval: Any) -> Any:
+  """Returns a value that has the dtype that a jaxpr says."""
+  if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+    return value
+  return cast(jnp.asarray(value), aval.dtype)
+
+
+def _widens(eqn: Any, inputs: Sequence[Any]) -> bool:
+  if eqn.primitive.name != 'convert_element_type':
+    return False
+  old, new = inputs[0].dtype, eqn.params['new_dtype']
+  return not isinstance(inputs[0], View) and jnp.promote_types(old, new) == new
+
+
+# What is known of a jaxpr, once for all walks.
+
+_KNOWN: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _bases(jaxpr: Any) -> set[Any]:
+  """Returns the variables that are the base of a low-rank value."""
+  low_rank = lowrank.primitive()
+  return {
+    eqn.invars[0]
+    for eqn in jaxpr.eqns
+    if eqn.primitive is low_rank and not isinstance(eqn.invars[0], jex.Literal)
+  }
+
+
+def _reaches(eqn: Any) -> bool:
+  """Whether a low-rank value is made somewhere inside of a call."""
+  if eqn.primitive.name not in _INLINED and eqn.primitive.name not in _CALLS:
+    return False
+  return any(map(makes, jex.jaxprs_in_params(eqn.params)))
+
+
+def makes(jaxpr: Any) -> bool:
+  """Whether a low-rank value is made somewhere in a jaxpr."""
+  known = _KNOWN.get(jaxpr)
+  if known is None:
+    low_rank = lowrank.primitive()
+    known = any(
+      eqn.primitive is low_rank
+      or any(map(makes, jex.jaxprs_in_params(eqn.params)))
+      for eqn in jaxpr.eqns
+    )
+    _KNOWN[jaxpr] = known
+  return known
+
+
+# Calls that are traced again.
+
+
+def _scan(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  num_consts, num_carry = params['num_consts'], params['num_carry']
+  consts = inputs[:num_consts]
+  carry = [
+    walk.dense(i, 'scan (carry)')
+    for i in inputs[num_consts : num_consts + num_carry]
+  ]
+  xs, held = _stacked(walk, inputs[num_consts + num_carry :])
+  body = walk.inner(params['jaxpr'], 'scan')
+
+  def step(carry: Any, x: Any) -> Any:
+    rows = [
+      _row(one, kept) if kept is not None else one
+      for one, kept in zip(x, held, strict=True)
+    ]
+    results = body(*consts, *carry, *rows)
+    return results[:num_carry], results[num_carry:]
+
+  carry, ys = jax.lax.scan(
+    step,
+    carry,
+    xs,
+    length=params['length'],
+    reverse=params['reverse'],
+    unroll=params['unroll'],
+    _split_transpose=params.get('_split_transpose', False),
+  )
+  return [*carry, *ys]
+
+
+def _stacked(walk: Walk, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+  """Returns operands that are scanned over, and what a view has beside them."""
+  scanned, held = [], []
+  for x in xs:
+    if not isinstance(x, View) or isinstance(x, Squared) or x.dropped:
+      scanned.append(walk.dense(x, 'scan'))
+      held.append(None)
+      continue
+    leaves = []
+    for term in x.terms:
+      for factor in (*term.factors, *term.spreads):
+        if factor.owns(0):
+          at = factor.axes.index(0)
+          leaves.append(jnp.moveaxis(factor.value, at, 0))
+        else:
+          leaves.append(None)
+    scanned.append(leaves)
+    held.append(x)
+  return scanned, held
+
+
+def _row(leaves: Sequence[Any], stack: View) -> View:
+  """Returns one view of a stack of them."""
+  rows = iter(leaves)
+
+  def change(factor: Any) -> Any:
+    row = next(rows)
+    axes = tuple(x for x in factor.axes if x != 0)
+    value = factor.value if row is None else row
+    names = {x: x - 1 for x in range(1, stack.ndim)}
+    return type(factor)(value, axes).renamed(names)
+
+  return stack.mapped(change, stack.shape[1:])
+
+
+def _while(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  split = params['cond_nconsts']
+  rest = split + params['body_nconsts']
+  cond_consts, body_consts = inputs[:split], inputs[split:rest]
+  init = [walk.dense(i, 'while (carry)') for i in inputs[rest:]]
+  cond = walk.inner(params['cond_jaxpr'], 'while')
+  body = walk.inner(params['body_jaxpr'], 'while')
+  return list(
+    jax.lax.while_loop(
+      lambda carry: cond(*cond_consts, *carry)[0],
+      lambda carry: body(*body_consts, *carry),
+      init,
+    )
+  )
+
+
+def _cond(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+  index, *operands = inputs
+  branches = [walk.inner(b, 'cond') for b in eqn.params['branches']]
+  return list(jax.lax.switch(index, branches, *operands))
+
+
+def _remat(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  jaxpr = jex.ClosedJaxpr(params['jaxpr'], ())
+  function = jax.checkpoint(
+    walk.inner(jaxpr, 'checkpoint'),
+    prevent_cse=params['prevent_cse'],
+    policy=params['policy'],
+  )
+  return list(function(*inputs))
+
+
+def _shard_map(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+  params = eqn.params
+  jaxpr = jex.ClosedJaxpr(params['jaxpr'], ())
+  specs = [
+    _specs(o, spec) for o, spec in zip(inputs, params['in_specs'], strict=True)
+  ]
+  function = jax.shard_map(
+    lambda *operands: tuple(
+      walk.inner(jaxpr, 'shard_map')(*map(_local, operands, jaxpr.jaxpr.invars))
+    ),
+    mesh=params['mesh'],
+    in_specs=tuple(specs),
+    out_specs=tuple(params['out_specs']),
+    check_vma=params['check_vma'],
+    axis_names=set(params['manual_axes']),
+  )
+  return list(function(*inputs))
+
+
+def _specs(operand: Any, spec: Any) -> Any:
+  """Returns how the parts of a view lie on a mesh where the view lies so."""
+  if not isinstance(operand, View):
+    return spec
+  names = (*spec, *[None] * (operand.ndim - len(spec)))
+  part = jax.sharding.PartitionSpec
+  known: dict[int, Any] = {}
+  for term in operand.terms:
+    for factor in (*term.factors, *term.spreads):
+      where = [None if x == lowrank.RANK else names[x] for x in factor.axes]
+      known[id(factor.value)] = part(*where)
+  # A tree of the same structure, whose leaves are specifications.
+  leaves, tree = jax.tree.flatten(operand)
+  return jax.tree.unflatten(tree, [known.get(id(v), part()) for v in leaves])
+
+
+def _local(operand: Any, var: Any) -> Any:
+  """Returns a view that has the shape that it has on one device."""
+  if isinstance(operand, View):
+    return operand.like(operand.terms, var.aval.shape)
+  return operand
+
+
+_CALLS: dict[str, Callable[[Walk, Any, Sequence[Any]], list[Any]]] = {
+  'scan': _scan,
+  'while': _while,
+  'cond': _cond,
+  'remat': _remat,
+  'remat2': _remat,
+  'checkpoint': _remat,
+  'shard_map': _shard_map,
+}
+
+
+@functools.cache
+def tag_primitive() -> Any:
+  """Returns the primitive that says which parameter a value is."""
+  from jax.interpreters import ad, batching, mlir
+
+  tag = jex.Primitive(TAG)
+  tag.def_impl(lambda value, path: value)
+  tag.def_abstract_eval(lambda value, path: value)
+  mlir.register_lowering(tag, lambda ctx, value, path: [value])
+  ad.deflinear2(tag, lambda cotangent, _, path: [cotangent])
+  batching.defvectorized(tag)
+  return tag

@@ -1,0 +1,286 @@
+"""Factored parameters give what dense ones give, and stay factored."""
+
+import functools
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import surgery
+from tests.live.models import close, mlp, normal, stirred
+
+
+class Layer(bx.Module):
+  """A layer that uses its kernel as it likes."""
+
+  def __init__(self, graph, shape, use, dtype='float32'):
+    super().__init__(graph)
+    self.shape, self.use, self.dtype = shape, use, dtype
+
+  def __call__(self, params, x):
+    kernel, params = self.get_param(
+      params, 'kernel', self.shape, jax.nn.initializers.zeros, dtype=self.dtype
+    )
+    return self.use(kernel, x), params
+
+
+def layer(use, shape, dtype='float32', adapter=None, **options):
+  """Returns a layer and params with a random kernel and adapter."""
+  module = Layer(bx.Graph('net').child('layer'), shape, use, dtype)
+  params = bx.Params()
+  params['net', 'layer', 'kernel'] = bx.Param(normal(0, shape, dtype))
+  params = surgery.attach(
+    params.locked(), adapter or surgery.LoRA(rank=2), to='**', **options
+  )
+  return module, stirred(params)
+
+
+def both(model, params, *args, transform=jax.jit, tolerance=2e-5):
+  """Asserts that values and gradients are those of dense parameters."""
+
+  def loss(model):
+    def of(half, rest, *args):
+      y, _ = model(half.merge(rest), *args)
+      weights = [
+        normal(7, v.shape) if v.shape else 1.0 for v in jax.tree.leaves(y)
+      ]
+      return sum(
+        (w * v.astype(jnp.float32)).sum()
+        for w, v in zip(weights, jax.tree.leaves(y), strict=True)
+      )
+
+    return transform(jax.value_and_grad(of, argnums=(0, 2)))
+
+  half, rest = surgery.freeze(params).split()
+  dense = loss(model)(half, rest, *args)
+  fast = loss(surgery.factored(model))(half, rest, *args)
+  assert jax.tree.structure(dense) == jax.tree.structure(fast)
+  for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(fast), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    size = max(1.0, float(np.abs(np.asarray(a, np.float32)).max(initial=0)))
+    close(np.asarray(a) / size, np.asarray(b) / size, tolerance)
+
+
+def states(model, params, *args):
+  """Returns what becomes of each parameter, without its path."""
+  explained = surgery.explain(model, params, *args)
+  return [str(use) for use in explained.values()]
+
+
+X = normal(1, (3, 6))
+X3 = normal(1, (2, 3, 6))
+HEADS = {'layout': 'ioo'}
+CONV = ('NHWC', 'HWIO', 'NHWC')
+
+
+def conv(k, x, strides=(1, 1), padding='SAME', **options):
+  return jax.lax.conv_general_dilated(
+    x, k, strides, padding, dimension_numbers=CONV, **options
+  )
+
+
+IMAGE = normal(2, (2, 6, 5, 4))
+# name: how the kernel is used, its shape, an input, options of attach.
+FACTORED = {
+  'dot': (lambda k, x: jnp.dot(x, k), (6, 5), X, {}),
+  'matmul of three axes': (lambda k, x: x @ k, (6, 5), X3, {}),
+  'matmul of a vector': (lambda k, x: x[0] @ k, (6, 5), X, {}),
+  'kernel on the left': (lambda k, x: k.T @ x.T, (6, 5), X, {}),
+  'kernel turned first': (lambda k, x: x @ k.T, (5, 6), X, {}),
+  'left, of three axes': (
+    lambda k, x: jnp.einsum('io,bti->obt', k, x), (6, 5), X3, {},
+  ),
+  'dot_general': (
+    lambda k, x: jax.lax.dot_general(k, x, (((0,), (1,)), ((), ()))),
+    (6, 5), X, {},
+  ),
+  'einsum of heads': (
+    lambda k, x: jnp.einsum('btd,dhk->bthk', x, k), (6, 2, 4), X3, HEADS,
+  ),
+  'einsum of heads, last against the rest': (
+    lambda k, x: jnp.einsum('btd,dhk->bthk', x, k), (6, 2, 4), X3, {},
+  ),
+  'einsum of heads, in': (
+    lambda k, x: jnp.einsum('bhk,hko->bo', x.reshape(3, 2, 3), k),
+    (2, 3, 4), X, {},
+  ),
+  'einsum over an axis of each': (
+    lambda k, x: jnp.einsum('bhk,hko->bo', x.reshape(3, 2, 3), k),
+    (2, 3, 4), X, {'layout': 'ioo'},
+  ),
+  'reshaped to heads': (
+    lambda k, x: jnp.einsum('bd,dhk->bhk', x, k.reshape(6, 2, 4)),
+    (6, 8), X, {},
+  ),
+  'reshaped from heads': (
+    lambda k, x: x @ k.reshape(6, 8), (6, 2, 4), X, HEADS,
+  ),
+  'cast': (
+    lambda k, x: (x.astype('bfloat16') @ k.astype('bfloat16')).astype('float32'),
+    (6, 5), X, {},
+  ),
+  'scaled by numbers': (lambda k, x: x @ (-k * 0.5 / 3), (6, 5), X, {}),
+  'scaled by a value': (lambda k, x: x @ (k * x[0, 0]), (6, 5), X, {}),
+  'scaled by columns': (
+    lambda k, x: x @ (k * jnp.arange(1.0, 6.0)), (6, 5), X, {},
+  ),
+  'scaled by rows': (
+    lambda k, x: x @ (k / jnp.arange(1.0, 7.0)[:, None]), (6, 5), X, {},
+  ),
+  'split': (
+    lambda k, x: sum(x @ p for p in jnp.split(k, 2, -1)), (6, 8), X, {},
+  ),
+  'split of inputs': (
+    lambda k, x: sum(x[:, :3] @ p for p in jnp.split(k, 2)), (6, 5), X, {},
+  ),
+  'sliced': (lambda k, x: x[:, 1:5:2] @ k[1:5:2, 2:], (6, 5), X, {}),
+  'turned around': (lambda k, x: x @ k[::-1, ::-1], (6, 5), X, {}),
+  'a new axis': (lambda k, x: (x @ k[None])[0], (6, 5), X, {}),
+  'side by side': (
+    lambda k, x: x @ jnp.concatenate([k, 2 * k], -1), (6, 5), X, {},
+  ),
+  'one below the other': (
+    lambda k, x: jnp.concatenate([x, x], -1) @ jnp.concatenate([k, k]),
+    (6, 5), X, {},
+  ),
+  'a sum of two': (lambda k, x: x @ (k + k[::-1]), (6, 5), X, {}),
+  'an array added': (
+    lambda k, x: x @ (k - jnp.ones((6, 5))), (6, 5), X, {},
+  ),
+  'two uses': (lambda k, x: jnp.tanh(x @ k) @ k.T, (6, 5), X, {}),
+  'inner jit': (
+    lambda k, x: jax.jit(lambda k, x: x @ k)(k, x), (6, 5), X, {},
+  ),
+  'inner vmap': (
+    lambda k, x: jax.vmap(lambda v: v @ k)(x), (6, 5), X, {},
+  ),
+  'inner scan, kernel outside': (
+    lambda k, x: jax.lax.scan(lambda c, v: (c, v @ k), 0, x)[1], (6, 5), X, {},
+  ),
+  'inner scan over a stack': (
+    lambda k, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, k)[0],
+    (3, 6, 6), X, {'stacked': 1},
+  ),
+  'one of a stack': (lambda k, x: x @ k[1], (3, 6, 5), X, {'stacked': 1}),
+  'one of a stack, by a value': (
+    lambda k, x: x @ k[jnp.argmax(x) % 3], (3, 6, 5), X, {'stacked': 1},
+  ),
+  'all of a stack': (
+    lambda k, x: jnp.einsum('bi,lio->lbo', x, k), (3, 6, 5), X, {'stacked': 1},
+  ),
+  'experts': (
+    lambda k, x: jnp.einsum('ei,eio->eo', x, k), (3, 6, 5), X, {'stacked': 1},
+  ),
+  'inner while': (
+    lambda k, x: jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ k), x),
+    (6, 6), X, {},
+  ),
+  'inner cond': (
+    lambda k, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ k, lambda: 2 * (x @ k)),
+    (6, 5), X, {},
+  ),
+  'inner checkpoint': (
+    lambda k, x: jax.checkpoint(lambda k, x: jnp.sin(x @ k))(k, x),
+    (6, 5), X, {},
+  ),
+  'convolution': (conv, (3, 2, 4, 5), IMAGE, {}),
+  'convolution with strides': (
+    functools.partial(conv, strides=(2, 1), padding='VALID'),
+    (3, 2, 4, 5), IMAGE, {},
+  ),
+  'dilated convolution': (
+    functools.partial(conv, rhs_dilation=(2, 2)), (3, 2, 4, 5), IMAGE, {},
+  ),
+  'convolution in groups': (
+    functools.partial(conv, feature_group_count=2), (3, 2, 2, 6), IMAGE, {},
+  ),
+  'transposed convolution': (
+    lambda k, x: jax.lax.conv_transpose(
+      x, k, (2, 2), 'SAME', dimension_numbers=CONV
+    ),
+    (3, 2, 4, 5), IMAGE, {},
+  ),
+  'a kernel of another order': (
+    lambda k, x: jax.lax.conv_general_dilated(
+      x, k, (1, 1), 'SAME', dimension_numbers=('NCHW', 'OIHW', 'NCHW')
+    ),
+    (5, 6, 3, 2), normal(2, (2, 6, 5, 4)), {'layout': 'oiii'},
+  ),
+  'rows looked up': (
+    lambda k, x: k[jnp.argsort(x, axis=-1)], (6, 5), X, {},
+  ),
+  'rows taken, some outside': (
+    lambda k, x: jnp.nan_to_num(
+      jnp.take(k, jnp.array([0, 9, 2]), axis=0, mode='fill')
+    ),
+    (6, 5), X, {},
+  ),
+  'columns looked up': (
+    lambda k, x: jnp.take(k, jnp.array([[0, 3], [1, 1]]), axis=1), (6, 5), X, {},
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', FACTORED)
+def test_it_stays_factored_and_gives_the_dense_result(name):
+  use, shape, x, options = FACTORED[name]
+  model, params = layer(use, shape, **options)
+  both(model, params, x, tolerance=2e-2 if name == 'cast' else 2e-5)
+  assert ['factored'] == states(model, params, x)
+
+
+@jax.custom_jvp
+def _custom(k, x):
+  return x @ k
+
+
+@_custom.defjvp
+def _custom_jvp(primals, tangents):
+  (k, x), (dk, dx) = primals, tangents
+  return _custom(k, x), dx @ k + x @ dk
+
+
+@jax.custom_vjp
+def _custom_back(k, x):
+  return x @ k
+
+
+_custom_back.defvjp(
+  lambda k, x: (x @ k, (k, x)), lambda kx, g: (kx[1].T @ g, g @ kx[0].T)
+)
+
+# name: how the kernel is used, its shape, and what makes it dense.
+DENSE = {
+  'custom_jvp': (_custom, (6, 5), 'custom_jvp_call'),
+  'custom_vjp': (_custom_back, (6, 5), 'custom_vjp_call'),
+  'nonlinear': (lambda k, x: x @ jnp.tanh(k), (6, 5), 'tanh'),
+  'a product of kernels': (lambda k, x: x @ (k @ k), (6, 6), 'dot_general'),
+  'reshaped across': (lambda k, x: k.reshape(-1)[:3] * x[:, 0], (6, 5), 'reshape'),
+  'a mask': (
+    lambda k, x: x @ jnp.where(k > 0, k, 0), (6, 5), 'gt, select_n',
+  ),
+  'a carry of a scan': (
+    lambda k, x: jax.lax.scan(lambda c, v: (c * 1, v @ c), k, x)[1],
+    (6, 5), 'scan (carry)',
+  ),
+  'a result': (lambda k, x: k * x[0, 0], (6, 5), 'result'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', DENSE)
+def test_what_nobody_rewrites_is_dense_and_right(name):
+  use, shape, because = DENSE[name]
+  model, params = layer(use, shape)
+  both(model, params, X)
+  assert [f'dense ({because})'] == states(model, params, X)
+
+
+def test_the_norm_of_a_kernel_stays_factored():
+  def use(k, x):
+    return x @ (k / jnp.sqrt((k**2).sum(0)))
+
+  model, params = layer(use, (6, 5))
+  both(model, params, X)
+  assert ['factored'] == states(model, params, X)
