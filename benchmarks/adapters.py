@@ -17,11 +17,10 @@ from typing import Any
 
 import blox as bx
 import jax
-import surgery_decompositions
-import surgery_dora
-import surgery_ia3
+import surgery_lora_family
 import surgery_orthogonal
 import surgery_products
+import surgery_scaling
 import surgery_vera
 
 import surgery
@@ -29,14 +28,14 @@ import surgery
 TYPES: dict[str, surgery.Adapter | None] = {
   'full fine-tuning': None,
   'lora': surgery.LoRA(rank=8),
-  'dora': surgery_dora.DoRA(rank=8),
-  'pissa': surgery_decompositions.PiSSA(rank=8),
-  'olora': surgery_decompositions.OLoRA(rank=8),
+  'dora': surgery_lora_family.DoRA(rank=8),
+  'pissa': surgery_lora_family.PiSSA(rank=8),
+  'olora': surgery_lora_family.OLoRA(rank=8),
   'loha': surgery_products.LoHa(rank=8),
   'lokr': surgery_products.LoKr(rank=8),
   'oft': surgery_orthogonal.OFT(block_size=8),
   'hra': surgery_orthogonal.HRA(rank=8),
-  'ia3': surgery_ia3.IA3(),
+  'ia3': surgery_scaling.IA3(),
   'vera': surgery_vera.VeRA(rank=64),
 }
 

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 import surgery
 
-__all__ = ['IA3']
-
 
 class IA3(surgery.Adapter):
   """Scales outputs, or inputs (Liu et al. 2022, arXiv 2205.05638).

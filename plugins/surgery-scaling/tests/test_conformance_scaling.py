@@ -1,6 +1,6 @@
 """The laws of adapter types."""
 
-from surgery_ia3 import IA3
+from surgery_scaling import IA3
 
 from surgery.testing import AdapterConformance
 

@@ -1,8 +1,12 @@
 """The laws of adapter types."""
 
-from surgery_decompositions import OLoRA, PiSSA
+from surgery_lora_family import DoRA, OLoRA, PiSSA
 
 from surgery.testing import AdapterConformance
+
+
+class TestDoRA(AdapterConformance):
+  adapter = DoRA(rank=2)
 
 
 class TestPiSSA(AdapterConformance):
