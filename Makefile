@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PLUGINS := $(wildcard plugins/surgery-*)
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/surgery-*/pyproject.toml))
 PLUGIN_FILES := $(shell find plugins -name '*.py' -not -path '*/tests/*' -not -path '*/build/*') \
 	$(wildcard plugins/*/pyproject.toml)
 WORKERS ?= auto

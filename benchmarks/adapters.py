@@ -2,9 +2,9 @@
 
   python benchmarks/adapters.py [--width 512] [--layers 8] [--rounds 20]
 
-A multilayer perceptron and a batch of 256 rows. Each round runs one step of
-every type, interleaved; a step is loss, gradients of what trains, and an
-update, compiled. Ratios are medians of the ratios within a round, to a step
+A multilayer perceptron with norms and a batch of 256 rows. Each round runs one
+step of every type, interleaved; a step is loss, gradients of what trains, and
+an update, compiled. Ratios are medians of the ratios within a round, to a step
 that trains all of the base. Merging is that of all layers, eagerly.
 """
 
@@ -17,11 +17,10 @@ from typing import Any
 
 import blox as bx
 import jax
-import surgery_decompositions
-import surgery_dora
-import surgery_ia3
+import surgery_lora_family
 import surgery_orthogonal
 import surgery_products
+import surgery_scaling
 import surgery_vera
 
 import surgery
@@ -29,30 +28,40 @@ import surgery
 TYPES: dict[str, surgery.Adapter | None] = {
   'full fine-tuning': None,
   'lora': surgery.LoRA(rank=8),
-  'dora': surgery_dora.DoRA(rank=8),
-  'pissa': surgery_decompositions.PiSSA(rank=8),
-  'olora': surgery_decompositions.OLoRA(rank=8),
+  'dora': surgery_lora_family.DoRA(rank=8),
+  'pissa': surgery_lora_family.PiSSA(rank=8),
+  'olora': surgery_lora_family.OLoRA(rank=8),
+  'lora-orthogonal': surgery_lora_family.OrthogonalLoRA(rank=8),
+  'lora-bias': surgery_lora_family.BiasLoRA(rank=8),
   'loha': surgery_products.LoHa(rank=8),
   'lokr': surgery_products.LoKr(rank=8),
   'oft': surgery_orthogonal.OFT(block_size=8),
   'hra': surgery_orthogonal.HRA(rank=8),
-  'ia3': surgery_ia3.IA3(),
+  'ia3': surgery_scaling.IA3(),
+  'bitfit': surgery_scaling.BitFit(),
+  'ln-tuning': surgery_scaling.LNTuning(),
   'vera': surgery_vera.VeRA(rank=64),
 }
 
 
+# Where types go that do not serve linear layers.
+PLACES = {'ln-tuning': '**/n*'}
+
+
 class MLP(bx.Module):
-  """Layers of one width."""
+  """Layers of one width, each after a norm."""
 
   def __init__(self, graph: bx.Graph, width: int, count: int, rng: Any) -> None:
     super().__init__(graph)
     self.layers = [
       bx.Linear(graph.child(f'h{k}'), width, rng) for k in range(count)
     ]
+    self.norms = [bx.LayerNorm(graph.child(f'n{k}')) for k in range(count)]
 
   def __call__(self, params: bx.Params, x: Any) -> Any:
     """Returns outputs and params."""
-    for layer in self.layers:
+    for norm, layer in zip(self.norms, self.layers, strict=True):
+      x, params = norm(params, x)
       x, params = layer(params, jax.nn.relu(x))
     return x, params
 
@@ -94,7 +103,7 @@ def main() -> None:
   for name, adapter in TYPES.items():
     params = base
     if adapter is not None:
-      params = surgery.attach(base, adapter, to='**/h*')
+      params = surgery.attach(base, adapter, to=PLACES.get(name, '**/h*'))
       adapted[name] = params
       params = surgery.freeze(params)
     trainable, rest = params.split()

@@ -29,9 +29,10 @@ class AdapterConformance:
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged; what the type says by default.
     unsupported: kinds of layers that it does not serve: `linear`, `no_bias`,
-      `conv`, `embed`, `einsum`, `stacked`.
+      `conv`, `embed`, `einsum`, `stacked`, `norm`.
     kinds: kinds of layers to look at, where a configuration does not suit all
-      of them; all by default.
+      of them; all but `norm` by default, which has vectors only: a type for
+      these says `('norm',)`.
   """
 
   adapter: ClassVar[Adapter]
@@ -75,7 +76,7 @@ def check(
     mergeable: whether it can be merged; what the type says by default.
     unsupported: kinds of layers that it does not serve.
     laws: names of the laws to look at; all by default.
-    kinds: kinds of layers to look at; all by default.
+    kinds: kinds of layers to look at; all but `norm` by default.
     dtypes: dtypes to look at; all by default.
 
   Raises:

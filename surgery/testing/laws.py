@@ -620,7 +620,7 @@ def cases(
     adapter: the adapter.
     declared: what its type says of itself.
     laws: names of laws; all by default.
-    kinds: kinds of layers; all by default.
+    kinds: kinds of layers; all that have matrices by default.
     dtypes: dtypes of the base; all by default.
 
   Raises:
@@ -638,7 +638,7 @@ def cases(
           f'no {what} is called {one!r}.{errors.suggest(one, known)}'
         )
   found = []
-  looked = models.KINDS if kinds is None else tuple(kinds)
+  looked = models.MATRICES if kinds is None else tuple(kinds)
   served = [
     k for k in models.KINDS if k in looked and k not in declared.unsupported
   ]

@@ -80,6 +80,11 @@ class _Net(bx.Module):
     elif kind == 'stacked':
       self.query = _Stack(first, 3, rng)
       self.query2 = _Stack(second, 2, rng)
+    elif kind == 'norm':
+      # Scales that differ, or the sum of squares of outputs would be constant.
+      init = jax.nn.initializers.normal(1.0)
+      self.query = bx.LayerNorm(first, scale_init=init, bias_init=init, rng=rng)
+      self.query2 = bx.RMSNorm(second, scale_init=init, rng=rng)
     else:
       self.query = bx.Linear(first, 5, rng, **plain)
       self.query2 = bx.Linear(second, 4, rng, **plain)
@@ -89,7 +94,10 @@ class _Net(bx.Module):
     return self.query2(params, jnp.tanh(h))
 
 
-KINDS = ('linear', 'no_bias', 'conv', 'embed', 'einsum', 'stacked')
+# Kinds of layers whose default parameter is a matrix.
+MATRICES = ('linear', 'no_bias', 'conv', 'embed', 'einsum', 'stacked')
+# Layers that have vectors only are looked at for types that ask for them.
+KINDS = (*MATRICES, 'norm')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,10 @@ def test_names_that_mean_something_in_selectors_are_escaped(tmp_path):
 
 
 def test_adapter_types_for_attach(folder):
-  assert ['lora'] == completed('surgery attach adapted.msgpack --adapter lor')
+  # Others that are installed may begin so, too.
+  found = completed('surgery attach adapted.msgpack --adapter lor')
+  assert 'lora' == found[0]
+  assert all(name.startswith('lor') for name in found)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +134,7 @@ def test_dtypes(folder):
 def test_formats_and_plugins(folder):
   line = 'surgery convert adapted.msgpack out --to m'
   assert ['msgpack'] == completed(line, folder)
-  assert ['lora'] == completed('surgery plugins show lor')
+  assert 'lora' == completed('surgery plugins show lor')[0]
 
 
 @pytest.mark.parametrize('bad', ['none.msgpack', 'bad.msgpack', 'm.pt', '.'])

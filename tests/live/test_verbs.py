@@ -518,8 +518,8 @@ def test_freeze_by_a_plugins_policy(net):
 
 
 def test_freeze_refuses_a_policy_that_nobody_knows(net):
-  with pytest.raises(surgery.PluginError, match='bitfit'):
-    surgery.freeze(net[1], policy='bitfit')
+  with pytest.raises(surgery.PluginError, match='whim'):
+    surgery.freeze(net[1], policy='whim')
 
 
 def test_training_leaves_the_bits_of_what_is_frozen(net):

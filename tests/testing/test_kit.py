@@ -169,6 +169,36 @@ def test_what_is_served_but_declared_unsupported_is_caught():
   assert 'expected an error, and there was none' in str(found['refuses'])
 
 
+class Shift(surgery.Adapter):
+  name = 'shift'
+  rewrites = ('scale', 'bias')
+
+  def init(self, site, key):
+    return {f's_{p.name}': jnp.zeros(p.out_shape) for p in site.params}
+
+  def apply(self, site, name, base, weights):
+    return base + weights[f's_{name}']
+
+  def serves(self, site):
+    return None if site.name == 'scale' else 'it is no scale'
+
+
+def test_types_for_vectors_are_looked_at_on_norms():
+  laws = ['training_changes_the_adapter_alone', 'identity_at_start', 'refuses']
+  testing.check(
+    Shift(), kinds=['norm', 'linear'], unsupported=['linear'],
+    dtypes=['float32'], laws=laws,
+  )  # fmt: skip
+
+
+def test_types_for_matrices_are_not_looked_at_on_norms():
+  class Scale(testing.AdapterConformance):
+    adapter = _Scale()
+
+  kinds = {case.kind for case in Scale.cases()}
+  assert {'linear', 'no_bias', 'conv', 'embed', 'einsum', 'stacked'} == kinds
+
+
 def test_a_failure_says_where_by_how_much_and_how_to_see_it_again():
   with pytest.raises(testing.Broken) as told:
     testing.check(NotTheIdentity(), kinds=['conv'])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Any
 
 import surgery
 
-__all__ = ['IA3']
+if TYPE_CHECKING:
+  import jax
 
 
 class IA3(surgery.Adapter):
@@ -31,6 +29,8 @@ class IA3(surgery.Adapter):
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
     """Returns `scale`, ones of shape `out_shape`, or `in_shape`."""
+    import jax.numpy as jnp
+
     del key
     shape = site.in_shape if self.feedforward else site.out_shape
     return {'scale': jnp.ones(shape, 'float32')}

@@ -2,9 +2,11 @@ import blox as bx
 import jax
 import jax.numpy as jnp
 import pytest
-from surgery_ia3 import IA3
+from surgery_scaling import IA3
 
 import surgery
+
+pytestmark = pytest.mark.peft('ia3')
 
 FEEDFORWARD = {'**/hidden1': {'feedforward': True}}
 

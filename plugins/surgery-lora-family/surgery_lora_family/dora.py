@@ -9,8 +9,6 @@ import jax.numpy as jnp
 
 import surgery
 
-__all__ = ['DoRA']
-
 
 def _norm(value: jax.Array, site: surgery.Site) -> jax.Array:
   """Returns the norm over the input axes, of shape `out_shape`."""

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from surgery_decompositions import OLoRA, PiSSA
+from surgery_lora_family import OLoRA, PiSSA
 
 import surgery
 

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 import surgery
 
-__all__ = ['OLoRA', 'PiSSA']
-
 
 class _Decomposed(surgery.Adapter):
   """LoRA that begins with a part of the matrix.

@@ -3,9 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from surgery_dora import DoRA
+from surgery_lora_family import DoRA
 
 import surgery
+
+pytestmark = pytest.mark.peft('dora')
 
 LAYERS = ('hidden0', 'hidden1', 'output')
 

@@ -1,9 +1,0 @@
-"""The laws of adapter types."""
-
-from surgery_ia3 import IA3
-
-from surgery.testing import AdapterConformance
-
-
-class TestIA3(AdapterConformance):
-  adapter = IA3()

@@ -1,0 +1,21 @@
+"""The laws of adapter types."""
+
+from surgery_scaling import IA3, BitFit, LNTuning
+
+from surgery.testing import AdapterConformance
+
+
+class TestIA3(AdapterConformance):
+  adapter = IA3()
+
+
+class TestBitFit(AdapterConformance):
+  adapter = BitFit()
+  kinds = ('linear', 'no_bias', 'embed', 'stacked')
+  unsupported = ('no_bias', 'embed')
+
+
+class TestLNTuning(AdapterConformance):
+  adapter = LNTuning()
+  kinds = ('linear', 'norm')
+  unsupported = ('linear',)
