@@ -46,6 +46,7 @@ if TYPE_CHECKING:
   from surgery.live.layers import LoraLinear
   from surgery.live.migrating import migrate
   from surgery.live.params import AdaptedParams
+  from surgery.live.routing import route, stack_adapters
   from surgery.live.saving import load, load_adapter, save, save_adapter
   from surgery.live.verbs import (
     AdapterInfo,
@@ -102,6 +103,7 @@ _HOMES = {
   'live.layers': ('LoraLinear',),
   'live.migrating': ('migrate',),
   'live.params': ('AdaptedParams',),
+  'live.routing': ('route', 'stack_adapters'),
   'live.saving': ('load', 'load_adapter', 'save', 'save_adapter'),
   'live.verbs': (
     'AdapterInfo',
@@ -184,9 +186,11 @@ __all__ = [
   'named_key',
   'open',
   'rename',
+  'route',
   'save',
   'save_adapter',
   'select',
+  'stack_adapters',
   'trainable_mask',
   'unfreeze',
 ]

@@ -15,9 +15,12 @@ from typing import Any
 
 from surgery.core import errors
 
-# For each axis of a factor the axis of the result that it owns, or RANK.
+# For each axis of a factor the axis of the result that it owns, or one of these:
+# RANK is summed over; along ROW there is a factor for each row of an input, which
+# no dense array can be.
 Axes = tuple[int, ...]
 RANK = -1
+ROW = -2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +156,7 @@ def _shape(
     for value, owned in zip(values, axes, strict=True)
     for axis, size in zip(owned, value.shape, strict=True)
   }
-  sizes.pop(RANK, None)
-  return tuple(sizes[axis] for axis in range(len(sizes)))
+  return tuple(sizes[axis] for axis in sorted(sizes) if axis >= 0)
 
 
 def dense(
@@ -178,6 +180,11 @@ def dense(
     dropout: not used.
   """
   del key, dropout
+  if ROW in axes[1]:
+    raise errors.AdapterError(
+      'params are routed: each row of an input has its own adapter, so there is '
+      'no dense parameter. Call surgery.factored(model), not the model.'
+    )
   shape = _shape((base, a, b), axes)
   product = contracted(a, axes[1], b, axes[2], 'highest')
   owned = sorted({x for x in (*axes[1], *axes[2]) if x != RANK})
@@ -203,8 +210,8 @@ def primitive() -> Any:
     return closed(*avals).out_avals[0]
 
   low_rank.def_abstract_eval(
-    lambda base, a, b, *key, axes, scale, dropout: abstract(
-      (base, a, b), axes, scale
+    lambda base, a, b, *key, axes, scale, dropout: (
+      base if ROW in axes[1] else abstract((base, a, b), axes, scale)
     )
   )
   mlir.register_lowering(

@@ -200,6 +200,11 @@ class AdapterRecord:
     values = (getattr(self, f.name) for f in fields if f.name != 'total')
     return AdapterRecord, tuple(values)
 
+  @property
+  def route(self) -> WeightSpec | None:
+    """Where it is stored which row has which adapter; None if it is one."""
+    return self.shared.get(ROUTE)
+
   def with_site(self, record: SiteRecord, met: Iterable[int]) -> AdapterRecord:
     """Returns this record with a site added or replaced."""
     old = self.sites.get(record.site.path)
@@ -246,6 +251,8 @@ class AdapterRecord:
 
 
 Chain = tuple[tuple[AdapterRecord, SiteRecord], ...]
+# The shared weight that says which row of an input has which of many adapters.
+ROUTE = 'route'
 
 
 class Probe:

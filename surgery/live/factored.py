@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import blox as bx
@@ -14,6 +14,7 @@ import jax.extend.core as jex
 
 from surgery.core import errors, paths
 from surgery.live import params as live
+from surgery.live.views import Misrouted
 from surgery.live.walking import DropoutLost, Walk
 
 Model = TypeVar('Model', bound=Callable[..., Any])
@@ -68,22 +69,28 @@ def factored(model: Model) -> Model:
     else:
       kwargs = _arguments(signature, kwargs)
     leaves, tree = jax.tree.flatten((args, kwargs))
-    if not drops and not any(isinstance(v, jax.core.Tracer) for v in leaves):
+    routed = any(map(_is_routed, _all_params((args, kwargs))))
+    traced = any(isinstance(v, jax.core.Tracer) for v in leaves)
+    if not (traced or drops or routed):
       return model(*args, **kwargs)
     try:
       result = walked(model, leaves, tree, Walk(training=drops))
     except NotFollowed as found:
-      if drops:
+      if drops or routed:
+        what = 'dropout' if drops else 'adapter of each row'
         raise errors.AdapterError(
-          f'factored: {found.reason}, so parameters are dense, and a dense '
-          'parameter has no dropout. Call it with is_training=False, or attach '
-          'with dropout=0.'
+          f'factored: {found.reason}, so parameters would be dense, and a dense '
+          f'parameter has no {what}.'
         ) from found.__cause__
       return model(*args, **kwargs)
+    except Misrouted as lost:
+      raise errors.AdapterError(
+        f'factored: {_named(lost.origin)} is routed, and {lost.reason}. Rows '
+        'have to be the leading axis of what a layer gets.'
+      ) from None
     except DropoutLost as lost:
       raise errors.AdapterError(
-        f'factored: {", ".join(map(paths.show, lost.origin)) or "a parameter"} '
-        f'has dropout, and {lost.primitive!r} needs the dense parameter, which '
+        f'factored: {_named(lost.origin)} has dropout, and {lost.primitive!r} needs the dense parameter, which '
         'has none. Attach elsewhere, or with dropout=0 there by patterns.'
       ) from None
     return _counted(result) if drops else result
@@ -91,6 +98,14 @@ def factored(model: Model) -> Model:
   with contextlib.suppress(AttributeError, TypeError):
     functools.update_wrapper(call, model, updated=())
   return call  # type: ignore[return-value]
+
+
+def _named(origin: Sequence[paths.Path]) -> str:
+  return ', '.join(map(paths.show, origin)) or 'a parameter'
+
+
+def _is_routed(params: live.AdaptedParams) -> bool:
+  return any(a.enabled and a.route for a in params.records.adapters)
 
 
 def _takes(signature: inspect.Signature, name: str) -> bool:

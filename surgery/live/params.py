@@ -33,7 +33,7 @@ from surgery.core.records import (
   unite,
 )
 from surgery.core.site import Site
-from surgery.live import walking
+from surgery.live import routed, walking
 from surgery.passes import attach, blocks, compute, finding
 
 _EMPTY = Records()
@@ -131,7 +131,10 @@ class AdaptedParams(bx.Params):
     on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
     if not on:
       return value
-    value = blocks.answer(on, path, self._fetch, records.chains)
+    if any(adapter.route for adapter, _ in on):
+      value = routed.answer(on, path, self._fetch)
+    else:
+      value = blocks.answer(on, path, self._fetch, records.chains)
     if records.probe is not None and records.probe.tags:
       value = walking.tag_primitive().bind(value, path=path)
     return value
@@ -284,6 +287,15 @@ def with_values(
   result = params._clone()
   for path, value in values.items():
     result._data[path] = params._data[path].replace(value=value)
+  return result
+
+
+def with_param(
+  params: AdaptedParams, path: Path, param: bx.Param
+) -> AdaptedParams:
+  """Returns params with one more parameter, or another in its place."""
+  result = params._clone()
+  result._data[path] = param
   return result
 
 

@@ -12,7 +12,7 @@ parameter that changes what is computed must be looked at here
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,13 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery.core import lowrank
-from surgery.core.lowrank import RANK
+from surgery.core.lowrank import RANK, ROW
 from surgery.live.views import (
   EXACT,
   Decline,
   Dropout,
   Factor,
   Labels,
+  Misrouted,
   Term,
   View,
   cast,
@@ -90,7 +91,7 @@ def low_rank(
     axis: size
     for value, owned in ((base, axes[0]), (a, axes[1]), (b, axes[2]))
     for axis, size in zip(owned, value.shape, strict=True)
-    if axis != RANK
+    if axis >= 0
   }
   drop = None
   if dropout and training:
@@ -439,9 +440,9 @@ def reshape(
       axes = (*axes[:at], *(_NEW + i for i in new), *axes[at + len(have) :])
     names = {old[0]: _NEW + new[0] for old, new in groups if old and new}
     renamed = tuple(
-      x if x == RANK else names.get(x, x) if x < _NEW else x for x in axes
+      x if x < 0 else names.get(x, x) if x < _NEW else x for x in axes
     )
-    return Factor(value, tuple(x if x == RANK else x - _NEW for x in renamed))
+    return Factor(value, tuple(x if x < 0 else x - _NEW for x in renamed))
 
   return view.mapped(change, new_sizes)
 
@@ -625,12 +626,32 @@ def dot_general(
   free = [i for i in range(view.ndim) if i not in names]
   names.update((i, ('v', i)) for i in free)
   x_free = [i for i in x_labels if i not in xs and i not in xb]
+  if view.rows:
+    names[ROW] = _row(view, x.shape, x_free, 'dot_general')
   v_free = [names[i] for i in free]
   out = (*xb, *(v_free + x_free if left else x_free + v_free))
   params['out_sharding'] = None
   return sum_of(
     view, x, x_labels, names, out, params, preferred_element_type
   )
+
+
+def _row(
+  view: View, shape: Sequence[int], free: Sequence[int], name: str
+) -> int:
+  """Returns the axis of an input whose elements are rows.
+
+  Raises:
+    Misrouted: if its leading free axis has another size.
+  """
+  if not free or shape[free[0]] != view.rows:
+    found = f'{shape[free[0]]} of {tuple(shape)}' if free else 'none'
+    raise Misrouted(
+      view,
+      f'{name} has an input whose leading free axis is {found}, and there is '
+      f'an index for {view.rows} rows',
+    )
+  return free[0]
 
 
 def sum_of(
@@ -712,6 +733,13 @@ def _term(
   summed = [name for name in x_labels if name not in out]
   if not any(name in labels[0] for name in summed):
     values, labels = values[::-1], labels[::-1]
+  if labels[0][-1] == 'rank' and values[0].ndim > 1:
+    # The gradient of a tall, thin matrix is a product for which XLA has no quick
+    # way on CPU, that of a flat one has; it would turn it back if it saw it.
+    order = (values[0].ndim - 1, *range(values[0].ndim - 1))
+    turned = jax.lax.transpose(values[0], order)
+    values[0] = jax.lax.optimization_barrier(turned)
+    labels[0] = ('rank', *labels[0][:-1])
   # Over what the first one owns alone; the rest is summed with the second.
   left = [
     name
@@ -767,6 +795,8 @@ def _conv_term(
     kernel = _as(cast(factor.value, view.dtype), factor.axes, range(view.ndim))
     return times(conv(x, kernel, **params), term.scale)
   a, b = term.factors
+  if a.owns(ROW):
+    return _conv_rows(term, view, x, params, out_axis, groups)
   if a.owns(out_axis):
     a, b = b, a
   if set(b.axes) != {out_axis, RANK}:
@@ -824,6 +854,30 @@ def _conv_term(
   return made.reshape(shape)
 
 
+def _conv_rows(
+  term: Term, view: View, x: Any, params: Any, out_axis: int, groups: int
+) -> Any:
+  """A convolution of each row with factors of its own."""
+  numbers = params['dimension_numbers']
+  at, to = numbers.lhs_spec[0], numbers.out_spec[0]
+  _row(view, x.shape, [at], 'conv_general_dilated')
+
+  def one(x: Any, values: Any) -> Any:
+    factors = tuple(
+      Factor(v, tuple(i for i in f.axes if i != ROW))
+      for v, f in zip(values, term.factors, strict=True)
+    )
+    single = dataclasses.replace(term, factors=factors)
+    made = _conv_term(
+      single, view, jnp.expand_dims(x, at), params, out_axis, groups
+    )
+    return jnp.squeeze(made, to)
+
+  rows = [f.axes.index(ROW) for f in term.factors]
+  values = [f.value for f in term.factors]
+  return jax.vmap(one, (at, rows), to)(x, values)
+
+
 @rule('gather')
 def gather(view: Any, indices: Any, **params: Any) -> Any:
   """Rows of the factor that owns the axis, then the other factor.
@@ -843,18 +897,17 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
   if fill is not None and not np.isnan(fill) and fill != 0:
     raise Decline  # A constant is not what the factors' product would be.
   places = indices.shape[:-1]
+  if view.rows:
+    _row(view, places, range(len(places)), 'gather')
 
-  def rows(factor: Factor, fill: Any) -> Any:
-    """Returns indices first, then the other axes of a factor."""
-    at = factor.axes.index(axis)
-    rest = [i for i in range(len(factor.axes)) if i != at]
-    value = factor.value.transpose([at, *rest])
-    front = len(places)
+  def looked_up(value: Any, indices: Any, fill: Any) -> Any:
+    """Returns rows of an array: the axes of indices, then its other axes."""
+    front = indices.ndim - 1
     return jax.lax.gather(
       value,
       indices,
       jax.lax.GatherDimensionNumbers(
-        tuple(range(front, front + len(rest))), (0,), (0,)
+        tuple(range(front, front + value.ndim - 1)), (0,), (0,)
       ),
       (1, *value.shape[1:]),
       unique_indices=params['unique_indices'],
@@ -864,11 +917,19 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
     )
 
   def taken(factor: Factor, fill: Any) -> Factor:
+    # A row of indices is a row of the input.
+    axes = tuple(_PLACE if x == ROW else x for x in factor.axes)
     if not factor.owns(axis):
-      return factor
-    left = [_PLACE - i for i in range(len(places))]
-    kept = [x for x in factor.axes if x != axis]
-    return Factor(rows(factor, fill), (*left, *kept))
+      return Factor(factor.value, axes)
+    rest = tuple(x for x in axes if x not in (axis, _PLACE))
+    look = functools.partial(looked_up, fill=fill)
+    if factor.owns(ROW):
+      look = jax.vmap(look)
+      value = _as(factor.value, axes, (_PLACE, axis, *rest))
+    else:
+      value = _as(factor.value, axes, (axis, *rest))
+    left = (_PLACE - i for i in range(len(places)))
+    return Factor(look(value, indices), (*left, *rest))
 
   # What lies outside is filled once: NaN in a factor would be NaN in gradients.
   base, *rest = view.terms
@@ -925,4 +986,4 @@ def computed(view: View) -> Any:
 
 
 # Names for the axes of indices while a gather is put together.
-_PLACE = -2
+_PLACE = -10

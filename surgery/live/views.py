@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery.core import lowrank
-from surgery.core.lowrank import RANK
+from surgery.core.lowrank import RANK, ROW
 
 Shape = tuple[int, ...]
 Labels = tuple[Hashable, ...]
@@ -29,13 +29,28 @@ class Decline(Exception):  # noqa: N818 - not an error: the dense way is taken.
   """A rule does not know this case: the view is made dense."""
 
 
+class Misrouted(Exception):  # noqa: N818 - becomes an error with advice.
+  """A use in which it is not known which row has which adapter.
+
+  Attributes:
+    origin: paths of the parameters, where known.
+    reason: what was found.
+  """
+
+  def __init__(self, view: View, reason: str) -> None:
+    super().__init__(reason)
+    self.origin = view.origin
+    self.reason = reason
+
+
 @dataclasses.dataclass(frozen=True)
 class Factor:
   """An array that owns some axes of a view.
 
   Attributes:
     value: the array.
-    axes: for each of its axes that of the view, or `RANK`.
+    axes: for each of its axes that of the view, `RANK`, or `ROW`: there is
+      one for each row of what it is multiplied with.
   """
 
   value: Any
@@ -144,6 +159,15 @@ class View:
   def dropped(self) -> bool:
     """Whether a term has dropout, which no dense array can do."""
     return any(t.dropout is not None for t in self.terms)
+
+  @property
+  def rows(self) -> int:
+    """For how many rows it has factors of their own; 0 if for all the same."""
+    for term in self.terms:
+      for factor in term.factors:
+        if factor.owns(ROW):
+          return int(factor.value.shape[factor.axes.index(ROW)])
+    return 0
 
   def like(
     self,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from surgery.core import lowrank
 from surgery.core.paths import Path
 from surgery.live.rules import CONSUMERS, EACH, RULES, Squared
-from surgery.live.views import Decline, Factor, View, cast, plain
+from surgery.live.views import Decline, Factor, Misrouted, View, cast, plain
 
 # Where primitives that call keep what they call.
 _INLINED = {
@@ -75,6 +75,8 @@ class Walk:
     inner = value.view if isinstance(value, Squared) else value
     if inner.dropped:
       raise DropoutLost(inner, because)
+    if inner.rows:
+      raise Misrouted(inner, f'{because!r} needs the dense parameter')
     if value.origin:
       self.note(value, because)
     return value.dense()
@@ -420,7 +422,7 @@ def _specs(operand: Any, spec: Any) -> Any:
   known: dict[int, Any] = {}
   for term in operand.terms:
     for factor in (*term.factors, *term.spreads):
-      where = [None if x == lowrank.RANK else names[x] for x in factor.axes]
+      where = [None if x < 0 else names[x] for x in factor.axes]
       known[id(factor.value)] = part(*where)
   # A tree of the same structure, whose leaves are specifications.
   leaves, tree = jax.tree.flatten(operand)

@@ -235,7 +235,8 @@ def weights_of(
       raise errors.SiteError(
         f'{paths.show(spec.path)} has {found} stacked axes, '
         f"{paths.show(where)} has {stack}. Map, scan or stack an adapter's "
-        'weights along with the parameter that it rewrites.'
+        'weights along with the parameter that it rewrites, or say by '
+        'surgery.route which row of an input has which of many adapters.'
       )
     weights[weight] = value
   for weight, spec in shared.items():

@@ -1,0 +1,201 @@
+"""Each row of a batch with an adapter of its own."""
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import surgery
+from tests.live.models import close, mlp, normal, stirred
+from tests.live.test_factored import HEADS, IMAGE, X3, conv, layer
+
+LORA = surgery.LoRA(rank=2, alpha=3)
+
+
+def tenants(params, count=3, **options):
+  """Returns params with adapters that differ, of as many tenants."""
+  base = surgery.attach(params, LORA, to='**', **options)
+  return [stirred(base, seed=i) for i in range(count)]
+
+
+def alone(model, params, x):
+  """Returns what each row gives by itself, with its own params."""
+  rows = [model(p, x[i : i + 1])[0] for i, p in enumerate(params)]
+  return jnp.concatenate(rows)
+
+
+def test_each_row_is_what_its_adapter_alone_gives():
+  model, params, x = mlp()
+  three = tenants(params)
+  stacked = surgery.stack_adapters(three)
+  index = [2, 0, 0, 1, 2, -1, 1]
+  routed = surgery.route(stacked, index)
+  expected = alone(model, [three[i] if i >= 0 else params for i in index], x)
+  fast = surgery.factored(model)
+  close(expected, fast(routed, x)[0])
+  close(expected, jax.jit(lambda p, x: fast(p, x)[0])(routed, x))
+
+
+@pytest.mark.parametrize(
+  ('use', 'shape', 'x', 'options'),
+  [
+    (lambda k, x: x @ k, (6, 5), X3, {}),
+    (lambda k, x: jnp.einsum('btd,dhk->bthk', x, k), (6, 2, 4), X3, HEADS),
+    (lambda k, x: jnp.tanh(x @ k) @ k.T, (6, 5), X3, {}),
+    (conv, (3, 2, 4, 5), IMAGE, {}),
+    (lambda k, x: k[jnp.argsort(x, axis=-1)[..., 0]], (6, 5), X3, {}),
+    (
+      lambda k, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, k)[0],
+      (3, 6, 6),
+      X3,
+      {'stacked': 1},
+    ),
+    (
+      lambda k, x: jax.lax.scan(
+        lambda h, v: (jnp.tanh(h + v @ k), None), x[:, 0] @ k, x.swapaxes(0, 1)
+      )[0],
+      (6, 5),
+      X3,
+      {},
+    ),
+  ],
+)
+def test_layers_of_many_kinds(use, shape, x, options):
+  model, plain = layer(use, shape, **options)
+  two = [stirred(plain, seed=i) for i in range(2)]
+  routed = surgery.route(surgery.stack_adapters(two), [1, 0])
+  fast = jax.jit(surgery.factored(model))
+  close(alone(model, two[::-1], x), fast(routed, x)[0], 3e-5)
+
+
+def test_gradients_reach_the_adapters_of_their_rows_alone():
+  model, params, x = mlp()
+  three = tenants(params)
+  stacked = surgery.freeze(surgery.stack_adapters(three))
+  fast = surgery.factored(model)
+
+  def loss(half, rest):
+    params = surgery.route(half.merge(rest), [2, 0, 0, 0, 2, 2, 2])
+    return (fast(params, x)[0] ** 2).sum()
+
+  gradients = jax.grad(loss)(*stacked.split())
+  one, rest = surgery.freeze(three[0]).split()
+  alone = jax.grad(
+    lambda h: (model(h.merge(rest), x[jnp.array([1, 2, 3])])[0] ** 2).sum()
+  )(one)
+  for path, gradient in gradients.items():
+    assert not np.asarray(gradient.value[1]).any()
+    assert np.asarray(gradient.value[2]).any()
+    close(alone[path].value, gradient.value[0])
+
+
+def test_another_index_compiles_nothing_anew():
+  model, params, x = mlp()
+  stacked = surgery.stack_adapters(tenants(params))
+  fast, traces = surgery.factored(model), []
+
+  @jax.jit
+  def call(params, x):
+    traces.append(1)
+    return fast(params, x)[0]
+
+  one = call(surgery.route(stacked, [0] * 7), x)
+  other = call(surgery.route(stacked, [1] * 7), x)
+  assert 1 == len(traces)
+  assert not np.allclose(one, other)
+
+
+def test_an_index_that_is_traced():
+  model, params, x = mlp()
+  three = tenants(params)
+  stacked = surgery.stack_adapters(three)
+  fast = surgery.factored(model)
+  call = jax.jit(lambda i: fast(surgery.route(stacked, i), x)[0])
+  index = jnp.array([1, 1, 0, 2, 2, 0, 1])
+  close(alone(model, [three[i] for i in index], x), call(index))
+  assert np.isnan(call(jnp.full(7, 3))).all()
+
+
+def test_two_adapters_on_a_layer_of_which_one_is_routed():
+  model, params, x = mlp()
+  inner = stirred(surgery.attach(params, LORA, to='**', name='all'), seed=9)
+  two = [
+    stirred_only(surgery.attach(inner, LORA, to='**/hidden*'), i)
+    for i in range(2)
+  ]
+  stacked = surgery.stack_adapters(two, names='default')
+  routed = surgery.route(stacked, [0, 1, 0, 1, 0, 1, 0], names='default')
+  expected = alone(model, [two[i % 2] for i in range(7)], x)
+  close(expected, surgery.factored(model)(routed, x)[0])
+
+
+def stirred_only(params, seed):
+  weights, rest = params.split(
+    lambda path, p: p.metadata.get('adapter') == 'default'
+  )
+  numbers = np.random.default_rng(seed)
+  weights = jax.tree.map(
+    lambda w: jnp.asarray(numbers.normal(size=w.shape), w.dtype), weights
+  )
+  return weights.merge(rest)
+
+
+def test_a_thousand_adapters():
+  model, params, x = mlp()
+  base = surgery.attach(params, LORA, to='**')
+  weights, rest = base.split(lambda path, p: 'adapter' in p.metadata)
+  many = jax.tree.map(lambda w: normal(3, (1000, *w.shape)), weights)
+  index = np.array([999, 0, 500, 1, 998, 2, 3])
+  routed = surgery.route(many.merge(rest), index)
+  each = [
+    jax.tree.map(lambda w, i=i: w[i], many).merge(rest) for i in index
+  ]
+  close(alone(model, each, x), surgery.factored(model)(routed, x)[0], 1e-4)
+
+
+def test_what_cannot_be_routed_is_refused():
+  model, params, x = mlp()
+  three = tenants(params)
+  stacked = surgery.stack_adapters(three)
+  with pytest.raises(surgery.AdapterError, match='there is no adapter 3: 3 are'):
+    surgery.route(stacked, [0, 3])
+  with pytest.raises(surgery.AdapterError, match=r'found float32\(2,\)'):
+    surgery.route(stacked, [0.0, 1.0])
+  with pytest.raises(surgery.AdapterError, match='lora_a of shape .* of one adap'):
+    surgery.route(three[0], [0])
+  with pytest.raises(surgery.AdapterError, match='found Params'):
+    surgery.route(params, [0])
+  other = surgery.attach(params, surgery.LoRA(rank=1), to='**')
+  with pytest.raises(surgery.AdapterError, match="'default' of params 1 differs"):
+    surgery.stack_adapters([three[0], other])
+  with pytest.raises(surgery.SiteError, match='1 stacked axes'):
+    model(stacked, x)
+  with pytest.raises(surgery.SiteError, match='1 stacked axes'):
+    surgery.merge(stacked)
+
+
+def test_routed_params_need_factored_and_rows_in_front():
+  model, params, x = mlp()
+  routed = surgery.route(surgery.stack_adapters(tenants(params)), [0, 1, 2])
+  with pytest.raises(surgery.AdapterError, match=r'Call surgery.factored\(model'):
+    model(routed, x)
+  fast = surgery.factored(model)
+  with pytest.raises(
+    surgery.AdapterError, match=r'leading free axis is 7 of \(7, 4\), .* 3 rows'
+  ):
+    fast(routed, x)
+  dense, plain = layer(lambda k, x: x @ jnp.tanh(k), (6, 5))
+  stacked = surgery.stack_adapters([plain, plain])
+  with pytest.raises(surgery.AdapterError, match="'tanh' needs the dense"):
+    surgery.factored(dense)(surgery.route(stacked, [0, 1]), X3)
+
+
+def test_routed_params_are_detached_and_disabled_as_others():
+  model, params, x = mlp()
+  routed = surgery.route(surgery.stack_adapters(tenants(params)), [0] * 7)
+  plain = surgery.detach(routed)
+  assert type(plain) is bx.Params
+  assert sorted(params.keys()) == sorted(plain.keys())
+  off = surgery.disable(routed)
+  assert np.array_equal(model(params, x)[0], model(off, x)[0])
