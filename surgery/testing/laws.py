@@ -23,8 +23,10 @@ from surgery.core import errors, paths
 from surgery.core.adapter import Adapter
 from surgery.core.checkpoint import open_checkpoint
 from surgery.core.host import Host
+from surgery.live import explain as explaining
 from surgery.live import params as live
 from surgery.live import saving, verbs
+from surgery.live.factored import factored
 from surgery.testing import models
 
 # How far outputs may differ where programs are compiled otherwise.
@@ -246,16 +248,26 @@ def _gradients(
   model: models.Model,
 ) -> Callable[[bx.Params], dict[Any, Any]]:
   """Returns a function from params to the gradients of what trains, by path."""
+  both = _both(model)
+  return lambda params: both(params)[1]
+
+
+def _both(
+  model: models.Model,
+) -> Callable[[bx.Params], tuple[Any, dict[Any, Any]]]:
+  """Returns a function from params to outputs, and gradients by path."""
 
   def loss(half: bx.Params, rest: bx.Params) -> Any:
-    return (model(half.merge(rest)).astype(jnp.float32) ** 2).sum()
+    y = model(half.merge(rest))
+    return (y.astype(jnp.float32) ** 2).sum(), y
 
-  compiled = jax.jit(jax.grad(loss))
+  compiled = jax.jit(jax.grad(loss, has_aux=True))
 
-  def gradients(params: bx.Params) -> dict[Any, Any]:
-    return {p: g.value for p, g in compiled(*params.split()).items()}
+  def both(params: bx.Params) -> tuple[Any, dict[Any, Any]]:
+    gradients, y = compiled(*params.split())
+    return y, {p: g.value for p, g in gradients.items()}
 
-  return gradients
+  return both
 
 
 @_law(kinds=False)
@@ -561,6 +573,24 @@ def transformations_give_the_eager_result(case: Case) -> None:
     for path, gradient in _gradients(model)(params).items():
       what = f'gradient of {paths.show(path)}, eager and under jit'
       case.close(eager_gradients[path].value, gradient, what)
+
+
+@_law()
+def factored_gives_the_dense_result(case: Case) -> None:
+  """Through `surgery.factored`, outputs and gradients are the dense ones."""
+  model = case.model()
+  params = case.trained(model)
+  known = explaining.explain(model.net, params, model.x)
+  if not any(use.factored for use in known.values()):
+    return  # It gives no low-rank values: there is nothing that differs.
+  # Not in training: a dense parameter has no dropout.
+  net = functools.partial(factored(model.net), is_training=False)
+  fast = dataclasses.replace(model, net=net)
+  dense, kept = _both(model)(params), _both(fast)(params)
+  case.close(dense[0], kept[0], 'outputs dense and factored')
+  for path, gradient in kept[1].items():
+    what = f'gradient of {paths.show(path)}, dense and factored'
+    case.close(dense[1][path], gradient, what)
 
 
 @_law(kinds=False)

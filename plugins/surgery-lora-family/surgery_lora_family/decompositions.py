@@ -50,12 +50,22 @@ class _Decomposed(surgery.Adapter):
 
   def apply(
     self, site: surgery.Site, name: str, base: jax.Array, weights: Any
-  ) -> jax.Array:
-    """Returns the base with the update, of the shape of `base`."""
-    del site, name
-    now = weights['lora_a'] @ weights['lora_b']
-    begun = weights['lora_a0'] @ weights['lora_b0']
-    return base + (now - begun).reshape(base.shape)
+  ) -> surgery.LowRank:
+    """Returns the base with the update, as factors.
+
+    `A·B - A₀·B₀ = (A - A₀)·B + A₀·(B - B₀)`, which is zero to the bit as long
+    as nothing is trained.
+    """
+    del name
+    a, b = weights['lora_a'], weights['lora_b']
+    a0, b0 = weights['lora_a0'], weights['lora_b0']
+    left = jnp.concatenate([a - a0, a0], 1)
+    right = jnp.concatenate([b, b - b0], 0)
+    return surgery.LowRank(
+      base,
+      left.reshape(*site.in_shape, 2 * self.rank),
+      right.reshape(2 * self.rank, *site.out_shape),
+    )
 
 
 class PiSSA(_Decomposed):

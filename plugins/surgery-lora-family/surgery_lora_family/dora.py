@@ -41,9 +41,8 @@ class DoRA(surgery.LoRA):
     self, site: surgery.Site, name: str, base: jax.Array, weights: Any
   ) -> jax.Array:
     """Returns `m · V / ‖V‖`, of the shape of `base`."""
-    del name
-    update = jnp.tensordot(weights['lora_a'], weights['lora_b'], axes=1)
-    direction = base + self.scale * update
+    # Written as it is meant; `surgery.factored` keeps `V` factored in both.
+    direction = super().apply(site, name, base, weights).dense()
     norm = jax.lax.stop_gradient(_norm(direction, site))
     # A column of zeros has no direction: it stays zero instead of NaN.
     return direction * (weights['magnitude'] / jnp.where(norm == 0, 1, norm))
