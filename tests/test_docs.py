@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shlex
+import sys
 
 import blox as bx
 import jax.numpy as jnp
@@ -13,6 +14,14 @@ from flax import serialization
 import surgery
 from surgery.cli import main
 
+# A model of the user's, for `surgery explain`.
+MODEL = """
+import blox as bx, jax.numpy as jnp
+
+def example():
+  graph = bx.Graph('net').child('h0').child('query')
+  return bx.Linear(graph, 3, None), jnp.ones((2, 4))
+"""
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 
 
@@ -41,6 +50,8 @@ def files(tmp_path, monkeypatch):
     serialization.to_bytes({'layer': {'kernel': np.ones((2, 2))}})
   )
   pathlib.Path('recipe.yaml').write_text("- drop: '**/norm'")
+  pathlib.Path('my_model.py').write_text(MODEL)
+  monkeypatch.setattr(sys, 'path', [*sys.path])
   return tmp_path
 
 

@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'disable': 'Switch adapters off.',
     'drop': 'Leave out tensors.',
     'enable': 'Switch adapters on.',
+    'explain': 'Say which parameters of a model stay factored.',
     'extract': 'Write an adapter to a file of its own.',
     'freeze': 'Freeze parameters.',
     'inspect': 'Show what a file holds.',

@@ -1,0 +1,61 @@
+"""`surgery explain`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import sys
+from typing import Any
+
+import click
+
+from surgery.cli import shared
+from surgery.core import errors
+
+
+@click.command()
+@shared.file
+@click.argument('code', metavar='MODULE:FUNCTION')
+@shared.json_option
+def command(file: pathlib.Path, code: str, as_json: bool) -> None:
+  r"""Say which parameters stay factored in a call of a model.
+
+  FUNCTION is yours: it returns the model, and the arguments of a call behind
+  params, e.g. `return model, x`. Nothing is computed.
+
+  \b
+  surgery explain adapted.msgpack my_model:example
+  """
+  import surgery
+
+  model, *arguments = _called(code)
+  found = surgery.explain(model, surgery.load(file), *arguments)
+  click.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+def _called(code: str) -> tuple[Any, ...]:
+  """Returns what the user's function returns.
+
+  Raises:
+    UsageError: if there is no such function.
+    SurgeryError: if it returns something else.
+  """
+  name, colon, function = code.partition(':')
+  if not (name and colon and function):
+    raise click.UsageError(
+      f'expected MODULE:FUNCTION, e.g. my_model:example, found {code!r}.'
+    )
+  if '' not in sys.path:
+    sys.path.insert(0, '')  # A module beside the file, as for python -m.
+  try:
+    call = getattr(importlib.import_module(name), function)
+  except (ModuleNotFoundError, AttributeError) as error:
+    raise click.UsageError(f'{code}: {error}.') from error
+  made = call()
+  if not isinstance(made, tuple) or not made or not callable(made[0]):
+    raise errors.SurgeryError(
+      f'{code}() returned {type(made).__name__}, expected a tuple of the model '
+      'and the arguments of a call behind params, e.g. (model, x).'
+    )
+  return made
