@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import blox as bx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -195,3 +196,29 @@ def test_the_adapter_of_the_plugin_page_works():
   )
   merged = surgery.merge(params, host=host)
   assert jnp.all(merged[('net', 'a', 'kernel')].value == 2)
+
+
+def test_the_page_on_factored_names_every_rule_and_its_examples_run():
+  from surgery.live import rules
+  from tests.live.models import mlp, stirred
+
+  text = (DOCS / 'factored.md').read_text()
+  table = text[text.index('| primitive |') : text.index('Whatever is not')]
+  named = {
+    name
+    for line in table.splitlines()
+    for name in re.findall(r'`(\w+)`', line.removeprefix('|').split('|')[0])
+  }
+  assert rules.RULES.keys() == named
+  model, base, x = mlp()
+  attach = lambda seed: stirred(
+    surgery.attach(base, surgery.LoRA(rank=2), to='**/hidden*'), seed=seed
+  )
+  names = {
+    **{'surgery': surgery, 'jax': jax, 'jnp': jnp, 'model': model},
+    **{'base': base, 'x': x, 'params': attach(0)},
+    **{n: attach(i) for i, n in enumerate(('alice', 'bob', 'carol'))},
+  }
+  code = '\n'.join(lines('factored.md', 'python'))
+  exec(code, names)  # The page's own code.
+  assert (7, 3) == names['y'].shape
