@@ -15,9 +15,9 @@ from typing import Any
 
 from surgery.core import errors
 
-# For each axis of a factor the axis of the result that it owns, or one of these:
-# RANK is summed over; along ROW there is a factor for each row of an input, which
-# no dense array can be.
+# For each axis of a factor the axis of the result that it owns, or one of
+# these: RANK is summed over; along ROW there is a factor for each row of an
+# input, which no dense array can be.
 Axes = tuple[int, ...]
 RANK = -1
 ROW = -2
@@ -182,8 +182,8 @@ def dense(
   del key, dropout
   if ROW in axes[1]:
     raise errors.AdapterError(
-      'params are routed: each row of an input has its own adapter, so there is '
-      'no dense parameter. Call surgery.factored(model), not the model.'
+      'params are routed: each row of an input has its own adapter, so there '
+      'is no dense parameter. Call surgery.factored(model), not the model.'
     )
   shape = _shape((base, a, b), axes)
   product = contracted(a, axes[1], b, axes[2], 'highest')

@@ -33,18 +33,18 @@ def factored(model: Model) -> Model:
   """Returns a model in which low-rank parameters stay factored.
 
   A layer that asks for a parameter with LoRA gets `W + s·A·B`. Written out, it
-  costs the backward pass a dense gradient of `W` at each layer. The function that
-  is returned computes `x·W + s·(x·A)·B` in its place, for any code that uses the
-  parameter in a way that can be followed, and the dense array for the rest. Put
-  it around the model, or around the loss, before differentiating, like
-  `jax.checkpoint`; its absence changes speed, never results.
+  costs the backward pass a dense gradient of `W` at each layer. The function
+  that is returned computes `x·W + s·(x·A)·B` in its place, for any code that
+  uses the parameter in a way that can be followed, and the dense array for the
+  rest. Put it around the model, or around the loss, before differentiating,
+  like `jax.checkpoint`; its absence changes speed, never results.
 
   A call of which nothing is traced (no jit, no grad) is the model's own.
 
   Dropout of adapters takes part where a call is in training: where the model's
-  argument `is_training` is true, by its default if it is not given. A model that
-  has no such argument may be called with it, and is in training by default, as
-  blox's layers are.
+  argument `is_training` is true, by its default if it is not given. A model
+  that has no such argument may be called with it, and is in training by
+  default, as blox's layers are.
 
   Args:
     model: a module, or any function of which an argument holds params.
@@ -53,8 +53,8 @@ def factored(model: Model) -> Model:
     A function with the model's arguments and results.
 
   Raises:
-    AdapterError: when called in training, if a parameter with dropout is used in
-      a way that only a dense array can serve.
+    AdapterError: when called in training, if a parameter with dropout is used
+      in a way that only a dense array can serve; likewise for routed params.
 
   Example:
     fast = surgery.factored(model)
@@ -79,8 +79,8 @@ def factored(model: Model) -> Model:
       if drops or routed:
         what = 'dropout' if drops else 'adapter of each row'
         raise errors.AdapterError(
-          f'factored: {found.reason}, so parameters would be dense, and a dense '
-          f'parameter has no {what}.'
+          f'factored: {found.reason}, so parameters would be dense, and a '
+          f'dense parameter has no {what}.'
         ) from found.__cause__
       return model(*args, **kwargs)
     except Misrouted as lost:
@@ -90,8 +90,9 @@ def factored(model: Model) -> Model:
       ) from None
     except DropoutLost as lost:
       raise errors.AdapterError(
-        f'factored: {_named(lost.origin)} has dropout, and {lost.primitive!r} needs the dense parameter, which '
-        'has none. Attach elsewhere, or with dropout=0 there by patterns.'
+        f'factored: {_named(lost.origin)} has dropout, and {lost.primitive!r} '
+        'needs the dense parameter, which has none. Attach elsewhere, or with '
+        'dropout=0 there by patterns.'
       ) from None
     return _counted(result) if drops else result
 

@@ -125,8 +125,8 @@ def _picked(
   if weight.ndim - len(core) != stack + 1:
     raise errors.SiteError(
       f'{paths.show(path)}: routed params need weights of many adapters, of '
-      f'shape {("many", *core)} at a site, found {tuple(weight.shape)}. Put them '
-      'together by surgery.stack_adapters.'
+      f'shape {("many", *core)} at a site, found {tuple(weight.shape)}. Put '
+      'them together by surgery.stack_adapters.'
     )
   # What lies outside is NaN, so that it is seen.
   taken = jnp.take(weight, jnp.maximum(index, 0), axis=stack, mode='fill')

@@ -105,13 +105,13 @@ def route(
 ) -> live.AdaptedParams:
   """Says which row of a batch has which of many adapters.
 
-  Call `surgery.factored(model)` with the result: `x·W` is computed for all rows
-  at once, and `s·(x·Aᵢ)·Bᵢ` for each with its own factors. A row is an element
-  of the leading free axis of what a layer multiplies with its kernel, `(rows, …,
-  features)`; the leading axis of what a convolution or a look-up gets. Where that
-  axis has another size the call raises; so does whatever needs a dense
-  parameter. A model that brings another axis of the same size to the front
-  cannot be told from one that does not: keep rows in front.
+  Call `surgery.factored(model)` with the result: `x·W` is computed for all
+  rows at once, and `s·(x·Aᵢ)·Bᵢ` for each with its own factors. A row is an
+  element of the leading free axis of what a layer multiplies with its kernel,
+  `(rows, …, features)`; of the leading axis of what a convolution or a look-up
+  gets. Where that axis has another size the call raises; so does whatever
+  needs a dense parameter. A model that brings another axis of the same size to
+  the front cannot be told from one that does not: keep rows in front.
 
   Args:
     params: params with stacked adapters, see `stack_adapters`.

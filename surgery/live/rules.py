@@ -478,6 +478,15 @@ def _groups(
   return groups
 
 
+def _cut(value: Any, axis: int, cut: tuple[int, int, int]) -> Any:
+  start, stop, stride = cut
+  return jax.lax.slice_in_dim(value, start, stop, stride, axis)
+
+
+def _cut_at(value: Any, axis: int, start: Any, size: int) -> Any:
+  return jax.lax.dynamic_slice_in_dim(value, start, size, axis)
+
+
 @rule('slice')
 def slice_(
   view: View,
@@ -496,11 +505,8 @@ def slice_(
     if (start, stop, stride) == (0, view.shape[axis], 1):
       continue
     shape[axis] = len(range(start, stop, stride))
-    view = view.along(
-      axis,
-      lambda v, at, cut=(start, stop, stride): jax.lax.slice_in_dim(v, *cut, at),
-      shape,
-    )
+    cut = functools.partial(_cut, cut=(start, stop, stride))
+    view = view.along(axis, cut, shape)
   return view
 
 
@@ -515,13 +521,8 @@ def dynamic_slice(
     if size == view.shape[axis]:
       continue
     shape[axis] = size
-    view = view.along(
-      axis,
-      lambda v, at, start=starts[axis], size=size: (
-        jax.lax.dynamic_slice_in_dim(v, start, size, at)
-      ),
-      shape,
-    )
+    cut = functools.partial(_cut_at, start=starts[axis], size=size)
+    view = view.along(axis, cut, shape)
   return view
 
 
@@ -551,9 +552,7 @@ def split(
 def rev(view: View, *, dimensions: Sequence[int], **_: Any) -> View:
   """Turns the factors that own the axes around."""
   for axis in dimensions:
-    view = view.along(
-      axis, lambda v, at: jax.lax.rev(v, (at,)), view.shape
-    )
+    view = view.along(axis, lambda v, at: jax.lax.rev(v, (at,)), view.shape)
   return view
 
 
@@ -620,7 +619,7 @@ def dot_general(
   view, x = (lhs, rhs) if left else (rhs, lhs)
   (ls, rs), (lb, rb) = dimension_numbers
   (xs, vs), (xb, vb) = ((rs, ls), (rb, lb)) if left else ((ls, rs), (lb, rb))
-  x_labels: Labels = tuple(range(x.ndim))
+  x_labels = tuple(range(x.ndim))
   names: dict[int, Any] = dict(zip(vs, xs, strict=True))
   names.update(zip(vb, xb, strict=True))
   free = [i for i in range(view.ndim) if i not in names]
@@ -631,9 +630,7 @@ def dot_general(
   v_free = [names[i] for i in free]
   out = (*xb, *(v_free + x_free if left else x_free + v_free))
   params['out_sharding'] = None
-  return sum_of(
-    view, x, x_labels, names, out, params, preferred_element_type
-  )
+  return sum_of(view, x, x_labels, names, out, params, preferred_element_type)
 
 
 def _row(
@@ -680,7 +677,9 @@ def sum_of(
   sums: dict[Any, tuple[Any, list[Factor]]] = {}
   inputs: dict[Any, Any] = {}
   for term in joined(view.terms, view.dtype):
-    inner = [f for f in term.spreads if all(names[i] in x_labels for i in f.axes)]
+    inner = [
+      f for f in term.spreads if all(names[i] in x_labels for i in f.axes)
+    ]
     outer = [f for f in term.spreads if f not in inner]
     if any(names[i] not in out for f in outer for i in f.axes):
       raise Decline  # It owns axes that are summed over and others.
@@ -734,7 +733,6 @@ def _term(
   if not any(name in labels[0] for name in summed):
     values, labels = values[::-1], labels[::-1]
   if labels[0][-1] == 'rank' and values[0].ndim > 1:
-    # The gradient of a tall, thin matrix is a product for which XLA has no quick
     # way on CPU, that of a flat one has; it would turn it back if it saw it.
     order = (values[0].ndim - 1, *range(values[0].ndim - 1))
     turned = jax.lax.transpose(values[0], order)
@@ -826,9 +824,7 @@ def _conv_term(
   exact = {**EXACT, 'precision': params['precision']}
   if groups == 1:
     labels = tuple('rank' if i == feature else i for i in places)
-    return product(
-      h, labels, second, ('rank', feature), places, exact, made_as
-    )
+    return product(h, labels, second, ('rank', feature), places, exact, made_as)
   # Each group of channels has its own part of B.
   size = view.shape[out_axis] // groups
   h = h.reshape([*h.shape[:feature], groups, rank, *h.shape[feature + 1 :]])
@@ -892,7 +888,11 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
   if numbers.collapsed_slice_dims != (axis,):
     raise Decline
   sizes = params['slice_sizes']
-  if any(s != n for i, (s, n) in enumerate(zip(sizes, view.shape, strict=True)) if i != axis):
+  if any(
+    s != n
+    for i, (s, n) in enumerate(zip(sizes, view.shape, strict=True))
+    if i != axis
+  ):
     raise Decline
   if fill is not None and not np.isnan(fill) and fill != 0:
     raise Decline  # A constant is not what the factors' product would be.
@@ -954,9 +954,7 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
     shape[names[i]] = view.shape[i]
   result = view.like(
     [
-      dataclasses.replace(
-        t.mapped(lambda f: f.renamed(names)), dropout=None
-      )
+      dataclasses.replace(t.mapped(lambda f: f.renamed(names)), dropout=None)
       for t in terms
     ],
     shape,
@@ -971,7 +969,7 @@ def computed(view: View) -> Any:
   total = None
   for term in joined(view.terms, view.dtype):
     values = [cast(f.value, view.dtype) for f in term.factors]
-    owned: Labels = term.factors[0].axes
+    owned = term.factors[0].axes
     if len(values) == 1:
       made = values[0]
     else:

@@ -2,8 +2,8 @@
 
 A view is what `surgery.factored` has in the place of an adapted parameter. Its
 terms are the base (one factor) and products of two factors over a rank; each
-factor owns some of the view's axes and is constant along the others. So turning,
-cutting and casting a view are done to its factors, and are cheap.
+factor owns some of the view's axes and is constant along the others. So
+turning, cutting and casting a view are done to its factors, and are cheap.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Dropout:
     """Returns an array with elements dropped, the others made larger."""
     keep = 1.0 - self.rate
     mask = jax.random.bernoulli(self.key, keep, x.shape)
-    return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype))
+    return jnp.where(
+      mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,7 +393,11 @@ def _runs(labels: Labels, sizes: Shape, inner: frozenset[Hashable]) -> Any:
 
 @functools.lru_cache(maxsize=8192)
 def _plan(
-  x_labels: Labels, x_shape: Shape, y_labels: Labels, y_shape: Shape, out: Labels
+  x_labels: Labels,
+  x_shape: Shape,
+  y_labels: Labels,
+  y_shape: Shape,
+  out: Labels,
 ) -> _Plan:
   common = [label for label in x_labels if label in y_labels]
   batch = [label for label in common if label in out]

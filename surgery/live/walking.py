@@ -1,8 +1,8 @@
 """Goes through a model's jaxpr and keeps low-rank values factored.
 
 Each equation is bound again as it stands, unless a view takes part in it; then
-the table of rules says what becomes of it. Calls are gone into where they can be
-traced again: `jit` is written out in place, `scan`, `while`, `cond`,
+the table of rules says what becomes of it. Calls are gone into where they can
+be traced again: `jit` is written out in place, `scan`, `while`, `cond`,
 `checkpoint` and `shard_map` get the parts of a view as operands.
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from surgery.core import lowrank
 from surgery.core.paths import Path
 from surgery.live.rules import CONSUMERS, EACH, RULES, Squared
-from surgery.live.views import Decline, Factor, Misrouted, View, cast, plain
+from surgery.live.views import Decline, Misrouted, View, cast, plain
 
 # Where primitives that call keep what they call.
 _INLINED = {
@@ -135,7 +135,7 @@ class Walk:
         raise DropoutLost(plain(rest[0]), 'vmap') from None
       return self.bound(eqn, [self.dense(base, 'low_rank'), *rest])[0]
 
-  def bound(self, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+  def bound(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Binds an equation's primitive as it stands."""
     primitive = eqn.primitive
     params = primitive.get_bind_params(eqn.params)
@@ -144,7 +144,7 @@ class Walk:
     else:
       with eqn.ctx.manager:
         outputs = primitive.bind(*inputs, **params)
-    return outputs if primitive.multiple_results else [outputs]
+    return list(outputs) if primitive.multiple_results else [outputs]
 
   def viewed(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Does an equation of which an operand is a view."""
@@ -194,9 +194,7 @@ class Walk:
       return self.bound(eqn, [self.dense(i, name) for i in inputs])
     return retraced(self, eqn, inputs)
 
-  def inner(
-    self, jaxpr: Any, because: str
-  ) -> Callable[..., list[Any]]:
+  def inner(self, jaxpr: Any, because: str) -> Callable[..., list[Any]]:
     """Returns a function of arrays and views that gives arrays."""
 
     def function(*operands: Any) -> list[Any]:
@@ -327,13 +325,14 @@ def _scan(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
 
 def _stacked(walk: Walk, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
   """Returns operands that are scanned over, and what a view has beside them."""
-  scanned, held = [], []
+  scanned: list[Any] = []
+  held: list[Any] = []
   for x in xs:
     if not isinstance(x, View) or isinstance(x, Squared) or x.dropped:
       scanned.append(walk.dense(x, 'scan'))
       held.append(None)
       continue
-    leaves = []
+    leaves: list[Any] = []
     for term in x.terms:
       for factor in (*term.factors, *term.spreads):
         if factor.owns(0):

@@ -1,6 +1,7 @@
 """Factored parameters give what dense ones give, and stay factored."""
 
 import functools
+from typing import Any
 
 import blox as bx
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import surgery
-from tests.live.models import close, mlp, normal, stirred
+from tests.live.models import close, normal, stirred
 
 
 class Layer(bx.Module):
@@ -83,7 +84,7 @@ def conv(k, x, strides=(1, 1), padding='SAME', **options):
 
 IMAGE = normal(2, (2, 6, 5, 4))
 # name: how the kernel is used, its shape, an input, options of attach.
-FACTORED = {
+FACTORED: dict[str, Any] = {
   'dot': (lambda k, x: jnp.dot(x, k), (6, 5), X, {}),
   'matmul of three axes': (lambda k, x: x @ k, (6, 5), X3, {}),
   'matmul of a vector': (lambda k, x: x[0] @ k, (6, 5), X, {}),

@@ -148,9 +148,7 @@ def test_a_thousand_adapters():
   many = jax.tree.map(lambda w: normal(3, (1000, *w.shape)), weights)
   index = np.array([999, 0, 500, 1, 998, 2, 3])
   routed = surgery.route(many.merge(rest), index)
-  each = [
-    jax.tree.map(lambda w, i=i: w[i], many).merge(rest) for i in index
-  ]
+  each = [jax.tree.map(lambda w, i=i: w[i], many).merge(rest) for i in index]
   close(alone(model, each, x), surgery.factored(model)(routed, x)[0], 1e-4)
 
 
@@ -158,16 +156,22 @@ def test_what_cannot_be_routed_is_refused():
   model, params, x = mlp()
   three = tenants(params)
   stacked = surgery.stack_adapters(three)
-  with pytest.raises(surgery.AdapterError, match='there is no adapter 3: 3 are'):
+  with pytest.raises(
+    surgery.AdapterError, match='there is no adapter 3: 3 are'
+  ):
     surgery.route(stacked, [0, 3])
   with pytest.raises(surgery.AdapterError, match=r'found float32\(2,\)'):
     surgery.route(stacked, [0.0, 1.0])
-  with pytest.raises(surgery.AdapterError, match='lora_a of shape .* of one adap'):
+  with pytest.raises(
+    surgery.AdapterError, match='lora_a of shape .* of one adap'
+  ):
     surgery.route(three[0], [0])
   with pytest.raises(surgery.AdapterError, match='found Params'):
     surgery.route(params, [0])
   other = surgery.attach(params, surgery.LoRA(rank=1), to='**')
-  with pytest.raises(surgery.AdapterError, match="'default' of params 1 differs"):
+  with pytest.raises(
+    surgery.AdapterError, match="'default' of params 1 differs"
+  ):
     surgery.stack_adapters([three[0], other])
   with pytest.raises(surgery.SiteError, match='1 stacked axes'):
     model(stacked, x)
@@ -178,7 +182,9 @@ def test_what_cannot_be_routed_is_refused():
 def test_routed_params_need_factored_and_rows_in_front():
   model, params, x = mlp()
   routed = surgery.route(surgery.stack_adapters(tenants(params)), [0, 1, 2])
-  with pytest.raises(surgery.AdapterError, match=r'Call surgery.factored\(model'):
+  with pytest.raises(
+    surgery.AdapterError, match=r'Call surgery.factored\(model'
+  ):
     model(routed, x)
   fast = surgery.factored(model)
   with pytest.raises(
