@@ -82,7 +82,7 @@ def test_every_verb_is_documented_by_an_example():
 def test_every_hook_is_documented():
   from surgery.core import hookspecs
 
-  text = (DOCS / 'plugins.md').read_text()
+  text = (DOCS / 'plugins/README.md').read_text()
   for name in vars(hookspecs):
     if name.startswith('surgery_'):
       assert name in text
@@ -91,7 +91,7 @@ def test_every_hook_is_documented():
 def test_the_reference_of_hooks_is_what_they_say():
   from surgery.core import hookspecs, reference
 
-  page = (DOCS / 'hooks.md').read_text()
+  page = (DOCS / 'plugins/hooks.md').read_text()
   assert reference.markdown() == page, 'make docs'
   hooks = [name for name in vars(hookspecs) if name.startswith('surgery_')]
   for name in hooks:
@@ -168,7 +168,7 @@ def test_the_recipes_of_the_page_can_be_read():
 
 
 def test_the_adapter_of_the_plugin_page_works():
-  text = (DOCS / 'plugins.md').read_text()
+  text = (DOCS / 'plugins/README.md').read_text()
   [code] = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
   namespace: dict[str, object] = {}
   exec(code, namespace)

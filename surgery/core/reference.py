@@ -14,7 +14,7 @@ from surgery.core.adapter import Adapter
 _HEAD = """\
 # Hooks and the contract
 
-Made from their own documentation by `make docs`; [plugins](plugins.md) says how
+Made from their own documentation by `make docs`; [plugins](README.md) says how
 they are used, and `plugins/examples/` has one of each.
 """
 _LABEL = re.compile(r'^(Called|Order|Return|May raise|Since): ', re.M)
