@@ -89,15 +89,10 @@ def test_every_hook_is_documented():
 
 
 def test_the_reference_of_hooks_is_what_they_say():
-  from surgery.core import hookspecs, reference
+  from surgery.core import reference
 
   page = (DOCS / 'plugins/hooks.md').read_text()
   assert reference.markdown() == page, 'make docs'
-  hooks = [name for name in vars(hookspecs) if name.startswith('surgery_')]
-  for name in hooks:
-    assert f'### {name}(' in page
-  for label in ('Called', 'Order', 'Return', 'May raise', 'Since'):
-    assert len(hooks) == page.count(f'* **{label}**: ')
 
 
 def test_links_between_pages_lead_somewhere():

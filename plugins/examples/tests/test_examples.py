@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery import testing
+from surgery.testing import check
 
 HERE = pathlib.Path(__file__).parents[1]
 
@@ -151,7 +151,7 @@ def test_a_pruning_mask_stays_while_the_base_trains():
 def test_types_that_train_nothing_obey_the_laws():
   said = {'identity': False, 'trains': False, 'kinds': ['stacked']}
   quantise = example('fake_quantise').Quantise(bits=4)
-  testing.check(quantise, dtypes=['float32'], **said)
+  check(quantise, dtypes=['float32'], **said)
   # Weights that never train are saved, and merged, stacked and several, too.
   laws = [
     'file_merge_is_live_merge',
@@ -161,7 +161,7 @@ def test_types_that_train_nothing_obey_the_laws():
     'what_is_declared_frozen_does_not_train',
   ]
   prune = example('pruning_mask').Prune(fraction=0.4)
-  testing.check(prune, laws=laws, dtypes=['float32'], **said)
+  check(prune, laws=laws, dtypes=['float32'], **said)
 
 
 @pytest.fixture
