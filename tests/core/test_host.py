@@ -1,8 +1,5 @@
-import importlib
-import importlib.metadata
 import re
 import sys
-import textwrap
 import warnings
 
 import pytest
@@ -68,33 +65,6 @@ class Hooks:
   @surgery.hookimpl
   def surgery_finished(self, event):
     self.events.append(('finished', event.verb, type(event.failed)))
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-  """Returns a function that puts a distribution on the path."""
-  monkeypatch.syspath_prepend(tmp_path)
-
-  def install(
-    name, module, source, *, adapters='', plugins='', version='1.0', needs=''
-  ):
-    (tmp_path / f'{module}.py').write_text(textwrap.dedent(source))
-    info = tmp_path / f'{name}-{version}.dist-info'
-    info.mkdir()
-    (info / 'METADATA').write_text(
-      f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
-      + (f'Requires-Dist: {needs}\n' if needs else '')
-    )
-    points = ''
-    if adapters:
-      points += f'[surgery.adapters]\n{adapters}\n'
-    if plugins:
-      points += f'[surgery.plugins]\n{plugins}\n'
-    (info / 'entry_points.txt').write_text(points)
-    importlib.invalidate_caches()
-    monkeypatch.delitem(sys.modules, module, raising=False)
-
-  return install
 
 
 ADAPTER = """
