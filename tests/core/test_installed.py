@@ -47,6 +47,12 @@ HOOKS = """
 """
 
 
+def saved(path):
+  # By a host of its own: the default one would remember what is installed.
+  surgery.save(path, model(), host=Host(only=()))
+  return path
+
+
 def model():
   params = bx.Params()
   params['net', 'a', 'kernel'] = bx.Param(jnp.ones((3, 2)))
@@ -68,7 +74,7 @@ def test_a_type_is_imported_by_whoever_asks_for_it_alone(
 ):
   marked = installed('slow', 'slow_mod', TYPE, adapters='slow = slow_mod:Slow')
   monkeypatch.chdir(tmp_path)
-  surgery.save('base.msgpack', model())
+  saved('base.msgpack')
   attach = ('attach', 'base.msgpack', '--to', '**', '--adapter')
   pathlib.Path('lora.yaml').write_text(
     "- attach: {adapter: lora, to: '**', set: {rank: 1}}"
@@ -193,6 +199,22 @@ def test_what_is_broken_and_what_is_blocked_is_shown_as_such(
   assert not mark.exists()
 
 
+def test_a_broken_plugin_is_one_line_of_the_shell(installed, tmp_path):
+  mark = installed('bad', 'bad_mod', 'import nowhere', plugins='bad = bad_mod')
+  saved(tmp_path / 'm.msgpack')
+  done = subprocess.run(
+    [sys.executable, '-m', 'surgery', 'inspect', tmp_path / 'm.msgpack'],
+    env={**os.environ, 'PYTHONPATH': str(mark.parent)},
+    capture_output=True,
+    text=True,
+  )
+  assert (0, 1) == (done.returncode, len(done.stderr.splitlines()))
+  assert done.stderr.startswith(
+    "warning: plugin 'bad' of bad 1.0 is broken and left out: ModuleNotFound"
+  )
+  assert 'model: 1 tensor' in done.stdout
+
+
 def test_a_name_may_be_that_of_a_type_and_of_a_plugin(installed, fresh):
   installed(
     'both', 'both_mod', TYPE + HOOKS.replace('import surgery', ''),
@@ -235,7 +257,7 @@ def test_what_raises_in_a_hook_is_named_with_its_distribution(
   assert message == str(raised.value)
   # The rest goes on, and from the shell it is a plugin's failure.
   assert surgery.select(model(), '**/kernel', host=Host())
-  surgery.save(tmp_path / 'm.msgpack', model())
+  saved(tmp_path / 'm.msgpack')
   result = fresh('select', tmp_path / 'm.msgpack', 'who:')
   assert (main.PLUGIN, True) == (result.code, message in result.err)
 
@@ -325,9 +347,9 @@ def test_files_and_recipes_name_no_modules(installed, fresh, tmp_path):
     step = {'attach': {'adapter': name, 'to': '**'}}
     with pytest.raises(surgery.SurgeryError, match='unknown adapter type'):
       surgery.apply(model(), step, host=Host())
-  params = surgery.attach(model(), surgery.LoRA(rank=1), to='**')
-  file = tmp_path / 'm.msgpack'
-  surgery.save(file, params)
+  host, file = Host(only=()), tmp_path / 'm.msgpack'
+  params = surgery.attach(model(), surgery.LoRA(rank=1), to='**', host=host)
+  surgery.save(file, params, host=host)
   file.write_bytes(
     file.read_bytes().replace(b'"type":"lora"', b'"type":"evil"').replace(
       b'"type": "lora"', b'"type": "evil"'
