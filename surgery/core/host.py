@@ -476,6 +476,10 @@ class Host:
           f'{self._called(impl)} failed in {hook}: {type(error).__name__}: '
           f'{error}'
         ) from error
+      if self._trace is not None:
+        self._trace(
+          f'{hook}() asked of {impl.plugin_name} → {_short(list(offered or ()))}'
+        )
       for name, value in dict(offered or {}).items():
         if name in found:
           both = (found[name][0], impl.plugin_name)

@@ -199,6 +199,26 @@ def test_what_is_broken_and_what_is_blocked_is_shown_as_such(
   assert not mark.exists()
 
 
+def test_the_shell_prints_calls_of_hooks_on_request(
+  installed, fresh, tmp_path, monkeypatch
+):
+  installed('told', 'told_mod', HOOKS, plugins='told = told_mod')
+  file = saved(tmp_path / 'm.msgpack')
+  monkeypatch.setenv('SURGERY_TRACE', '1')
+  result = fresh('select', file, 'who:')
+  lines = result.err.splitlines()
+  assert (
+    "surgery_formats() asked of files → ['msgpack', 'safetensors']" in lines
+  )
+  assert (
+    "surgery_match_layer(site=net/a/kernel, term='who:') asked of told → "
+    "raised SelectorError('told_mod')" in lines
+  )
+  assert '' == result.out
+  monkeypatch.setenv('SURGERY_TRACE', '0')
+  assert 'asked of' not in fresh('select', file, 'who:').err
+
+
 def test_a_broken_plugin_is_one_line_of_the_shell(installed, tmp_path):
   mark = installed('bad', 'bad_mod', 'import nowhere', plugins='bad = bad_mod')
   saved(tmp_path / 'm.msgpack')
