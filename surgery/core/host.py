@@ -477,9 +477,8 @@ class Host:
           f'{error}'
         ) from error
       if self._trace is not None:
-        self._trace(
-          f'{hook}() asked of {impl.plugin_name} → {_short(list(offered or ()))}'
-        )
+        names = _short(list(offered or ()))
+        self._trace(f'{hook}() asked of {impl.plugin_name} → {names}')
       for name, value in dict(offered or {}).items():
         if name in found:
           both = (found[name][0], impl.plugin_name)

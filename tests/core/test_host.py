@@ -207,7 +207,7 @@ def test_an_exception_in_a_hook_names_plugin_and_hook():
   host = Host(plugins=[Bad()], entry_points=False)
   with pytest.raises(
     errors.PluginError,
-    match=r"plugin '.*' failed in surgery_match_layer: ZeroDivisionError: oh",
+    match="plugin 'Bad' failed in surgery_match_layer: ZeroDivisionError: oh",
   ):
     host.ask('surgery_match_layer', site=SITE, term='x:')
 
@@ -249,6 +249,12 @@ def test_two_plugins_that_offer_one_name_are_an_error():
   host = Host(plugins=[Hooks(), Hooks()], entry_points=False)
   with pytest.raises(errors.PluginError, match="'nothing' is offered by two"):
     host.passes
+
+
+def test_plugins_that_are_given_are_called_by_their_class():
+  host = Host(plugins=[Hooks(), Hooks(), Double], entry_points=False)
+  assert ['double', 'Hooks', 'Hooks 2'] == [i.name for i in host.plugins()]
+  assert {'given to the host'} == {i.origin for i in host.plugins()}
 
 
 def test_an_unknown_suffix_names_those_that_are_known():
