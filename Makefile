@@ -32,8 +32,8 @@ format: $(VENV)/dev-installed
 docs: $(VENV)/dev-installed  ## The references of steps and of hooks.
 	$(BIN)/python -m surgery.recipes.reference > docs/steps.new
 	mv docs/steps.new docs/steps.md
-	$(BIN)/python -m surgery.core.reference > docs/hooks.new
-	mv docs/hooks.new docs/hooks.md
+	$(BIN)/python -m surgery.core.reference > docs/plugins/hooks.new
+	mv docs/plugins/hooks.new docs/plugins/hooks.md
 
 bench: $(VENV)/dev-installed  ## The figures in docs/performance.md.
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

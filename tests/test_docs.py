@@ -94,22 +94,17 @@ def test_every_verb_is_documented_by_an_example():
 def test_every_hook_is_documented():
   from surgery.core import hookspecs
 
-  text = (DOCS / 'plugins.md').read_text()
+  text = (DOCS / 'plugins/README.md').read_text()
   for name in vars(hookspecs):
     if name.startswith('surgery_'):
       assert name in text
 
 
 def test_the_reference_of_hooks_is_what_they_say():
-  from surgery.core import hookspecs, reference
+  from surgery.core import reference
 
-  page = (DOCS / 'hooks.md').read_text()
+  page = (DOCS / 'plugins/hooks.md').read_text()
   assert reference.markdown() == page, 'make docs'
-  hooks = [name for name in vars(hookspecs) if name.startswith('surgery_')]
-  for name in hooks:
-    assert f'### {name}(' in page
-  for label in ('Called', 'Order', 'Return', 'May raise', 'Since'):
-    assert len(hooks) == page.count(f'* **{label}**: ')
 
 
 def test_links_between_pages_lead_somewhere():
@@ -180,7 +175,7 @@ def test_the_recipes_of_the_page_can_be_read():
 
 
 def test_the_adapter_of_the_plugin_page_works():
-  text = (DOCS / 'plugins.md').read_text()
+  text = (DOCS / 'plugins/README.md').read_text()
   [code] = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
   namespace: dict[str, object] = {}
   exec(code, namespace)

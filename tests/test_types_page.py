@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_all_types_are_on_the_page():
-  page = (ROOT / 'docs' / 'types.md').read_text()
+  page = (ROOT / 'docs' / 'plugins' / 'types.md').read_text()
   projects = [ROOT / 'pyproject.toml', *ROOT.glob('plugins/*/pyproject.toml')]
   for file in projects:
     project = tomllib.loads(file.read_text())['project']

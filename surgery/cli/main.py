@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,6 +207,12 @@ def _trace() -> None:
     traceback.print_exc()
 
 
+def _warn(message: Warning | str, *about: Any) -> None:
+  """Prints a warning for people, who do not care for lines of our files."""
+  click.echo(f'warning: {message}', err=True)
+
+
 def main() -> None:
   """Runs the command and exits."""
+  warnings.showwarning = _warn  # type: ignore[assignment]
   sys.exit(run())

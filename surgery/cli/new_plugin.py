@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import pathlib
 import re
+import shlex
 import string
 
 import click
@@ -12,6 +13,8 @@ import click
 from surgery.cli import shared
 from surgery.core import errors, version
 from surgery.core.host import default_host
+
+_NAME = re.compile(r'[a-z][a-z0-9]*(_[a-z0-9]+)*')
 
 _PYPROJECT = """\
 [build-system]
@@ -25,13 +28,14 @@ description = "The adapter type '$name' for surgery."
 readme = "README.md"
 requires-python = ">=3.11"
 dependencies = ["blox-surgery>=$version", "jax>=0.7"]
+# Before you publish: license = "MIT", authors = [{name = "…"}]
+
+[project.optional-dependencies]
+test = ["pytest>=8.4"]
 
 # The entry's name is the type's name, in recipes and in the shell too.
 [project.entry-points."surgery.adapters"]
 $name = "$package:$class_"
-
-[dependency-groups]
-dev = ["pytest>=8.4"]
 
 [tool.setuptools]
 packages = ["$package"]
@@ -121,15 +125,29 @@ from $package import $class_
 params = surgery.attach(params, $class_(), to='**/{query,value}')
 ```
 
+What it computes, and from where: see `surgery plugins show $name`.
+
 ## Working on it
 
 ```sh
-pip install --editable . --group dev
+pip install --editable '.[test]'
 pytest
 ```
 
 `$package/__init__.py` is the type: `init` says which weights a layer gets,
-`apply` what the layer is answered. `tests/` runs the laws of all types.
+`apply` what the layer is answered. `tests/` runs the laws of all types, which
+takes about a minute; `pytest -k 'values or linear'` is quick.
+
+## Publishing
+
+Raise `version` in `pyproject.toml`, then:
+
+```sh
+pip install build twine
+python -m build
+twine check dist/*
+twine upload dist/*
+```
 """
 
 _CI = """\
@@ -138,15 +156,45 @@ on: [push, pull_request]
 jobs:
   tests:
     runs-on: ubuntu-latest
+    strategy:
+      matrix:
+        python: ['3.11', '3.13']
+    env:
+      JAX_PLATFORMS: cpu
     steps:
       - uses: actions/checkout@v4
       - uses: actions/setup-python@v5
-        with: {python-version: '3.11'}
-      - run: pip install --upgrade pip
-      - run: pip install --editable . --group dev
+        with:
+          python-version: $${{ matrix.python }}
+      - run: pip install --editable '.[test]'
       - run: pytest
-        env: {JAX_PLATFORMS: cpu}
+  build:
+    runs-on: ubuntu-latest
+    steps:
+      - uses: actions/checkout@v4
+      - uses: actions/setup-python@v5
+        with:
+          python-version: '3.11'
+      - run: pip install build twine
+      - run: python -m build
+      - run: twine check --strict dist/*
 """
+
+_IGNORED = """\
+__pycache__/
+*.egg-info/
+.pytest_cache/
+.venv/
+build/
+dist/
+"""
+
+
+def _class(name: str) -> str:
+  """Returns the name of a class that is no keyword, and nothing of ours."""
+  words = ''.join(word.capitalize() for word in name.split('_'))
+  taken = words in ('Any', 'AdapterConformance') or keyword.iskeyword(words)
+  return f'{words}Adapter' if taken else words
 
 
 @click.command()
@@ -163,13 +211,16 @@ def command(name: str, folder: pathlib.Path | None) -> None:
 
   \b
   surgery new-plugin mine
-  pip install --editable ./surgery-mine --group surgery-mine/pyproject.toml:dev
+  pip install --editable './surgery-mine[test]'
   pytest surgery-mine
   """
   package = f'surgery_{name}'
-  if not re.fullmatch(r'[a-z][a-z0-9_]*', name) or keyword.iskeyword(name):
+  if not _NAME.fullmatch(name) or keyword.iskeyword(name):
+    better = re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')
+    good = _NAME.fullmatch(better) and not keyword.iskeyword(better)
     raise click.UsageError(
-      f'{name!r}: expected lower-case letters, digits and underscores.'
+      f'{name!r}: expected lower-case letters, digits and single underscores '
+      f'between them.{f" Write {better}." if good else ""}'
     )
   if name in default_host().adapter_names():
     origin = default_host().distribution(name)
@@ -186,7 +237,7 @@ def command(name: str, folder: pathlib.Path | None) -> None:
     'name': name,
     'package': package,
     'distribution': distribution,
-    'class_': ''.join(word.capitalize() for word in name.split('_')),
+    'class_': _class(name),
     'version': version.VERSION,
   }
   for path, text in {
@@ -195,8 +246,12 @@ def command(name: str, folder: pathlib.Path | None) -> None:
     f'tests/test_{name}.py': _TEST,
     'README.md': _README,
     '.github/workflows/tests.yml': _CI,
+    '.gitignore': _IGNORED,
   }.items():
     file = folder / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(string.Template(text).substitute(said), encoding='utf-8')
     click.echo(str(file))
+  there = folder if folder.is_absolute() else f'./{folder}'
+  what, tests = shlex.quote(f'{there}[test]'), shlex.quote(str(folder))
+  click.echo(f'next: pip install --editable {what} && pytest {tests}', err=True)

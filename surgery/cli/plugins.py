@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -37,41 +38,64 @@ def command(ctx: click.Context, as_json: bool) -> None:
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
 def show(name: str, as_json: bool) -> None:
   """Show an adapter type and its options, or a plugin and its hooks."""
-  host = default_host()
-  known = [i for i in host.plugins() if i.name == name]
-  others = [i for i in known if i.kind == 'plugin' or i.state == 'blocked']
-  if others and name not in host.adapter_names():
-    data = dataclasses.asdict(others[0])
-  else:
-    data = _type(name)
+  data = _shown(name)
   if as_json:
     click.echo(json.dumps(data))
     return
+  for line in _lines(data):
+    click.echo(line)
+  for other in data['others']:
+    click.echo()
+    for line in _lines(other):
+      click.echo(line)
+
+
+def _lines(data: dict[str, Any]) -> Iterator[str]:
   for key in ('name', 'kind', 'distribution', 'version', 'state', 'reason'):
     if data.get(key):
-      click.echo(f'{key}: {data[key]}')
-  if data.get('hooks'):
-    click.echo(f'hooks: {", ".join(data["hooks"])}')
+      yield f'{key}: {data[key]}'
+  for key in ('hooks', 'rewrites', 'frozen'):
+    if data.get(key):
+      yield f'{key}: {", ".join(data[key])}'
+  if data.get('mergeable') is False:
+    yield 'mergeable: no'
   if data.get('traceback'):
-    click.echo(f'\n{data["traceback"].rstrip()}')
+    yield f'\n{data["traceback"].rstrip()}'
   if data.get('about'):
-    click.echo(f'\n{data["about"]}')
+    yield f'\n{data["about"]}'
   for option in data.get('options', ()):
     default = 'required' if option['required'] else f'= {option["default"]}'
     bounds = f' ({option["range"]})' if option['range'] else ''
-    click.echo(
-      f'\n--set {option["name"]}=…  {option["type"]}{bounds}, {default}'
-    )
+    yield f'\n--set {option["name"]}=…  {option["type"]}{bounds}, {default}'
     if option['doc']:
-      click.echo(f'    {option["doc"]}')
+      yield f'    {option["doc"]}'
+
+
+def _shown(name: str) -> dict[str, Any]:
+  """Returns all that there is of a name, what can be had first.
+
+  Raises:
+    UnknownAdapterType: if nothing is called so.
+    PluginError: if two distributions offer it.
+  """
+  host = default_host()
+  type_: dict[str, Any] = {}
+  known = [i for i in host.plugins() if i.name == name]
+  if name in host.adapter_names() or not known:
+    type_ = _type(name)
+    known = [i for i in host.plugins() if i.name == name]
+  order = ('loaded', 'broken', 'available', 'blocked')
+  known.sort(key=lambda i: (i.kind, order.index(i.state)))
+  first, *others = [dataclasses.asdict(info) for info in known]
+  return {**first, **type_, 'others': others}
 
 
 def _type(name: str) -> dict[str, Any]:
-  """Returns what there is to know of an adapter type.
+  """Returns what a class says of an adapter type; nothing if it is broken.
 
   Raises:
     UnknownAdapterType: if nothing offers it.
-    PluginError: if what offers it is broken.
+    PluginError: if two distributions do.
   """
   host = default_host()
   try:
@@ -82,16 +106,16 @@ def _type(name: str) -> dict[str, Any]:
       raise errors.UnknownAdapterType(f"no plugin '{name}'.{hint}") from error
     raise
   except errors.PluginError:
-    # What is broken is shown with its reason.
-    broken = [i for i in host.plugins() if i.name == name and i.reason]
+    # What is broken is shown with its reason; that there are two is an error.
+    broken = [i for i in host.plugins() if i.name == name and i.traceback]
     if not broken:
       raise
-    return dataclasses.asdict(broken[0])
-  info = next(i for i in host.plugins() if i.name == name)
+    return {}
   return {
-    **dataclasses.asdict(info),
     'about': inspect.getdoc(cls) or '',
     'rewrites': list(cls.rewrites),
     'frozen': list(cls.frozen),
+    'adds': cls.adds,
+    'mergeable': cls.mergeable,
     'options': config.declared(cls),
   }

@@ -46,7 +46,8 @@ def summary(report: dict[str, Any]) -> str:
       parts.append(f'{count} {word}')
   if report['memory']:
     parts.append(f'about {size(report["memory"])} of memory')
-  return ', '.join(parts)
+  # An adapter without weights has a file without tensors.
+  return ', '.join(parts) or 'no tensors'
 
 
 def show(report: dict[str, Any], where: str, dry_run: bool) -> None:

@@ -120,7 +120,7 @@ class Adapter(_Configured):
 
     Returns:
       Arrays by name; a name has no dots and slashes. All train but those in
-      `frozen` and integers.
+      `frozen` and integers. Empty, if it adds none.
     """
     raise NotImplementedError
 
@@ -290,13 +290,13 @@ class Interceptor(Hashable, typing.Protocol):
   """
 
   def init(self, site: Site, key: jax.Array) -> Weights:
-    """See `Adapter.init`."""
+    """Returns the weights of a site, see `Adapter.init`."""
     ...
 
   def apply(
     self, site: Site, name: str, base: jax.Array, weights: Weights
   ) -> jax.Array | LowRank:
-    """See `Adapter.apply`."""
+    """Returns what the layer gets, see `Adapter.apply`."""
     ...
 
 

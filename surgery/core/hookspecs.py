@@ -28,7 +28,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-  """What a hook returns to refuse, with the reason that a user will read."""
+  """What a hook returns to refuse.
+
+  Attributes:
+    reason: what a user will read, without a full stop.
+  """
 
   reason: str
 

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
+import itertools
 import os
 import pathlib
 import sys
@@ -237,14 +238,13 @@ class Host:
           _check_type(value, entry.info.name)
         entry.value = value
         entry.info = dataclasses.replace(entry.info, state='loaded')
-      except Exception as error:  # A plugin is somebody else's code.
+      # A plugin is somebody else's code, and may even end the process.
+      except (Exception, SystemExit) as error:
         entry.error = error
-        last = traceback.extract_tb(error.__traceback__)[-1]
         entry.info = dataclasses.replace(
           entry.info,
           state='broken',
-          reason=f'{type(error).__name__}: {error} '
-          f'({pathlib.Path(last.filename).name}:{last.lineno})'
+          reason=f'{type(error).__name__}: {error}{_line(error)}'
           f'{_release(entry)}',
           traceback=''.join(traceback.format_exception(error)),
         )
@@ -398,32 +398,41 @@ class Host:
     except Exception as error:
       owner = self._owner(caller, extra, error)
       raise errors.PluginError(
-        f"plugin '{owner}' failed in {hook}: {type(error).__name__}: {error}"
+        f'{owner} failed in {hook}: {type(error).__name__}: {error}'
       ) from error
 
   def _owner(self, caller: Any, extra: Any, error: BaseException) -> str:
-    """Returns the name of the plugin whose implementation raised."""
+    """Returns which plugin it was whose implementation raised."""
     codes = {
       frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)
     }
     for impl in caller.get_hookimpls():
       if getattr(impl.function, '__code__', None) in codes:
-        return impl.plugin_name
+        return self._called(impl)
     owner = getattr(extra, '__self__', None)
-    return getattr(owner, 'name', '?')
+    name = getattr(owner, 'name', '?')
+    if origin := self.distribution(name):
+      return f"adapter type '{name}' of {origin}"
+    return f"adapter type '{name}'"
+
+  def _called(self, impl: Any) -> str:
+    """Returns an implementation's plugin, and the distribution it is of."""
+    for entry in self._plugin_entries:
+      if entry.value is not None and entry.value is impl.plugin:
+        return f"plugin '{impl.plugin_name}' of {entry.info.origin}"
+    return f"plugin '{impl.plugin_name}'"
 
   def plugins(self) -> list[PluginInfo]:
     """Returns all plugins that are known, without importing adapter types."""
     _ = self.manager  # Loads plugins with hooks, so that states are true.
     infos = [
-      dataclasses.replace(
-        e.info, state='blocked' if self._blocked(e.info) else e.info.state
-      )
+      info
       for entries in self._adapters.values()
-      for e in entries
+      for info in self._offered(entries)
     ]
     infos += [
-      PluginInfo(name, 'adapter', state='loaded') for name in self._types
+      PluginInfo(name, 'adapter', state='loaded', hooks=_hooks_of(cls))
+      for name, cls in self._types.items()
     ]
     infos += [e.info for e in self._plugin_entries]
     for plugin in self._given:
@@ -439,6 +448,22 @@ class Host:
       )
     return sorted(infos, key=lambda i: (i.kind, i.name, i.distribution))
 
+  def _offered(self, entries: list[_Entry]) -> Iterator[PluginInfo]:
+    """Yields the adapter types of one name; at most one can be had."""
+    try:
+      meant, reason = self._chosen(entries, 'adapter type'), ''
+    except errors.PluginError as error:
+      meant, reason = [], str(error)
+    for entry in entries:
+      info = entry.info
+      if info.state == 'loaded':
+        info = dataclasses.replace(info, hooks=_hooks_of(entry.value))
+      if self._blocked(info) or (entry not in meant and not reason):
+        info = dataclasses.replace(info, state='blocked')
+      elif reason:
+        info = dataclasses.replace(info, state='broken', reason=reason)
+      yield info
+
   # What plugins offer by name.
 
   def _offers(self, hook: str) -> dict[str, Any]:
@@ -448,9 +473,12 @@ class Host:
         offered = impl.function()
       except Exception as error:
         raise errors.PluginError(
-          f"plugin '{impl.plugin_name}' failed in {hook}: "
-          f'{type(error).__name__}: {error}'
+          f'{self._called(impl)} failed in {hook}: {type(error).__name__}: '
+          f'{error}'
         ) from error
+      if self._trace is not None:
+        names = _short(list(offered or ()))
+        self._trace(f'{hook}() asked of {impl.plugin_name} → {names}')
       for name, value in dict(offered or {}).items():
         if name in found:
           both = (found[name][0], impl.plugin_name)
@@ -555,6 +583,15 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
   return tuple(inspect.signature(function).parameters)[1:]
 
 
+def _hooks_of(cls: type[Adapter]) -> tuple[str, ...]:
+  """Returns the hooks that an adapter type implements, four at least."""
+  return tuple(
+    name
+    for name in sorted(vars(hookspecs))
+    if name.startswith('surgery_') and hasattr(cls, name)
+  )
+
+
 def _check_type(value: Any, name: str) -> None:
   """Raises unless `value` is an adapter type of that name."""
   if not (inspect.isclass(value) and issubclass(value, Adapter)):
@@ -580,9 +617,13 @@ def _register(
   """Registers an object with hooks, or raises and leaves nothing behind."""
   if inspect.isclass(plugin):
     plugin = plugin()
-  shown = name or getattr(plugin, '__name__', type(plugin).__name__)
+  shown = str(name or getattr(plugin, '__name__', type(plugin).__name__))
+  # Of those that are given to a host, several may be of one class.
+  others = (f'{shown} {number}' for number in itertools.count(2))
+  names = itertools.chain([shown], others)
+  unique = next(n for n in names if not manager.has_plugin(n))
   try:
-    manager.register(plugin, name)
+    manager.register(plugin, unique)
     manager.check_pending()
   except (pluggy.PluginValidationError, ValueError) as error:
     if manager.is_registered(plugin):
@@ -602,6 +643,24 @@ def _short(value: Any) -> str:
     return paths.show(value.path) if value.known else '?'
   text = repr(value)
   return text if len(text) <= 60 else f'{text[:57]}…'
+
+
+def _line(error: BaseException) -> str:
+  """Returns the line of a plugin's file where it broke, if it was there."""
+  ours = pathlib.Path(__file__).parents[1]
+  for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    file = pathlib.Path(frame.filename)
+    if (
+      file.is_file()
+      and ours not in file.parents
+      and 'importlib'
+      not in (
+        file.parent.name,
+        file.parent.parent.name,
+      )
+    ):
+      return f' ({file.name}:{frame.lineno})'
+  return ''
 
 
 def _release(entry: _Entry) -> str:

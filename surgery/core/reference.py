@@ -1,64 +1,188 @@
-"""The reference of hooks and of the contract: `make docs` writes it."""
+"""The reference of hooks and of the contract: `make docs` writes it.
+
+All of it is read from signatures and docstrings; what has none is an error, so
+that the page is whole or not made.
+"""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from surgery.core import hookspecs
-from surgery.core.adapter import Adapter
+from surgery.core import adapter, config, hookspecs, host, lowrank, site
 
 _HEAD = """\
 # Hooks and the contract
 
-Made from their own documentation by `make docs`; [plugins](plugins.md) says how
-they are used, and `plugins/examples/` has one of each.
+Made from their own documentation by `make docs`; [plugins](README.md) says how
+they are used, and `plugins/examples/` has one of each. What is called
+`surgery.…` is public under that name; the others are what you are given.
 """
-_LABEL = re.compile(r'^(Called|Order|Return|May raise|Since): ', re.M)
+# A marker of pluggy has pluggy's documentation.
+_HOOKIMPL = """Marks a function as the implementation of a hook.
+
+The function has the name of the hook, and may take fewer arguments than the
+hook offers. A misspelt name is reported when the plugin is loaded.
+
+Args:
+  wrapper: whether it is a generator that wraps the other implementations:
+    what it yields is asked for, and what it returns is the result.
+  tryfirst: whether it is asked before others.
+  trylast: whether it is asked after others.
+
+Example:
+  @surgery.hookimpl
+  def surgery_freeze_param(site, policy):
+    return site.name == 'bias' if policy == 'bitfit' else None
+"""
+
+LABELS = ('Called', 'Order', 'Return', 'May raise', 'Since')
+_LABEL = re.compile(rf'^({"|".join(LABELS)}): ', re.MULTILINE)
+
+# What authors meet, in the order of the page.
+CHAPTERS: dict[str, dict[str, Any]] = {
+  'The contract': {'surgery.Adapter': adapter.Adapter},
+  'What a type is given': {
+    'surgery.Site': site.Site,
+    'surgery.ParamSpec': site.ParamSpec,
+    'surgery.named_key': adapter.named_key,
+  },
+  'What a type is made of': {
+    'surgery.field': config.field,
+    'surgery.LowRank': lowrank.LowRank,
+  },
+  'What hooks are made of': {
+    'surgery.hookimpl': hookspecs.hookimpl,
+    'surgery.Refusal': hookspecs.Refusal,
+    'Event': hookspecs.Event,
+    'Interceptor': adapter.Interceptor,
+  },
+  'The host': {
+    'surgery.Host': host.Host,
+    'surgery.default_host': host.default_host,
+    'PluginInfo': host.PluginInfo,
+    'surgery.PluginWarning': host.PluginWarning,
+  },
+}
 
 
 def markdown() -> str:
-  """Returns a page with the contract of adapter types and all hooks."""
-  lines = [_HEAD, '## The contract', '', 'Methods of `surgery.Adapter`.', '']
-  for name in ('init', 'apply', 'init_shared', 'serves', 'sharding'):
-    lines += _method(getattr(Adapter, name))
+  """Returns a page with the contract of adapter types and all hooks.
+
+  Raises:
+    ValueError: naming what is not documented.
+  """
+  lines = [_HEAD]
+  for title, objects in CHAPTERS.items():
+    lines += [f'## {title}', '']
+    for name, one in objects.items():
+      lines += _documented(name, one, '###')
+      if inspect.isclass(one):
+        lines += _members(name, one)
   lines += ['## Hooks', '']
-  for name in vars(hookspecs):
-    if name.startswith('surgery_'):
-      lines += _hook(getattr(hookspecs, name))
+  for name in hooks():
+    lines += _hook(getattr(hookspecs, name))
   return '\n'.join(lines).rstrip() + '\n'
 
 
-def _signature(function: Callable[..., Any]) -> str:
-  names = [n for n in inspect.signature(function).parameters if n != 'self']
-  return f'{function.__name__}({", ".join(names)})'
+def hooks() -> tuple[str, ...]:
+  """Returns the names of all hooks, in the order of their file."""
+  return tuple(n for n in vars(hookspecs) if n.startswith('surgery_'))
 
 
-def _method(function: Callable[..., Any]) -> Iterator[str]:
-  summary, _, rest = (inspect.getdoc(function) or '').partition('\n')
-  yield f'### {_signature(function)}'
+def _signature(name: str, it: Any) -> str:
+  """Returns a call as a heading: arguments by name, without annotations."""
+  # Nobody makes these: what is a type has options that are its own.
+  if it is adapter.Adapter or getattr(it, '_is_protocol', False):
+    return name
+  made = inspect.isclass(it) and not issubclass(it, Exception)
+  if not made and not inspect.isroutine(it):
+    return name
+  shown: list[str] = []
+  for argument in inspect.signature(it).parameters.values():
+    if argument.kind is argument.KEYWORD_ONLY and '*' not in shown:
+      shown.append('*')
+    stars = '**' if argument.kind is argument.VAR_KEYWORD else ''
+    shown.append(stars + argument.name)
+  return f'{name}({", ".join(n for n in shown if n != "self")})'
+
+
+def _doc(name: str, it: Any) -> tuple[str, str]:
+  """Returns what is said of something: a sentence, and the rest.
+
+  Raises:
+    ValueError: if nothing is.
+  """
+  said = inspect.getdoc(it) or ''
+  if it is hookspecs.hookimpl:
+    said = _HOOKIMPL.rstrip()
+  # What dataclasses write is no documentation.
+  if not said or said.startswith(f'{getattr(it, "__name__", name)}('):
+    raise ValueError(f'{name}: it has no docstring.')
+  summary, _, rest = said.partition('\n')
+  return summary, rest.strip()
+
+
+def _documented(name: str, it: Any, heading: str) -> Iterator[str]:
+  summary, rest = _doc(name, it)
+  yield f'{heading} {_signature(name, it)}'
   yield ''
   yield summary
   yield ''
-  body = rest.strip()
-  if body:
+  if rest:
     yield '```text'
-    yield body
+    yield rest
     yield '```'
     yield ''
 
 
+def _members(name: str, cls: type) -> Iterator[str]:
+  """All that is public in a class: attributes are in its docstring."""
+  if issubclass(cls, Exception):
+    return
+  own = [*inspect.get_annotations(cls), *vars(cls)]
+  public = [n for n in dict.fromkeys(own) if not n.startswith('_')]
+  said = inspect.getdoc(cls) or ''
+  properties, methods = [], []
+  for member in public:
+    value = inspect.getattr_static(cls, member, None)
+    if isinstance(value, (property, functools.cached_property)):
+      properties.append((member, value))
+    elif isinstance(value, (classmethod, staticmethod)) or inspect.isfunction(
+      value
+    ):
+      methods.append((member, getattr(cls, member)))
+    elif not re.search(rf'^  {member}: ', said, re.MULTILINE):
+      raise ValueError(
+        f'{name}.{member}: the docstring of {name} does not say what it is '
+        '(under Attributes).'
+      )
+  for member, value in properties:
+    summary, rest = _doc(f'{name}.{member}', value)
+    yield f'* `{member}`: {" ".join((summary + " " + rest).split())}'
+  if properties:
+    yield ''
+  for member, value in methods:
+    yield from _documented(member, value, '####')
+
+
 def _hook(function: Callable[..., Any]) -> Iterator[str]:
-  summary, _, rest = (inspect.getdoc(function) or '').partition('\n')
-  yield f'### {_signature(function)}'
+  name = function.__name__
+  summary, rest = _doc(name, function)
+  yield f'### {_signature(name, function)}'
   yield ''
   yield summary
   yield ''
-  pieces = _LABEL.split(rest.strip())
-  for label, text in zip(pieces[1::2], pieces[2::2], strict=True):
+  pieces = _LABEL.split(rest)
+  labels = tuple(pieces[1::2])
+  if labels != LABELS:
+    missing = [label for label in LABELS if label not in labels]
+    raise ValueError(f'{name}: its docstring must say {missing or LABELS}.')
+  for label, text in zip(labels, pieces[2::2], strict=True):
     yield f'* **{label}**: {" ".join(text.split())}'
   yield ''
 

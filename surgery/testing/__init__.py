@@ -28,6 +28,7 @@ class AdapterConformance:
     adapter: the adapter, with a configuration that suits layers of width 4.
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged; what the type says by default.
+    trains: whether it has weights that train; a mask has none.
     unsupported: kinds of layers that it does not serve: `linear`, `no_bias`,
       `conv`, `embed`, `einsum`, `stacked`, `norm`.
     kinds: kinds of layers to look at, where a configuration does not suit all
@@ -38,6 +39,7 @@ class AdapterConformance:
   adapter: ClassVar[Adapter]
   identity: ClassVar[bool] = True
   mergeable: ClassVar[bool | None] = None
+  trains: ClassVar[bool] = True
   unsupported: ClassVar[tuple[str, ...]] = ()
   kinds: ClassVar[tuple[str, ...] | None] = None
 
@@ -55,7 +57,7 @@ def _declared(cls: type[AdapterConformance]) -> Declared:
   mergeable = cls.mergeable
   if mergeable is None:
     mergeable = type(cls.adapter).mergeable
-  return Declared(cls.identity, mergeable, tuple(cls.unsupported))
+  return Declared(cls.identity, mergeable, cls.trains, tuple(cls.unsupported))
 
 
 def check(
@@ -63,6 +65,7 @@ def check(
   *,
   identity: bool = True,
   mergeable: bool | None = None,
+  trains: bool = True,
   unsupported: Iterable[str] = (),
   laws: Iterable[str] | None = None,
   kinds: Iterable[str] | None = None,
@@ -74,6 +77,7 @@ def check(
     adapter: the adapter.
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged; what the type says by default.
+    trains: whether it has weights that train.
     unsupported: kinds of layers that it does not serve.
     laws: names of the laws to look at; all by default.
     kinds: kinds of layers to look at; all but `norm` by default.
@@ -84,7 +88,7 @@ def check(
   """
   if mergeable is None:
     mergeable = type(adapter).mergeable
-  declared = Declared(identity, mergeable, tuple(unsupported))
+  declared = Declared(identity, mergeable, trains, tuple(unsupported))
   for case in _laws.cases(
     adapter, declared, laws=laws, kinds=kinds, dtypes=dtypes
   ):

@@ -52,11 +52,13 @@ class Declared:
   Attributes:
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged.
+    trains: whether it has weights that train.
     unsupported: kinds of layers that it does not serve.
   """
 
   identity: bool = True
   mergeable: bool = True
+  trains: bool = True
   unsupported: tuple[str, ...] = ()
 
 
@@ -340,10 +342,17 @@ def what_is_not_finite_is_not_merged(case: Case) -> None:
   if not case.declared.mergeable:
     return
   model = case.model()
-  weights, rest = case.trained(model).split(
-    lambda path, p: models.is_weight(p) and p.trainable
+  trained = case.trained(model)
+  weights = [p for p in trained.values() if models.is_weight(p) and p.trainable]
+  # Where nothing trains, what is not finite comes from the base.
+  spoilt, rest = trained.split(
+    lambda path, p: (
+      p.trainable
+      and models.is_weight(p) is bool(weights)
+      and jnp.issubdtype(p.value.dtype, jnp.inexact)
+    )
   )
-  params = jax.tree.map(lambda w: w * jnp.nan, weights).merge(rest)
+  params = jax.tree.map(lambda w: w * jnp.nan, spoilt).merge(rest)
   before = _snapshot(params)
   case.raises(lambda: verbs.merge(params, host=case.host), 'merging NaN')
   if before != _snapshot(params):
@@ -458,8 +467,12 @@ def training_changes_the_adapter_alone(case: Case) -> None:
         '`frozen` if that is meant.',
         paths.show(path),
       )
-  if not gradients:
-    raise case.broken('nothing trains.')
+  if bool(gradients) is not case.declared.trains:
+    raise case.broken(
+      'nothing trains. Declare `trains = False` if that is meant.'
+      if case.declared.trains
+      else 'it is declared to have no weights that train, and it has.'
+    )
 
 
 @_law()

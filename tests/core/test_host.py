@@ -1,8 +1,5 @@
-import importlib
-import importlib.metadata
 import re
 import sys
-import textwrap
 import warnings
 
 import pytest
@@ -68,33 +65,6 @@ class Hooks:
   @surgery.hookimpl
   def surgery_finished(self, event):
     self.events.append(('finished', event.verb, type(event.failed)))
-
-
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-  """Returns a function that puts a distribution on the path."""
-  monkeypatch.syspath_prepend(tmp_path)
-
-  def install(
-    name, module, source, *, adapters='', plugins='', version='1.0', needs=''
-  ):
-    (tmp_path / f'{module}.py').write_text(textwrap.dedent(source))
-    info = tmp_path / f'{name}-{version}.dist-info'
-    info.mkdir()
-    (info / 'METADATA').write_text(
-      f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n'
-      + (f'Requires-Dist: {needs}\n' if needs else '')
-    )
-    points = ''
-    if adapters:
-      points += f'[surgery.adapters]\n{adapters}\n'
-    if plugins:
-      points += f'[surgery.plugins]\n{plugins}\n'
-    (info / 'entry_points.txt').write_text(points)
-    importlib.invalidate_caches()
-    monkeypatch.delitem(sys.modules, module, raising=False)
-
-  return install
 
 
 ADAPTER = """
@@ -237,7 +207,7 @@ def test_an_exception_in_a_hook_names_plugin_and_hook():
   host = Host(plugins=[Bad()], entry_points=False)
   with pytest.raises(
     errors.PluginError,
-    match=r"plugin '.*' failed in surgery_match_layer: ZeroDivisionError: oh",
+    match="plugin 'Bad' failed in surgery_match_layer: ZeroDivisionError: oh",
   ):
     host.ask('surgery_match_layer', site=SITE, term='x:')
 
@@ -279,6 +249,12 @@ def test_two_plugins_that_offer_one_name_are_an_error():
   host = Host(plugins=[Hooks(), Hooks()], entry_points=False)
   with pytest.raises(errors.PluginError, match="'nothing' is offered by two"):
     host.passes
+
+
+def test_plugins_that_are_given_are_called_by_their_class():
+  host = Host(plugins=[Hooks(), Hooks(), Double], entry_points=False)
+  assert ['double', 'Hooks', 'Hooks 2'] == [i.name for i in host.plugins()]
+  assert {'given to the host'} == {i.origin for i in host.plugins()}
 
 
 def test_an_unknown_suffix_names_those_that_are_known():

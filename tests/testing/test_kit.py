@@ -89,6 +89,25 @@ class FrozenTypo(_Scale):
   frozen = ('t',)
 
 
+class Fixed(surgery.Adapter):
+  """It adds no weights at all."""
+
+  name = 'fixed'
+
+  def init(self, site, key):
+    return {}
+
+  def apply(self, site, name, base, weights):
+    return 2 * base
+
+
+class FixedHidesNaN(Fixed):
+  name = 'fixed_hides_nan'
+
+  def apply(self, site, name, base, weights):
+    return 2 * jnp.nan_to_num(base)
+
+
 class Forgetful(_Scale):
   """It is read back with other options."""
 
@@ -132,6 +151,21 @@ BROKEN = {
     FrozenTypo(),
     {},
     {'what_is_declared_frozen_does_not_train'},
+  ),
+  'nothing trains': (
+    Fixed(),
+    {'identity': False},
+    {'training_changes_the_adapter_alone'},
+  ),
+  'trains all the same': (
+    _Scale(),
+    {'trains': False},
+    {'training_changes_the_adapter_alone'},
+  ),
+  'hides NaN of the base': (
+    FixedHidesNaN(),
+    {'identity': False, 'trains': False},
+    {'what_is_not_finite_is_not_merged'},
   ),
   'merged all the same': (
     _Scale(),

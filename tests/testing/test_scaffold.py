@@ -5,10 +5,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import tomllib
+from typing import Any
 
 import blox as bx
 import jax.numpy as jnp
 import pytest
+import yaml
 
 import surgery
 
@@ -54,15 +57,30 @@ def test_all_that_a_distribution_needs_is_there(written):
     'surgery_my_scale/__init__.py',
     'tests/test_my_scale.py',
     '.github/workflows/tests.yml',
+    '.gitignore',
   } == found
-  assert '$' not in (folder / 'README.md').read_text()
+  for name in found - {'.github/workflows/tests.yml'}:
+    assert '$' not in (folder / name).read_text(), name
+  # What is run there is what is told to people, and is said to exist.
+  jobs = yaml.safe_load((folder / '.github/workflows/tests.yml').read_text())
+  ran = [
+    step['run']
+    for job in jobs['jobs'].values()
+    for step in job['steps']
+    if 'run' in step
+  ]
+  assert "pip install --editable '.[test]'" in ran
+  readme = (folder / 'README.md').read_text()
+  assert all(line in readme for line in ran if 'twine check' not in line)
+  project = tomllib.loads((folder / 'pyproject.toml').read_text())['project']
+  assert ['pytest>=8.4'] == project['optional-dependencies']['test']
 
 
 def test_its_own_tests_pass(written):
   folder, target = written
   out = run(
     folder, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
-    'surgery-my-scale/tests', '-k', 'values or linear', path=target,
+    'surgery-my-scale/tests', '-k', 'values or (linear and float32)', path=target,
   )  # fmt: skip
   assert ' passed' in out and 'failed' not in out
 
@@ -107,8 +125,10 @@ def test_it_is_used_live_in_the_shell_in_recipes_and_in_files(written):
 @pytest.mark.parametrize(
   ('arguments', 'code', 'message'),
   [
-    (('Mine',), 2, 'expected lower-case letters'),
+    (('My-Scale',), 2, 'between them. Write my_scale.'),
     (('class',), 2, 'expected lower-case letters'),
+    (('mine_',), 2, 'Write mine.'),
+    (('9',), 2, 'underscores between them.\n'),
     (('lora',), 3, "adapter type 'lora' is there already, of blox-surgery"),
     (('mine', '-o', '.'), 3, '.: exists already'),
     (('mine', '-o', 'no/mine'), 3, 'no: there is no such folder'),
@@ -122,3 +142,17 @@ def test_bad_input_is_refused(
   assert code == result.code
   assert message in result.err
   assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['none', 'any', 'adapter_conformance'])
+def test_the_class_is_called_by_no_name_that_is_taken(
+  tmp_path, monkeypatch, surgery_cli, name
+):
+  monkeypatch.chdir(tmp_path)
+  result = surgery_cli('new-plugin', name, '-o', 'a b')
+  assert 0 == result.code, result.err
+  assert "pip install --editable './a b[test]' && pytest 'a b'" in result.err
+  made: dict[str, Any] = {}
+  exec((tmp_path / 'a b' / f'surgery_{name}' / '__init__.py').read_text(), made)
+  [cls] = made['__all__']
+  assert (True, name) == (cls.endswith('Adapter'), made[cls].name)
