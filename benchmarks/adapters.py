@@ -36,6 +36,7 @@ TYPES: dict[str, surgery.Adapter | None] = {
   'loha': surgery_products.LoHa(rank=8),
   'lokr': surgery_products.LoKr(rank=8),
   'oft': surgery_orthogonal.OFT(block_size=8),
+  'boft': surgery_orthogonal.BOFT(block_size=8, factors=3),
   'hra': surgery_orthogonal.HRA(rank=8),
   'ia3': surgery_scaling.IA3(),
   'bitfit': surgery_scaling.BitFit(),

@@ -1,6 +1,6 @@
 """The laws of adapter types."""
 
-from surgery_orthogonal import HRA, OFT
+from surgery_orthogonal import BOFT, HRA, OFT
 
 from surgery.testing import AdapterConformance
 
@@ -13,6 +13,11 @@ class TestOFT(AdapterConformance):
 class TestOFTOnOtherLayers(AdapterConformance):
   adapter = OFT(block_size=3)
   kinds = ('einsum', 'stacked')
+
+
+class TestBOFT(AdapterConformance):
+  adapter = BOFT(blocks=1, patterns={'**/query': {'blocks': 2}})
+  kinds = ('linear', 'einsum')
 
 
 class TestHRA(AdapterConformance):
