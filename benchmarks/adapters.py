@@ -21,7 +21,7 @@ import surgery_lora_family
 import surgery_orthogonal
 import surgery_products
 import surgery_scaling
-import surgery_vera
+import surgery_shared
 
 import surgery
 
@@ -41,7 +41,8 @@ TYPES: dict[str, surgery.Adapter | None] = {
   'ia3': surgery_scaling.IA3(),
   'bitfit': surgery_scaling.BitFit(),
   'ln-tuning': surgery_scaling.LNTuning(),
-  'vera': surgery_vera.VeRA(rank=64),
+  'vera': surgery_shared.VeRA(rank=64),
+  'vb_lora': surgery_shared.VBLoRA(rank=8, vector_length=64),
 }
 
 
