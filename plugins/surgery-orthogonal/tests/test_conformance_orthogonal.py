@@ -8,6 +8,7 @@ from surgery.testing import AdapterConformance
 class TestOFT(AdapterConformance):
   adapter = OFT(block_size=3, patterns={'**/query2': {'block_size': 5}})
   kinds = ('linear', 'no_bias', 'conv')
+  too_large = {'block_size': 10_000}
 
 
 class TestOFTOnOtherLayers(AdapterConformance):
@@ -18,6 +19,7 @@ class TestOFTOnOtherLayers(AdapterConformance):
 class TestBOFT(AdapterConformance):
   adapter = BOFT(blocks=1, patterns={'**/query': {'blocks': 2}})
   kinds = ('linear', 'einsum')
+  too_large = {'blocks': 10_000}
 
 
 class TestHRA(AdapterConformance):
