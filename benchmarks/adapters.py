@@ -42,7 +42,7 @@ TYPES: dict[str, surgery.Adapter | None] = {
   'bitfit': surgery_scaling.BitFit(),
   'ln-tuning': surgery_scaling.LNTuning(),
   'vera': surgery_shared.VeRA(rank=64),
-  'vb_lora': surgery_shared.VBLoRA(rank=8, vector_length=64),
+  'vb-lora': surgery_shared.VBLoRA(rank=8, vector_length=64),
 }
 
 

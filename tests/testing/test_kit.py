@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +141,7 @@ SAVING = {
   'file_merge_is_live_merge',
 }
 
-BROKEN = {
+BROKEN: dict[str, Any] = {
   'not the identity': (NotTheIdentity(), {}, {'identity_at_start'}),
   'declared otherwise': (
     _Scale(),

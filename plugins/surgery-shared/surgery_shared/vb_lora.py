@@ -29,7 +29,7 @@ class VBLoRA(surgery.Adapter):
   `A` and `B` come from one bank, and zeros in it would have no gradient.
   """
 
-  name = 'vb_lora'
+  name = 'vb-lora'
   adds = True
 
   rank: int = surgery.field(default=4, ge=1, doc='Rank of the update.')
@@ -54,7 +54,7 @@ class VBLoRA(surgery.Adapter):
     refuse_patterns(self, 'num_vectors', 'vector_length', 'bank_bound')
     if self.topk > self.num_vectors:
       raise surgery.ConfigError(
-        f"adapter type 'vb_lora', option 'topk': expected at most the "
+        f"adapter type 'vb-lora', option 'topk': expected at most the "
         f'{self.num_vectors} vectors of the bank, found {self.topk}.'
       )
 
