@@ -21,7 +21,7 @@ import surgery_lora_family
 import surgery_orthogonal
 import surgery_products
 import surgery_scaling
-import surgery_vera
+import surgery_shared
 
 import surgery
 
@@ -36,11 +36,13 @@ TYPES: dict[str, surgery.Adapter | None] = {
   'loha': surgery_products.LoHa(rank=8),
   'lokr': surgery_products.LoKr(rank=8),
   'oft': surgery_orthogonal.OFT(block_size=8),
+  'boft': surgery_orthogonal.BOFT(block_size=8, factors=3),
   'hra': surgery_orthogonal.HRA(rank=8),
   'ia3': surgery_scaling.IA3(),
   'bitfit': surgery_scaling.BitFit(),
   'ln-tuning': surgery_scaling.LNTuning(),
-  'vera': surgery_vera.VeRA(rank=64),
+  'vera': surgery_shared.VeRA(rank=64),
+  'vb-lora': surgery_shared.VBLoRA(rank=8, vector_length=64),
 }
 
 

@@ -60,7 +60,8 @@ class Adapter(_Configured):
       the primary one; `'kernel'` stands for the layer's default parameter
       (`kernel`, `embedding` or `weight`; where there is none of these, each
       matrix by itself).
-    frozen: names of its weights that never train.
+    frozen: names of its weights that never train; each is one that `init` or
+      `init_shared` returns.
     adds: True if `apply` adds to the base something that does not depend on
       it, so that such adapters can be merged in any order.
     counters: names of integer weights of a site whose last element counts the
@@ -129,7 +130,8 @@ class Adapter(_Configured):
   ) -> jax.Array | LowRank:
     """Returns what the layer gets when it asks for a parameter.
 
-    Called once for each rewritten parameter. Must be pure and written in JAX.
+    Called once for each rewritten parameter. Must be pure and written in JAX;
+    attaching evaluates it on shapes alone, to find mistakes there.
 
     Args:
       site: the parameters, with shapes and roles, and `site.base()`.

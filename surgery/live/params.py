@@ -474,6 +474,7 @@ def _grown(
   new = attach.site_record(record.adapter, record.name, site, who, taken)
   # A site that grows keeps the weights that it has.
   new = dataclasses.replace(new, weights={**new.weights, **kept})
+  attach.check_apply(new)
   grown = record.with_site(new, met)
   info = {site.path: cast(finding.Info, info_of(params._data[site.path]))}
   single = dataclasses.replace(grown, sites={site.path: new}, total=None)
@@ -537,6 +538,7 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
 
   Raises:
     SelectorError: if an item of a selector has matched nothing.
+    PluginError: if a name that a type declares frozen is that of no weight.
   """
   for path in list(params._data):
     if path not in params._records.chains and path not in params._records.owned:
@@ -560,6 +562,7 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
     attach.check_patterns(
       record.adapter, [r.site for r in record.sites.values()]
     )
+    attach.check_frozen(record)
   result = params._clone()
   known = {
     a.name: {'seed': a.seed, 'to': a.pending.selector.text}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from surgery.core import errors, paths, selectors
@@ -160,6 +161,57 @@ def site_record(
   return SiteRecord(site, weights, who)
 
 
+def check_apply(
+  record: SiteRecord, shared: Mapping[str, WeightSpec] = MappingProxyType({})
+) -> None:
+  """Evaluates `apply` at a site, on shapes alone, for each parameter.
+
+  Once for all sites that look alike, so that a mistake shows here rather than
+  at the first call.
+
+  Args:
+    record: the site.
+    shared: weights that the adapter's sites share.
+
+  Raises:
+    PluginError: naming the site, if `apply` fails or returns no array of the
+      parameter's shape.
+  """
+  who, site = record.interceptor, record.site
+  kinds = compute.kinds_of(record, shared)
+  for spec in site.params:
+    uses = functools.partial(_uses, who, spec.name, kinds)
+    try:
+      compute.anonymously(uses, site)
+    except Exception as error:  # A plugin's code ran inside.
+      raised = compute.failed(who, site, 'apply', error)
+      if raised is error:
+        raise
+      raise raised from error
+
+
+def _uses(who: Any, name: str, kinds: compute.Kinds, site: Site) -> Any:
+  return compute.uses(who, site, name, kinds)
+
+
+def check_frozen(record: AdapterRecord) -> None:
+  """Raises if a name in `frozen` is that of no weight, which would train.
+
+  Raises:
+    PluginError: naming it, and weights that there are.
+  """
+  if not record.adapter.frozen or not record.sites:
+    return
+  known = {name for name, _ in record.weights()}
+  for name in record.adapter.frozen:
+    if name not in known:
+      raise errors.PluginError(
+        f"adapter type '{record.adapter.name}': {name!r} is declared in "
+        '`frozen`, and neither init nor init_shared returned a weight of that '
+        f'name, so what was meant would train.{errors.suggest(name, known)}'
+      )
+
+
 def weight_metadata(
   adapter: Adapter,
   name: str,
@@ -231,6 +283,8 @@ def attach(
     SiteError: if a parameter cannot be served.
     ConfigError: for a wrong configuration.
     AdapterError: if the name is taken.
+    PluginError: if `init` or `apply` fails, or a name in `frozen` is that of no
+      weight.
   """
   adapter = check_adapter(adapter)
   records = checkpoint.records(host)
@@ -291,6 +345,10 @@ def attach(
     seed if waiting else None,
     waiting,
   )
+  for one in site_records.values():
+    check_apply(one, shared)
+  if waiting is None:
+    check_frozen(record)
   leaves = inserted(
     checkpoint,
     {**weight_leaves(checkpoint, records, record, seed, info), **shared_leaves},

@@ -11,7 +11,7 @@ and the kit sees to it that it refuses. Without pytest: `check(Mine(rank=2))`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from surgery.core.adapter import Adapter
@@ -34,6 +34,9 @@ class AdapterConformance:
     kinds: kinds of layers to look at, where a configuration does not suit all
       of them; all but `norm` by default, which has vectors only: a type for
       these says `('norm',)`.
+    too_large: options with values that no layer can have, which have to be
+      refused, e.g. `{'block_size': 10_000}`; a rank of 10,000 by default where
+      the type has that option; `{}` if nothing bounds it.
   """
 
   adapter: ClassVar[Adapter]
@@ -42,6 +45,7 @@ class AdapterConformance:
   trains: ClassVar[bool] = True
   unsupported: ClassVar[tuple[str, ...]] = ()
   kinds: ClassVar[tuple[str, ...] | None] = None
+  too_large: ClassVar[Mapping[str, Any] | None] = None
 
   @classmethod
   def cases(cls) -> list[Case]:
@@ -57,7 +61,13 @@ def _declared(cls: type[AdapterConformance]) -> Declared:
   mergeable = cls.mergeable
   if mergeable is None:
     mergeable = type(cls.adapter).mergeable
-  return Declared(cls.identity, mergeable, cls.trains, tuple(cls.unsupported))
+  return Declared(
+    cls.identity,
+    mergeable,
+    cls.trains,
+    tuple(cls.unsupported),
+    cls.too_large,
+  )
 
 
 def check(
@@ -67,6 +77,7 @@ def check(
   mergeable: bool | None = None,
   trains: bool = True,
   unsupported: Iterable[str] = (),
+  too_large: Mapping[str, Any] | None = None,
   laws: Iterable[str] | None = None,
   kinds: Iterable[str] | None = None,
   dtypes: Iterable[str] | None = None,
@@ -79,6 +90,8 @@ def check(
     mergeable: whether it can be merged; what the type says by default.
     trains: whether it has weights that train.
     unsupported: kinds of layers that it does not serve.
+    too_large: options with values that no layer can have; a rank of 10,000 by
+      default where the type has that option; `{}` if nothing bounds it.
     laws: names of the laws to look at; all by default.
     kinds: kinds of layers to look at; all but `norm` by default.
     dtypes: dtypes to look at; all by default.
@@ -88,7 +101,9 @@ def check(
   """
   if mergeable is None:
     mergeable = type(adapter).mergeable
-  declared = Declared(identity, mergeable, trains, tuple(unsupported))
+  declared = Declared(
+    identity, mergeable, trains, tuple(unsupported), too_large
+  )
   for case in _laws.cases(
     adapter, declared, laws=laws, kinds=kinds, dtypes=dtypes
   ):

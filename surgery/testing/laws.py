@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import blox as bx
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core import errors, paths
+from surgery.core import config, errors, paths
 from surgery.core.adapter import Adapter
 from surgery.core.checkpoint import open_checkpoint
 from surgery.core.host import Host
@@ -54,12 +54,15 @@ class Declared:
     mergeable: whether it can be merged.
     trains: whether it has weights that train.
     unsupported: kinds of layers that it does not serve.
+    too_large: options with values that no layer can have; None for a rank of
+      10,000 where the type has that option, empty if nothing bounds it.
   """
 
   identity: bool = True
   mergeable: bool = True
   trains: bool = True
   unsupported: tuple[str, ...] = ()
+  too_large: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,25 +480,19 @@ def training_changes_the_adapter_alone(case: Case) -> None:
 
 @_law()
 def what_is_declared_frozen_does_not_train(case: Case) -> None:
-  """Every name in `frozen` is a weight, and none of these trains."""
-  model = case.model()
-  params = case.trained(model)
+  """No weight in `frozen` trains, not after freezing and unfreezing either."""
+  if not case.adapter.frozen:
+    return
+  model, host = case.model(), case.host
+  params = case.attached(model)
+  thawed = verbs.unfreeze(verbs.freeze(params, host=host), host=host)
   [record] = live.records_of(params).adapters
-  weights = [
-    (name, spec)
-    for some in (record.shared, *(s.weights for s in record.sites.values()))
-    for name, spec in some.items()
-  ]
-  for name in type(case.adapter).frozen:
-    if name not in dict(weights):
-      known = ', '.join(sorted(dict(weights)))
-      raise case.broken(
-        f'{name!r} is declared frozen, and there is no such weight. There are: '
-        f'{known}.'
-      )
-    for other, spec in weights:
-      if other == name and params[spec.path].trainable:
-        raise case.broken(f'{name!r} trains.', paths.show(spec.path))
+  for name, spec in record.weights():
+    if name not in case.adapter.frozen:
+      continue
+    for state, some in (('', params), (' after unfreezing', thawed)):
+      if some[spec.path].trainable:
+        raise case.broken(f'{name!r} trains{state}.', paths.show(spec.path))
 
 
 # Names.
@@ -644,6 +641,42 @@ def what_cannot_be_merged_is_refused(case: Case) -> None:
   model = case.model()
   params = case.trained(model)
   case.raises(lambda: verbs.merge(params, host=case.host), 'merging')
+
+
+@_law(kinds=False)
+def what_is_too_large_is_refused(case: Case) -> None:
+  """A rank, or what bounds it, above all dimensions is refused by path."""
+  options = case.declared.too_large
+  if options is None:
+    has = 'rank' in config.options(type(case.adapter))
+    options = {'rank': 10_000} if has else {}
+  if not options:
+    return
+  shown = ', '.join(f'{k}={v!r}' for k, v in options.items())
+  try:
+    large: Adapter = dataclasses.replace(  # type: ignore[type-var]
+      case.adapter, patterns=(), **options
+    )
+  except errors.ConfigError:
+    return  # It is out of the option's own range.
+  model, layer = case.model(), 'net/layers/query'
+  try:
+    case.attached(model, to=layer, adapter=large)
+  except errors.SurgeryError as error:
+    # An error of a plugin is one that nobody foresaw.
+    if isinstance(error, errors.PluginError) or f'{layer}/' not in str(error):
+      raise case.broken(
+        f'attaching with {shown}: expected a SiteError that names the path, '
+        f'found {type(error).__name__}: {error}',
+        layer,
+      ) from error
+    return
+  raise case.broken(
+    f'attaching with {shown}: expected an error, and there was none. Raise '
+    'surgery.SiteError in `init`, or declare too_large = {} if nothing bounds '
+    'it.',
+    layer,
+  )
 
 
 LAWS['refuses'] = refuses

@@ -299,17 +299,15 @@ def test_init_that_raises_is_named_with_its_site():
 
 def test_apply_that_raises_is_named_with_its_site():
   cls, host = broken(apply=fail)
-  params = surgery.attach(params_of(2), cls(), to='**', host=host)
   with pytest.raises(
     surgery.PluginError,
-    match=r"kernel: apply of 'broken' failed: ZeroDivisionError: oh",
+    match=r"layer0/kernel: apply of 'broken' failed: ZeroDivisionError: oh",
   ):
-    surgery.merge(params, host=host)
+    surgery.attach(params_of(2), cls(), to='**', host=host)
 
 
 def test_apply_that_returns_another_shape_is_named_with_its_site():
   cls, host = broken(apply=lambda self, site, name, base, weights: base.T)
-  params = surgery.attach(params_of(1), cls(), to='**', host=host)
   with pytest.raises(
     surgery.PluginError,
     match=re.escape(
@@ -317,7 +315,43 @@ def test_apply_that_returns_another_shape_is_named_with_its_site():
       'shape (2, 3), expected an array of shape (3, 2)'
     ),
   ):
-    surgery.merge(params, host=host)
+    surgery.attach(params_of(1), cls(), to='**', host=host)
+
+
+def test_apply_is_looked_at_once_for_sites_that_look_alike():
+  seen = []
+
+  def apply(self, site, name, base, weights):
+    seen.append((name, base.shape, weights['w'].shape))
+    return base
+
+  cls, host = broken(apply=apply)
+  surgery.attach(params_of(50), cls(), to='**', host=host)
+  assert [('kernel', (3, 2), (2,))] == seen
+
+
+def test_apply_gets_what_sites_share_when_it_is_looked_at():
+  cls, host = broken(
+    init_shared=lambda self, sites, key: {'s': jnp.ones((5, 2))},
+    apply=lambda self, site, name, base, weights: base + weights['s'],
+  )
+  with pytest.raises(
+    surgery.PluginError, match=r"layer0/kernel: apply of 'broken' failed: Type"
+  ):
+    surgery.attach(params_of(2), cls(), to='**', host=host)
+
+
+def test_a_name_in_frozen_that_no_weight_has_is_refused():
+  cls, host = broken(
+    init=lambda self, site, key: {'factor': jnp.zeros(2)},
+    init_shared=lambda self, sites, key: {'bank': jnp.ones(2)},
+    frozen=('bank', 'fcator'),
+  )
+  with pytest.raises(
+    surgery.PluginError,
+    match=r"type 'broken': 'fcator' is declared in .* Did you mean 'factor'\?",
+  ):
+    surgery.attach(params_of(2), cls(), to='**', host=host)
 
 
 def test_a_type_without_a_name_is_refused():
@@ -381,11 +415,10 @@ def test_a_weight_that_is_both_shared_and_a_sites_own_is_refused():
 
 def test_apply_that_returns_no_array_is_named_with_its_site():
   cls, host = broken(apply=lambda self, site, name, base, weights: None)
-  params = surgery.attach(params_of(1), cls(), to='**', host=host)
   with pytest.raises(
     surgery.PluginError, match=r"net/layer0/kernel: apply of 'broken' .*None"
   ):
-    surgery.merge(params, host=host)
+    surgery.attach(params_of(1), cls(), to='**', host=host)
 
 
 def test_what_a_type_serves_may_depend_on_the_options_of_a_site():

@@ -242,6 +242,37 @@ def test_site_grows_when_its_second_parameter_appears(net, base):
   models.close(base['net', 'mlp', 'hidden0', 'bias'].value * scale, bias)
 
 
+def test_mistake_in_apply_shows_when_the_layer_is_made(net):
+  class Wrong(models.Scale):
+    name = 'wrong'
+
+    def apply(self, site, name, base, weights):
+      return base[..., :1]
+
+  model, seeded, x = net
+  params = surgery.attach(
+    seeded, Wrong(), to='**/hidden*', host=models.host(Wrong)
+  )
+  with pytest.raises(
+    surgery.PluginError, match=r"hidden0/kernel: apply of 'wrong' .*\(4, 1\)"
+  ):
+    model(params, x)
+
+
+def test_lock_raises_if_a_frozen_name_is_no_weight(net):
+  class Typo(models.Scale):
+    name = 'typo'
+    frozen = ('scales',)
+
+  model, seeded, x = net
+  params = surgery.attach(
+    seeded, Typo(), to='**/hidden*', host=models.host(Typo)
+  )
+  params = model(params, x)[1]
+  with pytest.raises(surgery.PluginError, match="'scales' .* mean 'scale'"):
+    params.locked()
+
+
 def test_adapter_computed_from_the_base_starts_as_the_identity(net, base):
   model, seeded, x = net
   host = models.host(models.Magnitude)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +85,34 @@ class HidesNaN(_Scale):
     return base * jnp.nan_to_num(weights['s'])
 
 
-class FrozenTypo(_Scale):
-  name = 'frozen_typo'
-  frozen = ('t',)
+class Boundless(_Scale):
+  """It takes any rank."""
+
+  name = 'boundless'
+  rank: int = surgery.field(default=2, ge=1)
+
+
+class Surprised(Boundless):
+  """It fails for a rank that is too large, and does not say why."""
+
+  name = 'surprised'
+
+  def init(self, site, key):
+    assert self.rank <= min(site.in_size, site.out_size)
+    return super().init(site, key)
+
+
+class Bounded(Boundless):
+  """It has an option that its range alone bounds, and one that sites bound."""
+
+  name = 'bounded'
+  rank: int = surgery.field(default=2, ge=1, le=8)
+  block: int = surgery.field(default=1, ge=1)
+
+  def init(self, site, key):
+    if site.out_size % self.block:
+      raise surgery.SiteError(f'blocks of {self.block} do not fit.')
+    return super().init(site, key)
 
 
 class Fixed(surgery.Adapter):
@@ -134,7 +160,7 @@ SAVING = {
   'file_merge_is_live_merge',
 }
 
-BROKEN = {
+BROKEN: dict[str, Any] = {
   'not the identity': (NotTheIdentity(), {}, {'identity_at_start'}),
   'declared otherwise': (
     _Scale(),
@@ -147,10 +173,12 @@ BROKEN = {
   'unused': (Unused(), {}, {'training_changes_the_adapter_alone'}),
   'no sum': (NoSum(), {}, {'several_adapters_work_together'}),
   'hides NaN': (HidesNaN(), {}, {'what_is_not_finite_is_not_merged'}),
-  'frozen typo': (
-    FrozenTypo(),
-    {},
-    {'what_is_declared_frozen_does_not_train'},
+  'boundless': (Boundless(), {}, {'what_is_too_large_is_refused'}),
+  'surprised': (Surprised(), {}, {'what_is_too_large_is_refused'}),
+  'not as large': (
+    Bounded(),
+    {'too_large': {'block': 5}},
+    {'what_is_too_large_is_refused'},
   ),
   'nothing trains': (
     Fixed(),
@@ -192,6 +220,23 @@ def test_each_is_caught_by_its_law(name):
       assert law == error.law
       assert f"law '{law}' is broken by" in str(error)
       assert 'Reproduce: surgery.testing.check(' in str(error)
+
+
+def test_what_is_too_large_may_be_said_or_nothing():
+  for adapter, too_large in (
+    (Boundless(), {}),
+    (Bounded(), None),
+    (Bounded(), {'block': 10_000}),
+    (surgery.LoRA(rank=2), None),
+  ):
+    testing.check(
+      adapter, too_large=too_large, laws=['what_is_too_large_is_refused']
+    )
+
+
+def test_an_error_of_a_plugin_is_none_of_a_rank_that_is_too_large():
+  with pytest.raises(testing.Broken, match='expected a SiteError that names'):
+    testing.check(Surprised(), laws=['what_is_too_large_is_refused'])
 
 
 def test_what_is_served_but_declared_unsupported_is_caught():

@@ -40,7 +40,7 @@ class _Decomposed(surgery.Adapter):
     rows, columns = math.prod(site.in_shape), math.prod(site.out_shape)
     if self.rank > min(rows, columns):
       raise surgery.SiteError(
-        f'{"/".join(site.layer)}: rank {self.rank} exceeds the smaller side of '
+        f'{"/".join(site.path)}: rank {self.rank} exceeds the smaller side of '
         f'a matrix of {rows} inputs and {columns} outputs. Take a smaller '
         'rank, for this layer by patterns.'
       )

@@ -38,6 +38,21 @@ def stored(params, name):
   return np.asarray(params['net', 'h', name].value)
 
 
+# Made with PEFT 0.21.2 on torch 2.13.0: lora_bias=True.
+@pytest.mark.peft('lora_bias')
+def test_it_equals_peft(net):
+  assert net.config['lora_bias']
+  adapter = BiasLoRA(rank=net.config['r'], alpha=net.config['lora_alpha'])
+  params = surgery.attach(net.params, adapter, to='**')
+  values = {}
+  for name in ('hidden0', 'hidden1', 'output'):
+    theirs = net.of_layer(name)
+    values[net.path(name, 'lora_a')] = theirs['lora_A.weight'].T
+    values[net.path(name, 'lora_b')] = theirs['lora_B.weight'].T
+    values[net.path(name, 'lora_bias')] = theirs['lora_B.bias']
+  net.assert_equals_peft(net.written(params, values))
+
+
 def test_the_branch_is_low_rank_with_a_bias():
   model, params = layer()
   x = normal(3, 4)

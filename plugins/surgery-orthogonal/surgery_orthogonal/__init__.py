@@ -1,4 +1,4 @@
-"""OFT and HRA: updates that turn a layer's inputs and keep their lengths."""
+"""OFT, BOFT and HRA: updates that turn inputs and keep their lengths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,31 @@ import numpy as np
 
 import surgery
 
-__all__ = ['HRA', 'OFT']
+__all__ = ['BOFT', 'HRA', 'OFT']
 
 
 def _rows(base: jax.Array, site: surgery.Site) -> jax.Array:
   """Returns a parameter as a matrix `(in, out)`."""
   return base.reshape(math.prod(site.in_shape), -1)
+
+
+def _rotations(numbers: jax.Array, size: int) -> jax.Array:
+  """Returns orthogonal matrices by Cayley, `(I - Q)·(I + Q)⁻¹`.
+
+  Args:
+    numbers: `(blocks, size·(size - 1) / 2)`, what is above the diagonals of the
+      skew-symmetric `Q`.
+    size: rows of a block.
+
+  Returns:
+    Array `(blocks, size, size)`.
+  """
+  upper = np.triu_indices(size, 1)
+  q = jnp.zeros((len(numbers), size, size), numbers.dtype)
+  q = q.at[:, upper[0], upper[1]].set(numbers)
+  q = q - q.transpose(0, 2, 1)
+  one = jnp.eye(size, dtype=q.dtype)
+  return jnp.linalg.solve(one + q, one - q)
 
 
 class OFT(surgery.Adapter):
@@ -45,7 +64,7 @@ class OFT(surgery.Adapter):
     if rows % size:
       fitting = [n for n in range(2, min(rows, 65) + 1) if rows % n == 0]
       raise surgery.SiteError(
-        f'{"/".join(site.layer)}: {rows} inputs cannot be cut into blocks of '
+        f'{"/".join(site.path)}: {rows} inputs cannot be cut into blocks of '
         f'{size}. Take one of {fitting}, for this layer by patterns.'
       )
     return {'oft_q': jnp.zeros((rows // size, size * (size - 1) // 2))}
@@ -55,15 +74,116 @@ class OFT(surgery.Adapter):
   ) -> jax.Array:
     """Returns the turned parameter, of the shape of `base`."""
     del name
-    size, numbers = self.block_size, weights['oft_q']
-    upper = np.triu_indices(size, 1)
-    q = jnp.zeros((*numbers.shape[:1], size, size), numbers.dtype)
-    q = q.at[:, upper[0], upper[1]].set(numbers)
-    q = q - q.transpose(0, 2, 1)
-    one = jnp.eye(size, dtype=q.dtype)
-    turn = jnp.linalg.solve(one + q, one - q)
-    blocks = _rows(base, site).reshape(len(numbers), size, -1)
+    numbers = weights['oft_q']
+    turn = _rotations(numbers, self.block_size)
+    blocks = _rows(base, site).reshape(len(numbers), self.block_size, -1)
     return jnp.einsum('kij,kjo->kio', turn, blocks).reshape(base.shape)
+
+
+class BOFT(surgery.Adapter):
+  """Turns inputs by a butterfly (Liu et al. 2023, arXiv 2311.06243).
+
+  `W' = M_factors·…·M₁·W·diag(s)`. Each `Mₖ` is orthogonal: it turns blocks of
+  `block_size` inputs as OFT does, by `(I - Q)·(I + Q)⁻¹` (Cayley) with a
+  skew-symmetric `Q` of its own for each block. A block of `M₁` are neighbours;
+  one of `Mₖ` are two half blocks that lie `2ᵏ⁻¹` half blocks apart, as in the
+  fast Fourier transform, so that with `log₂(blocks) + 1` factors each input
+  reaches each other one. `s` `out_shape` scales the outputs. At the start all
+  `Q` are zero and `s` is one, so `W' = W`. Axes of inputs are taken together.
+  """
+
+  name = 'boft'
+
+  block_size: int | None = surgery.field(
+    default=None, ge=2, doc='Rows of a block; 4 if blocks is not given either.'
+  )
+  blocks: int | None = surgery.field(
+    default=None, ge=1, doc='Number of blocks, instead of block_size.'
+  )
+  factors: int = surgery.field(
+    default=1, ge=1, doc='Number of butterfly factors; 1 is OFT with a scale.'
+  )
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.block_size is not None and self.blocks is not None:
+      raise surgery.ConfigError(
+        "adapter type 'boft': expected one of the options block_size and "
+        f'blocks, found block_size={self.block_size} and blocks={self.blocks}. '
+        'Set the other one to None.'
+      )
+
+  def _size(self, site: surgery.Site) -> int:
+    """Returns the rows of a block.
+
+    Raises:
+      SiteError: if blocks or butterfly do not fit the inputs.
+    """
+    rows = site.in_size
+    if self.blocks is not None:
+      size, rest = divmod(rows, self.blocks)
+    else:
+      size = 4 if self.block_size is None else self.block_size
+      rest = rows % size
+    if not rest and self._fits(rows, size):
+      return size
+    many = f'{self.blocks} blocks' if self.blocks else f'blocks of {size}'
+    fitting = [n for n in range(2, min(rows, 64) + 1) if self._fits(rows, n)]
+    raise surgery.SiteError(
+      f'{"/".join(site.path)}: {rows} inputs cannot be cut into {many} for a '
+      f'butterfly of factors={self.factors}, which needs blocks of two rows or '
+      f'more, an even number of rows if there are several factors, and a '
+      f'multiple of {2 ** (self.factors - 1)} blocks. '
+      + (
+        f'With that many factors take a block_size of {fitting}, for this '
+        'layer by patterns.'
+        if fitting
+        else 'Take fewer factors, for this layer by patterns.'
+      )
+    )
+
+  def _fits(self, rows: int, size: int) -> bool:
+    if size < 2 or (self.factors > 1 and size % 2):
+      return False
+    return rows % (size << (self.factors - 1)) == 0
+
+  def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
+    """Returns `boft_q` and `boft_s`.
+
+    They are zeros `(factors, blocks, block_size·(block_size - 1) / 2)`, and
+    ones `out_shape`.
+
+    Raises:
+      SiteError: if blocks or butterfly do not fit the inputs.
+    """
+    del key
+    size = self._size(site)
+    shape = (self.factors, site.in_size // size, size * (size - 1) // 2)
+    return {
+      'boft_q': jnp.zeros(shape, 'float32'),
+      'boft_s': jnp.ones(site.out_shape, 'float32'),
+    }
+
+  def apply(
+    self, site: surgery.Site, name: str, base: jax.Array, weights: Any
+  ) -> jax.Array:
+    """Returns the turned and scaled parameter, of the shape of `base`."""
+    del name
+    size, matrix = self._size(site), _rows(base, site)
+    for k, numbers in enumerate(weights['boft_q']):
+      turn = _rotations(numbers, size)
+      shape = (len(turn), size, matrix.shape[1])
+      if k == 0:  # Neighbours; their number may be odd.
+        matrix = jnp.einsum('kij,kjo->kio', turn, matrix.reshape(shape))
+      else:
+        # (groups, the two halves of a block, between them, rows, outputs)
+        apart = (-1, 2, 2**k, size // 2, matrix.shape[1])
+        pairs = matrix.reshape(apart).swapaxes(1, 2)
+        pairs = jnp.einsum('kij,kjo->kio', turn, pairs.reshape(shape))
+        together = (-1, 2**k, 2, size // 2, matrix.shape[1])
+        matrix = pairs.reshape(together).swapaxes(1, 2)
+      matrix = matrix.reshape(site.in_size, -1)
+    return matrix.reshape(base.shape) * weights['boft_s']
 
 
 class HRA(surgery.Adapter):
@@ -88,8 +208,18 @@ class HRA(surgery.Adapter):
       )
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `hra_u`, `(in, rank)`, whose columns are in pairs."""
+    """Returns `hra_u`, `(in, rank)`, whose columns are in pairs.
+
+    Raises:
+      SiteError: if there are more reflections than inputs.
+    """
     shape = (math.prod(site.in_shape), self.rank // 2)
+    if self.rank > shape[0]:
+      raise surgery.SiteError(
+        f'{"/".join(site.path)}: rank {self.rank} exceeds the {shape[0]} '
+        'inputs, and as many reflections make any rotation. Choose a rank of '
+        f'at most {shape[0] // 2 * 2}, for this layer by patterns.'
+      )
     half = jax.random.normal(key, shape, 'float32') / math.sqrt(shape[0])
     return {'hra_u': jnp.repeat(half, 2, axis=1)}
 

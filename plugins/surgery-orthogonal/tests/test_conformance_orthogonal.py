@@ -1,6 +1,6 @@
 """The laws of adapter types."""
 
-from surgery_orthogonal import HRA, OFT
+from surgery_orthogonal import BOFT, HRA, OFT
 
 from surgery.testing import AdapterConformance
 
@@ -8,11 +8,18 @@ from surgery.testing import AdapterConformance
 class TestOFT(AdapterConformance):
   adapter = OFT(block_size=3, patterns={'**/query2': {'block_size': 5}})
   kinds = ('linear', 'no_bias', 'conv')
+  too_large = {'block_size': 10_000}
 
 
 class TestOFTOnOtherLayers(AdapterConformance):
   adapter = OFT(block_size=3)
   kinds = ('einsum', 'stacked')
+
+
+class TestBOFT(AdapterConformance):
+  adapter = BOFT(blocks=1, patterns={'**/query': {'blocks': 2}})
+  kinds = ('linear', 'einsum')
+  too_large = {'blocks': 10_000}
 
 
 class TestHRA(AdapterConformance):

@@ -1,11 +1,16 @@
+import pathlib
+
 import blox as bx
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from surgery_scaling import LNTuning
 
 import surgery
 
+# Made with PEFT 0.21.2 on torch 2.13.0: a norm between two linear layers.
+PEFT = pathlib.Path(__file__).parent / 'data' / 'ln_tuning'
 DRAW = np.random.default_rng(0)
 
 
@@ -30,6 +35,45 @@ def written(params, values):
 
 def shift_of(layer, name, primary='scale'):
   return ('net', layer, f'{name}_shift.default.{primary}')
+
+
+def test_it_equals_peft():
+  graph = bx.Graph('net')
+  inp = bx.Linear(graph.child('inp'), 8, rng=None)
+  norm = bx.LayerNorm(graph.child('norm'))
+  out = bx.Linear(graph.child('out'), 4, rng=None)
+  base, theirs, data, y = (
+    load_file(PEFT / f'{name}.safetensors')
+    for name in ('base_norm_net', 'adapter_model', 'inputs_norm_net', 'y')
+  )
+  names = {
+    'inp.weight': 'kernel',
+    'norm.weight': 'scale',
+    'out.weight': 'kernel',
+  }
+  params = network(
+    {
+      ('net', key.split('.')[0], names.get(key, 'bias')): value.T
+      for key, value in base.items()
+    }
+  )
+
+  def output(params):
+    x = jnp.asarray(data['x0'])
+    for layer in (inp, norm):
+      x, params = layer(params, x)
+    return out(params, jnp.maximum(x, 0))[0]
+
+  np.testing.assert_allclose(output(params), data['y_base'], atol=1e-5)
+  params = surgery.attach(params, LNTuning(), to='**/norm')
+  # PEFT stores what trains as a whole, here it is the difference.
+  whole = 'base_model.model.norm.ln_tuning_layers.'
+  values = {
+    shift_of('norm', name): theirs[whole + kind] - base[f'norm.{kind}']
+    for name, kind in (('scale', 'weight'), ('bias', 'bias'))
+  }
+  params = written(params, values)
+  np.testing.assert_allclose(output(params), y['y'], rtol=1e-5, atol=1e-5)
 
 
 def test_a_layer_norm_gets_its_own_scale_and_bias():

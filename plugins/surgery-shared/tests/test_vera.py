@@ -3,9 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from surgery_vera import VeRA
+from surgery_shared import VeRA
 
 import surgery
+
+pytestmark = pytest.mark.peft('vera')
 
 LAYERS = ('hidden0', 'hidden1', 'output')
 SHARED = (('surgery.default', 'vera_a'), ('surgery.default', 'vera_b'))
@@ -140,3 +142,10 @@ def test_under_a_scan_the_vectors_are_stacked_and_the_matrices_are_not():
 
 def test_it_is_found_by_its_name():
   assert VeRA is surgery.default_host().adapter_type('vera')
+
+
+def test_a_rank_for_some_sites_is_refused():
+  with pytest.raises(
+    surgery.ConfigError, match="'rank', which decides weights"
+  ):
+    VeRA(rank=8, patterns={'**/output': {'rank': 4}})

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import surgery
+from surgery_shared.sharing import refuse_patterns
 
 __all__ = ['VeRA']
 
@@ -33,6 +34,10 @@ class VeRA(surgery.Adapter):
   d_initial: float = surgery.field(
     default=0.1, doc='Value of lambda_d at the start.'
   )
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    refuse_patterns(self, 'rank')
 
   def init_shared(
     self, sites: Sequence[surgery.Site], key: jax.Array
