@@ -25,7 +25,7 @@ from surgery.core.checkpoint import open_checkpoint
 from surgery.core.host import Host
 from surgery.live import params as live
 from surgery.live import saving, verbs
-from surgery.testing import models
+from surgery.testing import hurry, models
 
 # How far outputs may differ where programs are compiled otherwise.
 TOLERANCES = {'float32': 2e-5, 'bfloat16': 5e-2, 'float16': 1e-2}
@@ -76,7 +76,7 @@ class Case:
   declared: Declared
   law: str = ''
 
-  @property
+  @functools.cached_property
   def host(self) -> Host:
     """A host that knows this type and no other."""
     return Host(plugins=[type(self.adapter)], only=())
@@ -250,7 +250,7 @@ def _gradients(
   def loss(half: bx.Params, rest: bx.Params) -> Any:
     return (model(half.merge(rest)).astype(jnp.float32) ** 2).sum()
 
-  compiled = jax.jit(jax.grad(loss))
+  compiled = hurry.compiled(jax.grad(loss))
 
   def gradients(params: bx.Params) -> dict[Any, Any]:
     return {p: g.value for p, g in compiled(*params.split()).items()}
@@ -540,20 +540,19 @@ def transformations_give_the_eager_result(case: Case) -> None:
   model = case.model()
   params = case.trained(model)
   eager = model(params)
-  case.close(
-    eager, jax.jit(lambda p: model(p))(params), 'outputs eager and under jit'
-  )
+  jitted = hurry.compiled(lambda p: model(p))
+  case.close(eager, jitted(params), 'outputs eager and under jit')
   # Compiled as a whole, since eagerly each of their operations would be.
-  remat = jax.jit(jax.checkpoint(lambda p: model(p)))
+  remat = hurry.compiled(jax.checkpoint(lambda p: model(p)))
   case.close(eager, remat(params), 'outputs eager and under checkpoint')
-  each = jax.jit(jax.vmap(lambda x: model(params, x[None])[0]))(model.x)
+  each = hurry.compiled(jax.vmap(lambda x: model(params, x[None])[0]))(model.x)
   case.close(eager, each, 'outputs at once and under vmap')
 
   def step(carry: Any, x: Any) -> Any:
     return carry, model(params, x[None])[0]
 
-  scanned = jax.jit(lambda x: jax.lax.scan(step, 0, x)[1])(model.x)
-  case.close(eager, scanned, 'outputs at once and under scan')
+  scan = hurry.compiled(lambda x: jax.lax.scan(step, 0, x)[1])
+  case.close(eager, scan(model.x), 'outputs at once and under scan')
   if case.kind in ('linear', 'embed'):  # Eagerly, others take long.
     half, rest = params.split()
     loss = lambda h: (model(h.merge(rest)).astype(jnp.float32) ** 2).sum()
@@ -572,11 +571,13 @@ def shards_give_the_eager_result(case: Case) -> None:
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
   x = jnp.concatenate([model.x] * count)
   spec = jax.sharding.PartitionSpec
-  sharded = jax.shard_map(
-    lambda p, x: model(p, x),
-    mesh=mesh,
-    in_specs=(spec(), spec('data')),
-    out_specs=spec('data'),
+  sharded = hurry.compiled(
+    jax.shard_map(
+      lambda p, x: model(p, x),
+      mesh=mesh,
+      in_specs=(spec(), spec('data')),
+      out_specs=spec('data'),
+    )
   )
   case.close(model(params, x), sharded(params, x), 'outputs and sharded ones')
 
