@@ -27,7 +27,7 @@ from surgery.live import explain as explaining
 from surgery.live import params as live
 from surgery.live import saving, verbs
 from surgery.live.factored import factored
-from surgery.testing import models
+from surgery.testing import hurry, models
 
 # How far outputs may differ where programs are compiled otherwise.
 TOLERANCES = {'float32': 2e-5, 'bfloat16': 5e-2, 'float16': 1e-2}
@@ -83,7 +83,7 @@ class Case:
   declared: Declared
   law: str = ''
 
-  @property
+  @functools.cached_property
   def host(self) -> Host:
     """A host that knows this type and no other."""
     return Host(plugins=[type(self.adapter)], only=())
@@ -266,7 +266,7 @@ def _both(
     y = model(half.merge(rest))
     return (y.astype(jnp.float32) ** 2).sum(), y
 
-  compiled = jax.jit(jax.grad(loss, has_aux=True))
+  compiled = hurry.compiled(jax.grad(loss, has_aux=True))
 
   def both(params: bx.Params) -> tuple[Any, dict[Any, Any]]:
     gradients, y = compiled(*params.split())
@@ -562,20 +562,19 @@ def transformations_give_the_eager_result(case: Case) -> None:
   model = case.model()
   params = case.trained(model)
   eager = model(params)
-  case.close(
-    eager, jax.jit(lambda p: model(p))(params), 'outputs eager and under jit'
-  )
+  jitted = hurry.compiled(lambda p: model(p))
+  case.close(eager, jitted(params), 'outputs eager and under jit')
   # Compiled as a whole, since eagerly each of their operations would be.
-  remat = jax.jit(jax.checkpoint(lambda p: model(p)))
+  remat = hurry.compiled(jax.checkpoint(lambda p: model(p)))
   case.close(eager, remat(params), 'outputs eager and under checkpoint')
-  each = jax.jit(jax.vmap(lambda x: model(params, x[None])[0]))(model.x)
+  each = hurry.compiled(jax.vmap(lambda x: model(params, x[None])[0]))(model.x)
   case.close(eager, each, 'outputs at once and under vmap')
 
   def step(carry: Any, x: Any) -> Any:
     return carry, model(params, x[None])[0]
 
-  scanned = jax.jit(lambda x: jax.lax.scan(step, 0, x)[1])(model.x)
-  case.close(eager, scanned, 'outputs at once and under scan')
+  scan = hurry.compiled(lambda x: jax.lax.scan(step, 0, x)[1])
+  case.close(eager, scan(model.x), 'outputs at once and under scan')
   if case.kind in ('linear', 'embed'):  # Eagerly, others take long.
     half, rest = params.split()
     loss = lambda h: (model(h.merge(rest)).astype(jnp.float32) ** 2).sum()
@@ -612,11 +611,13 @@ def shards_give_the_eager_result(case: Case) -> None:
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
   x = jnp.concatenate([model.x] * count)
   spec = jax.sharding.PartitionSpec
-  sharded = jax.shard_map(
-    lambda p, x: model(p, x),
-    mesh=mesh,
-    in_specs=(spec(), spec('data')),
-    out_specs=spec('data'),
+  sharded = hurry.compiled(
+    jax.shard_map(
+      lambda p, x: model(p, x),
+      mesh=mesh,
+      in_specs=(spec(), spec('data')),
+      out_specs=spec('data'),
+    )
   )
   case.close(model(params, x), sharded(params, x), 'outputs and sharded ones')
 

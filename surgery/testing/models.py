@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import blox as bx
@@ -122,12 +123,23 @@ class Model:
 
 
 def model(kind: str, dtype: str = 'float32') -> Model:
-  """Returns a model of a kind.
+  """Returns a model of a kind, with params that nobody else holds.
 
   Args:
     kind: one of `KINDS`.
     dtype: dtype of its parameters.
   """
+  made = _made(kind, dtype)
+  params = bx.Params()
+  for path, param in made.params.items():
+    metadata = dict(param.metadata)
+    params[path] = bx.Param(param.value, param.trainable, metadata)
+  options = dict(made.options)
+  return dataclasses.replace(made, params=params.locked(), options=options)
+
+
+@functools.cache
+def _made(kind: str, dtype: str) -> Model:
   graph = bx.Graph('net')
   rng = bx.Rng(graph.child('rng'))
   net = _Net(graph.child('layers'), kind, rng)
@@ -137,8 +149,7 @@ def model(kind: str, dtype: str = 'float32') -> Model:
     x = jnp.asarray([[0, 3, 6], [1, 1, 5]])
   elif kind == 'conv':
     x = jnp.asarray(numbers.normal(size=(2, 6, 5, 3)), 'float32')
-  _, params = net(rng.seed(bx.Params(), seed=0), x)
-  params = params.locked()
+  params = _filled(rng.seed(bx.Params(), seed=0), net, x, numbers).locked()
   if dtype != 'float32':
     params = verbs.cast(params, dtype)
     x = x if kind == 'embed' else x.astype(dtype)
@@ -148,6 +159,19 @@ def model(kind: str, dtype: str = 'float32') -> Model:
   if kind == 'stacked':
     options['stacked'] = 1
   return Model(net, params, x, options)
+
+
+def _filled(
+  params: bx.Params, net: Any, x: Any, numbers: np.random.Generator
+) -> bx.Params:
+  """Returns params with those that a net adds, drawn without a compiler."""
+  shapes = jax.eval_shape(lambda p: net(p, x)[1], params)
+  for path, param in shapes.items():
+    if path not in params:
+      drawn = 0.3 * numbers.normal(size=param.value.shape)
+      value = jnp.asarray(drawn, param.value.dtype)
+      params[path] = param.replace(value=value)
+  return params
 
 
 def attached(
