@@ -101,7 +101,7 @@ class Walk:
       inputs = [
         v.val if isinstance(v, literal) else values[v] for v in eqn.invars
       ]
-      if bases and eqn.outvars[0] in bases and _widens(eqn, inputs):
+      if bases and _widens(eqn, inputs) and eqn.outvars[0] in bases:
         # The base of a low-rank value stays in the dtype that it is stored in.
         (value,) = inputs
         values[eqn.outvars[0]] = plain(value, eqn.params['new_dtype'])
