@@ -515,13 +515,18 @@ def dynamic_slice(
     if size == view.shape[axis]:
       continue
     shape[axis] = size
-    view = view.along(
-      axis,
-      lambda v, at, start=starts[axis], size=size: (
-        jax.lax.dynamic_slice_in_dim(v, start, size, at)
-      ),
-      shape,
-    )
+
+    def cut(
+      value: Any, at: int, start: Any = starts[axis], n: int = size
+    ) -> Any:
+      # As the primitive has it: what begins before the array begins with it.
+      places, sizes = [jnp.zeros_like(start)] * value.ndim, [*value.shape]
+      places[at], sizes[at] = start, n
+      return jax.lax.dynamic_slice_p.bind(
+        value, *places, slice_sizes=tuple(sizes)
+      )
+
+    view = view.along(axis, cut, shape)
   return view
 
 
