@@ -84,7 +84,7 @@ class Stash:
             del value[name]
       elif any(map(self._holds, value)):
         value.clear()
-        getattr(value, 'update', getattr(value, 'extend', None))(before)
+        value.update(before) if isinstance(value, set) else value.extend(before)
 
   def _new(self, value: Any) -> bool:
     return isinstance(value, jax.core.Tracer) and id(value) not in self._tracers

@@ -140,7 +140,7 @@ class Walk:
         raise DropoutLost(plain(rest[0]), 'vmap') from None
       return self.bound(eqn, [self.dense(base, 'low_rank'), *rest])[0]
 
-  def bound(self, eqn: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+  def bound(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Binds an equation's primitive as it stands."""
     primitive = eqn.primitive
     params = primitive.get_bind_params(eqn.params)
@@ -149,7 +149,7 @@ class Walk:
     else:
       with eqn.ctx.manager:
         outputs = primitive.bind(*inputs, **params)
-    return outputs if primitive.multiple_results else [outputs]
+    return list(outputs) if primitive.multiple_results else [outputs]
 
   def viewed(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Does an equation of which an operand is a view."""

@@ -97,6 +97,14 @@ USES = {
   'a slice that begins before the array': (
     begins_before_the_array, (3, 6, 5), {'stacked': 1}, 'factored',
   ),
+  'scaled by rows and by columns': (
+    lambda k, x: x @ (k * jnp.arange(6.0)[:, None] / jnp.arange(1.0, 6.0)),
+    (6, 5), {}, 'factored',
+  ),
+  'both axes summed over': (
+    lambda k, x: jnp.einsum('io,iox->x', k, x[:, :2, None] * jnp.ones(4)),
+    (3, 2), {}, 'factored',
+  ),
   'one of a stack, by take': (
     lambda k, x: x @ jnp.take(k, jnp.argmax(x) % 3, axis=0),
     (3, 6, 5), {'stacked': 1}, 'factored',
