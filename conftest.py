@@ -1,4 +1,4 @@
-"""What keeps tests from waiting for the compiler."""
+"""What keeps tests from waiting: for the compiler."""
 
 import re
 import sys
@@ -15,6 +15,25 @@ hypothesis.settings.load_profile('surgery')
 DRAWS = r'jit_(draw|_?(truncated_)?normal|_?uniform|_?threefry\w*)'
 EVERYTHING = r'.*'
 NOTHING = r'(?!)'
+
+
+# Rooms in the order of their tests: who compiles alike works side by side, and
+# short files are last, so that all workers end at one time.
+ROOMS = (
+  'tests/live', 'plugins', 'tests/testing', 'tests/adapters', 'tests/passes',
+  'tests/recipes', 'tests/files', 'tests/cli', 'tests', 'tests/core',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+  """Sorts tests by rooms."""
+
+  def room(item):
+    path = item.path.relative_to(config.rootpath)
+    found = next(str(p) for p in path.parents if str(p) in (*ROOMS, '.'))
+    return ROOMS.index(found) if found in ROOMS else len(ROOMS)
+
+  items.sort(key=room)
 
 
 class _Compiler:
