@@ -1,5 +1,6 @@
-"""What keeps tests from waiting: for the compiler."""
+"""What keeps tests from waiting: for the compiler above all, and the disk."""
 
+import os
 import re
 import sys
 
@@ -91,3 +92,14 @@ def _compiling(request, _compiler, in_a_hurry):
   if 'jax' in sys.modules:  # Who needs none does not wait for it.
     optimized = getattr(request.module, 'OPTIMIZED', False)
     _compiler.hurry(NOTHING if optimized else in_a_hurry)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _disk():
+  """Leaves to the system when it writes to the disk.
+
+  Only a loss of power would show it. When `fsync` is called is tested.
+  """
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(os, 'fsync', os.fstat)
+    yield
