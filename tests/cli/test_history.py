@@ -53,6 +53,7 @@ steps:
         rank: 2
         alpha: null
         rslora: false
+        dropout: 0.0
         patterns:
           '**/value':
             rank: 1

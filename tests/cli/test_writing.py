@@ -202,7 +202,7 @@ def test_what_needs_no_jax_imports_none(model, tmp_path, name):
 def test_every_verb_that_writes_is_tested_here():
   from surgery.cli import main
 
-  reads = {'demo', 'diff', 'inspect', 'plugins', 'select', 'verify'}
+  reads = {'demo', 'diff', 'explain', 'inspect', 'plugins', 'select', 'verify'}
   # They have tests of their own.
   others = {'convert', 'unfreeze', 'run', 'recipe-schema', 'new-plugin'}
   assert set(main.VERBS) == VERBS.keys() | reads | others

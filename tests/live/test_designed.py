@@ -174,7 +174,8 @@ def test_on_record_it_answers_the_same_bits(net):
 def test_adapters_tells_of_it(net):
   (info,) = surgery.adapters(net[1])
   assert ('default', 'lora') == (info.name, info.type)
-  assert {'rank': 2, 'alpha': None, 'rslora': False} == info.config
+  options = {'rank': 2, 'alpha': None, 'rslora': False, 'dropout': 0.0}
+  assert options == info.config
   assert 2 == len(info.sites)
 
 

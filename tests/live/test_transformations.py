@@ -418,7 +418,8 @@ def test_repr_tells_of_adapters(adapted):
   text = repr(surgery.disable(_attach(adapted, 'two'), 'two'))
   assert text.startswith('AdaptedParams[locked]({')
   assert "('net', 'mlp', 'hidden0', 'lora_a')" in text
-  assert '# default: LoRA(rank=2, alpha=None, rslora=False) on 2 sites' in text
+  lora = 'LoRA(rank=2, alpha=None, rslora=False, dropout=0.0)'
+  assert f'# default: {lora} on 2 sites' in text
   assert text.endswith('on 2 sites, disabled')
 
 

@@ -594,7 +594,8 @@ def test_adapters_says_what_is_attached(net):
   one, two = surgery.adapters(params)
   assert ('one', 'lora', True) == (one.name, one.type, one.enabled)
   assert ('two', 'lora', False) == (two.name, two.type, two.enabled)
-  assert {'rank': 2, 'alpha': None, 'rslora': False} == one.config
+  options = {'rank': 2, 'alpha': None, 'rslora': False, 'dropout': 0.0}
+  assert options == one.config
   assert 2 == len(one.sites)
   assert (4 + 6 + 6 + 5) * 2 == one.size
   assert one.size * 4 == one.nbytes

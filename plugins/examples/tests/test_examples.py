@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import pathlib
-import runpy
 import shlex
 import shutil
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import surgery
+from surgery.cli import main
 from surgery.testing import check
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -194,7 +194,7 @@ def test_they_work_in_the_shell_in_recipes_and_alone(
     words = ['surgery', '--no-plugin', 'x', *shlex.split(line)]
     monkeypatch.setattr(sys, 'argv', words)
     with pytest.raises(SystemExit) as ended:
-      runpy.run_module('surgery', run_name='__main__')
+      main.main()
     return ended.value.code
 
   base = network()
