@@ -1,0 +1,1 @@
+"""Models for `train_step.py`, as users of several libraries write them."""
