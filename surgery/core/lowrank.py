@@ -239,6 +239,8 @@ def primitive() -> Any:
     out = low_rank.bind(*primals, **params)
     # Nothing moves where the key alone was differentiated.
     none = jax.numpy.zeros_like(out)
+    # A narrow base's tangent is as narrow as that.
+    parts = [jax.lax.convert_element_type(p, out.dtype) for p in parts]
     return out, functools.reduce(lambda x, y: x + y, parts) if parts else none
 
   ad.primitive_jvps[low_rank] = jvp
@@ -253,6 +255,13 @@ def primitive() -> Any:
         new.insert(dim, 0)
       moved.append(value)
       owned.append(tuple(new))
+    if all(dim is None for dim in dims[:3]):
+      # A key for each, and nothing else: the base is repeated.
+      (count,) = {
+        v.shape[d] for v, d in zip(operands[3:], dims[3:], strict=True)
+      }
+      moved[0] = jax.numpy.broadcast_to(moved[0], (count, *moved[0].shape))
+      owned[0] = (0, *owned[0])
     for value, dim in zip(operands[3:], dims[3:], strict=True):
       moved.append(value if dim is None else jax.numpy.moveaxis(value, dim, 0))
     return low_rank.bind(*moved, axes=tuple(owned), **params), 0

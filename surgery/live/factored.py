@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import blox as bx
 import jax
 import jax.extend.core as jex
 
 from surgery.core import errors, paths
 from surgery.live import params as live
+from surgery.live.stashed import Stash
 from surgery.live.views import Misrouted
 from surgery.live.walking import DropoutLost, Walk
 
@@ -68,21 +69,23 @@ def factored(model: Model) -> Model:
       drops, kwargs = _training(signature, args, kwargs)
     else:
       kwargs = _arguments(signature, kwargs)
-    leaves, tree = jax.tree.flatten((args, kwargs))
     routed = any(map(_is_routed, _all_params((args, kwargs))))
-    traced = any(isinstance(v, jax.core.Tracer) for v in leaves)
-    if not (traced or drops or routed):
-      return model(*args, **kwargs)
     try:
-      result = walked(model, leaves, tree, Walk(training=drops))
+      leaves, tree = _flattened((args, kwargs))
+      traced = any(isinstance(v, jax.core.Tracer) for v in leaves)
+      if traced or drops or routed:
+        result = walked(model, leaves, tree, Walk(training=drops))
+        return _counted(result) if drops else result
     except NotFollowed as found:
       if drops or routed:
+        cause = found.__cause__
+        if cause is not None and not isinstance(cause, _UNTRACEABLE):
+          raise cause from None  # The model's own.
         what = 'dropout' if drops else 'adapter of each row'
         raise errors.AdapterError(
           f'factored: {found.reason}, so parameters would be dense, and a '
           f'dense parameter has no {what}.'
-        ) from found.__cause__
-      return model(*args, **kwargs)
+        ) from cause
     except Misrouted as lost:
       raise errors.AdapterError(
         f'factored: {_named(lost.origin)} is routed, and {lost.reason}. Rows '
@@ -94,11 +97,28 @@ def factored(model: Model) -> Model:
         'needs the dense parameter, which has none. Attach elsewhere, or with '
         'dropout=0 there by patterns.'
       ) from None
-    return _counted(result) if drops else result
+    # What the model raises by itself is not told as if raised by the above.
+    return model(*args, **kwargs)
 
   with contextlib.suppress(AttributeError, TypeError):
     functools.update_wrapper(call, model, updated=())
   return call  # type: ignore[return-value]
+
+
+def _flattened(tree: Any) -> tuple[list[Any], Any]:
+  """Returns the leaves of a call, and its structure.
+
+  Raises:
+    NotFollowed: if JAX cannot flatten it.
+  """
+  try:
+    return jax.tree.flatten(tree)
+  except (TypeError, ValueError) as error:
+    raise NotFollowed(f'arguments are no pytree ({_line(error)})') from error
+
+
+def _line(error: Exception) -> str:
+  return str(error).split('\n', 1)[0]
 
 
 def _named(origin: Sequence[paths.Path]) -> str:
@@ -178,8 +198,7 @@ def walked(
   where = [i for i, v in enumerate(leaves) if isinstance(v, jax.core.Tracer)]
   results: list[Any] = []
   trees: list[Any] = []
-  modules = _modules(model)
-  before = _stashed(modules)
+  stash = Stash([model, *leaves])
 
   def flat(*traced: Any) -> list[Any]:
     given = [*leaves]
@@ -190,67 +209,39 @@ def walked(
     for value in found:
       if not jex.valid_jaxtype(value) and not isinstance(value, str):
         raise NotFollowed(f'a result is a {type(value).__name__}')
+    after, same = jax.tree.flatten((args, kwargs))
+    if same != tree or any(map(operator.is_not, after, given)):
+      raise NotFollowed('the model writes to an argument')
+    if stash.grown:
+      raise NotFollowed('a module keeps an intermediate value')
     results[:] = found
     trees[:] = [out]
     return [v for v in found if isinstance(v, jax.core.Tracer)]
 
   try:
     closed = jax.make_jaxpr(flat)(*(leaves[i] for i in where))
-  except _UNTRACEABLE as error:
-    what = str(error).split('\n', 1)[0]
-    raise NotFollowed(f'the model decides by values ({what})') from error
-  if _stashed(modules) - before:
-    raise NotFollowed('a module keeps an intermediate value')
-  computed = iter(
-    walk.dense(v, 'result')
-    for v in walk.closed(closed, [leaves[i] for i in where])
-  )
+  except Exception as error:
+    # The dense way is taken, and raises it where it is the model's own.
+    stash.restore()
+    if isinstance(error, NotFollowed):
+      raise
+    if isinstance(error, _UNTRACEABLE):
+      reason = f'the model decides by values ({_line(error)})'
+    else:
+      reason = f'tracing raises {type(error).__name__} ({_line(error)})'
+    raise NotFollowed(reason) from error
+  try:
+    made = walk.closed(closed, [leaves[i] for i in where])
+    computed = iter([walk.dense(v, 'result') for v in made])
+  except (DropoutLost, Misrouted):
+    raise
+  except Exception as error:
+    what = f'{type(error).__name__}: {_line(error)}'
+    raise NotFollowed(f'the walk through it fails ({what})') from error
   whole = [
     next(computed) if isinstance(v, jax.core.Tracer) else v for v in results
   ]
   return jax.tree.unflatten(trees[0], whole)
-
-
-# What a model keeps beside its params.
-
-
-def _modules(model: Any) -> list[bx.Module]:
-  """Returns the modules that a model or a function is made of, where seen."""
-  roots: dict[int, bx.Graph] = {}
-  seen: set[int] = set()
-
-  def visit(value: Any) -> None:
-    if id(value) in seen:
-      return
-    seen.add(id(value))
-    if isinstance(value, bx.Module):
-      root = value.graph.root
-      roots[id(root)] = root
-    elif isinstance(value, functools.partial):
-      for part in (value.func, *value.args, *value.keywords.values()):
-        visit(part)
-    elif inspect.ismethod(value):
-      visit(value.__self__)
-    elif inspect.isfunction(value):
-      inside = inspect.getclosurevars(value)
-      for part in (*inside.nonlocals.values(), *inside.globals.values()):
-        visit(part)
-      visit(inspect.unwrap(value))
-
-  visit(model)
-  return [module for root in roots.values() for _, module in root.walk()]
-
-
-def _stashed(modules: list[bx.Module]) -> set[int]:
-  """Returns which traced values modules keep as attributes."""
-  return {
-    id(leaf)
-    for module in modules
-    for value in vars(module).values()
-    if not isinstance(value, (bx.Module, bx.Graph, str, int, float))
-    for leaf in jax.tree.leaves(value)
-    if isinstance(leaf, jax.core.Tracer)
-  }
 
 
 # Dropout.
@@ -258,9 +249,12 @@ def _stashed(modules: list[bx.Module]) -> set[int]:
 
 def _all_params(tree: Any) -> Iterator[live.AdaptedParams]:
   is_params = lambda value: isinstance(value, live.AdaptedParams)
-  for leaf in jax.tree.leaves(tree, is_leaf=is_params):
-    if is_params(leaf):
-      yield leaf
+  try:
+    leaves = jax.tree.leaves(tree, is_leaf=is_params)
+  except (TypeError, ValueError):
+    args, kwargs = tree  # Some argument is no pytree.
+    leaves = [*args, *kwargs.values()]
+  yield from filter(is_params, leaves)
 
 
 def _counters(params: live.AdaptedParams) -> list[paths.Path]:

@@ -43,7 +43,7 @@ class Misrouted(Exception):  # noqa: N818 - becomes an error with advice.
     self.reason = reason
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Factor:
   """An array that owns some axes of a view.
 
@@ -69,7 +69,7 @@ class Factor:
     return Factor(self.value, tuple(names.get(x, x) for x in self.axes))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dropout:
   """What is done to the input of a product, in training.
 
@@ -90,7 +90,7 @@ class Dropout:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Term:
   """A summand of a view.
 
@@ -433,8 +433,8 @@ def _plan(
   if matrices and None not in matrices:
     (x_matrix, x_axis), (y_matrix, y_axis) = matrices
     shapes = (
-      None if len(x_labels) == 2 else x_matrix,
-      None if len(y_labels) == 2 else y_matrix,
+      None if x_matrix == x_shape else x_matrix,
+      None if y_matrix == y_shape else y_matrix,
     )
     numbers = (((x_axis,), (y_axis,)), ((), ()))
   else:

@@ -81,6 +81,10 @@ class Walk:
       self.note(value, because)
     return value.dense()
 
+  def whole(self, value: Any, because: str) -> Any:
+    """Returns a value as it is, but for a square: that as an array."""
+    return self.dense(value, because) if isinstance(value, Squared) else value
+
   # The walk.
 
   def closed(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
@@ -101,7 +105,7 @@ class Walk:
       inputs = [
         v.val if isinstance(v, literal) else values[v] for v in eqn.invars
       ]
-      if bases and eqn.outvars[0] in bases and _widens(eqn, inputs):
+      if bases and _widens(eqn, inputs) and eqn.outvars[0] in bases:
         # The base of a low-rank value stays in the dtype that it is stored in.
         (value,) = inputs
         values[eqn.outvars[0]] = plain(value, eqn.params['new_dtype'])
@@ -126,6 +130,7 @@ class Walk:
 
   def low_rank(self, eqn: Any, inputs: Sequence[Any]) -> Any:
     """Returns the view that a low-rank value is."""
+    inputs = [self.whole(i, 'low_rank') for i in inputs]
     try:
       return RULES['low_rank'](*inputs, training=self.training, **eqn.params)
     except Decline:
@@ -165,17 +170,28 @@ class Walk:
       except Decline:
         pass
       else:
-        if name in CONSUMERS and not isinstance(result, View):
-          for view in views:
-            self.note(view, FACTORED)
-          wanted = eqn.outvars[0].aval.dtype
-          result = cast(result, wanted)
-        return result if eqn.primitive.multiple_results else [result]
+        results = result if eqn.primitive.multiple_results else [result]
+        if all(map(_fits, results, eqn.outvars)):
+          if name in CONSUMERS:
+            return [
+              self.used(r, views, v)
+              for r, v in zip(results, eqn.outvars, strict=True)
+            ]
+          return results
     return self.bound(eqn, [self.dense(i, name) for i in inputs])
+
+  def used(self, result: Any, views: Sequence[View], var: Any) -> Any:
+    """Returns what a rule made that uses views up, or only a part of one."""
+    if isinstance(result, View):
+      origin = views[0].origin
+      return View(result.shape, result.dtype, result.terms, origin)
+    for view in views:
+      self.note(view, FACTORED)
+    return cast(result, var.aval.dtype)
 
   def tagged(self, value: Any, path: Path) -> Any:
     """Returns a view that knows which parameter it is."""
-    if not isinstance(value, View):
+    if not isinstance(value, View) or isinstance(value, Squared):
       self.notes.setdefault(path, []).append(NOT_LOW_RANK)
       return value
     self.notes.setdefault(path, [])
@@ -192,7 +208,7 @@ class Walk:
     retraced = _CALLS.get(name)
     if retraced is None:
       return self.bound(eqn, [self.dense(i, name) for i in inputs])
-    return retraced(self, eqn, inputs)
+    return retraced(self, eqn, [self.whole(i, name) for i in inputs])
 
   def inner(self, jaxpr: Any, because: str) -> Callable[..., list[Any]]:
     """Returns a function of arrays and views that gives arrays."""
@@ -232,6 +248,16 @@ def _compiled(name: str, *operands: Any, **params: Any) -> Any:
 @functools.lru_cache(maxsize=1024)
 def _program(name: str, params: Any) -> Callable[..., Any]:
   return jax.jit(functools.partial(RULES[name], **dict(params)), inline=True)
+
+
+def _fits(result: Any, var: Any) -> bool:
+  """Whether a rule's result is of the kind that the primitive's would be.
+
+  If not, the primitive does something that the rule does not know of.
+  """
+  if tuple(result.shape) != tuple(var.aval.shape):
+    return False
+  return not isinstance(result, View) or result.dtype == var.aval.dtype
 
 
 def _ambient() -> Any:

@@ -1,0 +1,159 @@
+"""What a model keeps of a call beside its results: traced values on modules.
+
+A layer may write `self.hidden = h`, or put it on a list, to be read after the
+call. Where a model is traced apart from the code around it, such a value would
+be of a trace that is over. So what a model can be seen to hold is looked
+through before and after.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import blox as bx
+import jax
+import numpy as np
+
+# What holds nothing of a call, or is not written to by a model.
+_ATOMS = (
+  str,
+  bytes,
+  int,
+  float,
+  complex,
+  type(None),
+  np.ndarray,
+  np.generic,
+  np.dtype,
+  jax.Array,
+  bx.Graph,
+  type,
+  types.ModuleType,
+  types.BuiltinFunctionType,
+)
+_MUTABLE = (dict, list, set, collections.deque)
+# Objects within objects, and functions by their names, are followed as far.
+_DEPTH = 4
+# Functions of these are no part of a model.
+_LIBRARIES = (
+  'blox',
+  'builtins',
+  'functools',
+  'jax',
+  'jaxlib',
+  'numpy',
+  'surgery',
+)
+
+
+class Stash:
+  """What a model holds, as of now.
+
+  Args:
+    roots: a model, and whatever else its calls may write to.
+  """
+
+  def __init__(self, roots: Iterable[Any]) -> None:
+    self._roots = list(roots)
+    self._kept: dict[int, tuple[Any, Any]] = {}
+    self._tracers: dict[int, Any] = {}
+    for value in self._all():
+      if isinstance(value, jax.core.Tracer):
+        self._tracers[id(value)] = value
+      elif isinstance(value, _MUTABLE):
+        self._kept[id(value)] = value, value.copy()
+
+  @property
+  def grown(self) -> bool:
+    """Whether traced values are held that were not."""
+    return any(map(self._new, self._all()))
+
+  def restore(self) -> None:
+    """Takes away what was put there since and holds a new traced value."""
+    for value, before in self._kept.values():
+      if isinstance(value, dict):
+        for name in [n for n, v in value.items() if self._holds(v)]:
+          if name in before:
+            value[name] = before[name]
+          else:
+            del value[name]
+      elif any(map(self._holds, value)):
+        value.clear()
+        value.update(before) if isinstance(value, set) else value.extend(before)
+
+  def _new(self, value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer) and id(value) not in self._tracers
+
+  def _holds(self, value: Any) -> bool:
+    """Whether something that is not itself restored holds a new value."""
+    if id(value) in self._kept or isinstance(value, bx.Module):
+      return False
+    return any(map(self._new, _reached([value], set(self._kept))))
+
+  def _all(self) -> Iterator[Any]:
+    return _reached(self._roots, set())
+
+
+def _reached(roots: Iterable[Any], seen: set[int]) -> Iterator[Any]:
+  """Yields containers and traced values that are reached from some values."""
+  stack = [(root, 0) for root in roots]
+  while stack:
+    value, depth = stack.pop()
+    if isinstance(value, jax.core.Tracer):
+      yield value
+      continue
+    if isinstance(value, _ATOMS) or id(value) in seen:
+      continue
+    seen.add(id(value))
+    if isinstance(value, _MUTABLE):
+      yield value
+    if isinstance(value, bx.Module):
+      stack += ((m, 0) for _, m in value.graph.root.walk())
+    below, further = _parts(value)
+    if depth + further <= _DEPTH:
+      stack += ((part, depth + further) for part in below)
+
+
+def _parts(value: Any) -> tuple[Iterable[Any], int]:
+  """Returns what a value holds, and how much further away that is."""
+  if isinstance(value, dict):
+    return list(value.values()), 0
+  if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+    return list(value), 0
+  if isinstance(value, functools.partial):
+    return [value.func, value.args, value.keywords], 0
+  if inspect.ismethod(value):
+    return [value.__self__, value.__func__], 0
+  if inspect.isfunction(value):
+    return ([] if _is_library(value) else _captured(value)), 1
+  methods = [
+    part
+    for kind in type(value).__mro__
+    if not _is_library(kind)
+    for part in vars(kind).values()
+  ]
+  held = getattr(value, '__dict__', None)
+  return [held, *methods], 0 if isinstance(value, bx.Module) else 1
+
+
+def _is_library(value: Any) -> bool:
+  return str(value.__module__).partition('.')[0] in _LIBRARIES
+
+
+def _captured(function: Callable[..., Any]) -> list[Any]:
+  """Returns what a function holds or names: its closure, its globals."""
+  code = function.__code__
+  held = [function.__dict__, function.__defaults__, function.__kwdefaults__]
+  for cell in function.__closure__ or ():
+    try:
+      held.append(cell.cell_contents)
+    except ValueError:
+      continue  # Nothing was put there yet.
+  names = function.__globals__
+  held += (names[n] for n in code.co_names if n in names)
+  return held
