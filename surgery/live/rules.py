@@ -788,7 +788,7 @@ def conv_general_dilated(x: Any, view: Any, **params: Any) -> Any:
 def _conv_term(
   term: Term, view: View, x: Any, params: Any, out_axis: int, groups: int
 ) -> Any:
-  conv = jax.lax.conv_general_dilated_p.bind
+  conv = jax.lax.conv_general_dilated
   if len(term.factors) == 1:
     factor = term.factors[0]
     if len(factor.axes) != view.ndim:

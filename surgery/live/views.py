@@ -479,14 +479,10 @@ def product(
     x = jax.lax.reshape(x, plan.shapes[0])
   if plan.shapes[1] is not None:
     y = jax.lax.reshape(y, plan.shapes[1])
-  made = jax.lax.dot_general_p.bind(
-    x,
-    y,
-    **{
-      **params,
-      'dimension_numbers': plan.numbers,
-      'preferred_element_type': dtype,
-    },
+  # Not the primitive itself: within shard_map one may vary over axes of the mesh
+  # over which the other does not.
+  made = jax.lax.dot_general(
+    x, y, plan.numbers, **{**params, 'preferred_element_type': dtype}
   )
   if plan.shape is not None and plan.shape != made.shape:
     made = jax.lax.reshape(made, plan.shape)

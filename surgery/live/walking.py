@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -422,26 +423,58 @@ def _remat(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
 def _shard_map(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   params = eqn.params
   jaxpr = jex.ClosedJaxpr(params['jaxpr'], ())
-  specs = [
-    _specs(o, spec) for o, spec in zip(inputs, params['in_specs'], strict=True)
-  ]
-  function = jax.shard_map(
-    lambda *operands: tuple(
-      walk.inner(jaxpr, 'shard_map')(*map(_local, operands, jaxpr.jaxpr.invars))
-    ),
+  inner = walk.inner(jaxpr, 'shard_map')
+  leaves: list[Any] = []
+  specs: list[Any] = []
+  trees: list[tuple[Any, int]] = []
+  for one, spec in zip(inputs, params['in_specs'], strict=True):
+    operand = _unshared(one)
+    parts, tree = jax.tree.flatten(operand)
+    leaves += parts
+    specs += _specs(operand, spec, parts)
+    trees.append((tree, len(parts)))
+
+  def function(*leaves: Any) -> tuple[Any, ...]:
+    rest = iter(leaves)
+    operands = [
+      jax.tree.unflatten(tree, list(itertools.islice(rest, count)))
+      for tree, count in trees
+    ]
+    return tuple(inner(*map(_local, operands, jaxpr.jaxpr.invars)))
+
+  mapped = jax.shard_map(
+    function,
     mesh=params['mesh'],
     in_specs=tuple(specs),
     out_specs=tuple(params['out_specs']),
     check_vma=params['check_vma'],
-    axis_names=set(params['manual_axes']),
+    axis_names=set(params['newly_manual_axes']),
   )
-  return list(function(*inputs))
+  return list(mapped(*leaves))
 
 
-def _specs(operand: Any, spec: Any) -> Any:
-  """Returns how the parts of a view lie on a mesh where the view lies so."""
+def _unshared(operand: Any) -> Any:
+  """Returns a view none of whose arrays takes part along two sets of axes.
+
+  As in `k + k.T`: it would have to lie on the mesh in two ways.
+  """
   if not isinstance(operand, View):
-    return spec
+    return operand
+  known: dict[int, tuple[int, ...]] = {}
+
+  def change(factor: Factor) -> Factor:
+    if known.setdefault(id(factor.value), factor.axes) == factor.axes:
+      return factor
+    # Another array of the same numbers, by name.
+    return Factor(jnp.array(factor.value), factor.axes)
+
+  return operand.mapped(change)
+
+
+def _specs(operand: Any, spec: Any, leaves: Sequence[Any]) -> list[Any]:
+  """Returns how the arrays of a view lie on a mesh where the view lies so."""
+  if not isinstance(operand, View):
+    return [spec]
   names = (*spec, *[None] * (operand.ndim - len(spec)))
   part = jax.sharding.PartitionSpec
   known: dict[int, Any] = {}
@@ -449,9 +482,7 @@ def _specs(operand: Any, spec: Any) -> Any:
     for factor in (*term.factors, *term.spreads):
       where = [None if x < 0 else names[x] for x in factor.axes]
       known[id(factor.value)] = part(*where)
-  # A tree of the same structure, whose leaves are specifications.
-  leaves, tree = jax.tree.flatten(operand)
-  return jax.tree.unflatten(tree, [known.get(id(v), part()) for v in leaves])
+  return [known.get(id(v), part()) for v in leaves]
 
 
 def _local(operand: Any, var: Any) -> Any:
