@@ -112,7 +112,8 @@ def _reached(roots: Iterable[Any], seen: set[int]) -> Iterator[Any]:
     seen.add(id(value))
     if isinstance(value, _MUTABLE):
       yield value
-    if isinstance(value, bx.Module):
+    if isinstance(value, bx.Module) and id(value.graph.root) not in seen:
+      seen.add(id(value.graph.root))  # Once for all modules of a model.
       stack += ((m, 0) for _, m in value.graph.root.walk())
     below, further = _parts(value)
     if depth + further <= _DEPTH:
