@@ -24,7 +24,9 @@ def test_a_type_is_shown_with_its_options(surgery_cli):
 
 def test_a_type_as_json(surgery_cli):
   data = json.loads(surgery_cli('plugins', 'show', 'lora', '--json').out)
-  assert ['rank', 'alpha', 'rslora'] == [o['name'] for o in data['options']]
+  assert ['rank', 'alpha', 'rslora', 'dropout'] == [
+    o['name'] for o in data['options']
+  ]
 
 
 def test_a_plugin_is_shown_with_its_hooks(surgery_cli):
