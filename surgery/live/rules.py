@@ -484,10 +484,10 @@ def _cut(value: Any, axis: int, cut: tuple[int, int, int]) -> Any:
 
 
 def _cut_at(value: Any, axis: int, start: Any, size: int) -> Any:
-  # As the primitive has it: what begins before the array begins with it.
-  places, sizes = [jnp.zeros_like(start)] * value.ndim, [*value.shape]
-  places[axis], sizes[axis] = start, size
-  return jax.lax.dynamic_slice_p.bind(value, *places, slice_sizes=tuple(sizes))
+  # As the primitive has it: what begins before the array begins with it. The
+  # function would count from the end, which has been done.
+  start = jnp.maximum(start, 0)
+  return jax.lax.dynamic_slice_in_dim(value, start, size, axis)
 
 
 @rule('slice')

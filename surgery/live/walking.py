@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from surgery.core import lowrank
 from surgery.core.paths import Path
 from surgery.live.rules import CONSUMERS, EACH, RULES, Squared
-from surgery.live.views import Decline, Misrouted, View, cast, plain
+from surgery.live.views import Decline, Factor, Misrouted, View, cast, plain
 
 # Where primitives that call keep what they call.
 _INLINED = {

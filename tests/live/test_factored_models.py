@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import blox as bx
 import jax
@@ -337,7 +338,7 @@ class Trainer:
 
 
 # name: a function that gives a loss and params, and how it is called.
-FUNCTIONS = {
+FUNCTIONS: dict[str, tuple[Any, Any]] = {
   'of globals': (loss_of_globals, lambda f, p: f(p, INPUT)),
   'of keywords': (
     with_keywords,
@@ -372,10 +373,9 @@ def test_functions_around_a_model(name):
     )(half)
     return grad(function), grad(surgery.factored(function))
 
-  (dense, after), fast = both(half)[0][0], both(half)[1]
-  close(dense, fast[0][0])
-  close(both(half)[0][1], fast[1])
-  models.assert_equal_params(after, fast[0][1])
+  ((dense, after), grads), ((fast, after_), grads_) = both(half)
+  close((dense, grads), (fast, grads_))
+  models.assert_equal_params(after, after_)
 
 
 def test_a_call_of_which_nothing_is_traced_is_the_models_own():

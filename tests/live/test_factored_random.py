@@ -73,7 +73,7 @@ def transposed(draw, shape):
 
 def reshaped(draw, shape):
   """Axes joined with their neighbours, divided, or mixed up."""
-  new = list(shape)
+  new: Any = list(shape)
   for _ in range(draw(st.integers(1, 2))):
     i = draw(st.integers(0, len(new) - 1))
     if draw(st.booleans()) and i + 1 < len(new):
