@@ -479,8 +479,8 @@ def product(
     x = jax.lax.reshape(x, plan.shapes[0])
   if plan.shapes[1] is not None:
     y = jax.lax.reshape(y, plan.shapes[1])
-  # Not the primitive itself: within shard_map one may vary over axes of the mesh
-  # over which the other does not.
+  # Not the primitive itself: within shard_map one may vary over axes of the
+  # mesh over which the other does not.
   made = jax.lax.dot_general(
     x, y, plan.numbers, **{**params, 'preferred_element_type': dtype}
   )
