@@ -16,8 +16,10 @@ demo: $(VENV)/installed  ## Pretrain, adapt, merge and save on real data.
 	$(BIN)/surgery demo
 
 test: $(VENV)/plugins-installed  ## All tests, of plugins/ too.
-	# A file to a worker: its tests share what they compile.
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile tests plugins
+	# A file to a worker: its tests share what they compile. In the order of
+	# conftest.py.
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		tests plugins
 
 lint: $(VENV)/dev-installed  ## Style, types, and who may import whom.
 	$(BIN)/ruff check .

@@ -12,6 +12,9 @@ import pytest
 import surgery
 from surgery.core import config
 
+# Compiled as users do: bits are compared (see conftest.py).
+OPTIMIZED = True
+
 
 class Draw(surgery.Adapter):
   """Adds what it drew, in ways that XLA likes to fold together."""

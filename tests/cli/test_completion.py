@@ -1,37 +1,43 @@
 """Completion, as the scripts that shells are given ask for it."""
 
 import contextlib
+import io
 import os
 import pty
 import select
 import shutil
 import subprocess
 import sys
+import warnings
+from unittest import mock
 
 import pytest
 
+from surgery.cli import main
 from tests.cli.test_main import BIN, command
 
 FOLDER = os.pathsep.join([str(BIN.parent), os.environ['PATH']])
 
 
-def completed(line, cwd=None, shell='bash'):
+def completed(line, cwd='.', shell='bash'):
   """Returns what completes a command line, as a shell asks for it."""
-  words = line.split(' ')
-  done = subprocess.run(
-    [BIN],
-    capture_output=True,
-    text=True,
-    cwd=cwd,
-    env={
-      **os.environ,
-      'COMP_WORDS': line,
-      'COMP_CWORD': str(len(words) - 1),
-      '_SURGERY_COMPLETE': f'{shell}_complete',
-    },
-  )
-  assert (0, '') == (done.returncode, done.stderr)
-  return [li.removeprefix('plain,') for li in done.stdout.splitlines() if li]
+  asked = {
+    'COMP_WORDS': line,
+    'COMP_CWORD': str(len(line.split(' ')) - 1),
+    '_SURGERY_COMPLETE': f'{shell}_complete',
+  }
+  out = io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True)
+  with (
+    mock.patch.dict(os.environ, asked),
+    contextlib.chdir(cwd),
+    warnings.catch_warnings(),  # The command silences its process.
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(io.StringIO()) as err,
+  ):
+    code = main.run([])
+  assert (0, '') == (code, err.getvalue())
+  lines = out.buffer.getvalue().decode().splitlines()
+  return [li.removeprefix('plain,') for li in lines if li]
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def test_headers_of_a_large_file_are_read_without_reading_ahead(
   path = tmp_path / 'm.msgpack'
   checkpoint(values).write(path)
   with path.open('rb') as file:
-    os.fsync(file.fileno())
+    os.fdatasync(file.fileno())  # For `fsync` tests do not wait.
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
   counted = subprocess.run(
     [sys.executable, '-c', READ, str(path)],
