@@ -135,8 +135,8 @@ def built(task: Task, layers: models.Layers = models.BLOX) -> Any:
 def initial(task: Task) -> tuple[Any, bx.Params, surgery.AdaptedParams]:
   """Returns a model, its params, and those with LoRA and a random B."""
   model, rng = built(task)
-  start = jax.jit(lambda x: model(rng.seed(bx.Params(), seed=0), x)[1])
-  base = start(task.x).locked()
+  _, base = model(rng.seed(bx.Params(), seed=0), task.x)
+  base = base.locked()
   lora = surgery.LoRA(rank=by_hand.RANK)
   params = surgery.attach(base, lora, to=task.to)
   params = surgery.freeze(params)
