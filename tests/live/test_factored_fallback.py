@@ -298,6 +298,12 @@ def test_a_model_that_keeps_nothing_new_stays_factored(net):
   assert ['factored'] == states(model, net[1], X)
 
 
+def test_nothing_outlives_the_trace_of_a_model(net):
+  model, params = net
+  with jax.checking_leaks():
+    assert ['factored'] == states(model, params, X)
+
+
 # Arguments.
 
 
