@@ -232,7 +232,9 @@ def walked(
       reason = f'tracing raises {type(error).__name__} ({_line(error)})'
     raise NotFollowed(reason) from error
   try:
-    made = walk.closed(closed, [leaves[i] for i in where])
+    # The model has been traced as it likes; the rules write for any setting.
+    with jax.numpy_dtype_promotion('standard'):
+      made = walk.closed(closed, [leaves[i] for i in where])
     computed = iter([walk.dense(v, 'result') for v in made])
   except (DropoutLost, Misrouted):
     raise
