@@ -214,7 +214,8 @@ def walked(
       raise NotFollowed('the model writes to an argument')
     if stash.grown:
       raise NotFollowed('a module keeps an intermediate value')
-    results[:] = found
+    # Not the traced values: they are of a trace that ends here.
+    results[:] = [None if isinstance(v, jax.core.Tracer) else v for v in found]
     trees[:] = [out]
     return [v for v in found if isinstance(v, jax.core.Tracer)]
 
@@ -231,16 +232,16 @@ def walked(
       reason = f'tracing raises {type(error).__name__} ({_line(error)})'
     raise NotFollowed(reason) from error
   try:
-    made = walk.closed(closed, [leaves[i] for i in where])
+    # The model has been traced as it likes; the rules write for any setting.
+    with jax.numpy_dtype_promotion('standard'):
+      made = walk.closed(closed, [leaves[i] for i in where])
     computed = iter([walk.dense(v, 'result') for v in made])
   except (DropoutLost, Misrouted):
     raise
   except Exception as error:
     what = f'{type(error).__name__}: {_line(error)}'
     raise NotFollowed(f'the walk through it fails ({what})') from error
-  whole = [
-    next(computed) if isinstance(v, jax.core.Tracer) else v for v in results
-  ]
+  whole = [next(computed) if v is None else v for v in results]
   return jax.tree.unflatten(trees[0], whole)
 
 

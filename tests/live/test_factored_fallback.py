@@ -298,6 +298,22 @@ def test_a_model_that_keeps_nothing_new_stays_factored(net):
   assert ['factored'] == states(model, net[1], X)
 
 
+def test_nothing_outlives_the_trace_of_a_model(net):
+  model, params = net
+  with jax.checking_leaks():
+    assert ['factored'] == states(model, params, X)
+
+
+def test_a_model_that_promotes_no_dtypes_stays_factored():
+  def use(k, x):
+    y = x.astype('bfloat16') @ k.astype('bfloat16')
+    return jax.lax.cond(y[0, 0] > 0, jnp.sin, jnp.cos, y)
+
+  model, params = layer(use, (6, 5))
+  with jax.numpy_dtype_promotion('strict'):
+    assert ['factored'] == states(model, params, X)
+
+
 # Arguments.
 
 
