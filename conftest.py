@@ -14,7 +14,6 @@ hypothesis.settings.load_profile('surgery')
 # Programs that draw random numbers are the slowest to compile, and whatever is
 # compared to the bit is drawn by one of them.
 DRAWS = r'jit_(draw|_?(truncated_)?normal|_?uniform|_?threefry\w*)'
-EVERYTHING = r'.*'
 NOTHING = r'(?!)'
 
 
