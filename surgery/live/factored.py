@@ -70,6 +70,11 @@ def factored(model: Model) -> Model:
     else:
       kwargs = _arguments(signature, kwargs)
     routed = any(map(_is_routed, _all_params((args, kwargs))))
+    if drops and routed:
+      raise errors.AdapterError(
+        'factored: routed params have no dropout, and this call is in '
+        'training. Call it with is_training=False, or attach with dropout=0.'
+      )
     try:
       leaves, tree = _flattened((args, kwargs))
       traced = any(isinstance(v, jax.core.Tracer) for v in leaves)

@@ -136,7 +136,12 @@ def stirred_only(params, seed):
   )
   numbers = np.random.default_rng(seed)
   weights = jax.tree.map(
-    lambda w: jnp.asarray(numbers.normal(size=w.shape), w.dtype), weights
+    lambda w: (
+      jnp.asarray(numbers.normal(size=w.shape), w.dtype)
+      if jnp.issubdtype(w.dtype, jnp.floating)
+      else w
+    ),
+    weights,
   )
   return weights.merge(rest)
 
@@ -205,3 +210,21 @@ def test_routed_params_are_detached_and_disabled_as_others():
   assert sorted(params.keys()) == sorted(plain.keys())
   off = surgery.disable(routed)
   assert np.array_equal(model(params, x)[0], model(off, x)[0])
+
+
+def test_dropout_is_refused_in_training_and_has_no_part_outside_of_it():
+  model, params, x = mlp()
+  drop = surgery.LoRA(rank=2, dropout=0.5)
+  two = [
+    stirred_only(surgery.attach(params, drop, to='**/hidden0'), seed)
+    for seed in (0, 1)
+  ]
+  index = [0, 1, 1, 0, 0, 1, 0]
+  routed = surgery.route(surgery.stack_adapters(two), index)
+  fast = surgery.factored(model)
+  with pytest.raises(
+    surgery.AdapterError, match='routed params have no dropout'
+  ):
+    fast(routed, x)
+  expected = alone(model, [two[i] for i in index], x)
+  close(expected, fast(routed, x, is_training=False)[0])
