@@ -736,7 +736,9 @@ def _term(
   if not any(name in labels[0] for name in summed):
     values, labels = values[::-1], labels[::-1]
   if labels[0][-1] == 'rank' and values[0].ndim > 1:
-    # way on CPU, that of a flat one has; it would turn it back if it saw it.
+    # The gradient of a tall, thin matrix is a product for which XLA has no
+    # quick way on CPU, that of a flat one has. The barrier keeps XLA from
+    # turning it back.
     order = (values[0].ndim - 1, *range(values[0].ndim - 1))
     turned = jax.lax.transpose(values[0], order)
     values[0] = jax.lax.optimization_barrier(turned)
