@@ -1,5 +1,6 @@
 """The examples work, each in a host of its own."""
 
+import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.cli import main
 from surgery.testing import check
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -189,12 +189,18 @@ def offered(tmp_path, monkeypatch):
 def test_they_work_in_the_shell_in_recipes_and_alone(
   offered, monkeypatch, capfd, name
 ):
+  # What the installed command `surgery` runs.
+  (script,) = importlib.metadata.entry_points(
+    group='console_scripts', name='surgery'
+  )
+  main = script.load()
+
   def shell(line):
     # A host of this command's own: the default one has looked already.
     words = ['surgery', '--no-plugin', 'x', *shlex.split(line)]
     monkeypatch.setattr(sys, 'argv', words)
     with pytest.raises(SystemExit) as ended:
-      main.main()
+      main()
     return ended.value.code
 
   base = network()
