@@ -1,0 +1,24 @@
+"""What each primitive makes of a view: a view again, or an array.
+
+A rule is a function of the operands, of which at least one is a view, and of
+the primitive's parameters. It returns the result, or raises `Decline`; then the
+views are made dense and the primitive is bound as it stands. So a rule that is
+missing or too careful costs time and never a result. Rules take parameters by
+name and ignore those that they do not know to matter, since JAX adds some; a
+parameter that changes what is computed must be looked at here
+(tests/live/test_factored.py compares every rule with the dense arrays).
+
+`arithmetic` and `moves` keep a view a view; `products`, `lookups` and `norms`
+use it up.
+"""
+
+from surgery.live.rules import arithmetic, lookups, moves, norms, products
+from surgery.live.rules.arithmetic import Squared
+from surgery.live.rules.moves import EACH
+from surgery.live.rules.table import Rule
+
+# Primitives that use a view up: what they make is an array.
+CONSUMERS: dict[str, Rule] = {**lookups.RULES, **norms.RULES, **products.RULES}
+RULES: dict[str, Rule] = {**arithmetic.RULES, **moves.RULES, **CONSUMERS}
+
+__all__ = ['CONSUMERS', 'EACH', 'RULES', 'Squared']

@@ -1,0 +1,179 @@
+"""Arithmetic that keeps what a view is: sums, scales, casts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surgery.live.rules.table import Table, is_number, only
+from surgery.live.views import Decline, Dropout, Factor, Term, View, cast, plain
+
+RULES = Table()
+rule = RULES.rule
+
+
+@rule('low_rank')
+def low_rank(
+  base: Any,
+  a: Any,
+  b: Any,
+  *key: Any,
+  axes: Any,
+  scale: float,
+  dropout: float,
+  training: bool = False,
+) -> View:
+  """The base's terms and one more.
+
+  A product in front of it that is like it is joined with it: two adapters on a
+  layer are one of both ranks.
+  """
+  if isinstance(a, View) or isinstance(b, View):
+    raise Decline
+  view = base if isinstance(base, View) else plain(base)
+  if axes[0] != tuple(range(view.ndim)):
+    names = dict(enumerate(axes[0]))
+    view = view.mapped(lambda f: f.renamed(names))
+  sizes = {
+    axis: size
+    for value, owned in ((base, axes[0]), (a, axes[1]), (b, axes[2]))
+    for axis, size in zip(owned, value.shape, strict=True)
+    if axis >= 0
+  }
+  drop = None
+  if dropout and training:
+    (one,) = key
+    if one.ndim:
+      raise Decline  # A key for each member of an ensemble.
+    drop = Dropout(dropout, one)
+  term = Term((Factor(a, axes[1]), Factor(b, axes[2])), scale, (), drop)
+  shape = tuple(sizes[axis] for axis in range(len(sizes)))
+  return view.like((*view.terms, term), shape)
+
+
+@rule('convert_element_type')
+def convert(view: View, *, new_dtype: Any, **_: Any) -> View:
+  """Casts factors when they are used, where that rounds no other way."""
+  new = jnp.dtype(new_dtype)
+  if not jnp.issubdtype(new, jnp.floating):
+    raise Decline
+
+  def change(factor: Factor) -> Factor:
+    value = factor.value
+    narrower = jnp.promote_types(value.dtype, new) != new
+    return Factor(cast(value, new), factor.axes) if narrower else factor
+
+  return view.like([t.mapped(change) for t in view.terms], dtype=new)
+
+
+@rule('neg')
+def neg(view: View, **_: Any) -> View:
+  """Changes the sign of scales."""
+  return view.like([t.scaled(-1.0) for t in view.terms])
+
+
+@rule('mul')
+def mul(x: Any, y: Any, **_: Any) -> View:
+  """Times a number, or an array that is constant along some axes."""
+  view, other = (x, y) if isinstance(x, View) else (y, x)
+  if isinstance(view, View) and isinstance(other, View):
+    if view is other:
+      return Squared(view)
+    if _spread(view) is not None and _spread(other) is None:
+      view, other = other, view
+  return _multiplied(view, other)
+
+
+@rule('div')
+def div(x: Any, y: Any, **_: Any) -> View:
+  """Divided by a number, or an array that is constant along some axes."""
+  if not isinstance(x, View):
+    raise Decline
+  if isinstance(y, View):
+    known = _spread(y)
+    if known is None:
+      raise Decline
+    inverse = Factor(1 / cast(known.value, y.dtype), known.axes)
+    return x.like([t.spread(inverse) for t in x.terms])
+  return _multiplied(x, 1 / y)
+
+
+def _spread(view: View) -> Factor | None:
+  """Returns the one array that a view repeats; None if it is something else."""
+  if len(view.terms) != 1:
+    return None
+  (term,) = view.terms
+  if len(term.factors) != 1 or term.spreads or not is_number(term.scale, 1.0):
+    return None
+  factor = term.factors[0]
+  return factor if len(factor.axes) < view.ndim else None
+
+
+def _multiplied(view: View, other: Any) -> View:
+  if isinstance(other, View):
+    factor = _spread(other)
+    if factor is None:
+      raise Decline
+    factor = Factor(cast(factor.value, other.dtype), factor.axes)
+  elif np.ndim(other) == 0 and not isinstance(other, jax.Array):
+    return view.like([t.scaled(float(other)) for t in view.terms])
+  else:
+    axes = tuple(i for i in range(other.ndim) if other.shape[i] != 1)
+    if len(axes) == view.ndim and view.ndim:
+      raise Decline
+    factor = Factor(other.reshape([other.shape[i] for i in axes]), axes)
+  if not factor.axes:
+    return view.like([t.scaled(factor.value) for t in view.terms])
+  return view.like([t.spread(factor) for t in view.terms])
+
+
+@rule('add', 'add_any')
+def add(x: Any, y: Any, **_: Any) -> View:
+  """The terms of both; an array is a term."""
+  return _sum(x, y, 1.0)
+
+
+@rule('sub')
+def sub(x: Any, y: Any, **_: Any) -> View:
+  """The terms of both, those of the second one with the other sign."""
+  return _sum(x, y, -1.0)
+
+
+def _sum(x: Any, y: Any, sign: float) -> View:
+  views = [v if isinstance(v, View) else plain(jnp.asarray(v)) for v in (x, y)]
+  if views[0].shape != views[1].shape:
+    raise Decline  # One of them is repeated: rarely a kernel.
+  second = [t.scaled(sign) if sign != 1.0 else t for t in views[1].terms]
+  origin = tuple(dict.fromkeys((*views[0].origin, *views[1].origin)))
+  dtype = jnp.promote_types(views[0].dtype, views[1].dtype)
+  return View(views[0].shape, dtype, (*views[0].terms, *second), origin)
+
+
+class Squared(View):
+  """The square of a view, of which only a sum is known to be cheaper."""
+
+  def __init__(self, view: View) -> None:
+    super().__init__(view.shape, view.dtype, (), view.origin)
+    self.view = view
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    value = self.view.dense()
+    return value * value
+
+
+@rule('square')
+def square(view: View, **_: Any) -> View:
+  """The square, for `reduce_sum`."""
+  return Squared(only([view]))
+
+
+@rule('integer_pow')
+def integer_pow(view: View, *, y: int, **_: Any) -> View:
+  """The square, for `reduce_sum`."""
+  if y != 2:
+    raise Decline
+  return Squared(only([view]))

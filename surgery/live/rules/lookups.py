@@ -1,0 +1,140 @@
+"""Rows that are looked up in a view."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from surgery.core import lowrank
+from surgery.core.lowrank import ROW
+from surgery.live.rules.products import joined, row_axis
+from surgery.live.rules.table import Table, only, ordered
+from surgery.live.views import (
+  Decline,
+  Factor,
+  View,
+  cast,
+  multiplied,
+  product,
+  times,
+)
+
+RULES = Table()
+rule = RULES.rule
+
+
+@rule('gather')
+def gather(view: Any, indices: Any, **params: Any) -> Any:
+  """Rows of the factor that owns the axis, then the other factor.
+
+  What an embedding looks up. A single index gives a view again.
+  """
+  only([view, indices])
+  numbers, fill = params['dimension_numbers'], params['fill_value']
+  if numbers.operand_batching_dims or len(numbers.start_index_map) != 1:
+    raise Decline
+  (axis,) = numbers.start_index_map
+  if numbers.collapsed_slice_dims != (axis,):
+    raise Decline
+  sizes = params['slice_sizes']
+  if any(
+    s != n
+    for i, (s, n) in enumerate(zip(sizes, view.shape, strict=True))
+    if i != axis
+  ):
+    raise Decline
+  if fill is not None and not np.isnan(fill) and fill != 0:
+    raise Decline  # A constant is not what the factors' product would be.
+  places = indices.shape[:-1]
+  if view.rows:
+    row_axis(view, places, range(len(places)), 'gather')
+
+  def looked_up(value: Any, indices: Any, fill: Any) -> Any:
+    """Returns rows of an array: the axes of indices, then its other axes."""
+    front = indices.ndim - 1
+    return jax.lax.gather(
+      value,
+      indices,
+      jax.lax.GatherDimensionNumbers(
+        tuple(range(front, front + value.ndim - 1)), (0,), (0,)
+      ),
+      (1, *value.shape[1:]),
+      unique_indices=params['unique_indices'],
+      indices_are_sorted=params['indices_are_sorted'],
+      mode=params['mode'],
+      fill_value=fill,
+    )
+
+  def taken(factor: Factor, fill: Any) -> Factor:
+    # A row of indices is a row of the input.
+    axes = tuple(_PLACE if x == ROW else x for x in factor.axes)
+    if not factor.owns(axis):
+      return Factor(factor.value, axes)
+    rest = tuple(x for x in axes if x not in (axis, _PLACE))
+    look = functools.partial(looked_up, fill=fill)
+    if factor.owns(ROW):
+      look = jax.vmap(look)
+      value = ordered(factor.value, axes, (_PLACE, axis, *rest))
+    else:
+      value = ordered(factor.value, axes, (axis, *rest))
+    left = (_PLACE - i for i in range(len(places)))
+    return Factor(look(value, indices), (*left, *rest))
+
+  # What lies outside is filled once: NaN in a factor would be NaN in gradients.
+  base, *rest = view.terms
+  if len(base.factors) != 1 or any(
+    f.owns(axis) for t in view.terms for f in t.spreads
+  ):
+    raise Decline
+  terms = [
+    base.mapped(lambda f: taken(f, fill)),
+    *(t.mapped(lambda f: taken(f, 0)) for t in rest),
+  ]
+  others = [i for i in range(view.ndim) if i != axis]
+  ndim = len(places) + len(others)
+  # Where the result has the axes of a slice, and where those of indices.
+  names = dict(zip(others, numbers.offset_dims, strict=True))
+  front = [i for i in range(ndim) if i not in numbers.offset_dims]
+  names.update({_PLACE - i: at for i, at in enumerate(front)})
+  shape = [0] * ndim
+  for i, at in enumerate(front):
+    shape[at] = places[i]
+  for i in others:
+    shape[names[i]] = view.shape[i]
+  result = view.like(
+    [
+      dataclasses.replace(t.mapped(lambda f: f.renamed(names)), dropout=None)
+      for t in terms
+    ],
+    shape,
+  )
+  # Rows of activations are computed; one row is a smaller parameter.
+  return computed(result) if places else result
+
+
+def computed(view: View) -> Any:
+  """Returns a view of activations as an array, in its own dtype."""
+  whole = tuple(range(view.ndim))
+  total = None
+  for term in joined(view.terms, view.dtype):
+    values = [cast(f.value, view.dtype) for f in term.factors]
+    owned = term.factors[0].axes
+    if len(values) == 1:
+      made = values[0]
+    else:
+      a, b = term.factors
+      owned = tuple(i for i in whole if a.owns(i) or b.owns(i))
+      made = product(values[0], a.axes, values[1], b.axes, owned)
+    made = times(lowrank.spread(made, owned, view.shape), term.scale)
+    for f in term.spreads:
+      made = multiplied(made, whole, f, f.axes)
+    total = made if total is None else jax.lax.add(total, made)
+  return total
+
+
+# Names for the axes of indices while a gather is put together.
+_PLACE = -10
