@@ -15,10 +15,32 @@ from tests.live import models
 from tests.live.models import close
 from tests.live.test_transformations import _python
 
-MODEL, BASE, X = models.mlp((5, 3))
-PARAMS = models.stirred(
-  surgery.attach(BASE, surgery.LoRA(rank=2), to='**/{hidden0,output}')
-)
+
+class Both(bx.Module):
+  """A convolution over features, then an MLP."""
+
+  def __init__(self, graph, rng):
+    super().__init__(graph)
+    self.conv = bx.Conv(graph.child('conv'), 3, 4, rng)
+    self.mlp = models.MLP(graph.child('mlp'), [5, 3], rng)
+
+  def __call__(self, params, x):
+    h, params = self.conv(params, x[..., None])
+    return self.mlp(params, x + jnp.sin(h).mean(-1))
+
+
+def both():
+  """Returns a model, its params and inputs."""
+  graph, x = bx.Graph('net'), models.normal(0, (7, 4))
+  rng = bx.Rng(graph.child('rng'))
+  model = Both(graph.child('both'), rng)
+  _, params = model(rng.seed(bx.Params(), seed=42), x)
+  return model, params.locked(), x
+
+
+TO = '**/{conv,hidden0,output}'
+MODEL, BASE, X = both()
+PARAMS = models.stirred(surgery.attach(BASE, surgery.LoRA(rank=2), to=TO))
 WEIGHTS, REST = PARAMS.split(models.is_weight)
 FAST = surgery.factored(MODEL)
 
@@ -245,9 +267,7 @@ def test_nothing_is_traced_again_for_the_same_or_another_tenant():
 
   step(PARAMS, X)
   step(PARAMS, 2 * X)
-  other = surgery.attach(
-    BASE, surgery.LoRA(rank=2), to='**/{hidden0,output}', seed=7
-  )
+  other = surgery.attach(BASE, surgery.LoRA(rank=2), to=TO, seed=7)
   step(models.stirred(other, seed=1), X)
   assert 1 == len(traced)
   step(surgery.disable(PARAMS), X)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -219,14 +220,73 @@ def _term(
 
 @rule('conv_general_dilated')
 def conv_general_dilated(x: Any, view: Any, **params: Any) -> Any:
-  """A convolution with A, then B at each place.
+  """One convolution with the sum; what differentiates it has the factors.
 
-  One factor owns the kernel's output axis alone, the other one the rest.
+  A kernel is small beside what it is moved over, so the sum costs nothing, and
+  the gradient of the input is one convolution too. Those of the factors are a
+  convolution with A, then B at each place, differentiated. Dropout, rows with
+  factors of their own, and scales of rows or columns need that at once.
   """
   if isinstance(x, View) or params['batch_group_count'] != 1:
     raise Decline
   if params.get('out_sharding') is not None:
     raise Decline
+  out_axis = params['dimension_numbers'].rhs_spec[0]
+  for term in view.terms:
+    _outer_last(term, view, out_axis)
+  if view.rows or view.dropped or any(t.spreads for t in view.terms):
+    return _conv_terms(x, view, params)
+  return _conv_sum(x, view, params)
+
+
+def _conv_sum(x: Any, view: View, params: Any) -> Any:
+  leaves, tree = jax.tree.flatten(view)
+
+  def conv(x: Any, *leaves: Any) -> Any:
+    kernel = jax.tree.unflatten(tree, leaves).dense()
+    return jax.lax.conv_general_dilated(x, kernel, **params)
+
+  summed = jax.custom_jvp(conv)
+
+  @functools.partial(summed.defjvp, symbolic_zeros=True)
+  def jvp(primals: Any, tangents: Any) -> Any:
+    x, *leaves = primals
+    x_moves, *moves = (
+      not isinstance(t, jax.custom_derivatives.SymbolicZero) for t in tangents
+    )
+    parts = []
+    if x_moves:
+      parts.append(conv(tangents[0], *leaves))
+    where = [i for i, moved in enumerate(moves) if moved]
+
+    def by_terms(*moving: Any) -> Any:
+      values = [*leaves]
+      for i, value in zip(where, moving, strict=True):
+        values[i] = value
+      view = jax.tree.unflatten(tree, values)
+      known = {id(v) for v in moving}
+      terms = [
+        t
+        for t in view.terms
+        if known & {id(t.scale), *(id(f.value) for f in t.factors)}
+      ]
+      return _conv_terms(x, view.like(terms), params)
+
+    if where:
+      _, part = jax.jvp(
+        by_terms,
+        [leaves[i] for i in where],
+        [tangents[1 + i] for i in where],
+      )
+      parts.append(part)
+    y = summed(x, *leaves)
+    return y, functools.reduce(jax.lax.add, parts)
+
+  return summed(x, *leaves)
+
+
+def _conv_terms(x: Any, view: View, params: Any) -> Any:
+  """Returns a convolution with A, then B at each place, for each term."""
   numbers, groups = params['dimension_numbers'], params['feature_group_count']
   out_axis, in_axis = numbers.rhs_spec[:2]
   feature = numbers.out_spec[1]
@@ -249,25 +309,38 @@ def conv_general_dilated(x: Any, view: Any, **params: Any) -> Any:
   return total
 
 
+def _outer_last(term: Term, view: View, out_axis: int) -> tuple[Factor, ...]:
+  """Returns a term's factors, the one with the kernel's output axis last.
+
+  Raises:
+    Decline: if it owns more than that, or nobody owns an axis.
+  """
+  owned = {x for f in term.factors for x in f.axes}
+  if any(i not in owned and view.shape[i] != 1 for i in range(view.ndim)):
+    raise Decline
+  if len(term.factors) == 1:
+    if len(term.factors[0].axes) != view.ndim:
+      raise Decline
+    return term.factors
+  a, b = term.factors
+  if a.owns(out_axis):
+    a, b = b, a
+  if {x for x in b.axes if x != ROW} != {out_axis, RANK}:
+    raise Decline
+  return a, b
+
+
 def _conv_term(
   term: Term, view: View, x: Any, params: Any, out_axis: int, groups: int
 ) -> Any:
   conv = jax.lax.conv_general_dilated
-  if len(term.factors) == 1:
-    factor = term.factors[0]
-    if len(factor.axes) != view.ndim:
-      raise Decline
-    kernel = ordered(
-      cast(factor.value, view.dtype), factor.axes, range(view.ndim)
-    )
+  a, *second = _outer_last(term, view, out_axis)
+  if not second:
+    kernel = ordered(cast(a.value, view.dtype), a.axes, range(view.ndim))
     return times(conv(x, kernel, **params), term.scale)
-  a, b = term.factors
+  (b,) = second
   if a.owns(ROW):
     return _conv_rows(term, view, x, params, out_axis, groups)
-  if a.owns(out_axis):
-    a, b = b, a
-  if set(b.axes) != {out_axis, RANK}:
-    raise Decline
   if term.dropout is not None:
     x = term.dropout(x)
   rank = a.value.shape[a.axes.index(RANK)]
@@ -280,24 +353,22 @@ def _conv_term(
       for i in range(view.ndim)
     ]
   )
-  if any(i not in names and view.shape[i] != 1 for i in range(view.ndim)):
-    raise Decline
   if groups > 1:
     kernel = jnp.concatenate([kernel] * groups, out_axis)
   h = conv(x, kernel, **{**params, 'preferred_element_type': None})
   h = times(h, term.scale)
   feature = params['dimension_numbers'].out_spec[1]
   places = tuple(range(h.ndim))
-  second = ordered(cast(b.value, view.dtype), b.axes, (RANK, out_axis))
+  outer = ordered(cast(b.value, view.dtype), b.axes, (RANK, out_axis))
   made_as = params['preferred_element_type']
   exact = {**EXACT, 'precision': params['precision']}
   if groups == 1:
     labels = tuple('rank' if i == feature else i for i in places)
-    return product(h, labels, second, ('rank', feature), places, exact, made_as)
+    return product(h, labels, outer, ('rank', feature), places, exact, made_as)
   # Each group of channels has its own part of B.
   size = view.shape[out_axis] // groups
   h = h.reshape([*h.shape[:feature], groups, rank, *h.shape[feature + 1 :]])
-  second = second.reshape(rank, groups, size)
+  outer = outer.reshape(rank, groups, size)
   labels = (
     *places[:feature],
     'group',
@@ -308,7 +379,7 @@ def _conv_term(
   made = product(
     h,
     labels,
-    second,
+    outer,
     ('rank', 'group', 'out'),
     out,
     exact,
