@@ -27,13 +27,17 @@ ROW = -2
 class LowRank:
   """`base + scale · a·b`, kept as its factors.
 
+  Without `a` and `b` it is the base alone, to be scaled along rows or columns:
+  of `LowRank(base).dense() * scale`, `surgery.factored` keeps scale and base
+  apart, so that no gradient as large as the base is made for a scale.
+
   It says no more than the dense array does: whoever wants the array calls
   `dense()`. Returning it, or an array made from its `dense()`, lets
   `surgery.factored` keep the factors apart where that is cheaper.
 
   Attributes:
     base: array of shape `in_shape + out_shape`, or another `LowRank`.
-    a: array of shape `in_shape + (rank,)`.
+    a: array of shape `in_shape + (rank,)`; or none, as `b`.
     b: array of shape `(rank,) + out_shape`.
     scale: factor of the product.
     dropout: probability with which `surgery.factored` drops elements of what
@@ -43,8 +47,8 @@ class LowRank:
   """
 
   base: Any
-  a: Any
-  b: Any
+  a: Any = None
+  b: Any = None
   scale: float | Any = 1.0
   dropout: float = 0.0
   key: Any = None
@@ -59,6 +63,9 @@ class LowRank:
 
     base = self.base.dense() if isinstance(self.base, LowRank) else self.base
     base, a, b, scale = jnp.asarray(base), self.a, self.b, self.scale
+    if a is None and b is None:
+      a = jnp.zeros((0,), base.dtype)
+      b = jnp.zeros((0, *base.shape), base.dtype)
     outer = jnp.ndim(a) - 1
     if outer < 0 or not jnp.ndim(b) or jnp.shape(a)[-1] != jnp.shape(b)[0]:
       raise errors.SiteError(
@@ -186,6 +193,8 @@ def dense(
       'is no dense parameter. Call surgery.factored(model), not the model.'
     )
   shape = _shape((base, a, b), axes)
+  if not a.shape[axes[1].index(RANK)]:
+    return spread(base, axes[0], shape)
   product = contracted(a, axes[1], b, axes[2], 'highest')
   owned = sorted({x for x in (*axes[1], *axes[2]) if x != RANK})
   return spread(base, axes[0], shape) + scale * spread(product, owned, shape)

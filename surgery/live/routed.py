@@ -80,7 +80,7 @@ def _with(
     made = record.interceptor.apply(
       bound, path[-1], base, {**weights, **shared}
     )
-    if not isinstance(made, LowRank) or made.base is not base:
+    if not isinstance(made, LowRank) or made.base is not base or made.a is None:
       raise errors.AdapterError(
         f'{paths.show(path)}: adapter {adapter.name!r} gives no low-rank value '
         'here, so rows cannot have adapters of their own. Its type has to '

@@ -164,6 +164,25 @@ class Scale(surgery.Adapter):
     return base * weights['scale']
 
 
+class ScaleAside(surgery.Adapter):
+  """Learned scaling of outputs, or of inputs, kept apart from the kernel."""
+
+  name = 'scale_aside'
+
+  inputs: bool = surgery.field(default=False, doc='Scale inputs.')
+
+  def init(self, site, key):
+    del key
+    return {'scale': jnp.ones(site.in_shape if self.inputs else site.out_shape)}
+
+  def apply(self, site, name, base, weights):
+    del name
+    scale = weights['scale']
+    if self.inputs:
+      scale = scale.reshape(scale.shape + (1,) * len(site.out_shape))
+    return surgery.LowRank(base).dense() * scale
+
+
 class Magnitude(surgery.Adapter):
   """Keeps the norm of each column apart: the magnitude of DoRA."""
 

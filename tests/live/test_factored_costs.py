@@ -127,7 +127,32 @@ def stacked():
   return model, params, x
 
 
-MODELS = [mlp, heads, conv, embedding, lstm, stacked]
+def scaled(make, inputs):
+  """Returns a model of which kernels are scaled in the place of LoRA."""
+  model, adapted, x = make()
+  base = surgery.detach(adapted)
+  adapter = models.ScaleAside(inputs=inputs)
+  host = models.host(models.ScaleAside)
+  to = '**/{hidden0,output,layer}'
+  return model, surgery.attach(base, adapter, to=to, host=host), x
+
+
+def scaled_outputs():
+  return scaled(mlp, inputs=False)
+
+
+def scaled_inputs():
+  return scaled(mlp, inputs=True)
+
+
+def scaled_channels():
+  return scaled(conv, inputs=False)
+
+
+MODELS = [
+  *(mlp, heads, conv, embedding, lstm, stacked),
+  *(scaled_outputs, scaled_inputs, scaled_channels),
+]
 
 
 @pytest.mark.parametrize('make', MODELS, ids=lambda make: make.__name__)
@@ -143,7 +168,7 @@ def test_the_gradient_makes_nothing_as_large_as_a_kernel(make):
   assert as_large_as(fast, sizes) <= allowed
   # The dense model does: else this test could not fail.
   dense = as_large_as(gradient(model, params, x), sizes)
-  products = {'low_rank', 'dot_general', 'conv_general_dilated'}
+  products = {'low_rank', 'dot_general', 'conv_general_dilated', 'mul'}
   assert products & dense - allowed
 
 

@@ -192,7 +192,7 @@ class Dora(surgery.LoRA):
 
 
 def _attached(base, *adapters):
-  host = models.host(Dora, models.Shared, models.Scale)
+  host = models.host(Dora, models.Shared, models.Scale, models.ScaleAside)
   for i, adapter in enumerate(adapters):
     base = surgery.attach(
       base, adapter, to='**/layer', name=f'a{i}', host=host, seed=i
@@ -217,6 +217,9 @@ TYPES = {
   'dora': ([Dora(rank=2)], {'factored'}),
   'lora on dora': ([Dora(rank=2), LORA], {'factored'}),
   'scaled': ([LORA, models.Scale()], {'factored', 'dense (not low-rank)'}),
+  'scale aside': ([models.ScaleAside()], {'factored'}),
+  'scale of lora': ([LORA, models.ScaleAside()], {'factored'}),
+  'lora on a scale': ([models.ScaleAside(), LORA], {'factored'}),
 }
 
 
@@ -234,6 +237,22 @@ def test_types_of_adapters(name, make):
   assert becomes(call, params) <= expected | {'dense (not low-rank)'}
   kernel = surgery.explain(call, params)['net', 'layer', 'kernel']
   assert 'factored' == str(kernel)
+
+
+def test_a_scale_of_inputs_stays_aside_where_they_are_not_taps():
+  adapter = models.ScaleAside(inputs=True)
+  for make, expected in (
+    (linear, 'factored'),
+    (conv, 'dense (conv_general_dilated)'),
+  ):
+    (_, model, base), x = make()
+    params = _attached(base, adapter)
+    weights, rest = params.split(models.is_weight)
+    call = lambda p, model=model, x=x: model(p, x)
+    whole = lambda w, rest=rest: w.merge(rest)
+    compared(call, weights, whole, lambda w, whole=whole: merged(whole(w)))
+    kernel = surgery.explain(call, params)['net', 'layer', 'kernel']
+    assert expected == str(kernel)
 
 
 def test_rslora_is_scaled_by_the_root_of_the_rank():

@@ -225,12 +225,17 @@ class HRA(surgery.Adapter):
 
   def apply(
     self, site: surgery.Site, name: str, base: jax.Array, weights: Any
-  ) -> jax.Array:
+  ) -> surgery.LowRank:
     """Returns the reflected parameter, of the shape of `base`."""
     del name
     u = weights['hra_u']
     u = u / jnp.linalg.norm(u, axis=0)
-    matrix = _rows(base, site)
-    for k in range(self.rank):
-      matrix = matrix - 2 * jnp.outer(u[:, k], u[:, k] @ matrix)
-    return matrix.reshape(base.shape)
+    # A reflection adds uᵢ·bᵢ, bᵢ = -2·uᵢᵀ·(W + Σⱼ uⱼ·bⱼ) over those before it.
+    before = jnp.tril(u.T @ u, -1) + 0.5 * jnp.eye(self.rank)
+    inner = u.T @ _rows(base, site)
+    b = jax.scipy.linalg.solve_triangular(before, -inner, lower=True)
+    return surgery.LowRank(
+      base,
+      u.reshape(*site.in_shape, self.rank),
+      b.reshape(self.rank, *site.out_shape),
+    )

@@ -40,8 +40,8 @@ class IA3(surgery.Adapter):
   ) -> jax.Array:
     """Returns the scaled kernel or bias, of the shape of `base`."""
     scale = weights['scale']
-    if not self.feedforward:
-      return base * scale
     if name != site.name:
-      return base
-    return base * scale.reshape(scale.shape + (1,) * len(site.out_shape))
+      return base if self.feedforward else base * scale
+    if self.feedforward:
+      scale = scale.reshape(scale.shape + (1,) * len(site.out_shape))
+    return surgery.LowRank(base).dense() * scale

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery.core.lowrank import RANK
 from surgery.live.rules.table import Table, is_number, only
 from surgery.live.views import Decline, Dropout, Factor, Term, View, cast, plain
 
@@ -49,9 +50,12 @@ def low_rank(
     if one.ndim:
       raise Decline  # A key for each member of an ensemble.
     drop = Dropout(dropout, one)
-  term = Term((Factor(a, axes[1]), Factor(b, axes[2])), scale, (), drop)
+  terms = [*view.terms]
+  if a.shape[axes[1].index(RANK)]:
+    product = (Factor(a, axes[1]), Factor(b, axes[2]))
+    terms.append(Term(product, scale, (), drop))
   shape = tuple(sizes[axis] for axis in range(len(sizes)))
-  return view.like((*view.terms, term), shape)
+  return view.like(terms, shape)
 
 
 @rule('convert_element_type')
