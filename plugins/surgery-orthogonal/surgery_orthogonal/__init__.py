@@ -230,12 +230,14 @@ class HRA(surgery.Adapter):
     del name
     u = weights['hra_u']
     u = u / jnp.linalg.norm(u, axis=0)
-    # A reflection adds uᵢ·bᵢ, bᵢ = -2·uᵢᵀ·(W + Σⱼ uⱼ·bⱼ) over those before it.
-    before = jnp.tril(u.T @ u, -1) + 0.5 * jnp.eye(self.rank)
-    inner = u.T @ _rows(base, site)
-    b = jax.scipy.linalg.solve_triangular(before, -inner, lower=True)
+    # A reflection adds uᵢ·bᵢ, bᵢ = -2·uᵢᵀ·(W + Σⱼ uⱼ·bⱼ) over those before it:
+    # (I/2 + the lower triangle of uᵀu)·b = -uᵀW.
+    half = 0.5 * jnp.eye(self.rank)
+    before = jnp.tril(u.T @ u, -1) + half
+    solved = jax.scipy.linalg.solve_triangular(before, -2 * half, lower=True)
+    a, b = u @ solved, u.T @ _rows(base, site)
     return surgery.LowRank(
       base,
-      u.reshape(*site.in_shape, self.rank),
+      a.reshape(*site.in_shape, self.rank),
       b.reshape(self.rank, *site.out_shape),
     )
