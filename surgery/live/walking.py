@@ -8,11 +8,13 @@ be traced again: `jit` is written out in place, `scan`, `while`, `cond`,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -112,22 +114,34 @@ class Walk:
         values[eqn.outvars[0]] = plain(value, eqn.params['new_dtype'])
         viewed = True
         continue
-      if eqn.primitive is low_rank:
-        outputs = [self.low_rank(eqn, inputs)]
-        viewed = True
-      elif eqn.primitive.name == TAG:
-        outputs = [self.tagged(inputs[0], eqn.params['path'])]
-      elif viewed and any(isinstance(i, View) for i in inputs):
-        outputs = self.viewed(eqn, inputs)
-      elif _reaches(eqn):
-        outputs = self.call(eqn, inputs)
-      else:
-        outputs = self.bound(eqn, inputs)
+      viewed = viewed or eqn.primitive is low_rank
+      with _scope(eqn):
+        outputs = self.equation(eqn, inputs, viewed)
       for var, value in zip(eqn.outvars, outputs, strict=True):
         values[var] = value
     return [
       v.val if isinstance(v, literal) else values[v] for v in jaxpr.outvars
     ]
+
+  def equation(
+    self, eqn: Any, inputs: Sequence[Any], viewed: bool
+  ) -> list[Any]:
+    """Does an equation.
+
+    Args:
+      eqn: the equation.
+      inputs: its operands.
+      viewed: whether there may be views among them.
+    """
+    if eqn.primitive is lowrank.primitive():
+      return [self.low_rank(eqn, inputs)]
+    if eqn.primitive.name == TAG:
+      return [self.tagged(inputs[0], eqn.params['path'])]
+    if viewed and any(isinstance(i, View) for i in inputs):
+      return self.viewed(eqn, inputs)
+    if _reaches(eqn):
+      return self.call(eqn, inputs)
+    return self.bound(eqn, inputs)
 
   def low_rank(self, eqn: Any, inputs: Sequence[Any]) -> Any:
     """Returns the view that a low-rank value is."""
@@ -271,6 +285,20 @@ def _as_aval(value: Any, aval: Any) -> Any:
   if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
     return value
   return cast(jnp.asarray(value), aval.dtype)
+
+
+def _scope(eqn: Any) -> AbstractContextManager[Any]:
+  """Returns the context in which profiles have an equation's names."""
+  names = str(eqn.source_info.name_stack)
+  if not names:
+    return _NO_SCOPE
+  stack = contextlib.ExitStack()
+  for name in names.split('/'):
+    stack.enter_context(jax.named_scope(name))
+  return stack
+
+
+_NO_SCOPE: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def _widens(eqn: Any, inputs: Sequence[Any]) -> bool:

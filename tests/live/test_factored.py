@@ -1,6 +1,7 @@
 """Factored parameters give what dense ones give, and stay factored."""
 
 import functools
+import re
 from typing import Any
 
 import blox as bx
@@ -285,3 +286,25 @@ def test_the_norm_of_a_kernel_stays_factored():
   model, params = layer(use, (6, 5))
   both(model, params, X)
   assert ['factored'] == states(model, params, X)
+
+
+def test_names_of_scopes_are_those_of_the_model():
+  @jax.named_scope('above')
+  def use(kernel, x):
+    with jax.named_scope('product'):
+      y = x @ kernel
+    with jax.named_scope('behind'):
+      return jax.lax.map(jax.named_scope('within')(jnp.sin), y)
+
+  model, params = layer(use, (6, 5))
+
+  def names(model):
+    loss = lambda params: model(params, X)[0].sum()
+    lowered = jax.jit(jax.grad(loss)).lower(params)
+    text = lowered.as_text(debug_info=True)
+    return set(re.findall(r'"([^"]*\b(?:product|behind|within))\b', text))
+
+  expected = names(model)
+  for name in ('jvp(above)/product', 'transpose(jvp(above))/behind', 'within'):
+    assert any(found.endswith(name) for found in expected)
+  assert expected == names(surgery.factored(model))

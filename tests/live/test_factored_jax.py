@@ -251,6 +251,15 @@ def test_an_equation_has_a_context(eqn):
   )
 
 
+def test_an_equation_knows_its_names():
+  with jax.named_scope('above'):
+    closed = jax.make_jaxpr(jax.named_scope('here')(jnp.sin))(1.0)
+  (eqn,) = closed.jaxpr.eqns
+  assert 'here' == str(eqn.source_info.name_stack), MOVED.format(
+    'JaxprEqn.source_info.name_stack'
+  )
+
+
 def test_a_jaxpr_tells_its_variables(eqn):
   closed = jax.make_jaxpr(lambda x: x @ np.ones((2, 2)))(jnp.ones(2))
   assert 1 == len(closed.consts) == len(closed.jaxpr.constvars)
