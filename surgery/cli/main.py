@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
   for verb, summary in {
     'attach': 'Attach an adapter to a saved model.',
     'cast': 'Cast floating tensors to another dtype.',
+    'combine': 'Make one adapter of several.',
     'convert': 'Write a file in another format, or in several files.',
     'demo': 'Adapt a model to new digits, start to end.',
     'detach': 'Take adapters off; the base is as it was.',
