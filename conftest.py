@@ -7,8 +7,12 @@ import sys
 import hypothesis
 import pytest
 
-# An example may have to wait for the compiler.
-hypothesis.settings.register_profile('surgery', deadline=None)
+# An example may have to wait for the compiler. The same ones each time, so that
+# what fails has to do with what was changed; to look for others, which wants
+# doing at times: SURGERY_SEARCH=1 make test.
+hypothesis.settings.register_profile(
+  'surgery', deadline=None, derandomize='SURGERY_SEARCH' not in os.environ
+)
 hypothesis.settings.load_profile('surgery')
 
 # Programs that draw random numbers are the slowest to compile, and whatever is

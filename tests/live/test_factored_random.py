@@ -589,7 +589,6 @@ def check(layers):
 @hypothesis.settings(
   max_examples=10,
   deadline=None,
-  derandomize=True,
   database=None,
   suppress_health_check=list(hypothesis.HealthCheck),
 )
