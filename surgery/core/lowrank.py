@@ -21,11 +21,17 @@ from surgery.core import errors
 Axes = tuple[int, ...]
 RANK = -1
 ROW = -2
+# Axes of a base that is not there.
+NONE: Axes = (-3,)
 
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
   """`base + scale · a·b`, kept as its factors.
+
+  Without a base it is the product alone, from which larger ones can be put
+  together: `a` and `b` of each member of a batch by `jax.vmap`, a Kronecker
+  product by turning axes and joining them.
 
   Without `a` and `b` it is the base alone, to be scaled along rows or columns:
   of `LowRank(base).dense() * scale`, `surgery.factored` keeps scale and base
@@ -36,7 +42,7 @@ class LowRank:
   `surgery.factored` keep the factors apart where that is cheaper.
 
   Attributes:
-    base: array of shape `in_shape + out_shape`, or another `LowRank`.
+    base: array of shape `in_shape + out_shape`, another `LowRank`, or none.
     a: array of shape `in_shape + (rank,)`; or none, as `b`.
     b: array of shape `(rank,) + out_shape`.
     scale: factor of the product.
@@ -61,9 +67,15 @@ class LowRank:
     """
     import jax.numpy as jnp
 
-    base = self.base.dense() if isinstance(self.base, LowRank) else self.base
-    base, a, b, scale = jnp.asarray(base), self.a, self.b, self.scale
-    if a is None and b is None:
+    base: Any = self.base
+    if base is not None:
+      base = base.dense() if isinstance(base, LowRank) else jnp.asarray(base)
+    a, b, scale = self.a, self.b, self.scale
+    if (a is None) != (b is None) or (a is None and base is None):
+      raise errors.SiteError(
+        'LowRank: expected a base, or a and b, or all three.'
+      )
+    if a is None:
       a = jnp.zeros((0,), base.dtype)
       b = jnp.zeros((0, *base.shape), base.dtype)
     outer = jnp.ndim(a) - 1
@@ -74,7 +86,7 @@ class LowRank:
         'out_shape.'
       )
     shape = jnp.shape(a)[:-1] + jnp.shape(b)[1:]
-    if shape != base.shape:
+    if base is not None and shape != base.shape:
       raise errors.SiteError(
         f'LowRank: a·b has shape {shape}, the base {base.shape}.'
       )
@@ -83,12 +95,14 @@ class LowRank:
     keys = [] if self.key is None or not self.dropout else [self.key]
     if self.dropout and not keys:
       raise errors.SiteError('LowRank: dropout needs a key.')
+    whole, *factors = _standard(outer, len(shape))
     return primitive().bind(
-      base,
+      # What a primitive is given has to be an array.
+      jnp.zeros((), jnp.result_type(a, b)) if base is None else base,
       a,
       b,
       *keys,
-      axes=_standard(outer, base.ndim),
+      axes=(NONE if base is None else whole, *factors),
       scale=float(scale),
       dropout=float(self.dropout),
     )
@@ -161,6 +175,7 @@ def _shape(
   sizes = {
     axis: size
     for value, owned in zip(values, axes, strict=True)
+    if owned != NONE
     for axis, size in zip(owned, value.shape, strict=True)
   }
   return tuple(sizes[axis] for axis in sorted(sizes) if axis >= 0)
@@ -182,7 +197,8 @@ def dense(
     a: array with a rank axis.
     b: array with a rank axis.
     *key: not used.
-    axes: for each of the three the axes of the result that it owns.
+    axes: for each of the three the axes of the result that it owns; `NONE` for
+      a base that is not there.
     scale: factor of the product.
     dropout: not used.
   """
@@ -193,11 +209,12 @@ def dense(
       'is no dense parameter. Call surgery.factored(model), not the model.'
     )
   shape = _shape((base, a, b), axes)
-  if not a.shape[axes[1].index(RANK)]:
+  if not a.shape[axes[1].index(RANK)] and axes[0] != NONE:
     return spread(base, axes[0], shape)
   product = contracted(a, axes[1], b, axes[2], 'highest')
   owned = sorted({x for x in (*axes[1], *axes[2]) if x != RANK})
-  return spread(base, axes[0], shape) + scale * spread(product, owned, shape)
+  update = scale * spread(product, owned, shape)
+  return update if axes[0] == NONE else spread(base, axes[0], shape) + update
 
 
 @functools.cache
@@ -238,6 +255,7 @@ def primitive() -> Any:
       return scale * spread(made, owned, shape)
 
     moves = [not isinstance(t, ad.Zero) for t in tangents[:3]]
+    moves[0] = moves[0] and axes[0] != NONE
     parts = []
     if moves[0]:
       parts.append(spread(tangents[0], axes[0], shape))
@@ -259,18 +277,18 @@ def primitive() -> Any:
     axes = params.pop('axes')
     moved, owned = [], []
     for value, dim, old in zip(operands, dims, axes, strict=False):
-      new = [x if x == RANK else x + 1 for x in old]
-      if dim is not None:
+      new = [x + 1 if x >= 0 else x for x in old]
+      if dim is not None and old != NONE:
         new.insert(dim, 0)
       moved.append(value)
       owned.append(tuple(new))
     if all(dim is None for dim in dims[:3]):
-      # A key for each, and nothing else: the base is repeated.
+      # A key for each, and nothing else: a factor is repeated.
       (count,) = {
         v.shape[d] for v, d in zip(operands[3:], dims[3:], strict=True)
       }
-      moved[0] = jax.numpy.broadcast_to(moved[0], (count, *moved[0].shape))
-      owned[0] = (0, *owned[0])
+      moved[1] = jax.numpy.broadcast_to(moved[1], (count, *moved[1].shape))
+      owned[1] = (0, *owned[1])
     for value, dim in zip(operands[3:], dims[3:], strict=True):
       moved.append(value if dim is None else jax.numpy.moveaxis(value, dim, 0))
     return low_rank.bind(*moved, axes=tuple(owned), **params), 0

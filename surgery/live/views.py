@@ -185,6 +185,10 @@ class View:
       self.origin,
     )
 
+  def named(self, origin: tuple[Any, ...]) -> View:
+    """Returns it as made of other parameters."""
+    return View(self.shape, self.dtype, self.terms, origin)
+
   def mapped(
     self, change: Callable[[Factor], Factor], shape: Sequence[int] | None = None
   ) -> View:
@@ -208,6 +212,38 @@ class View:
   def leaves(self) -> list[Any]:
     """Returns the arrays that it is made of."""
     return jax.tree.leaves(self)
+
+
+class Derived(View):
+  """What was made of a view by something that terms cannot say.
+
+  Rules for views do not know it; it has rules of its own.
+
+  Attributes:
+    view: the view.
+  """
+
+  def __init__(self, view: View, shape: Sequence[int]) -> None:
+    super().__init__(shape, view.dtype, (), view.origin)
+    self.view = view
+
+  def of(self, view: View) -> Derived:
+    """Returns the same of another view."""
+    raise NotImplementedError
+
+  def named(self, origin: tuple[Any, ...]) -> View:
+    """Returns it as made of other parameters."""
+    return self.of(self.view.named(origin))
+
+  @property
+  def dropped(self) -> bool:
+    """Whether a term of the view has dropout."""
+    return self.view.dropped
+
+  @property
+  def rows(self) -> int:
+    """For how many rows the view has factors of their own."""
+    return self.view.rows
 
 
 def _flatten(view: View) -> Any:
@@ -260,6 +296,55 @@ def _unflatten(aux: Any, leaves: Any) -> View:
 
 
 jax.tree_util.register_pytree_node(View, _flatten, _unflatten)
+
+
+class Squared(Derived):
+  """The square of a view, of which only a sum is known to be cheaper."""
+
+  def __init__(self, view: View) -> None:
+    super().__init__(view, view.shape)
+
+  def of(self, view: View) -> Squared:
+    """Returns the square of another view."""
+    return Squared(view)
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    value = self.view.dense()
+    return value * value
+
+
+class Folded(Derived):
+  """A view of which neighbouring axes were joined that factors own in part.
+
+  So it is with a Kronecker product, and with blocks along a diagonal.
+
+  Attributes:
+    groups: for each axis the axes of the view that it was joined from.
+  """
+
+  def __init__(self, view: View, groups: tuple[tuple[int, ...], ...]) -> None:
+    sizes = [math.prod(view.shape[i] for i in group) for group in groups]
+    super().__init__(view, sizes)
+    self.groups = groups
+
+  def of(self, view: View) -> Folded:
+    """Returns another view with the same axes joined."""
+    return Folded(view, self.groups)
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    return jax.lax.reshape(self.view.dense(), self.shape)
+
+
+jax.tree_util.register_pytree_node(
+  Squared, lambda one: ((one.view,), None), lambda _, views: Squared(*views)
+)
+jax.tree_util.register_pytree_node(
+  Folded,
+  lambda one: ((one.view,), one.groups),
+  lambda groups, views: Folded(*views, groups),
+)
 
 
 def plain(value: Any, dtype: Any = None) -> View:
@@ -365,30 +450,44 @@ class _Plan:
   """How two arrays with labelled axes are multiplied.
 
   Attributes:
-    shapes: shapes to which they are brought first.
+    turns: orders of their axes in which they are brought first, if in another.
+    shapes: shapes to which they are brought then.
     numbers: dimension numbers of the product.
     shape: shape to which it is brought.
     order: order of its axes; None if they are in order.
   """
 
+  turns: tuple[Shape | None, Shape | None]
   shapes: tuple[Shape | None, Shape | None]
   numbers: Any
   shape: Shape | None
   order: tuple[int, ...] | None
 
 
-def _runs(labels: Labels, sizes: Shape, inner: frozenset[Hashable]) -> Any:
-  """Returns how an array is seen as a matrix; None if its axes are mixed.
+def _matrix(
+  labels: Labels, sizes: Shape, summed: Sequence[Hashable]
+) -> tuple[Shape | None, Shape, int]:
+  """Returns how an array is seen as a matrix.
+
+  Args:
+    labels: labels of its axes.
+    sizes: its shape.
+    summed: labels that are summed over, in the order that they shall have.
 
   Returns:
-    Shape of the matrix, and the axis that is summed over.
+    The order of its axes, if it has to be turned; the shape of the matrix; and
+    the axis of it that is summed over.
   """
-  where = [label in inner for label in labels]
-  if where != sorted(where) and where != sorted(where, reverse=True):
-    return None
-  outer = math.prod(s for s, w in zip(sizes, where, strict=True) if not w)
-  summed = math.prod(s for s, w in zip(sizes, where, strict=True) if w)
-  return ((summed, outer), 0) if where[0] else ((outer, summed), 1)
+  inner = [labels.index(label) for label in summed]
+  outer = [i for i in range(len(labels)) if i not in inner]
+  shape = (
+    math.prod(sizes[i] for i in outer),
+    math.prod(sizes[i] for i in inner),
+  )
+  if [*inner, *outer] == [*range(len(labels))]:
+    return None, (shape[1], shape[0]), 0
+  turn = (*outer, *inner)
+  return None if turn == tuple(range(len(labels))) else turn, shape, 1
 
 
 @functools.lru_cache(maxsize=8192)
@@ -421,17 +520,15 @@ def _plan(
     ),
     (tuple(map(x_labels.index, batch)), tuple(map(y_labels.index, batch))),
   )
-  matrices = None
-  inner = frozenset(summed)
-  same = [s for s in y_labels if s in inner] == summed
-  if not batch and summed and same and max(len(x_labels), len(y_labels)) > 2:
+  turns: tuple[Shape | None, Shape | None] = (None, None)
+  if not batch and summed and max(len(x_labels), len(y_labels)) > 2:
     # As matrices: axes that are not summed over cost copies in the gradient.
-    matrices = [
-      _runs(x_labels, x_shape, inner),
-      _runs(y_labels, y_shape, inner),
-    ]
-  if matrices and None not in matrices:
-    (x_matrix, x_axis), (y_matrix, y_axis) = matrices
+    # The smaller one is turned, if they have them in another order.
+    larger = x_labels if math.prod(x_shape) > math.prod(y_shape) else y_labels
+    summed.sort(key=larger.index)
+    x_turn, x_matrix, x_axis = _matrix(x_labels, x_shape, summed)
+    y_turn, y_matrix, y_axis = _matrix(y_labels, y_shape, summed)
+    turns = (x_turn, y_turn)
     shapes = (
       None if x_matrix == x_shape else x_matrix,
       None if y_matrix == y_shape else y_matrix,
@@ -440,7 +537,11 @@ def _plan(
   else:
     shape = None
   return _Plan(
-    shapes, numbers, shape, None if order == tuple(range(len(order))) else order
+    turns,
+    shapes,
+    numbers,
+    shape,
+    None if order == tuple(range(len(order))) else order,
   )
 
 
@@ -475,6 +576,10 @@ def product(
     Decline: if an axis of one array alone would have to be summed over.
   """
   plan = _plan(x_labels, x.shape, y_labels, y.shape, out)
+  if plan.turns[0] is not None:
+    x = jax.lax.transpose(x, plan.turns[0])
+  if plan.turns[1] is not None:
+    y = jax.lax.transpose(y, plan.turns[1])
   if plan.shapes[0] is not None:
     x = jax.lax.reshape(x, plan.shapes[0])
   if plan.shapes[1] is not None:

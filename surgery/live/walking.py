@@ -23,8 +23,17 @@ import jax.numpy as jnp
 
 from surgery.core import lowrank
 from surgery.core.paths import Path
-from surgery.live.rules import CONSUMERS, EACH, RULES, Squared
-from surgery.live.views import Decline, Factor, Misrouted, View, cast, plain
+from surgery.live.rules import CONSUMERS, EACH, RULES, Rule, rule_for
+from surgery.live.views import (
+  Decline,
+  Derived,
+  Factor,
+  Misrouted,
+  Squared,
+  View,
+  cast,
+  plain,
+)
 
 # Where primitives that call keep what they call.
 _INLINED = {
@@ -75,18 +84,17 @@ class Walk:
     """
     if not isinstance(value, View):
       return value
-    inner = value.view if isinstance(value, Squared) else value
-    if inner.dropped:
-      raise DropoutLost(inner, because)
-    if inner.rows:
-      raise Misrouted(inner, f'{because!r} needs the dense parameter')
+    if value.dropped:
+      raise DropoutLost(value, because)
+    if value.rows:
+      raise Misrouted(value, f'{because!r} needs the dense parameter')
     if value.origin:
       self.note(value, because)
     return value.dense()
 
   def whole(self, value: Any, because: str) -> Any:
-    """Returns a value as it is, but for a square: that as an array."""
-    return self.dense(value, because) if isinstance(value, Squared) else value
+    """Returns a value as it is, an array for what is derived of a view."""
+    return self.dense(value, because) if isinstance(value, Derived) else value
 
   # The walk.
 
@@ -171,13 +179,12 @@ class Walk:
     name = eqn.primitive.name
     if name in _INLINED or name in _CALLS:
       return self.call(eqn, inputs)
-    rule = RULES.get(name)
     views = [i for i in inputs if isinstance(i, View)]
-    squared = any(isinstance(v, Squared) for v in views)
-    if rule is not None and squared == (name == 'reduce_sum'):
+    rule = rule_for(name, views)
+    if rule is not None:
       try:
         if name in CONSUMERS:
-          result = _compiled(name, *inputs, **eqn.params)
+          result = _compiled(rule, *inputs, **eqn.params)
         elif name in EACH:
           result = rule(*inputs, primitive=eqn.primitive, **eqn.params)
         else:
@@ -210,7 +217,7 @@ class Walk:
       self.notes.setdefault(path, []).append(NOT_LOW_RANK)
       return value
     self.notes.setdefault(path, [])
-    return View(value.shape, value.dtype, value.terms, (path,))
+    return value.named((path,))
 
   def call(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Does an equation that calls a jaxpr."""
@@ -245,24 +252,19 @@ NOT_LOW_RANK = 'not low-rank'
 TAG = 'surgery_site'
 
 
-def _compiled(name: str, *operands: Any, **params: Any) -> Any:
+def _compiled(rule: Rule, *operands: Any, **params: Any) -> Any:
   """Returns what a rule makes, by a program for all operands that look alike.
 
   It is written out in the caller's program. What it is for is that a model's
   many layers are traced, and differentiated, once a kind.
   """
-  anonymous = []
-  for one in operands:
-    view = one.view if isinstance(one, Squared) else one
-    if isinstance(view, View):
-      view = View(view.shape, view.dtype, view.terms)
-    anonymous.append(view)
-  return _program(name, tuple(params.items()))(*anonymous)
+  anonymous = [o.named(()) if isinstance(o, View) else o for o in operands]
+  return _program(rule, tuple(params.items()))(*anonymous)
 
 
 @functools.lru_cache(maxsize=1024)
-def _program(name: str, params: Any) -> Callable[..., Any]:
-  return jax.jit(functools.partial(RULES[name], **dict(params)), inline=True)
+def _program(rule: Rule, params: Any) -> Callable[..., Any]:
+  return jax.jit(functools.partial(rule, **dict(params)), inline=True)
 
 
 def _fits(result: Any, var: Any) -> bool:
@@ -383,7 +385,7 @@ def _stacked(walk: Walk, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
   scanned: list[Any] = []
   held: list[Any] = []
   for x in xs:
-    if not isinstance(x, View) or isinstance(x, Squared) or x.dropped:
+    if not isinstance(x, View) or isinstance(x, Derived) or x.dropped:
       scanned.append(walk.dense(x, 'scan'))
       held.append(None)
       continue

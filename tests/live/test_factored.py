@@ -137,6 +137,13 @@ FACTORED: dict[str, Any] = {
   'split of inputs': (
     lambda k, x: sum(x[:, :3] @ p for p in jnp.split(k, 2)), (6, 5), X, {},
   ),
+  'reshaped to one axis': (
+    lambda k, x: jnp.concatenate([x] * 5, -1) @ k.reshape(30), (6, 5), X, {},
+  ),
+  'joined over factors': (
+lambda k, x: x @ k.reshape(6, 8),
+    (3, 2, 8), X, {'layout': 'ioo'},
+  ),
   'sliced': (lambda k, x: x[:, 1:5:2] @ k[1:5:2, 2:], (6, 5), X, {}),
   'turned around': (lambda k, x: x @ k[::-1, ::-1], (6, 5), X, {}),
   'a new axis': (lambda k, x: (x @ k[None])[0], (6, 5), X, {}),
@@ -259,7 +266,7 @@ DENSE = {
   'custom_vjp': (_custom_back, (6, 5), 'custom_vjp_call'),
   'nonlinear': (lambda k, x: x @ jnp.tanh(k), (6, 5), 'tanh'),
   'a product of kernels': (lambda k, x: x @ (k @ k), (6, 6), 'dot_general'),
-  'reshaped across': (lambda k, x: k.reshape(-1)[:3] * x[:, 0], (6, 5), 'reshape'),
+  'reshaped across': (lambda k, x: k.reshape(-1)[:3] * x[:, 0], (6, 5), 'slice'),
   'a mask': (
     lambda k, x: x @ jnp.where(k > 0, k, 0), (6, 5), 'gt, select_n',
   ),
@@ -267,6 +274,7 @@ DENSE = {
     lambda k, x: jax.lax.scan(lambda c, v: (c * 1, v @ c), k, x)[1],
     (6, 5), 'scan (carry)',
   ),
+  'divided anew': (lambda k, x: x[:, :3] @ k.reshape(3, 10), (6, 5), 'reshape'),
   'a result': (lambda k, x: k * x[0, 0], (6, 5), 'result'),
 }  # fmt: skip
 

@@ -10,8 +10,8 @@ import pytest
 
 import surgery
 from surgery.core.lowrank import RANK
-from surgery.live.rules import CONSUMERS, EACH, RULES, Squared
-from surgery.live.views import Decline, Factor, Term, View
+from surgery.live.rules import CONSUMERS, EACH, RULES, folded, rule_for
+from surgery.live.views import Decline, Factor, Folded, Squared, Term, View
 from tests.live.models import close, normal
 
 lax = jax.lax
@@ -30,9 +30,30 @@ def view(shape, outer=1, seed=1):
   return View(shape, jnp.float32, [Term((base,)), Term(product, 0.5)])
 
 
+def kronecker():
+  """Returns a sum of two Kronecker products, (2, 3) times (3, 4)."""
+  c, d = normal(1, (2, 3, 2)), normal(2, (2, 3, 4))
+  term = Term((Factor(c, (0, 2, RANK)), Factor(d, (RANK, 1, 3))), 0.5)
+  fine = View((2, 3, 3, 4), jnp.float32, [term])
+  return Folded(fine, ((0, 1), (2, 3)))
+
+
+def diagonal():
+  """Returns blocks along a diagonal, times a matrix: (2, 3) by (2, 3, 4)."""
+  blocks, matrix = normal(1, (2, 3, 3)), normal(2, (2, 3, 4))
+  term = Term((Factor(blocks, (0, 1, RANK)), Factor(matrix, (0, RANK, 2))))
+  return Folded(View((2, 3, 4), jnp.float32, [term]), ((0, 1), (2,)))
+
+
+def over(one):
+  """Returns the view before axes were joined."""
+  return one.view
+
+
 K, OTHER = view((4, 6)), view((4, 6), seed=9)
 HEADS = view((4, 2, 3))
 KERNEL = view((3, 2, 4, 6), outer=3)
+KRONECKER, BLOCKS = kronecker(), diagonal()
 X, IMAGE = normal(4, (5, 4)), normal(5, (2, 5, 5, 4))
 ROWS, COLUMNS = normal(6, (4, 1)), normal(7, (1, 6))
 WHOLE = normal(8, (4, 6))
@@ -120,6 +141,33 @@ CASES: list[tuple[str, Any, tuple[Any, ...]]] = [
   ('gather', taken(0), (K,)),
   ('gather', taken(1), (K,)),
   ('gather', taken(1, 'wrap'), (HEADS,)),
+  ('reshape', lambda k: k.reshape(6, 12), (over(KRONECKER),)),
+  ('reshape', lambda k: k.reshape(2, 36), (over(KRONECKER),)),
+  ('reshape', lambda k: k.reshape(24), (K,)),
+  ('reshape', lambda k: k.reshape(8, 3), (HEADS,)),
+  ('reshape', lambda k: k.reshape(6, 2, 2), (over(BLOCKS),)),
+  ('neg', lax.neg, (KRONECKER,)),
+  ('copy', jnp.copy, (KRONECKER,)),
+  ('convert_element_type', lambda k: k.astype('bfloat16'), (KRONECKER,)),
+  ('mul', lambda k: 3 * k, (KRONECKER,)),
+  ('mul', lambda k, s: k * s, (KRONECKER, normal(6, (6, 1)))),
+  ('mul', lambda s, k: s * k, (normal(6, (1, 12)), KRONECKER)),
+  ('div', lambda k, s: k / s, (KRONECKER, normal(6, (1, 12)))),
+  ('add', lambda w, k: w + k, (normal(3, (6, 12)), KRONECKER)),
+  ('add', lax.add, (view((6, 12)), KRONECKER)),
+  ('sub', lax.sub, (KRONECKER, view((6, 12)))),
+  ('add', lax.add, (KRONECKER, KRONECKER)),
+  ('transpose', jnp.transpose, (KRONECKER,)),
+  ('transpose', jnp.transpose, (BLOCKS,)),
+  ('dot_general', lambda x, k: x @ k, (normal(4, (5, 6)), KRONECKER)),
+  ('dot_general', lax.dot, (KRONECKER, normal(4, (12, 5)))),
+  ('dot_general', lambda x, k: x @ k, (normal(4, (2, 5, 6)), BLOCKS)),
+  ('dot_general', lax.dot, (BLOCKS, normal(4, (4,)))),
+  (
+    'dot_general',
+    lambda x, k: lax.dot_general(x, k, (((0,), (1,)), ((1,), (0,)))),
+    (normal(4, (12, 6)), KRONECKER),
+  ),
 ]  # fmt: skip
 
 
@@ -162,9 +210,9 @@ def applied(eqn, inputs):
   params = dict(eqn.params)
   if name in EACH:
     params['primitive'] = eqn.primitive
-  # A sum is told what was squared.
-  operands = [i.view if isinstance(i, Squared) else i for i in inputs]
-  made = RULES[name](*operands, **params)
+  made = rule_for(name, [i for i in inputs if isinstance(i, View)])(
+    *inputs, **params
+  )
   plain = eqn.primitive.bind(
     *map(dense, inputs), **eqn.primitive.get_bind_params(eqn.params)
   )
@@ -209,8 +257,10 @@ DECLINED: list[tuple[str, Any, tuple[Any, ...]]] = [
   ('div', lax.div, (K, OTHER)),
   ('integer_pow', lambda k: lax.integer_pow(k, 3), (K,)),
   ('reduce_sum', lambda s: s.sum(), (Squared(K),)),
-  ('reshape', lambda k: k.reshape(24), (K,)),
-  ('reshape', lambda k: k.reshape(8, 3), (HEADS,)),
+  ('mul', lambda k, y: k * y, (KRONECKER, normal(3, (6, 12)))),
+  ('mul', lax.mul, (KRONECKER, KRONECKER)),
+  ('dot_general', lambda k, o: k @ o, (BLOCKS, view((4, 2)))),
+  ('reshape', lambda k: k.reshape(8, 3), (K,)),
   ('dot_general', lambda k, o: k @ o, (K, view((6, 4)))),
   ('gather', lambda k: k[jnp.array([1, 2]), jnp.array([0, 5])], (K,)),
   (
@@ -235,6 +285,18 @@ def test_the_value_itself():
   made = RULES['low_rank'](value.base, value.a, value.b, **eqn.params)
   assert [1, 2] == [len(t.factors) for t in made.terms]
   close(made.dense(), value.base + 3 * value.a @ value.b, 2e-6)
+
+
+def test_what_is_joined_has_rules_for_some_of_the_primitives():
+  known = {name for name, _, operands in CASES if of(operands, Folded)}
+  assert folded.RULES.keys() - {*EACH, 'add_any'} | {'copy'} == known
+  for name in ('reshape', 'slice', 'gather', 'conv_general_dilated'):
+    assert rule_for(name, [KRONECKER]) is None
+
+
+def of(operands, kind):
+  """Whether one of some operands is of a kind."""
+  return any(isinstance(o, kind) for o in operands)
 
 
 def test_every_rule_has_a_case():

@@ -77,7 +77,9 @@ class OFT(surgery.Adapter):
     numbers = weights['oft_q']
     turn = _rotations(numbers, self.block_size)
     blocks = _rows(base, site).reshape(len(numbers), self.block_size, -1)
-    return jnp.einsum('kij,kjo->kio', turn, blocks).reshape(base.shape)
+    # Not an einsum: `factored` turns blocks of inputs, and no matrix.
+    turned = lambda turn, block: surgery.LowRank(None, turn, block).dense()
+    return jax.vmap(turned)(turn, blocks).reshape(base.shape)
 
 
 class BOFT(surgery.Adapter):

@@ -137,4 +137,8 @@ class LoKr(surgery.Adapter):
     large = (
       weights['w2_a'] @ weights['w2_b'] if self._is_low(site) else weights['w2']
     )
-    return base + scale * jnp.kron(weights['w1'], large).reshape(base.shape)
+    # A product over an axis of size one: (in₂, out₂, in₁, out₁).
+    small = weights['w1']
+    kron = surgery.LowRank(None, large[..., None], small[None], scale).dense()
+    update = kron.transpose(2, 0, 3, 1).reshape(base.shape)
+    return surgery.LowRank(base).dense() + update

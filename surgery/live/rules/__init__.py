@@ -9,16 +9,34 @@ parameter that changes what is computed must be looked at here
 (tests/live/test_factored.py compares every rule with the dense arrays).
 
 `arithmetic` and `moves` keep a view a view; `products`, `lookups` and `norms`
-use it up.
+use it up. `folded` is for views of which axes were joined.
 """
 
-from surgery.live.rules import arithmetic, lookups, moves, norms, products
-from surgery.live.rules.arithmetic import Squared
+from collections.abc import Sequence
+
+from surgery.live.rules import (
+  arithmetic,
+  folded,
+  lookups,
+  moves,
+  norms,
+  products,
+)
 from surgery.live.rules.moves import EACH
 from surgery.live.rules.table import Rule
+from surgery.live.views import Folded, Squared, View
 
 # Primitives that use a view up: what they make is an array.
 CONSUMERS: dict[str, Rule] = {**lookups.RULES, **norms.RULES, **products.RULES}
 RULES: dict[str, Rule] = {**arithmetic.RULES, **moves.RULES, **CONSUMERS}
 
-__all__ = ['CONSUMERS', 'EACH', 'RULES', 'Squared']
+__all__ = ['CONSUMERS', 'EACH', 'RULES', 'Rule', 'rule_for']
+
+
+def rule_for(name: str, views: Sequence[View]) -> Rule | None:
+  """Returns the rule for a primitive and views; none if they are made dense."""
+  if any(isinstance(view, Squared) for view in views):
+    return norms.RULES.get(name)
+  if any(isinstance(view, Folded) for view in views):
+    return folded.RULES.get(name)
+  return None if name in norms.RULES else RULES.get(name)

@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core.lowrank import RANK
+from surgery.core.lowrank import NONE, RANK
 from surgery.live.rules.table import Table, is_number, only
-from surgery.live.views import Decline, Dropout, Factor, Term, View, cast, plain
+from surgery.live.views import (
+  Decline,
+  Dropout,
+  Factor,
+  Squared,
+  Term,
+  View,
+  cast,
+  plain,
+)
 
 RULES = Table()
 rule = RULES.rule
@@ -34,13 +43,17 @@ def low_rank(
   """
   if isinstance(a, View) or isinstance(b, View):
     raise Decline
-  view = base if isinstance(base, View) else plain(base)
-  if axes[0] != tuple(range(view.ndim)):
+  if axes[0] == NONE:
+    view = View((), jnp.result_type(a, b), ())
+  else:
+    view = base if isinstance(base, View) else plain(base)
+  if axes[0] != tuple(range(view.ndim)) and axes[0] != NONE:
     names = dict(enumerate(axes[0]))
     view = view.mapped(lambda f: f.renamed(names))
   sizes = {
     axis: size
     for value, owned in ((base, axes[0]), (a, axes[1]), (b, axes[2]))
+    if owned != NONE
     for axis, size in zip(owned, value.shape, strict=True)
     if axis >= 0
   }
@@ -54,6 +67,8 @@ def low_rank(
   if a.shape[axes[1].index(RANK)]:
     product = (Factor(a, axes[1]), Factor(b, axes[2]))
     terms.append(Term(product, scale, (), drop))
+  if not terms:
+    raise Decline
   shape = tuple(sizes[axis] for axis in range(len(sizes)))
   return view.like(terms, shape)
 
@@ -154,19 +169,6 @@ def _sum(x: Any, y: Any, sign: float) -> View:
   origin = tuple(dict.fromkeys((*views[0].origin, *views[1].origin)))
   dtype = jnp.promote_types(views[0].dtype, views[1].dtype)
   return View(views[0].shape, dtype, (*views[0].terms, *second), origin)
-
-
-class Squared(View):
-  """The square of a view, of which only a sum is known to be cheaper."""
-
-  def __init__(self, view: View) -> None:
-    super().__init__(view.shape, view.dtype, (), view.origin)
-    self.view = view
-
-  def dense(self) -> Any:
-    """Returns the array."""
-    value = self.view.dense()
-    return value * value
 
 
 @rule('square')

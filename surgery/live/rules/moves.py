@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery.live.rules.table import Table, only
-from surgery.live.views import Decline, Factor, Term, View, cast, plain, times
+from surgery.live.views import (
+  Decline,
+  Factor,
+  Folded,
+  Term,
+  View,
+  cast,
+  plain,
+  times,
+)
 
 RULES = Table()
 rule = RULES.rule
@@ -96,21 +105,56 @@ def broadcast_in_dim(
 def reshape(
   view: View, *, new_sizes: Sequence[int], dimensions: Any = None, **_: Any
 ) -> View:
-  """Joins and divides axes that each factor owns together, or not at all."""
+  """Joins and divides axes that each factor owns together, or not at all.
+
+  Where factors own a part each of what becomes one axis, the view remembers.
+  """
   if dimensions is not None or 0 in view.shape:
     raise Decline
+  sizes: list[int] = []
+  counts: list[int] = []
+  for old, new in _groups(view.shape, tuple(new_sizes)):
+    if len(new) == 1 and _torn(view, old):
+      sizes += [view.shape[i] for i in old]
+      counts.append(len(old))
+    else:
+      sizes += [new_sizes[i] for i in new]
+      counts += [1] * len(new)
+  if len(sizes) == len(counts):
+    return _reshaped(view, sizes)
+  before = view if sizes == list(view.shape) else _reshaped(view, sizes)
+  return Folded(before, runs(counts))
+
+
+def runs(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+  """Returns groups of neighbouring axes, by how many each has."""
+  stops = np.cumsum(counts)
+  return tuple(
+    tuple(range(stop - count, stop))
+    for stop, count in zip(stops.tolist(), counts, strict=True)
+  )
+
+
+def _torn(view: View, axes: Sequence[int]) -> bool:
+  """Whether a factor owns some of axes that become one, and not all."""
+  real = {i for i in axes if view.shape[i] != 1}
+  return any(
+    not real <= set(factor.axes) and any(map(factor.owns, axes))
+    for term in view.terms
+    for factor in (*term.factors, *term.spreads)
+  )
+
+
+def _reshaped(view: View, new_sizes: Sequence[int]) -> View:
   groups = _groups(view.shape, tuple(new_sizes))
+  if any(_torn(view, old) for old, _ in groups):
+    raise Decline
 
   def change(factor: Factor) -> Factor:
     value, axes = factor.value, factor.axes
     for old, new in groups:
-      real = [i for i in old if view.shape[i] != 1]
       have = [i for i in old if i in axes]
-      if not have:
-        continue
-      if any(i not in axes for i in real):
-        raise Decline  # Another factor owns a part of what becomes one axis.
-      if len(old) == 1 and len(new) == 1:
+      if not have or (len(old) == 1 and len(new) == 1):
         continue
       # Side by side, in order, at the place of the first.
       at = min(axes.index(i) for i in have)

@@ -10,20 +10,20 @@ import jax.numpy as jnp
 from surgery.core.lowrank import RANK
 from surgery.live.rules.products import joined
 from surgery.live.rules.table import Table, is_number, ordered
-from surgery.live.views import Decline, Labels, View, cast, product
+from surgery.live.views import Decline, Labels, Squared, cast, product
 
 RULES = Table()
 rule = RULES.rule
 
 
 @rule('reduce_sum')
-def reduce_sum(view: View, *, axes: Sequence[int], **_: Any) -> Any:
+def reduce_sum(squared: Squared, *, axes: Sequence[int], **_: Any) -> Any:
   """The squares of columns, summed: the norm that DoRA divides by.
 
-  `view` is what was squared. `Σ(W + s·A·B)² = ΣW² + 2s·Σ(WᵀA)ᵀ∘B +
+  `Σ(W + s·A·B)² = ΣW² + 2s·Σ(WᵀA)ᵀ∘B +
   s²·ΣB∘(AᵀA)B` over axes that A owns and B does not, or the other way round.
   """
-  summed = set(axes)
+  view, summed = squared.view, set(axes)
   terms = joined(view.terms, view.dtype)
   if len(terms) != 2 or any(t.spreads for t in terms):
     raise Decline
