@@ -273,6 +273,12 @@ class Host:
           )
         self._types[plugin.name] = plugin
         return
+      if inspect.isclass(plugin):
+        plugin = _made(plugin)
+      # What is wrong with it is said now, not when a hook is first called.
+      scratch = pluggy.PluginManager(hookspecs.PROJECT)
+      scratch.add_hookspecs(hookspecs)
+      _register(scratch, plugin, None)
       self._given.append(plugin)
       if self._manager is not None:
         _register(self._manager, plugin, None)
@@ -609,6 +615,45 @@ def _check_type(value: Any, name: str) -> None:
       raise errors.PluginError(
         f"adapter type '{name}' has no method `{method}`."
       )
+  _check_hooks(value, name)
+
+
+def _check_hooks(cls: type[Adapter], name: str) -> None:
+  """Raises unless all that a type marks as hooks are hooks.
+
+  pluggy checks plugins; it never sees an adapter type, whose methods are called
+  for the adapters in a model.
+  """
+  known = [n for n in vars(hookspecs) if n.startswith('surgery_')]
+  for method, function in inspect.getmembers(cls, inspect.isfunction):
+    if not hasattr(function, f'{hookspecs.PROJECT}_impl'):
+      continue
+    if method not in known:
+      raise errors.PluginError(
+        f"adapter type '{name}': no hook is called '{method}'."
+        f'{errors.suggest(method, known)}'
+      )
+    given = set(inspect.signature(getattr(hookspecs, method)).parameters)
+    extra = [a for a in _names(function) if a not in given]
+    if extra:
+      raise errors.PluginError(
+        f"adapter type '{name}': hook '{method}' has no argument '{extra[0]}'; "
+        f'it has {", ".join(sorted(given))}.'
+      )
+
+
+def _made(plugin: type) -> Any:
+  """Returns a plugin of a class.
+
+  Raises:
+    PluginError: if it cannot be made without arguments.
+  """
+  try:
+    return plugin()
+  except TypeError as error:
+    raise errors.PluginError(
+      f"plugin '{plugin.__name__}': {error}. Give an object of the class."
+    ) from error
 
 
 def _register(
@@ -616,7 +661,7 @@ def _register(
 ) -> None:
   """Registers an object with hooks, or raises and leaves nothing behind."""
   if inspect.isclass(plugin):
-    plugin = plugin()
+    plugin = _made(plugin)
   shown = str(name or getattr(plugin, '__name__', type(plugin).__name__))
   # Of those that are given to a host, several may be of one class.
   others = (f'{shown} {number}' for number in itertools.count(2))

@@ -126,6 +126,12 @@ def _checked(record: AdapterRecord) -> AdapterRecord:
         f'combine: {paths.show(path)}: adapter {record.name!r} rewrites '
         'several parameters of a layer.'
       )
+    if not site.site.in_shape or not site.site.out_shape:
+      raise errors.AdapterError(
+        f'combine: {paths.show(path)}: adapter {record.name!r} adds to a '
+        'vector, and what comes out is a LoRA, which needs a matrix. Merge it '
+        'instead.'
+      )
   return record
 
 
@@ -308,7 +314,7 @@ class _Combined:
     fetch = lambda path: self._leaves[path].load()
     found = compute.weights_of(record, adapter.shared, self._path, stack, fetch)
     one = _program(record, frozenset(adapter.shared), stack)
-    plain = {n: jnp.asarray(w, jnp.float32) for n, w in found.items()}
+    plain = {n: compute.widened(jnp.asarray(w)) for n, w in found.items()}
     result = one(plain)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
 
@@ -317,7 +323,8 @@ def _rank(site: SiteRecord, adapter: AdapterRecord) -> int:
   """Returns the rank of what an adapter adds to a parameter."""
   kinds = compute.kinds_of(site, adapter.shared)
   structs = {
-    n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape, _ in kinds
+    n: jax.ShapeDtypeStruct(shape, compute.arithmetic_dtype(dtype))
+    for n, shape, dtype in kinds
   }
   result = jax.eval_shape(functools.partial(_added, site), structs)
   if isinstance(result, tuple):
@@ -332,6 +339,9 @@ def _added(record: SiteRecord, weights: Mapping[str, Any]) -> Any:
   bound = site.bind(lambda name: zeros)
   value = record.interceptor.apply(bound, site.name, zeros, weights)
   if isinstance(value, LowRank):
+    # Factors alone are the whole update only if nothing else was added.
+    if value.a is None or not (value.base is zeros or value.base is None):
+      return value.dense().reshape(site.in_size, site.out_size)
     rank = value.a.shape[-1]
     return (
       value.a.reshape(site.in_size, rank),

@@ -38,10 +38,11 @@ def wide(dtype: Any) -> Any:
 
 def widened(value: Any) -> Any:
   """Returns an array for arithmetic; integers, such as counts, as they are."""
-  return value.astype(_arithmetic(value.dtype))
+  return value.astype(arithmetic_dtype(value.dtype))
 
 
-def _arithmetic(dtype: Any) -> Any:
+def arithmetic_dtype(dtype: Any) -> Any:
+  """Returns the dtype in which weights of a dtype are used."""
   inexact = jnp.issubdtype(dtype, jnp.inexact)
   return wide(dtype) if inexact else jnp.dtype(dtype)
 
@@ -144,7 +145,7 @@ def uses(
     for p in site.params
   }
   structs = {
-    n: jax.ShapeDtypeStruct(shape, _arithmetic(dtype))
+    n: jax.ShapeDtypeStruct(shape, arithmetic_dtype(dtype))
     for n, shape, dtype in weights
   }
   jax.eval_shape(probe, bases, structs)

@@ -224,3 +224,63 @@ def test_what_does_not_add_is_refused():
   params = surgery.attach(zeros(), Scale(), to='**', name='a', host=host)
   with pytest.raises(surgery.AdapterError, match="'a' .'scale'. does not add"):
     surgery.combine_adapters(params, {'a': 1.0}, host=host)
+
+
+class Sum(surgery.Adapter):
+  """Adds a product and something more, in one way or another."""
+
+  name = 'sum'
+  adds = True
+
+  way: str = surgery.field(default='nested', doc='How it is written.')
+
+  def init(self, site, key):
+    del key
+    one = lambda *shape: jnp.ones(shape, 'float32')
+    return {
+      'a': one(*site.in_shape, 1),
+      'b': one(1, *site.out_shape),
+      'c': one(*site.out_shape),
+      # Not a number to compute with.
+      'where': jnp.arange(site.in_size, dtype='int32')[::-1],
+    }
+
+  def apply(self, site, name, base, weights):
+    a, b, c = (weights[n] for n in 'abc')
+    a = a[weights['where']]
+    return {
+      'nested': surgery.LowRank(surgery.LowRank(base, a, b, 2.0), a, b),
+      'base': surgery.LowRank(base + c, a, b),
+      'alone': surgery.LowRank(base + c),
+      'none': surgery.LowRank(None, a, b).dense() + base,
+    }[self.way]
+
+
+@pytest.mark.parametrize('way', ['nested', 'base', 'alone', 'none'])
+def test_all_that_is_added_is_combined(way):
+  host = surgery.Host(plugins=[Sum], only=())
+  params = surgery.attach(zeros(), Sum(way=way), to='**', name='a', host=host)
+  one = surgery.combine_adapters(params, {'a': 0.5}, host=host)
+  expected = deltas_of(surgery.merge(params, host=host))
+  assert any(abs(v).max() for v in expected.values())
+  for layer, value in deltas(one).items():
+    np.testing.assert_allclose(value, 0.5 * expected[layer], atol=1e-5)
+
+
+def deltas_of(merged):
+  return {k: np.asarray(merged['mlp', k, 'kernel'].value) for k in LAYERS}
+
+
+def test_an_adapter_with_dropout_is_combined():
+  lora = surgery.LoRA(rank=2, dropout=0.1)
+  params = surgery.attach(zeros(), lora, to='**', name='a')
+  values = {
+    path: np.ones(param.value.shape)
+    for path, param in params.items()
+    if path[-1] in ('lora_a.a', 'lora_b.a')
+  }
+  params = written(params, values)
+  one = surgery.combine_adapters(params, {'a': 1.0})
+  expected = deltas(params)
+  for layer, value in deltas(one).items():
+    np.testing.assert_allclose(value, expected[layer], rtol=1e-6)
