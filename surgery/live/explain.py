@@ -124,6 +124,9 @@ def explain(
     try:
       factored.walked(model, leaves, tree, walk)
     except factored.NotFollowed as found:
+      if found.model_raised:
+        # If it is the model's own error, it is raised here.
+        jax.eval_shape(lambda: model(*given[0], **given[1]))
       reason = found.reason
     return 0
 

@@ -84,8 +84,8 @@ def factored(model: Model) -> Model:
     except NotFollowed as found:
       if drops or routed:
         cause = found.__cause__
-        if cause is not None and not isinstance(cause, _UNTRACEABLE):
-          raise cause from None  # The model's own.
+        if found.model_raised and cause is not None:
+          raise cause from None
         what = 'dropout' if drops else 'adapter of each row'
         raise errors.AdapterError(
           f'factored: {found.reason}, so parameters would be dense, and a '
@@ -183,11 +183,17 @@ def _training(
 
 
 class NotFollowed(Exception):  # noqa: N818 - the dense way is taken.
-  """A call that cannot be traced with its inputs unknown."""
+  """A call that cannot be traced with its inputs unknown.
 
-  def __init__(self, reason: str) -> None:
+  Attributes:
+    reason: why.
+    model_raised: whether the model raised what may be an error of its own.
+  """
+
+  def __init__(self, reason: str, model_raised: bool = False) -> None:
     super().__init__(reason)
     self.reason = reason
+    self.model_raised = model_raised
 
 
 def walked(
@@ -233,9 +239,9 @@ def walked(
       raise
     if isinstance(error, _UNTRACEABLE):
       reason = f'the model decides by values ({_line(error)})'
-    else:
-      reason = f'tracing raises {type(error).__name__} ({_line(error)})'
-    raise NotFollowed(reason) from error
+      raise NotFollowed(reason) from error
+    reason = f'tracing raises {type(error).__name__} ({_line(error)})'
+    raise NotFollowed(reason, model_raised=True) from error
   try:
     # The model has been traced as it likes; the rules write for any setting.
     with jax.numpy_dtype_promotion('standard'):
@@ -244,6 +250,7 @@ def walked(
   except (DropoutLost, Misrouted):
     raise
   except Exception as error:
+    walk.notes.clear()  # What was kept factored till then will not be.
     what = f'{type(error).__name__}: {_line(error)}'
     raise NotFollowed(f'the walk through it fails ({what})') from error
   whole = [next(computed) if v is None else v for v in results]

@@ -33,7 +33,7 @@ from surgery.core.records import (
   unite,
 )
 from surgery.core.site import Site
-from surgery.live import routed, walking
+from surgery.live import primitives, routed
 from surgery.passes import attach, blocks, compute, finding
 
 _EMPTY = Records()
@@ -136,7 +136,7 @@ class AdaptedParams(bx.Params):
     else:
       value = blocks.answer(on, path, self._fetch, records.chains)
     if records.probe is not None and records.probe.tags:
-      value = walking.tag_primitive().bind(value, path=path)
+      value = primitives.tag_primitive().bind(value, path=path)
     return value
 
   def _fetch(self, path: Path) -> Any:

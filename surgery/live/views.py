@@ -364,6 +364,19 @@ def cast(value: Any, dtype: Any) -> Any:
   return jax.lax.convert_element_type(value, dtype)
 
 
+def widens(old: Any, new: Any) -> bool:
+  """Whether each number of a floating dtype is one of another."""
+  floating = (jnp.issubdtype(dtype, jnp.floating) for dtype in (old, new))
+  if not all(floating):
+    return False
+  had, has = jnp.finfo(old), jnp.finfo(new)
+  return bool(
+    has.nmant >= had.nmant
+    and has.maxexp >= had.maxexp
+    and has.minexp <= had.minexp
+  )
+
+
 def times(value: Any, scale: Any) -> Any:
   """Returns an array times a number, in the array's dtype."""
   if not isinstance(scale, jax.Array):

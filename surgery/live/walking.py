@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from surgery.core import lowrank
 from surgery.core.paths import Path
+from surgery.live.primitives import TAG
 from surgery.live.rules import CONSUMERS, EACH, RULES, Rule, rule_for
 from surgery.live.views import (
   Decline,
@@ -33,6 +34,7 @@ from surgery.live.views import (
   View,
   cast,
   plain,
+  widens,
 )
 
 # Where primitives that call keep what they call.
@@ -116,7 +118,7 @@ class Walk:
       inputs = [
         v.val if isinstance(v, literal) else values[v] for v in eqn.invars
       ]
-      if bases and _widens(eqn, inputs) and eqn.outvars[0] in bases:
+      if bases and eqn.outvars[0] in bases and _widens(eqn, inputs):
         # The base of a low-rank value stays in the dtype that it is stored in.
         (value,) = inputs
         values[eqn.outvars[0]] = plain(value, eqn.params['new_dtype'])
@@ -155,7 +157,9 @@ class Walk:
     """Returns the view that a low-rank value is."""
     inputs = [self.whole(i, 'low_rank') for i in inputs]
     try:
-      return RULES['low_rank'](*inputs, training=self.training, **eqn.params)
+      view = RULES['low_rank'](*inputs, training=self.training, **eqn.params)
+      # A base may be narrower than what comes out.
+      return view.like(view.terms, dtype=eqn.outvars[0].aval.dtype)
     except Decline:
       base, *rest = inputs
       rest = [self.dense(i, 'low_rank') for i in rest]
@@ -248,8 +252,6 @@ class Walk:
 
 FACTORED = 'factored'
 NOT_LOW_RANK = 'not low-rank'
-# The primitive that says which parameter a value is, for `explain`.
-TAG = 'surgery_site'
 
 
 def _compiled(rule: Rule, *operands: Any, **params: Any) -> Any:
@@ -306,8 +308,10 @@ _NO_SCOPE: AbstractContextManager[None] = contextlib.nullcontext()
 def _widens(eqn: Any, inputs: Sequence[Any]) -> bool:
   if eqn.primitive.name != 'convert_element_type':
     return False
-  old, new = inputs[0].dtype, eqn.params['new_dtype']
-  return not isinstance(inputs[0], View) and jnp.promote_types(old, new) == new
+  (value,) = inputs
+  if isinstance(value, View):
+    return False
+  return widens(value.dtype, eqn.params['new_dtype'])
 
 
 # What is known of a jaxpr, once for all walks.
@@ -531,17 +535,3 @@ _CALLS: dict[str, Callable[[Walk, Any, Sequence[Any]], list[Any]]] = {
   'checkpoint': _remat,
   'shard_map': _shard_map,
 }
-
-
-@functools.cache
-def tag_primitive() -> Any:
-  """Returns the primitive that says which parameter a value is."""
-  from jax.interpreters import ad, batching, mlir
-
-  tag = jex.Primitive(TAG)
-  tag.def_impl(lambda value, path: value)
-  tag.def_abstract_eval(lambda value, path: value)
-  mlir.register_lowering(tag, lambda ctx, value, path: [value])
-  ad.deflinear2(tag, lambda cotangent, _, path: [cotangent])
-  batching.defvectorized(tag)
-  return tag

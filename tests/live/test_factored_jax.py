@@ -16,7 +16,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import surgery
 from surgery.live.rules import RULES
@@ -45,6 +45,7 @@ PARAMETERS = {
   'inline jaxpr keep_unused name out_layouts out_shardings',
   'low_rank': 'axes dropout scale',
   'mul': 'out_dtype',
+  'name': 'name',
   'neg': '',
   'pvary': 'axes',
   'reduce_sum': 'axes out_sharding',
@@ -53,6 +54,7 @@ PARAMETERS = {
   'rev': 'dimensions',
   'scan': 'jaxpr length num_carry num_consts reverse unroll',
   'shard_map': 'check_vma in_specs jaxpr mesh newly_manual_axes out_specs',
+  'sharding_constraint': 'context_mesh layout sharding unconstrained_dims',
   'slice': 'limit_indices start_indices strides',
   'split': 'axis sizes',
   'square': '',
@@ -87,7 +89,10 @@ def _examples():
   yield lambda k: [jax.jit(jnp.sin)(k), jax.checkpoint(jnp.sin)(k)]
   yield jax.grad(lambda k: (k @ k.T).sum() + (2 * k).sum())
   yield lambda k: surgery.LowRank(k, k[:, :2], k[:2]).dense()
+  yield lambda k: jax.ad_checkpoint.checkpoint_name(k, 'kernel')
   mesh = Mesh(np.array(jax.devices()[:1]), ('d',))
+  placed = NamedSharding(mesh, PartitionSpec('d'))
+  yield lambda k: lax.with_sharding_constraint(k, placed)
   specs = (PartitionSpec('d'), PartitionSpec())
   yield lambda k: jax.shard_map(
     jnp.multiply, mesh=mesh, in_specs=specs, out_specs=specs[0]
@@ -169,15 +174,19 @@ NOT_PROMISED = {
   },
   'surgery/live/convert.py': {'jax.core.Tracer'},
   'surgery/live/routing.py': {'jax.core.Tracer'},
+  'surgery/live/primitives.py': {
+    'jax.extend.core.Primitive',
+    'jax.interpreters.ad.deflinear2',
+    'jax.interpreters.batching.defvectorized',
+    'jax.interpreters.batching.primitive_batchers',
+    'jax.interpreters.mlir.lower_fun',
+    'jax.interpreters.mlir.register_lowering',
+  },
   'surgery/live/stashed.py': {'jax.core.Tracer'},
   'surgery/live/walking.py': {
     'jax.extend.core.ClosedJaxpr',
     'jax.extend.core.Literal',
-    'jax.extend.core.Primitive',
     'jax.extend.core.jaxprs_in_params',
-    'jax.interpreters.ad.deflinear2',
-    'jax.interpreters.batching.defvectorized',
-    'jax.interpreters.mlir.register_lowering',
   },
 }
 ROOT = pathlib.Path(surgery.__file__).parent.parent

@@ -7,6 +7,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import surgery
 from surgery.core.lowrank import RANK
@@ -27,6 +29,16 @@ def view(shape, outer=1, seed=1):
     Factor(a, (*axes[:outer], RANK)),
     Factor(b, (RANK, *axes[outer:])),
   )
+  return View(shape, jnp.float32, [Term((base,)), Term(product, 0.5)])
+
+
+def turned(shape):
+  """Returns a view of a kernel whose axes of inputs and outputs changed."""
+  *taps, ins, outs = range(len(shape))
+  a = normal(1, (*shape[:-2], shape[-1], 2))
+  b = normal(2, (2, shape[-2]))
+  base = Factor(normal(3, shape), (*taps, ins, outs))
+  product = (Factor(a, (*taps, outs, RANK)), Factor(b, (RANK, ins)))
   return View(shape, jnp.float32, [Term((base,)), Term(product, 0.5)])
 
 
@@ -66,6 +78,12 @@ def conv(x, k, **options):
   )
 
 
+def placed(k):
+  mesh = Mesh(np.array(jax.devices()[:1]), ('d',))
+  spec = PartitionSpec(None, 'd')
+  return lax.with_sharding_constraint(k, NamedSharding(mesh, spec))
+
+
 def taken(axis, mode='clip'):
   indices = jnp.array([[3, 0], [1, 3]])
   return lambda k: jnp.take(k, indices, axis, mode=mode)
@@ -99,6 +117,9 @@ CASES: list[tuple[str, Any, tuple[Any, ...]]] = [
   ('transpose', jnp.transpose, (K,)),
   ('transpose', lambda k: k.transpose(2, 0, 1), (HEADS,)),
   ('copy', jnp.copy, (K,)),
+  ('name', lambda k: checkpoint_name(k, 'kernel'), (K,)),
+  ('sharding_constraint', placed, (K,)),
+  ('sharding_constraint', placed, (HEADS,)),
   ('squeeze', lambda k: lax.squeeze(k, (1, 3)), (view((4, 1, 6, 1)),)),
   ('broadcast_in_dim', lambda k: jnp.broadcast_to(k, (3, 4, 6)), (K,)),
   (
@@ -133,6 +154,8 @@ CASES: list[tuple[str, Any, tuple[Any, ...]]] = [
     (normal(4, (5, 3, 4)), HEADS),
   ),
   ('conv_general_dilated', conv, (IMAGE, KERNEL)),
+  # The other factor owns the axis of inputs alone: as where it is turned.
+  ('conv_general_dilated', conv, (IMAGE, turned((3, 2, 4, 6)))),
   (
     'conv_general_dilated',
     lambda x, k: conv(x, k, feature_group_count=2, rhs_dilation=(1, 2)),

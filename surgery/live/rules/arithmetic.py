@@ -19,6 +19,7 @@ from surgery.live.views import (
   View,
   cast,
   plain,
+  widens,
 )
 
 RULES = Table()
@@ -82,8 +83,9 @@ def convert(view: View, *, new_dtype: Any, **_: Any) -> View:
 
   def change(factor: Factor) -> Factor:
     value = factor.value
-    narrower = jnp.promote_types(value.dtype, new) != new
-    return Factor(cast(value, new), factor.axes) if narrower else factor
+    if widens(value.dtype, new):
+      return factor
+    return Factor(cast(value, new), factor.axes)
 
   return view.like([t.mapped(change) for t in view.terms], dtype=new)
 

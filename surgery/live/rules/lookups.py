@@ -86,6 +86,9 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
 
   # What lies outside is filled once: NaN in a factor would be NaN in gradients.
   base, *rest = view.terms
+  filled = params['mode'] == jax.lax.GatherScatterMode.FILL_OR_DROP
+  if filled and not base.factors[0].owns(axis):
+    raise Decline  # Nothing would be there to fill.
   if len(base.factors) != 1 or any(
     f.owns(axis) for t in view.terms for f in t.spreads
   ):

@@ -53,9 +53,31 @@ def _each(name: str) -> None:
     return view.like(terms)
 
 
-EACH = ('copy', 'copy_p', 'stop_gradient', 'pvary', 'pbroadcast')
+EACH = ('copy', 'copy_p', 'name', 'stop_gradient', 'pvary', 'pbroadcast')
 for _name in EACH:
   _each(_name)
+
+
+@rule('sharding_constraint')
+def sharding_constraint(
+  view: View, *, sharding: Any, layout: Any, unconstrained_dims: Any, **_: Any
+) -> View:
+  """Lays factors out over the mesh as the axes that they own."""
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    raise Decline
+  if layout is not None or unconstrained_dims:
+    raise Decline
+  names = (*sharding.spec, *[None] * (view.ndim - len(sharding.spec)))
+
+  def change(factor: Factor) -> Factor:
+    where = [None if x < 0 else names[x] for x in factor.axes]
+    own = jax.sharding.NamedSharding(
+      sharding.mesh, jax.sharding.PartitionSpec(*where)
+    )
+    value = jax.lax.with_sharding_constraint(factor.value, own)
+    return Factor(value, factor.axes)
+
+  return view.mapped(change)
 
 
 @rule('squeeze')

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from surgery.core.lowrank import RANK, ROW
+from surgery.live.primitives import flat_primitive
 from surgery.live.rules.table import Table, ordered
 from surgery.live.views import (
   EXACT,
@@ -198,13 +199,13 @@ def _term(
   summed = [name for name in x_labels if name not in out]
   if not any(name in labels[0] for name in summed):
     values, labels = values[::-1], labels[::-1]
-  if labels[0][-1] == 'rank' and values[0].ndim > 1:
+  alone = not any(name in out for name in labels[0])
+  if alone and labels[0][-1] == 'rank' and values[0].ndim > 1:
     # The gradient of a tall, thin matrix is a product for which XLA has no
-    # quick way on CPU, that of a flat one has. The barrier keeps XLA from
-    # turning it back.
+    # quick way on CPU, that of a flat one has.
     order = (values[0].ndim - 1, *range(values[0].ndim - 1))
     turned = jax.lax.transpose(values[0], order)
-    values[0] = jax.lax.optimization_barrier(turned)
+    values[0] = flat_primitive().bind(turned)
     labels[0] = ('rank', *labels[0][:-1])
   # Over what the first one owns alone; the rest is summed with the second.
   left = [
@@ -231,9 +232,8 @@ def conv_general_dilated(x: Any, view: Any, **params: Any) -> Any:
     raise Decline
   if params.get('out_sharding') is not None:
     raise Decline
-  out_axis = params['dimension_numbers'].rhs_spec[0]
   for term in view.terms:
-    _outer_last(term, view, out_axis)
+    _divided(term, view, params)
   if view.rows or view.dropped or any(t.spreads for t in view.terms):
     return _conv_terms(x, view, params)
   return _conv_sum(x, view, params)
@@ -302,74 +302,89 @@ def _conv_terms(x: Any, view: View, params: Any) -> Any:
         value = multiplied(value, tuple(range(x.ndim)), f, channel)
       else:
         raise Decline
-    made = _conv_term(term, view, value, params, out_axis, groups)
+    made = _conv_term(term, view, value, params)
     for f in outer:
       made = multiplied(made, tuple(range(made.ndim)), f, (feature,))
     total = made if total is None else jax.lax.add(total, made)
   return total
 
 
-def _outer_last(term: Term, view: View, out_axis: int) -> tuple[Factor, ...]:
-  """Returns a term's factors, the one with the kernel's output axis last.
+def _divided(
+  term: Term, view: View, params: Any
+) -> tuple[Factor, Factor | None, int]:
+  """Returns how a term takes part in a convolution.
+
+  Returns:
+    A factor to convolve with; the other one, which owns the kernel's axis of
+    outputs or of inputs alone, if there is one; and that axis.
 
   Raises:
-    Decline: if it owns more than that, or nobody owns an axis.
+    Decline: if no factor does, or nobody owns an axis.
   """
   owned = {x for f in term.factors for x in f.axes}
   if any(i not in owned and view.shape[i] != 1 for i in range(view.ndim)):
     raise Decline
+  outputs, inputs = params['dimension_numbers'].rhs_spec[:2]
   if len(term.factors) == 1:
     if len(term.factors[0].axes) != view.ndim:
       raise Decline
-    return term.factors
+    return term.factors[0], None, outputs
   a, b = term.factors
-  if a.owns(out_axis):
-    a, b = b, a
-  if {x for x in b.axes if x != ROW} != {out_axis, RANK}:
-    raise Decline
-  return a, b
+  for axis in (outputs, inputs):
+    if axis == inputs and params['feature_group_count'] != 1:
+      continue
+    for one, other in ((a, b), (b, a)):
+      alone = {x for x in other.axes if x != ROW} == {axis, RANK}
+      if alone and not one.owns(axis):
+        return one, other, axis
+  raise Decline
 
 
-def _conv_term(
-  term: Term, view: View, x: Any, params: Any, out_axis: int, groups: int
-) -> Any:
+def _conv_term(term: Term, view: View, x: Any, params: Any) -> Any:
   conv = jax.lax.conv_general_dilated
-  a, *second = _outer_last(term, view, out_axis)
-  if not second:
+  numbers, groups = params['dimension_numbers'], params['feature_group_count']
+  a, b, axis = _divided(term, view, params)
+  if b is None:
     kernel = ordered(cast(a.value, view.dtype), a.axes, range(view.ndim))
     return times(conv(x, kernel, **params), term.scale)
-  (b,) = second
   if a.owns(ROW):
-    return _conv_rows(term, view, x, params, out_axis, groups)
+    return _conv_rows(term, view, x, params)
   if term.dropout is not None:
     x = term.dropout(x)
   rank = a.value.shape[a.axes.index(RANK)]
-  names = tuple(out_axis if i == RANK else i for i in a.axes)
+  names = tuple(axis if i == RANK else i for i in a.axes)
   kernel = cast(a.value, view.dtype)
   present = [i for i in range(view.ndim) if i in names]
   kernel = ordered(kernel, names, present).reshape(
     [
-      rank if i == out_axis else view.shape[i] if i in names else 1
+      rank if i == axis else view.shape[i] if i in names else 1
       for i in range(view.ndim)
     ]
   )
+  second = ordered(cast(b.value, view.dtype), b.axes, (RANK, axis))
+  if axis == numbers.rhs_spec[1]:
+    # Inputs to ranks at each place, then a convolution.
+    channel = numbers.lhs_spec[1]
+    places = tuple(range(x.ndim))
+    middle: Labels = tuple('rank' if i == channel else i for i in places)
+    h = product(x, places, second, ('rank', channel), middle)
+    return conv(times(h, term.scale), kernel, **params)
   if groups > 1:
-    kernel = jnp.concatenate([kernel] * groups, out_axis)
+    kernel = jnp.concatenate([kernel] * groups, axis)
   h = conv(x, kernel, **{**params, 'preferred_element_type': None})
   h = times(h, term.scale)
   feature = params['dimension_numbers'].out_spec[1]
   places = tuple(range(h.ndim))
-  outer = ordered(cast(b.value, view.dtype), b.axes, (RANK, out_axis))
   made_as = params['preferred_element_type']
   exact = {**EXACT, 'precision': params['precision']}
   if groups == 1:
-    labels = tuple('rank' if i == feature else i for i in places)
-    return product(h, labels, outer, ('rank', feature), places, exact, made_as)
+    middle = tuple('rank' if i == feature else i for i in places)
+    return product(h, middle, second, ('rank', feature), places, exact, made_as)
   # Each group of channels has its own part of B.
-  size = view.shape[out_axis] // groups
+  size = view.shape[axis] // groups
   h = h.reshape([*h.shape[:feature], groups, rank, *h.shape[feature + 1 :]])
-  outer = outer.reshape(rank, groups, size)
-  labels = (
+  second = second.reshape(rank, groups, size)
+  labels: Labels = (
     *places[:feature],
     'group',
     'rank',
@@ -379,7 +394,7 @@ def _conv_term(
   made = product(
     h,
     labels,
-    outer,
+    second,
     ('rank', 'group', 'out'),
     out,
     exact,
@@ -390,9 +405,7 @@ def _conv_term(
   return made.reshape(shape)
 
 
-def _conv_rows(
-  term: Term, view: View, x: Any, params: Any, out_axis: int, groups: int
-) -> Any:
+def _conv_rows(term: Term, view: View, x: Any, params: Any) -> Any:
   """A convolution of each row with factors of its own."""
   numbers = params['dimension_numbers']
   at, to = numbers.lhs_spec[0], numbers.out_spec[0]
@@ -404,9 +417,7 @@ def _conv_rows(
       for v, f in zip(values, term.factors, strict=True)
     )
     single = dataclasses.replace(term, factors=factors)
-    made = _conv_term(
-      single, view, jnp.expand_dims(x, at), params, out_axis, groups
-    )
+    made = _conv_term(single, view, jnp.expand_dims(x, at), params)
     return jnp.squeeze(made, to)
 
   rows = [f.axes.index(ROW) for f in term.factors]
