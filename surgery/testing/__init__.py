@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
+from surgery.core import errors
 from surgery.core.adapter import Adapter
 from surgery.testing import laws as _laws
 from surgery.testing.laws import LAWS, Broken, Case, Declared
@@ -54,10 +55,11 @@ class AdapterConformance:
 
   def test_law(self, case: Case) -> None:
     """Looks at one law on one kind of layer."""
-    LAWS[case.law](case)
+    case.look()
 
 
 def _declared(cls: type[AdapterConformance]) -> Declared:
+  _check(cls.adapter)
   mergeable = cls.mergeable
   if mergeable is None:
     mergeable = type(cls.adapter).mergeable
@@ -68,6 +70,20 @@ def _declared(cls: type[AdapterConformance]) -> Declared:
     tuple(cls.unsupported),
     cls.too_large,
   )
+
+
+def _check(adapter: Any) -> None:
+  """Raises unless something is an adapter.
+
+  Raises:
+    ConfigError: if it is something else, as its type.
+  """
+  if not isinstance(adapter, Adapter):
+    shown = getattr(adapter, '__name__', type(adapter).__name__)
+    raise errors.ConfigError(
+      f'expected an adapter, found {shown}. Give one with its options, e.g. '
+      f'{shown}(rank=2).'
+    )
 
 
 def check(
@@ -99,6 +115,7 @@ def check(
   Raises:
     Broken: for the first law that is broken.
   """
+  _check(adapter)
   if mergeable is None:
     mergeable = type(adapter).mergeable
   declared = Declared(
@@ -107,7 +124,7 @@ def check(
   for case in _laws.cases(
     adapter, declared, laws=laws, kinds=kinds, dtypes=dtypes
   ):
-    LAWS[case.law](case)
+    case.look()
 
 
 def broken(adapter: Adapter, **options: Any) -> dict[str, Exception]:

@@ -1,5 +1,6 @@
 """The kit itself: broken adapters, each caught by the law that it breaks."""
 
+import random
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import surgery
@@ -76,6 +78,29 @@ class NoSum(_Scale):
 
   def apply(self, site, name, base, weights):
     return base * weights['s'] + (weights['s'] - 1) ** 2
+
+
+class SaysThatItAdds(_Scale):
+  """Two of them may be merged in any order, but not one and a LoRA."""
+
+  name = 'says_that_it_adds'
+  adds = True
+
+
+class DrawnByItself(_Scale):
+  name = 'drawn_by_itself'
+
+  def init(self, site, key):
+    noise = np.random.default_rng().normal(size=site.out_shape)
+    return {'s': jnp.asarray(noise, 'float32')}
+
+
+class Moody(_Scale):
+  name = 'moody'
+
+  def apply(self, site, name, base, weights):
+    weight = 1 + random.random()
+    return base * (1 + weight * (weights['s'] - 1))
 
 
 class HidesNaN(_Scale):
@@ -171,7 +196,29 @@ BROKEN: dict[str, Any] = {
   'not finite': (NotFinite(), {}, {'outputs_are_finite'}),
   're-encoded': (ReEncoded(), {}, {'merged_is_adapted'}),
   'unused': (Unused(), {}, {'training_changes_the_adapter_alone'}),
-  'no sum': (NoSum(), {}, {'several_adapters_work_together'}),
+  'no sum': (
+    NoSum(),
+    {},
+    {
+      'several_adapters_work_together',
+      'what_adds_does_not_look_at_the_base',
+    },
+  ),
+  'says that it adds': (
+    SaysThatItAdds(),
+    {},
+    {'what_adds_does_not_look_at_the_base'},
+  ),
+  'drawn by itself': (
+    DrawnByItself(),
+    {'identity': False},
+    {'seeds_decide_the_weights'},
+  ),
+  'moody': (
+    Moody(),
+    {},
+    {'two_calls_give_the_same', 'shards_give_the_eager_result'},
+  ),
   'hides NaN': (HidesNaN(), {}, {'what_is_not_finite_is_not_merged'}),
   'boundless': (Boundless(), {}, {'what_is_too_large_is_refused'}),
   'surprised': (Surprised(), {}, {'what_is_too_large_is_refused'}),
@@ -287,6 +334,73 @@ def test_a_failure_says_where_by_how_much_and_how_to_see_it_again():
   assert 'The law: A new adapter changes no output' in text
   [command] = re.findall(r'Reproduce: (.*)', text)
   assert "laws=['identity_at_start'], kinds=['conv']" in command
+
+
+def test_what_reproduces_a_failure_says_all_that_was_declared():
+  declared: dict[str, Any] = {
+    'identity': False, 'unsupported': ['conv'], 'trains': False,
+    'too_large': {'block': 7}, 'mergeable': False,
+  }  # fmt: skip
+  with pytest.raises(testing.Broken) as told:
+    testing.check(Greedy(), kinds=['conv'], laws=['refuses'], **declared)
+  [command] = re.findall(r'Reproduce: (.*)', str(told.value))
+  names = {
+    'surgery': surgery, 'Greedy': Greedy,
+  }  # fmt: skip
+  with pytest.raises(testing.Broken) as again:
+    eval(command, names)
+  assert str(told.value) == str(again.value)
+
+
+class Wrong(_Scale):
+  name = 'wrong'
+
+  def apply(self, site, name, base, weights):
+    return base[None]
+
+
+class Picky(_Scale):
+  name = 'picky'
+
+  def serves(self, site):
+    return 'it is picky' if site.name == 'kernel' else None
+
+
+@pytest.mark.parametrize(
+  ('adapter', 'said'),
+  [
+    (Wrong(), 'PluginError: net/layers/query'),
+    (Picky(), "say so: unsupported = ('linear',)"),
+  ],
+)
+def test_what_is_raised_names_the_law_too(adapter, said):
+  with pytest.raises(testing.Broken) as told:
+    testing.check(adapter, kinds=['linear'], laws=['identity_at_start'])
+  assert said in str(told.value)
+  assert "law 'identity_at_start' is broken" in str(told.value)
+  assert 'Reproduce: surgery.testing.check(' in str(told.value)
+
+
+def test_a_type_is_no_adapter():
+  with pytest.raises(surgery.ConfigError, match=r'found _Scale. Give one with'):
+    testing.check(_Scale)  # type: ignore[arg-type]
+
+  class Scale(testing.AdapterConformance):
+    adapter = _Scale  # type: ignore[assignment]
+
+  with pytest.raises(surgery.ConfigError, match='expected an adapter'):
+    Scale.cases()
+
+
+def test_an_option_that_is_not_there_cannot_be_too_large():
+  with pytest.raises(
+    testing.Broken, match="too_large: .* has no option 'blok'"
+  ):
+    testing.check(
+      Bounded(),
+      too_large={'blok': 3},
+      laws=['what_is_too_large_is_refused'],
+    )
 
 
 def test_laws_and_kinds_that_are_not_known_are_refused():
