@@ -30,7 +30,15 @@ def command(file: pathlib.Path, code: str, as_json: bool) -> None:
   import surgery
 
   model, *arguments = _called(code)
-  found = surgery.explain(model, surgery.load(file), *arguments)
+  params = surgery.load(file)
+  try:
+    found = surgery.explain(model, params, *arguments)
+  except errors.SurgeryError:
+    raise
+  except Exception as error:  # The model's own.
+    raise errors.SurgeryError(
+      f'{code}: the model raises {type(error).__name__}: {error}'
+    ) from error
   click.echo(json.dumps(found.to_json()) if as_json else str(found))
 
 
@@ -52,7 +60,14 @@ def _called(code: str) -> tuple[Any, ...]:
     call = getattr(importlib.import_module(name), function)
   except (ModuleNotFoundError, AttributeError) as error:
     raise click.UsageError(f'{code}: {error}.') from error
-  made = call()
+  try:
+    made = call()
+  except errors.SurgeryError:
+    raise
+  except Exception as error:
+    raise errors.SurgeryError(
+      f'{code}() raises {type(error).__name__}: {error}'
+    ) from error
   if not isinstance(made, tuple) or not made or not callable(made[0]):
     raise errors.SurgeryError(
       f'{code}() returned {type(made).__name__}, expected a tuple of the model '

@@ -190,7 +190,13 @@ class Adapter(_Configured):
     """Answers the term `serves:<type>`: whether this type serves the site."""
     if term != f'serves:{self.name}':
       return None
-    return self.at(site).serves(site) is None
+    reason = self.at(site).serves(site)
+    if reason is not None and not isinstance(reason, str):
+      raise errors.PluginError(
+        f'serves of {self.name!r} returned {reason!r}, expected the reason why '
+        'it does not serve the site, or None if it does.'
+      )
+    return reason is None
 
   @hookspecs.hookimpl
   def surgery_intercept_param(self, site: Site) -> Interceptor:
@@ -275,6 +281,18 @@ def _check_class(cls: type[Adapter]) -> None:
         'contract and cannot be an option. Give the option another name; class '
         "attributes are set without annotation, e.g. name = 'mine'."
       )
+  for said in ('rewrites', 'frozen', 'counters'):
+    names = getattr(cls, said)
+    if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+      raise errors.PluginError(
+        f"adapter type '{cls.name}': {said}: expected a tuple of names, found "
+        f'{names!r}. One name is written with a comma: ({names!r},).'
+      )
+  if not cls.rewrites:
+    raise errors.PluginError(
+      f"adapter type '{cls.name}': rewrites: expected the names of one "
+      "parameter or more, as ('kernel',), found none."
+    )
   config.check_declaration(cls)
   if cls.surgery_intercept_param is Adapter.surgery_intercept_param:
     for method in ('init', 'apply'):

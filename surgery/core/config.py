@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surgery.core import errors
@@ -195,9 +195,24 @@ def check(cls: type, key: str, value: Any) -> Any:
     raise errors.ConfigError(
       f'{_where(cls, key)}: expected a finite number, found {value!r}.'
     )
-  if not isinstance(value, (int, float)):
-    return value
   bounds = options(cls)[key].metadata
+  for number in _numbers(value):
+    _check_range(cls, key, number, bounds)
+  return value
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+  """Yields a number, or those in a tuple."""
+  if isinstance(value, tuple):
+    for one in value:
+      yield from _numbers(one)
+  elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    yield value
+
+
+def _check_range(
+  cls: type, key: str, value: float, bounds: Mapping[str, Any]
+) -> None:
   for name in _RANGE:
     bound = bounds.get(name)
     if bound is None:
@@ -213,7 +228,6 @@ def check(cls: type, key: str, value: Any) -> Any:
         f'{_where(cls, key)}: expected a value {_SIGNS[name]} {bound}, found '
         f'{value!r}.'
       )
-  return value
 
 
 def check_keys(cls: type, given: Mapping[str, Any]) -> None:
@@ -323,6 +337,20 @@ def check_declaration(cls: type) -> None:
         'the weights. Options are bool, int, float, str, Literal, tuples of '
         'these, or None.'
       )
+    bounds = [
+      b for b in _RANGE if options(cls)[name].metadata.get(b) is not None
+    ]
+    if bounds and not _has_numbers(annotation):
+      raise errors.PluginError(
+        f'{_where(cls, name)}: {bounds[0]}= is for numbers, and the option is '
+        f'{type_name(annotation)}.'
+      )
+
+
+def _has_numbers(annotation: Any) -> bool:
+  if annotation in (int, float):
+    return True
+  return any(map(_has_numbers, typing.get_args(annotation)))
 
 
 def freeze(

@@ -560,12 +560,18 @@ class Host:
         return form, path
     raise errors.FormatError(
       f"{path}: no format is known for the suffix '{suffix}'. Known: "
-      f'{", ".join(sorted(known)) or "none"}.'
+      f'{", ".join(sorted(known)) or _NO_FORMATS}.'
     )
 
   def observed(self, verb: str, arguments: Mapping[str, Any]) -> _Observed:
     """Tells observers of a verb: `with host.observed('merge', {…}):`."""
     return _Observed(self, verb, arguments)
+
+
+_NO_FORMATS = (
+  'none. A host with entry_points=False has no formats and no passes; with '
+  "only=() it has ours, and nobody else's"
+)
 
 
 class _Observed:
@@ -660,6 +666,12 @@ def _register(
   manager: pluggy.PluginManager, plugin: Any, name: str | None
 ) -> None:
   """Registers an object with hooks, or raises and leaves nothing behind."""
+  kind = plugin if inspect.isclass(plugin) else type(plugin)
+  if issubclass(kind, Adapter):
+    raise errors.PluginError(
+      f"plugin '{name or kind.__name__}' is an adapter type. Its entry point "
+      "goes into the group 'surgery.adapters'."
+    )
   if inspect.isclass(plugin):
     plugin = _made(plugin)
   shown = str(name or getattr(plugin, '__name__', type(plugin).__name__))

@@ -78,12 +78,13 @@ def stack_of(where: Path, shape: Sequence[int], core: Sequence[int]) -> int:
 
 
 def _checked(
-  who: Interceptor, name: str, value: Any, shape: tuple[int, ...]
+  who: Interceptor, name: str, value: Any, shape: tuple[int, ...], base: Any
 ) -> Any:
   """Returns what `apply` returned as an array.
 
   Raises:
-    PluginError: if it is no array of the parameter's shape.
+    PluginError: if it is no array of the parameter's shape, and of numbers of
+      its kind.
   """
   if isinstance(value, LowRank):
     value = value.dense()
@@ -94,7 +95,37 @@ def _checked(
       f'apply of {called(who)!r} for parameter {name!r} returned {shown}, '
       f'expected an array of shape {shape}.'
     )
+  kind = jnp.complexfloating if _is_complex(base) else jnp.floating
+  if not jnp.issubdtype(value.dtype, kind):
+    raise errors.PluginError(
+      f'apply of {called(who)!r} for parameter {name!r} returned '
+      f'{jnp.dtype(value.dtype).name}, expected a {kind.__name__} dtype, as '
+      'that of the base.'
+    )
   return value
+
+
+def _is_complex(value: Any) -> bool:
+  return bool(jnp.issubdtype(value.dtype, jnp.complexfloating))
+
+
+def answered(
+  who: Interceptor, site: Site, name: str, base: Any, weights: Arrays
+) -> Any:
+  """Returns what `apply` answers.
+
+  Raises:
+    PluginError: if it asks for a weight that is not there.
+  """
+  try:
+    return who.apply(site, name, base, weights)
+  except KeyError as error:
+    if error.args[0] in weights:
+      raise
+    raise errors.PluginError(
+      f'apply of {called(who)!r} failed: KeyError: {error}. The weights are '
+      f'{", ".join(weights) or "none"}.'
+    ) from error
 
 
 def called(who: Any) -> str:
@@ -116,8 +147,8 @@ def _applied(
   specs = {spec.name: spec for spec in site.params}
   whole = {n: canonical(specs[n], b) for n, b in bases.items()}
   bound = site.bind(whole.__getitem__)
-  value = who.apply(bound, name, whole[name], weights)
-  value = _checked(who, name, value, _whole_shape(specs[name]))
+  value = answered(who, bound, name, whole[name], weights)
+  value = _checked(who, name, value, _whole_shape(specs[name]), whole[name])
   return _stored(specs[name], value)
 
 
@@ -136,8 +167,9 @@ def uses(
     return _checked(
       who,
       name,
-      who.apply(site.bind(base), name, bases[name], weights),
+      answered(who, site.bind(base), name, bases[name], weights),
       _whole_shape(site.param(name)),
+      bases[name],
     )
 
   bases = {

@@ -601,3 +601,110 @@ def test_names_of_weights_are_those_of_the_design():
   params = surgery.attach(params, surgery.LoRA(rank=1), to='**', name='b')
   names = {p[-1] for p in params.keys() if p[-1].startswith('lora_a')}
   assert {'lora_a', 'lora_a.default.recurrent', 'lora_a.b'} == names
+
+
+KEY = 'returned a PRNG key for .w., expected an array. Return jax.random.key_'
+
+
+@pytest.mark.parametrize(
+  ('methods', 'message'),
+  [
+    (
+      {'apply': lambda self, site, name, base, w: base > 0},
+      "layer0/kernel: apply of 'broken' for parameter 'kernel' returned bool, "
+      'expected a floating dtype',
+    ),
+    (
+      {'apply': lambda self, site, name, base, w: jnp.fft.fft(base)},
+      'returned complex64, expected a floating dtype',
+    ),
+    (
+      {'apply': lambda self, site, name, base, w: base + w['delta']},
+      "layer0/kernel: apply of 'broken' failed: KeyError: 'delta'. The weights "
+      'are w.',
+    ),
+    (
+      {'init': lambda self, site, key: {'w': key}},
+      'layer0/kernel: init of .broken. ' + KEY,
+    ),
+    (
+      {'init': lambda self, site, key: {'w': {'a': jnp.ones(2)}}},
+      "init of 'broken' returned dict for 'w', expected an array.",
+    ),
+    (
+      {'serves': lambda self, site: True},
+      "serves of 'broken' returned True, expected the reason why it does not",
+    ),
+    ({'rewrites': 'kernel'}, r"rewrites: expected .* comma: \('kernel',\)"),
+    (
+      {'frozen': ('scale')},
+      r"frozen: expected a tuple of names, found 'scale'",
+    ),
+    ({'rewrites': ()}, 'rewrites: expected the names of one parameter or more'),
+  ],
+)
+def test_what_a_type_does_wrong_is_said(methods, message):
+  cls, host = broken(**methods)
+  with pytest.raises(surgery.PluginError, match=message):
+    surgery.attach(params_of(2), cls(), to='**', host=host)
+
+
+def test_each_number_of_a_tuple_lies_in_the_range():
+  class Betas(surgery.Adapter):
+    name = 'betas'
+    betas: tuple[float, ...] = surgery.field(default=(0.9, 0.99), gt=0, lt=1)
+
+  message = "option 'betas': expected a value < 1, found 5.0"
+  with pytest.raises(surgery.ConfigError, match=message):
+    config.check(Betas, 'betas', (0.5, 5.0))
+  assert (0.5, 0.6) == config.check(Betas, 'betas', (0.5, 0.6))
+
+
+def test_a_range_of_what_is_no_number_is_refused():
+  class Named(surgery.Adapter):
+    name = 'named'
+    word: str = surgery.field(default='a', ge=1)
+
+  with pytest.raises(surgery.PluginError, match=r'ge= is for numbers.* str'):
+    config.check_declaration(Named)
+
+
+def test_a_misspelt_hook_of_a_type_is_found():
+  hook = surgery.hookimpl(lambda self, site, policy: False)
+  message = "'broken': no hook is called 'surgery_freeze_params'. Did you mean"
+  with pytest.raises(surgery.PluginError, match=message):
+    broken(surgery_freeze_params=hook)
+
+
+def test_a_hook_of_a_type_with_a_wrong_argument_is_found():
+  hook = surgery.hookimpl(lambda self, sites: None)
+  with pytest.raises(
+    surgery.PluginError,
+    match="hook 'surgery_match_layer' has no argument 'sites'; it has site, term",
+  ):
+    broken(surgery_match_layer=hook)
+
+
+def test_an_adapter_type_is_no_plugin_and_neither_is_a_number():
+  class Loose:
+    @surgery.hookimpl
+    def surgery_freeze_params(self, site):
+      return False
+
+  host = surgery.Host(only=())
+  for wrong, message in (
+    (3, "plugin 'int' implements no hook"),
+    (Loose(), "plugin 'Loose'.*surgery_freeze_params"),
+    (ByPath(), "plugin 'ByPath' is an adapter type. Its entry point goes"),
+  ):
+    with pytest.raises(surgery.PluginError, match=message):
+      host.register(wrong)
+  host.register(ByPath)
+
+
+def test_a_host_without_formats_says_why(tmp_path):
+  host = surgery.Host(entry_points=False)
+  with pytest.raises(
+    surgery.FormatError, match=r'none. A host with entry_points'
+  ):
+    surgery.load(tmp_path / 'x.msgpack', host=host)

@@ -19,6 +19,10 @@ LORA = ('--adapter', 'lora', '--to', '**/{query,value}', '--set', 'rank=2')
 VERBS = {
   'attach': ('attach', '{file}', *LORA, '--name', 'b', '--seed', '7'),
   'cast': ('cast', '{file}', '--to', 'bf16'),
+  'combine': (
+    *('combine', '{file}', '--weight', 'default=0.5'),
+    *('--method', 'dare_ties', '--density', '0.9', '--seed', '3'),
+  ),
   'detach': ('detach', '{file}'),
   'disable': ('disable', '{file}'),
   'drop': ('drop', '{file}', '**/seed'),
@@ -65,7 +69,8 @@ def test_each_output_says_how_it_was_made(adapted, out, surgery_cli, verb):
   assert 0 == result.code, result.err
   said = history(out)[-1]
   assert surgery.__version__ == said['version']
-  assert [verb] == [name for name, _ in steps(out)]
+  step = {'combine': 'combine-adapters'}.get(verb, verb)
+  assert [step] == [name for name, _ in steps(out)]
   [read] = said['inputs']
   assert 'adapted.msgpack' == read['file']
   assert read['digest'].startswith('xxh3:')
