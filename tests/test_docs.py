@@ -4,6 +4,7 @@ import pathlib
 import re
 import shlex
 import sys
+from typing import Any
 
 import blox as bx
 import jax
@@ -13,6 +14,7 @@ import pytest
 from flax import serialization
 
 import surgery
+from surgery import testing
 from surgery.cli import main
 
 # A model of the user's, for `surgery explain`.
@@ -191,6 +193,33 @@ def test_the_adapter_of_the_plugin_page_works():
   )
   merged = surgery.merge(params, host=host)
   assert jnp.all(merged[('net', 'a', 'kernel')].value == 2)
+
+
+def test_the_type_with_dropout_of_the_plugin_page_drops_anew_at_each_call():
+  from tests.live.models import mlp, stirred
+
+  text = (DOCS / 'plugins/README.md').read_text()
+  [code] = re.findall(r'```py\n(class Dropped.*?)```', text, re.DOTALL)
+  namespace = {'surgery': surgery, 'jax': jax, 'jnp': jnp}
+  exec(code, namespace)
+  dropped: Any = namespace['Dropped']
+  testing.check(
+    dropped(rate=0.5),
+    kinds=['linear'],
+    dtypes=['float32'],
+    too_large={},
+  )
+  model, base, x = mlp()
+  host = surgery.Host(plugins=[dropped], entry_points=False)
+  adapter = dropped(rate=0.5)
+  params = surgery.attach(base, adapter, to='**/hidden*', host=host)
+  fast = surgery.factored(model)
+  one, after = fast(stirred(params), x)
+  two, _ = fast(after, x)
+  assert not jnp.array_equal(one, two)
+  assert jnp.array_equal(
+    fast(after, x, is_training=False)[0], model(after, x)[0]
+  )
 
 
 def test_the_page_on_factored_names_every_rule_and_its_examples_run():

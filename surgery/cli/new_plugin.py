@@ -136,7 +136,7 @@ pytest
 
 `$package/__init__.py` is the type: `init` says which weights a layer gets,
 `apply` what the layer is answered. `tests/` runs the laws of all types, which
-takes about a minute; `pytest -k 'values or linear'` is quick.
+takes some 15 seconds; `pytest -k 'values or linear'` is quick.
 
 ## Publishing
 

@@ -115,6 +115,9 @@ class Adapter(_Configured):
   def init(self, site: Site, key: jax.Array) -> Weights:
     """Returns the weights that this adapter adds to a layer, by name.
 
+    Traced, and compiled once for sites that look alike: pure, written in JAX,
+    and nothing random but what derives from `key`.
+
     Args:
       site: the parameters, with shapes and roles, and `site.base()`.
       key: PRNG key that depends on seed, adapter name and the site's path.

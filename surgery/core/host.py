@@ -92,8 +92,22 @@ class _Entry:
   error: BaseException | None = None
 
 
-def _entries(group: str, kind: str) -> list[_Entry]:
+# What comes with the library, as its own distribution says it.
+_OWN = {
+  ADAPTERS: {'lora': 'surgery.builtin.lora:LoRA'},
+  PLUGINS: {'files': 'surgery.files.plugin', 'passes': 'surgery.passes.plugin'},
+}
+
+
+def _entries(group: str, kind: str, installed: bool) -> list[_Entry]:
+  """Returns what is known by name, of installed distributions or of ours."""
   found = []
+  if not installed:
+    for name, value in _OWN[group].items():
+      info = PluginInfo(name, kind, DISTRIBUTION, version.VERSION)
+      point = importlib.metadata.EntryPoint(name, value, group)
+      found.append(_Entry(info, point))
+    return found
   for point in importlib.metadata.entry_points(group=group):
     dist = point.dist
     info = PluginInfo(
@@ -109,7 +123,9 @@ class Host:
 
   Args:
     plugins: adapter types and objects with hooks, beside what is installed.
-    entry_points: whether installed distributions are asked for plugins.
+    entry_points: whether installed distributions are asked for plugins. What
+      comes with the library is there without being asked for, and blocked by
+      name.
     block: names of plugins that must not be loaded.
     only: names of the plugins of other distributions that may be loaded; all
       by default. What comes with the library is always there, unless blocked.
@@ -152,7 +168,7 @@ class Host:
   @functools.cached_property
   def _adapters(self) -> dict[str, list[_Entry]]:
     found: dict[str, list[_Entry]] = {}
-    for entry in _entries(ADAPTERS, 'adapter') if self._entry_points else ():
+    for entry in _entries(ADAPTERS, 'adapter', self._entry_points):
       found.setdefault(entry.info.name, []).append(entry)
     return found
 
@@ -285,7 +301,7 @@ class Host:
 
   @functools.cached_property
   def _plugin_entries(self) -> list[_Entry]:
-    return _entries(PLUGINS, 'plugin') if self._entry_points else []
+    return _entries(PLUGINS, 'plugin', self._entry_points)
 
   @property
   def manager(self) -> pluggy.PluginManager:
@@ -560,18 +576,12 @@ class Host:
         return form, path
     raise errors.FormatError(
       f"{path}: no format is known for the suffix '{suffix}'. Known: "
-      f'{", ".join(sorted(known)) or _NO_FORMATS}.'
+      f'{", ".join(sorted(known)) or "none"}.'
     )
 
   def observed(self, verb: str, arguments: Mapping[str, Any]) -> _Observed:
     """Tells observers of a verb: `with host.observed('merge', {…}):`."""
     return _Observed(self, verb, arguments)
-
-
-_NO_FORMATS = (
-  'none. A host with entry_points=False has no formats and no passes; with '
-  "only=() it has ours, and nobody else's"
-)
 
 
 class _Observed:

@@ -700,11 +700,3 @@ def test_an_adapter_type_is_no_plugin_and_neither_is_a_number():
     with pytest.raises(surgery.PluginError, match=message):
       host.register(wrong)
   host.register(ByPath)
-
-
-def test_a_host_without_formats_says_why(tmp_path):
-  host = surgery.Host(entry_points=False)
-  with pytest.raises(
-    surgery.FormatError, match=r'none. A host with entry_points'
-  ):
-    surgery.load(tmp_path / 'x.msgpack', host=host)

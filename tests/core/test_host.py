@@ -1,14 +1,21 @@
+import importlib.metadata
+import pathlib
 import re
 import sys
+import tomllib
 import warnings
 
+import blox as bx
+import jax.numpy as jnp
 import pytest
 
 import surgery
 from surgery.core import errors
+from surgery.core import host as host_module
 from surgery.core.host import Host
 from surgery.core.site import ParamSpec, Site
 
+ROOT = pathlib.Path(__file__).parents[2]
 SITE = Site(('net', 'a'), (ParamSpec('kernel', (4, 2), 'float32', 'io'),))
 
 
@@ -234,7 +241,8 @@ def test_every_hook_of_a_plugin_is_asked():
   assert ask('surgery_freeze_param', site=SITE, policy='mine') is False
   refused = ask('surgery_merge_param', site=SITE, adapter=Double())
   assert surgery.Refusal('it is locked in a safe') == refused
-  assert ['nothing'] == list(host.passes)
+  assert 'nothing' in host.passes
+  assert {*Host(entry_points=False).passes, 'nothing'} == {*host.passes}
   assert ['first'] == list(host.methods)
   assert plugin is host.format_of('model.none')
   with pytest.raises(KeyError), host.observed('merge', {}):
@@ -253,8 +261,8 @@ def test_two_plugins_that_offer_one_name_are_an_error():
 
 def test_plugins_that_are_given_are_called_by_their_class():
   host = Host(plugins=[Hooks(), Hooks(), Double], entry_points=False)
-  assert ['double', 'Hooks', 'Hooks 2'] == [i.name for i in host.plugins()]
-  assert {'given to the host'} == {i.origin for i in host.plugins()}
+  given = [i for i in host.plugins() if i.origin == 'given to the host']
+  assert ['double', 'Hooks', 'Hooks 2'] == [i.name for i in given]
 
 
 def test_an_unknown_suffix_names_those_that_are_known():
@@ -265,8 +273,35 @@ def test_an_unknown_suffix_names_those_that_are_known():
 def test_hosts_share_nothing():
   one = Host(plugins=[Double], entry_points=False)
   two = Host(entry_points=False)
-  assert ('double',) == one.adapter_names()
-  assert () == two.adapter_names()
+  assert ('double', 'lora') == one.adapter_names()
+  assert ('lora',) == two.adapter_names()
+  assert () == Host(entry_points=False, block=['lora']).adapter_names()
+
+
+def test_what_comes_with_the_library_needs_no_installed_distribution(
+  monkeypatch, tmp_path
+):
+  def asked(**_):
+    raise AssertionError('installed distributions were asked')
+
+  table = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  installed = Host(only=()).plugins()
+  monkeypatch.setattr(importlib.metadata, 'entry_points', asked)
+  host = Host(plugins=[Double], entry_points=False)
+  points = table['project']['entry-points']
+  assert points['surgery.adapters'] == host_module._OWN['surgery.adapters']
+  assert points['surgery.plugins'] == host_module._OWN['surgery.plugins']
+  known = lambda infos: {
+    (i.name, i.origin) for i in infos if i.distribution == 'blox-surgery'
+  }
+  assert known(installed) == known(host.plugins())
+  params = bx.Params()
+  params['net', 'kernel'] = bx.Param(jnp.ones((2, 3)))
+  lora = surgery.LoRA(rank=1)
+  params = surgery.attach(params.locked(), lora, to='**', host=host)
+  surgery.save(tmp_path / 'm.msgpack', params, host=host)
+  loaded = surgery.load(tmp_path / 'm.msgpack', host=host)
+  assert ['default'] == [a.name for a in surgery.adapters(loaded, host=host)]
 
 
 def test_a_type_is_registered_once():
