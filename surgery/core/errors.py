@@ -96,7 +96,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
     word: what was written.
     known: what could have been written.
   """
-  known = sorted(known)
+  known = sorted(set(known))
   close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
   if close:
     return f' Did you mean {" or ".join(repr(c) for c in close)}?'

@@ -194,6 +194,11 @@ class Host:
     if len(meant) == 1:
       return meant
     origins = ' and '.join(e.info.origin for e in open_)
+    if wanted is not None:
+      raise errors.PluginError(
+        f"{what} '{name}' is offered by {origins}, and '{wanted}', which is "
+        'preferred, is none of them.'
+      )
     raise errors.PluginError(
       f"{what} '{name}' is offered by {origins}. Uninstall or block one of "
       f'them, or say which is meant: Host(prefer={{{name!r}: '
@@ -684,6 +689,8 @@ def _register(
     )
   if inspect.isclass(plugin):
     plugin = _made(plugin)
+  if manager.is_registered(plugin):
+    return  # Given to the host, and known by name too.
   shown = str(name or getattr(plugin, '__name__', type(plugin).__name__))
   # Of those that are given to a host, several may be of one class.
   others = (f'{shown} {number}' for number in itertools.count(2))

@@ -174,7 +174,8 @@ class Site:
         return spec
     raise errors.SiteError(
       f'{paths.show(self.layer)}: the site has no parameter {name!r}, only '
-      f'{", ".join(s.name for s in self.params)}.'
+      f'{", ".join(s.name for s in self.params)}. What a type works with of a '
+      'layer is in its `rewrites`.'
     )
 
   def has(self, name: str) -> bool:

@@ -334,9 +334,3 @@ def _slice(value: Any, starts: Any, sizes: Shape) -> Any:
   front = len(sizes)
   starts = [*starts, *[0] * (value.ndim - front)]
   return jax.lax.dynamic_slice(value, starts, (*sizes, *value.shape[front:]))
-
-
-def forget() -> None:
-  """Forgets compiled programs, so that `apply` is run again."""
-  for cached in (_cut, _program, compute.program, compute.uses):
-    cached.cache_clear()

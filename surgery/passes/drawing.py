@@ -270,9 +270,3 @@ def draw_shared(
     if raised is error:
       raise
     raise raised from error
-
-
-def forget() -> None:
-  """Forgets compiled programs, so that `init` is run again."""
-  for cached in (shapes, _drawing, _drawing_shared):
-    cached.cache_clear()

@@ -27,7 +27,6 @@ from surgery.live import explain as explaining
 from surgery.live import params as live
 from surgery.live import saving, verbs
 from surgery.live.factored import factored
-from surgery.passes import blocks, drawing
 from surgery.testing import hurry, models
 
 # How far outputs may differ where programs are compiled otherwise.
@@ -88,6 +87,21 @@ class Case:
   def host(self) -> Host:
     """A host that knows this type and no other."""
     return Host(plugins=[type(self.adapter)], only=())
+
+  def twin(self) -> Case:
+    """Returns the same case of a type that is the same, and new.
+
+    `init` and `apply` are compiled once for an adapter and layers that look
+    alike; for a twin they are run again.
+    """
+    cls = type(self.adapter)
+    twin: Any = type(cls.__name__, (cls,), {'__module__': cls.__module__})
+    options = {
+      field.name: getattr(self.adapter, field.name)
+      for field in dataclasses.fields(self.adapter)  # type: ignore[arg-type]
+      if field.init
+    }
+    return dataclasses.replace(self, adapter=twin(**options))
 
   def model(self) -> models.Model:
     """Returns the model."""
@@ -314,10 +328,8 @@ def _both(
 def seeds_decide_the_weights(case: Case) -> None:
   """The same seed gives the same weights; the base has no part in the draw."""
   model = case.model()
-  one = case.attached(model, seed=3)
-  # `init` is compiled once for layers that look alike: here it is run again.
-  drawing.forget()
-  case.same_params(one, case.attached(model, seed=3), 'weights of one seed')
+  one, two = case.attached(model, seed=3), case.twin().attached(model, seed=3)
+  case.same_params(one, two, 'weights of one seed')
   rest = one.split(lambda path, p: not models.is_weight(p))[0]
   case.same_params(model.params, _as_plain(rest), 'the base after attaching')
 
@@ -615,10 +627,10 @@ def two_calls_give_the_same(case: Case) -> None:
   """`apply` is a function: called again it answers the same."""
   model = case.model()
   params = case.trained(model)
-  first = model(params)
-  # It is compiled once for layers that look alike: here it is run again.
-  blocks.forget()
-  case.same(first, model(params), 'outputs of two calls')
+  again = case.twin().attached(model).unlocked()
+  for path, param in params.items():
+    again[path] = param
+  case.same(model(params), model(again.locked()), 'outputs of two calls')
 
 
 @_law()

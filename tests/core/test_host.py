@@ -352,6 +352,10 @@ def test_what_comes_with_the_library_is_overridden_on_request_only(installed):
   assert 'rival_mod' == mine.__module__
   own = Host(prefer={'lora': 'blox-surgery'}).adapter_type('lora')
   assert surgery.LoRA is own
+  with pytest.raises(
+    surgery.PluginError, match=r"and 'other', which is preferred, is none of"
+  ):
+    Host(prefer={'lora': 'other'}).adapter_type('lora')
 
 
 def test_a_pass_that_comes_with_the_library_is_overridden_on_request_only():
