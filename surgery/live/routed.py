@@ -81,10 +81,15 @@ def _with(
       bound, path[-1], base, {**weights, **shared}
     )
     if not isinstance(made, LowRank) or made.base is not base or made.a is None:
+      found = (
+        'a low-rank value of another base than it was given'
+        if isinstance(made, LowRank)
+        else 'no low-rank value'
+      )
       raise errors.AdapterError(
-        f'{paths.show(path)}: adapter {adapter.name!r} gives no low-rank value '
-        'here, so rows cannot have adapters of their own. Its type has to '
-        'return surgery.LowRank(base, a, b, scale).'
+        f'{paths.show(path)}: adapter {adapter.name!r} gives {found} here, so '
+        'rows cannot have adapters of their own. Its type has to return '
+        'surgery.LowRank(base, a, b, scale).'
       )
     if isinstance(made.scale, (int, float)):
       scale = float(made.scale)

@@ -327,6 +327,13 @@ def test_names_that_are_not_there_are_refused(run, file, tmp_path, surgery_cli):
   assert (3, True) == (result.code, 'No such file' in result.err)
 
 
+def test_an_adapter_type_that_nobody_offers_is_named_with_its_step(run):
+  result = run("- drop: out\n- attach: {adapter: lara, to: '**'}")
+  message = r"r\.yaml:2: step 2 \(attach\): unknown adapter type 'lara'"
+  assert re.search(message, result.err), result.err
+  assert "Did you mean 'lora'" in result.err
+
+
 def test_bombs_are_refused():
   levels = '\n'.join(
     f'a{i}: &a{i} [{", ".join([f"*a{i - 1}"] * 9)}]' for i in range(1, 12)
