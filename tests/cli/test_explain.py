@@ -24,6 +24,12 @@ def example():
 
 def wrong():
   return 3
+
+def failing():
+  raise ValueError('no weights here')
+
+def narrow():
+  return Net(bx.Graph('model').child('net')), jnp.ones((2, 5))
 """
 
 
@@ -57,6 +63,12 @@ def test_json_has_the_same(surgery_cli, adapted, code):
   ('what', 'exit_code', 'message'),
   [
     ('some_model', 2, 'expected MODULE:FUNCTION'),
+    (
+      'some_model:failing',
+      3,
+      'error: some_model:failing() raises ValueError: no weights here',
+    ),
+    ('some_model:narrow', 3, 'some_model:narrow: the model raises TypeError: '),
     ('no_such_module:f', 2, "No module named 'no_such_module'"),
     ('some_model:nothing', 2, "has no attribute 'nothing'"),
     ('some_model:wrong', 3, r'some_model:wrong() returned int, expected'),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import surgery
+from tests.live import models
 from tests.live.models import close, mlp, normal, stirred
 from tests.live.test_factored import HEADS, IMAGE, X3, conv, layer
 
@@ -228,3 +229,31 @@ def test_dropout_is_refused_in_training_and_has_no_part_outside_of_it():
     fast(routed, x)
   expected = alone(model, [two[i] for i in index], x)
   close(expected, fast(routed, x, is_training=False)[0])
+
+
+class Nested(surgery.Adapter):
+  """Its value has another one for its base."""
+
+  name = 'nested'
+  adds = True
+
+  def init(self, site, key):
+    del key
+    return {
+      'a': jnp.ones((*site.in_shape, 1)), 'b': jnp.ones((1, *site.out_shape)),
+    }  # fmt: skip
+
+  def apply(self, site, name, base, weights):
+    inner = surgery.LowRank(base, weights['a'], weights['b'])
+    return surgery.LowRank(inner, weights['a'], weights['b'])
+
+
+def test_a_value_of_another_base_cannot_be_routed():
+  model, base, x = models.mlp()
+  host = models.host(Nested)
+  params = surgery.attach(base, Nested(), to='**/hidden0', host=host)
+  stack = surgery.stack_adapters([params, params])
+  routed = surgery.route(stack, jnp.zeros(len(x), 'int32'))
+  message = "'default' gives a low-rank value of another base than it was given"
+  with pytest.raises(surgery.AdapterError, match=message):
+    surgery.factored(model)(routed, x)
