@@ -482,9 +482,15 @@ def _shard_map(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     in_specs=tuple(specs),
     out_specs=tuple(params['out_specs']),
     check_vma=params['check_vma'],
-    axis_names=set(params['newly_manual_axes']),
+    axis_names=set(params[_axes_of(params)]),
   )
   return list(mapped(*leaves))
+
+
+def _axes_of(params: Any) -> str:
+  """Returns the name of the axes of a `shard_map`; jax 0.10.0 has another."""
+  new = 'newly_manual_axes'
+  return new if new in params else 'manual_axes'
 
 
 def _unshared(operand: Any) -> Any:
