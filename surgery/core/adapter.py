@@ -98,7 +98,7 @@ class Adapter(_Configured):
         f'{cls.__module__}.{cls.__qualname__} has no name. Set the class '
         "attribute `name`, e.g. name = 'mine'."
       )
-    _check_class(cls)
+    _check_class(cls)  # type: ignore[arg-type]
     for key in config.options(cls):
       value = config.check(cls, key, getattr(self, key))
       object.__setattr__(self, key, value)
@@ -271,8 +271,11 @@ class Adapter(_Configured):
     return hash(self.identity())
 
 
+@functools.lru_cache(maxsize=512)
 def _check_class(cls: type[Adapter]) -> None:
   """Raises unless a class declares an adapter type.
+
+  Once a class: each site has an adapter with its own options.
 
   Raises:
     PluginError: naming the class and what is wrong with it.
