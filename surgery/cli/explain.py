@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -31,15 +33,26 @@ def command(file: pathlib.Path, code: str, as_json: bool) -> None:
 
   model, *arguments = _called(code)
   params = surgery.load(file)
-  try:
+  with _theirs(f'{code}: the model'):
     found = surgery.explain(model, params, *arguments)
+  click.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+@contextlib.contextmanager
+def _theirs(who: str) -> Iterator[None]:
+  """Says of errors in the user's code that they are raised there.
+
+  Raises:
+    SurgeryError: for any other error.
+  """
+  try:
+    yield
   except errors.SurgeryError:
     raise
-  except Exception as error:  # The model's own.
+  except Exception as error:
     raise errors.SurgeryError(
-      f'{code}: the model raises {type(error).__name__}: {error}'
+      f'{who} raises {type(error).__name__}: {error}'
     ) from error
-  click.echo(json.dumps(found.to_json()) if as_json else str(found))
 
 
 def _called(code: str) -> tuple[Any, ...]:
@@ -60,14 +73,8 @@ def _called(code: str) -> tuple[Any, ...]:
     call = getattr(importlib.import_module(name), function)
   except (ModuleNotFoundError, AttributeError) as error:
     raise click.UsageError(f'{code}: {error}.') from error
-  try:
+  with _theirs(f'{code}()'):
     made = call()
-  except errors.SurgeryError:
-    raise
-  except Exception as error:
-    raise errors.SurgeryError(
-      f'{code}() raises {type(error).__name__}: {error}'
-    ) from error
   if not isinstance(made, tuple) or not made or not callable(made[0]):
     raise errors.SurgeryError(
       f'{code}() returned {type(made).__name__}, expected a tuple of the model '

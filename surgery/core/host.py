@@ -92,6 +92,7 @@ class _Entry:
   error: BaseException | None = None
 
 
+_HOOKS = tuple(n for n in sorted(vars(hookspecs)) if n.startswith('surgery_'))
 # What comes with the library, as its own distribution says it.
 _OWN = {
   ADAPTERS: {'lora': 'surgery.builtin.lora:LoRA'},
@@ -297,9 +298,7 @@ class Host:
       if inspect.isclass(plugin):
         plugin = _made(plugin)
       # What is wrong with it is said now, not when a hook is first called.
-      scratch = pluggy.PluginManager(hookspecs.PROJECT)
-      scratch.add_hookspecs(hookspecs)
-      _register(scratch, plugin, None)
+      _register(_without_plugins(), plugin, None)
       self._given.append(plugin)
       if self._manager is not None:
         _register(self._manager, plugin, None)
@@ -313,8 +312,7 @@ class Host:
     """The plugin manager, with all plugins loaded."""
     with self._lock:
       if self._manager is None:
-        manager = pluggy.PluginManager(hookspecs.PROJECT)
-        manager.add_hookspecs(hookspecs)
+        manager = _without_plugins()
         # The last that was registered is asked first.
         for entry in reversed(self._wanted()):
           self._load_plugin(manager, entry)
@@ -612,11 +610,7 @@ def _names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 def _hooks_of(cls: type[Adapter]) -> tuple[str, ...]:
   """Returns the hooks that an adapter type implements, four at least."""
-  return tuple(
-    name
-    for name in sorted(vars(hookspecs))
-    if name.startswith('surgery_') and hasattr(cls, name)
-  )
+  return tuple(name for name in _HOOKS if hasattr(cls, name))
 
 
 def _check_type(value: Any, name: str) -> None:
@@ -645,14 +639,13 @@ def _check_hooks(cls: type[Adapter], name: str) -> None:
   pluggy checks plugins; it never sees an adapter type, whose methods are called
   for the adapters in a model.
   """
-  known = [n for n in vars(hookspecs) if n.startswith('surgery_')]
   for method, function in inspect.getmembers(cls, inspect.isfunction):
     if not hasattr(function, f'{hookspecs.PROJECT}_impl'):
       continue
-    if method not in known:
+    if method not in _HOOKS:
       raise errors.PluginError(
         f"adapter type '{name}': no hook is called '{method}'."
-        f'{errors.suggest(method, known)}'
+        f'{errors.suggest(method, _HOOKS)}'
       )
     given = set(inspect.signature(getattr(hookspecs, method)).parameters)
     extra = [a for a in _names(function) if a not in given]
@@ -661,6 +654,13 @@ def _check_hooks(cls: type[Adapter], name: str) -> None:
         f"adapter type '{name}': hook '{method}' has no argument '{extra[0]}'; "
         f'it has {", ".join(sorted(given))}.'
       )
+
+
+def _without_plugins() -> pluggy.PluginManager:
+  """Returns a manager that knows the hooks, and nobody who implements them."""
+  manager = pluggy.PluginManager(hookspecs.PROJECT)
+  manager.add_hookspecs(hookspecs)
+  return manager
 
 
 def _made(plugin: type) -> Any:

@@ -169,9 +169,10 @@ def spread(value: Any, axes: Sequence[int], shape: Sequence[int]) -> Any:
   return jax.lax.broadcast_in_dim(value, tuple(shape), sorted(axes))
 
 
-def _shape(
+def shape_of(
   values: Sequence[Any], axes: tuple[Axes, Axes, Axes]
 ) -> tuple[int, ...]:
+  """Returns the shape of a result, given what owns its axes."""
   sizes = {
     axis: size
     for value, owned in zip(values, axes, strict=True)
@@ -208,7 +209,7 @@ def dense(
       'params are routed: each row of an input has its own adapter, so there '
       'is no dense parameter. Call surgery.factored(model), not the model.'
     )
-  shape = _shape((base, a, b), axes)
+  shape = shape_of((base, a, b), axes)
   if not a.shape[axes[1].index(RANK)] and axes[0] != NONE:
     return spread(base, axes[0], shape)
   product = contracted(a, axes[1], b, axes[2], 'highest')
@@ -247,7 +248,7 @@ def primitive() -> Any:
   def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     axes, scale = params['axes'], params['scale']
     base, a, b, *_ = primals
-    shape = _shape((base, a, b), axes)
+    shape = shape_of((base, a, b), axes)
     owned = sorted({x for x in (*axes[1], *axes[2]) if x != RANK})
 
     def product(a: Any, b: Any) -> Any:

@@ -126,7 +126,7 @@ def explain(
     except factored.NotFollowed as found:
       if found.model_raised:
         # If it is the model's own error, it is raised here.
-        jax.eval_shape(lambda: model(*given[0], **given[1]))
+        model(*given[0], **given[1])
       reason = found.reason
     return 0
 

@@ -81,9 +81,10 @@ def _with(
       bound, path[-1], base, {**weights, **shared}
     )
     if not isinstance(made, LowRank) or made.base is not base or made.a is None:
+      low_rank = isinstance(made, LowRank) and made.a is not None
       found = (
         'a low-rank value of another base than it was given'
-        if isinstance(made, LowRank)
+        if low_rank
         else 'no low-rank value'
       )
       raise errors.AdapterError(

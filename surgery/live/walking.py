@@ -209,8 +209,7 @@ class Walk:
   def used(self, result: Any, views: Sequence[View], var: Any) -> Any:
     """Returns what a rule made that uses views up, or only a part of one."""
     if isinstance(result, View):
-      origin = views[0].origin
-      return View(result.shape, result.dtype, result.terms, origin)
+      return result.named(views[0].origin)
     for view in views:
       self.note(view, FACTORED)
     return cast(result, var.aval.dtype)

@@ -130,10 +130,8 @@ def _placed(recipe: Recipe, number: int, step: Step) -> Iterator[None]:
     return
   try:
     yield
-  except errors.PluginError as error:
+  except (errors.PluginError, errors.CheckError) as error:
     raise type(error)(_in_step(recipe, number, step, error)) from error
-  except errors.CheckError as error:
-    raise errors.CheckError(_in_step(recipe, number, step, error)) from error
   except (errors.SurgeryError, KeyError) as error:
     raise errors.RecipeError(_in_step(recipe, number, step, error)) from error
 

@@ -51,29 +51,30 @@ class AdapterConformance:
   @classmethod
   def cases(cls) -> list[Case]:
     """Returns what there is to look at."""
-    return _laws.cases(cls.adapter, _declared(cls), kinds=cls.kinds)
+    declared = _declared(
+      cls.adapter,
+      cls.identity,
+      cls.mergeable,
+      cls.trains,
+      cls.unsupported,
+      cls.too_large,
+    )
+    return _laws.cases(cls.adapter, declared, kinds=cls.kinds)
 
   def test_law(self, case: Case) -> None:
     """Looks at one law on one kind of layer."""
     case.look()
 
 
-def _declared(cls: type[AdapterConformance]) -> Declared:
-  _check(cls.adapter)
-  mergeable = cls.mergeable
-  if mergeable is None:
-    mergeable = type(cls.adapter).mergeable
-  return Declared(
-    cls.identity,
-    mergeable,
-    cls.trains,
-    tuple(cls.unsupported),
-    cls.too_large,
-  )
-
-
-def _check(adapter: Any) -> None:
-  """Raises unless something is an adapter.
+def _declared(
+  adapter: Any,
+  identity: bool,
+  mergeable: bool | None,
+  trains: bool,
+  unsupported: Iterable[str],
+  too_large: Mapping[str, Any] | None,
+) -> Declared:
+  """Returns what is said of an adapter.
 
   Raises:
     ConfigError: if it is something else, as its type.
@@ -84,6 +85,9 @@ def _check(adapter: Any) -> None:
       f'expected an adapter, found {shown}. Give one with its options, e.g. '
       f'{shown}(rank=2).'
     )
+  if mergeable is None:
+    mergeable = type(adapter).mergeable
+  return Declared(identity, mergeable, trains, tuple(unsupported), too_large)
 
 
 def check(
@@ -115,11 +119,8 @@ def check(
   Raises:
     Broken: for the first law that is broken.
   """
-  _check(adapter)
-  if mergeable is None:
-    mergeable = type(adapter).mergeable
-  declared = Declared(
-    identity, mergeable, trains, tuple(unsupported), too_large
+  declared = _declared(
+    adapter, identity, mergeable, trains, unsupported, too_large
   )
   for case in _laws.cases(
     adapter, declared, laws=laws, kinds=kinds, dtypes=dtypes

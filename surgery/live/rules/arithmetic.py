@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core.lowrank import NONE, RANK
+from surgery.core.lowrank import NONE, RANK, shape_of
 from surgery.live.rules.table import Table, is_number, only
 from surgery.live.views import (
   Decline,
@@ -48,16 +48,9 @@ def low_rank(
     view = View((), jnp.result_type(a, b), ())
   else:
     view = base if isinstance(base, View) else plain(base)
-  if axes[0] != tuple(range(view.ndim)) and axes[0] != NONE:
-    names = dict(enumerate(axes[0]))
-    view = view.mapped(lambda f: f.renamed(names))
-  sizes = {
-    axis: size
-    for value, owned in ((base, axes[0]), (a, axes[1]), (b, axes[2]))
-    if owned != NONE
-    for axis, size in zip(owned, value.shape, strict=True)
-    if axis >= 0
-  }
+    if axes[0] != tuple(range(view.ndim)):
+      names = dict(enumerate(axes[0]))
+      view = view.mapped(lambda f: f.renamed(names))
   drop = None
   if dropout and training:
     (one,) = key
@@ -70,8 +63,7 @@ def low_rank(
     terms.append(Term(product, scale, (), drop))
   if not terms:
     raise Decline
-  shape = tuple(sizes[axis] for axis in range(len(sizes)))
-  return view.like(terms, shape)
+  return view.like(terms, shape_of((base, a, b), axes))
 
 
 @rule('convert_element_type')

@@ -53,9 +53,10 @@ def _elementwise(name: str, rules: Table) -> None:
     return like.of(made)
 
 
-for _name in ('convert_element_type', 'neg', 'mul', 'div'):
-  _elementwise(_name, arithmetic.RULES)
-for _name in ('add', 'add_any', 'sub'):
+for _name in (
+  *('convert_element_type', 'neg', 'mul', 'div'),
+  *('add', 'add_any', 'sub'),
+):
   _elementwise(_name, arithmetic.RULES)
 for _name in moves.EACH:
   _elementwise(_name, moves.RULES)
@@ -81,34 +82,27 @@ def dot_general(
   if isinstance(lhs, View) and isinstance(rhs, View):
     raise Decline
   summed, batch = dimension_numbers
+  ours, theirs = (0, 1) if isinstance(lhs, Folded) else (1, 0)
   values = [lhs, rhs]
-  numbers: list[list[list[int]]] = [[[], []], [[], []]]
-  left = isinstance(lhs, Folded)
-  folded: Folded = lhs if left else rhs
-  x = rhs if left else lhs
-  ours, theirs = (0, 1) if left else (1, 0)
-  # Which axes of the view an axis of the input goes with.
-  groups = {
-    pair[theirs][k]: folded.groups[pair[ours][k]]
-    for pair in (summed, batch)
-    for k in range(len(pair[ours]))
-  }
-  starts: dict[int, int] = {}
-  sizes: list[int] = []
-  for axis, size in enumerate(x.shape):
-    starts[axis] = len(sizes)
-    group = groups.get(axis)
-    sizes += [size] if group is None else [folded.view.shape[i] for i in group]
-  for kind, pair in enumerate((summed, batch)):
-    for k in range(len(pair[ours])):
-      group = folded.groups[pair[ours][k]]
-      start = starts[pair[theirs][k]]
-      numbers[kind][ours] += group
-      numbers[kind][theirs] += range(start, start + len(group))
-  values[ours], values[theirs] = folded.view, jax.lax.reshape(x, sizes)
+  folded, x = values[ours], values[theirs]
+  # The sizes that each axis of the input is divided into.
+  divided: list[tuple[int, ...]] = [(size,) for size in x.shape]
+  for pair in (summed, batch):
+    for mine, axis in zip(pair[ours], pair[theirs], strict=True):
+      divided[axis] = tuple(folded.view.shape[i] for i in folded.groups[mine])
+  groups: list[tuple[tuple[int, ...], ...]] = [(), ()]
+  groups[ours], groups[theirs] = folded.groups, moves.runs(map(len, divided))
+  values[ours] = folded.view
+  values[theirs] = jax.lax.reshape(x, [n for sizes in divided for n in sizes])
   made = products.dot_general(
     *values,
-    dimension_numbers=tuple(tuple(map(tuple, pair)) for pair in numbers),
+    dimension_numbers=tuple(
+      tuple(
+        tuple(i for axis in axes for i in of[axis])
+        for axes, of in zip(pair, groups, strict=True)
+      )
+      for pair in (summed, batch)
+    ),
     **params,
   )
   return jax.lax.reshape(made, _shape(lhs, rhs, dimension_numbers))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -148,13 +149,10 @@ def reshape(
   return Folded(before, runs(counts))
 
 
-def runs(counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def runs(counts: Iterable[int]) -> tuple[tuple[int, ...], ...]:
   """Returns groups of neighbouring axes, by how many each has."""
-  stops = np.cumsum(counts)
-  return tuple(
-    tuple(range(stop - count, stop))
-    for stop, count in zip(stops.tolist(), counts, strict=True)
-  )
+  axes = itertools.count()
+  return tuple(tuple(itertools.islice(axes, count)) for count in counts)
 
 
 def _torn(view: View, axes: Sequence[int]) -> bool:
