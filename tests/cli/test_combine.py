@@ -1,8 +1,13 @@
+import typing
+
+import click
 import jax
 import numpy as np
 import pytest
 
 import surgery
+from surgery.cli import combine as combining
+from surgery.passes import combine
 
 
 @pytest.fixture
@@ -80,6 +85,12 @@ def test_adapters_of_one_file_by_a_method(model, files, tmp_path, surgery_cli):
   for path, param in expected.items():
     if 'rng' not in path:
       assert np.array_equal(param.value, actual[path].value), path
+
+
+def test_the_shell_knows_the_methods_that_there_are():
+  [option] = [p for p in combining.command.params if p.name == 'method']
+  assert isinstance(option.type, click.Choice)
+  assert set(typing.get_args(combine.Method)) == set(option.type.choices)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def both():
   return params
 
 
-def deltas(params):
-  merged = surgery.merge(params)
+def deltas(params, host=None):
+  merged = surgery.merge(params, host=host)
   return {k: np.asarray(merged['mlp', k, 'kernel'].value) for k in LAYERS}
 
 
@@ -261,14 +261,10 @@ def test_all_that_is_added_is_combined(way):
   host = surgery.Host(plugins=[Sum], only=())
   params = surgery.attach(zeros(), Sum(way=way), to='**', name='a', host=host)
   one = surgery.combine_adapters(params, {'a': 0.5}, host=host)
-  expected = deltas_of(surgery.merge(params, host=host))
+  expected = deltas(params, host)
   assert any(abs(v).max() for v in expected.values())
   for layer, value in deltas(one).items():
     np.testing.assert_allclose(value, 0.5 * expected[layer], atol=1e-5)
-
-
-def deltas_of(merged):
-  return {k: np.asarray(merged['mlp', k, 'kernel'].value) for k in LAYERS}
 
 
 def test_an_adapter_with_dropout_is_combined():

@@ -377,9 +377,9 @@ def test_a_model_that_raises_by_itself_is_not_explained():
 # Tenants that have inputs of their own: behind an optimization barrier, XLA's
 # compiler for CPU aborts here, which ends the process.
 TENANTS = """
-import jax, jax.numpy as jnp, surgery, sys
+import math, jax, jax.numpy as jnp, surgery
 model = lambda p, x: x @ surgery.LowRank(p['w'], p['a'], p['b'], 2.0).dense()
-n = lambda *shape: jnp.sin(jnp.arange(float(jnp.zeros(shape).size))).reshape(shape)
+n = lambda *shape: jnp.sin(jnp.arange(1.0 * math.prod(shape))).reshape(shape)
 def loss(f):
   return lambda q, x: (f({'w': n(6, 5), **q}, x) ** 2).sum()
 tenants, xs = {'a': n(2, 6, 2), 'b': n(2, 2, 5)}, n(2, 3, 6)
