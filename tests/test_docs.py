@@ -246,3 +246,21 @@ def test_the_page_on_factored_names_every_rule_and_its_examples_run():
   code = '\n'.join(lines('factored.md', 'python'))
   exec(code, names)  # The page's own code.
   assert (7, 3) == names['y'].shape
+
+
+def test_each_guarantee_names_a_test_that_exists():
+  root = DOCS.parent
+  rows = [
+    line
+    for line in (DOCS / 'guarantees.md').read_text().splitlines()
+    if line.startswith('| ') and not line.startswith(('| promise', '| ---'))
+  ]
+  assert rows
+  for row in rows:
+    *_, cell, _ = row.split(' | ') if row.endswith(' | ') else row.split('|')
+    named = re.findall(r'`([\w./-]+\.py)((?:::\w+)*)`', cell)
+    assert named, row
+    for file, names in named:
+      source = (root / file).read_text()
+      for name in filter(None, names.split('::')):
+        assert re.search(rf'^ *(?:def|class) {name}\b', source, re.M), row
