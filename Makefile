@@ -7,10 +7,11 @@ PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/surgery-*/pyproject.
 PLUGIN_FILES := $(shell find plugins -name '*.py' -not -path '*/tests/*' -not -path '*/build/*') \
 	$(wildcard plugins/*/pyproject.toml)
 WORKERS ?= auto
+TESTS ?= tests plugins
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint format docs bench clean
+.PHONY: demo test matrix lint format docs bench clean
 
 demo: $(VENV)/installed  ## Pretrain, adapt, merge and save on real data.
 	$(BIN)/surgery demo
@@ -19,7 +20,10 @@ test: $(VENV)/plugins-installed  ## All tests, of plugins/ too.
 	# A file to a worker: its tests share what they compile. In the order of
 	# conftest.py.
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		tests plugins
+		$(TESTS)
+
+matrix: $(VENV)/dev-installed  ## The oldest and the newest of everything (nox).
+	$(BIN)/nox --error-on-missing-interpreters
 
 lint: $(VENV)/dev-installed  ## Style, types, and who may import whom.
 	$(BIN)/ruff check .
@@ -41,7 +45,7 @@ bench: $(VENV)/dev-installed  ## The figures in docs/performance.md.
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info plugins/*/build plugins/*/*.egg-info
+	rm -rf $(VENV) .nox build *.egg-info plugins/*/build plugins/*/*.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

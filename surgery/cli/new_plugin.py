@@ -27,7 +27,7 @@ version = "0.1.0"
 description = "The adapter type '$name' for surgery."
 readme = "README.md"
 requires-python = ">=3.11"
-dependencies = ["blox-surgery>=$version", "jax>=0.7"]
+dependencies = ["blox-surgery>=$version", "jax>=0.10"]
 # Before you publish: license = "MIT", authors = [{name = "…"}]
 
 [project.optional-dependencies]
