@@ -118,6 +118,15 @@ class Leaf:
       changes = {'part': None, 'source': None, 'digest': None, **changes}
     return dataclasses.replace(self, **changes)
 
+  def __copy__(self) -> Leaf:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> Leaf:
+    return self
+
+  def __reduce__(self) -> Any:
+    raise TypeError(_UNPICKLED.format('Leaf'))
+
   def parts(self) -> Iterator[Any]:
     """Returns an array's values in blocks, as `grid` has them, or in one."""
     if self.shape is None or self.part is None:
@@ -142,6 +151,11 @@ class Leaf:
     return f'{self.dtype}[{",".join(map(str, self.shape))}]'
 
 
+_UNPICKLED = (
+  'a surgery.{} cannot be pickled: it reads or computes tensors when they are '
+  'asked for. Pass the path of its file and open it there (surgery.open), or '
+  'write it to a file first (Checkpoint.write).'
+)
 _NOTHING = manifest.Manifest()
 
 
@@ -205,6 +219,15 @@ class Checkpoint(Mapping[Path, Leaf]):
 
   def __len__(self) -> int:
     return len(self._leaves)
+
+  def __copy__(self) -> Checkpoint:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> Checkpoint:
+    return self
+
+  def __reduce__(self) -> Any:
+    raise TypeError(_UNPICKLED.format('Checkpoint'))
 
   def __repr__(self) -> str:
     size = sum(leaf.nbytes for leaf in self._leaves.values())

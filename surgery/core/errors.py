@@ -8,10 +8,36 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SurgeryError(Exception):
   """Something that was asked for cannot be done; nothing was changed."""
+
+  def __reduce__(self) -> Any:
+    # Python's own calls the class with `args`, and so fails for a class, a
+    # plugin's maybe, that takes more arguments than its message.
+    return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+  cls: type[SurgeryError], args: tuple[Any, ...], state: dict[str, Any]
+) -> SurgeryError:
+  """Returns an error as it was, without calling its class."""
+  error = cls.__new__(cls, *args)
+  error.args = args
+  error.__dict__.update(state)
+  return error
+
+
+def reworded(error: SurgeryError, message: str) -> SurgeryError:
+  """Returns an error of the same class and attributes that says something else.
+
+  Args:
+    error: the error.
+    message: what it says.
+  """
+  return _restored(type(error), (message,), error.__dict__)
 
 
 class ConfigError(SurgeryError, ValueError):

@@ -30,7 +30,7 @@ from typing import Any
 
 import pluggy
 
-from surgery.core import errors, hookspecs, location, paths, version
+from surgery.core import errors, hookspecs, location, once, paths, version
 from surgery.core.adapter import Adapter
 from surgery.core.site import Site
 
@@ -164,9 +164,21 @@ class Host:
     for plugin in plugins:
       self.register(plugin)
 
+  def __copy__(self) -> Host:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> Host:
+    return self
+
+  def __reduce__(self) -> Any:
+    raise TypeError(
+      'a surgery.Host cannot be pickled: it holds plugins, which are code. '
+      'Make one in each process, or call surgery.default_host() there.'
+    )
+
   # Adapter types.
 
-  @functools.cached_property
+  @once.attribute
   def _adapters(self) -> dict[str, list[_Entry]]:
     found: dict[str, list[_Entry]] = {}
     for entry in _entries(ADAPTERS, 'adapter', self._entry_points):
@@ -303,7 +315,7 @@ class Host:
       if self._manager is not None:
         _register(self._manager, plugin, None)
 
-  @functools.cached_property
+  @once.attribute
   def _plugin_entries(self) -> list[_Entry]:
     return _entries(PLUGINS, 'plugin', self._entry_points)
 
@@ -520,17 +532,17 @@ class Host:
         found[name] = (impl.plugin_name, value)
     return {name: value for name, (_, value) in sorted(found.items())}
 
-  @functools.cached_property
+  @once.attribute
   def formats(self) -> Mapping[str, Any]:
     """File formats by name."""
     return self._offers('surgery_formats')
 
-  @functools.cached_property
+  @once.attribute
   def passes(self) -> Mapping[str, Callable[..., Any]]:
     """Passes by name."""
     return self._offers('surgery_passes')
 
-  @functools.cached_property
+  @once.attribute
   def methods(self) -> Mapping[str, Callable[..., Any]]:
     """Methods that combine checkpoints or adapters, by name."""
     return self._offers('surgery_methods')
@@ -791,7 +803,7 @@ def _is_on(variable: str) -> bool:
   return os.environ.get(variable, '') not in ('', '0')
 
 
-@functools.cache
+@once.once
 def _default() -> Host:
   return from_environment()
 

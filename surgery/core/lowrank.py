@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from surgery.core import errors
+from surgery.core.once import once
 
 # For each axis of a factor the axis of the result that it owns, or one of
 # these: RANK is summed over; along ROW there is a factor for each row of an
@@ -218,7 +219,7 @@ def dense(
   return update if axes[0] == NONE else spread(base, axes[0], shape) + update
 
 
-@functools.cache
+@once
 def primitive() -> Any:
   """Returns the primitive `low_rank`; JAX is imported when it is needed."""
   import jax

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -133,6 +134,16 @@ class Pending:
   types: LayerTypes = dataclasses.field(default_factory=dict, compare=False)
   graph: Any = dataclasses.field(default=None, compare=False)
   interceptor: Any = None
+
+  def __reduce__(self) -> Any:
+    if self.graph is not None:
+      raise TypeError(
+        'params with an adapter that still looks for sites cannot be pickled: '
+        "they hold the model's graph. Initialise the model and call "
+        'params.locked() first, or attach without graph=.'
+      )
+    names = (f.name for f in dataclasses.fields(self))
+    return Pending, tuple(getattr(self, name) for name in names)
 
   @property
   def unmet(self) -> list[selectors.Item]:
@@ -295,6 +306,8 @@ class Records:
   _interned: ClassVar[weakref.WeakValueDictionary[int, Records]] = (
     weakref.WeakValueDictionary()
   )
+  # Looking and keeping are one step, or two threads make two objects.
+  _interning: ClassVar[threading.Lock] = threading.Lock()
 
   adapters: tuple[AdapterRecord, ...]
   probe: Probe | None
@@ -309,16 +322,17 @@ class Records:
     adapters = tuple(adapters)
     number = probe.number if probe is not None else 0
     digest = _hash([a.digest for a in adapters], number)
-    known = cls._interned.get(digest)
-    if known is not None and known._same(adapters):
-      return known
     self = object.__new__(cls)
     self.adapters = adapters
     self.probe = probe
     self._digest = digest
     self._owned = None
     self._chains = None
-    cls._interned[digest] = self
+    with cls._interning:
+      known = cls._interned.get(digest)
+      if known is not None and known._same(adapters):
+        return known
+      cls._interned[digest] = self
     return self
 
   def _same(self, adapters: tuple[AdapterRecord, ...]) -> bool:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from surgery.core import adapter, config, hookspecs, host, lowrank, site
+from surgery.core import adapter, config, hookspecs, host, lowrank, once, site
 
 _HEAD = """\
 # Hooks and the contract
@@ -150,7 +150,8 @@ def _members(name: str, cls: type) -> Iterator[str]:
   properties, methods = [], []
   for member in public:
     value = inspect.getattr_static(cls, member, None)
-    if isinstance(value, (property, functools.cached_property)):
+    kinds = (property, functools.cached_property, once.attribute)
+    if isinstance(value, kinds):
       properties.append((member, value))
     elif isinstance(value, (classmethod, staticmethod)) or inspect.isfunction(
       value

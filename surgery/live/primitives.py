@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
+from surgery.core.once import once
+
 # The primitive that says which parameter a value is, for `explain`.
 TAG = 'surgery_site'
 
 
-@functools.cache
+@once
 def tag_primitive() -> Any:
   """Returns the primitive that says which parameter a value is."""
   tag = jex.Primitive(TAG)
@@ -25,7 +26,7 @@ def tag_primitive() -> Any:
   return tag
 
 
-@functools.cache
+@once
 def flat_primitive() -> Any:
   """Returns a primitive that keeps XLA from turning a matrix back.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from surgery.core import errors, paths, selectors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
+from surgery.core.once import once
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
 from surgery.passes import concat, editing, regions, rounding
@@ -85,7 +85,7 @@ def narrowed(block: np.ndarray, dtype: str, path: Path, verb: str) -> Any:
   return after
 
 
-@functools.cache
+@once
 def _pools() -> Any:
   import threadpoolctl
 

@@ -131,7 +131,8 @@ def _placed(recipe: Recipe, number: int, step: Step) -> Iterator[None]:
   try:
     yield
   except (errors.PluginError, errors.CheckError) as error:
-    raise type(error)(_in_step(recipe, number, step, error)) from error
+    said = _in_step(recipe, number, step, error)
+    raise errors.reworded(error, said) from error
   except (errors.SurgeryError, KeyError) as error:
     raise errors.RecipeError(_in_step(recipe, number, step, error)) from error
 

@@ -6,11 +6,12 @@ what is equal to the bit is compiled as users compile it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+from surgery.core.once import once
 
 _OPTIONS = {
   'xla_backend_optimization_level': 0,
@@ -20,7 +21,7 @@ _OPTIONS = {
 }
 
 
-@functools.cache
+@once
 def options() -> dict[str, Any]:
   """Returns options of the compiler, as far as this one knows them."""
   return {k: v for k, v in _OPTIONS.items() if _is_known(k, v)}

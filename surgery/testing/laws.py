@@ -40,7 +40,7 @@ class Broken(AssertionError):  # noqa: N818 - it is what pytest reports.
     law: its name.
   """
 
-  def __init__(self, message: str, law: str) -> None:
+  def __init__(self, message: str, law: str = '') -> None:
     super().__init__(message)
     self.law = law
 
