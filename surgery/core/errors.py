@@ -112,7 +112,7 @@ class FormatError(SurgeryError, ValueError):
 
 
 class BaseMismatchError(SurgeryError, ValueError):
-  """An adapter's file was made for a base with other values."""
+  """An adapter was made for a base with other values."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

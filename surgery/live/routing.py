@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import blox as bx
@@ -45,7 +45,10 @@ def _weights(record: AdapterRecord) -> dict[Path, WeightSpec]:
 
 
 def stack_adapters(
-  many: Sequence[bx.Params], *, names: str | Sequence[str] | None = None
+  many: Sequence[bx.Params],
+  *,
+  names: str | Sequence[str] | None = None,
+  check_base: bool = True,
 ) -> live.AdaptedParams:
   """Puts the adapters of many params into one, for `route`.
 
@@ -54,8 +57,11 @@ def stack_adapters(
 
   Args:
     many: params with the same adapters at the same sites, e.g. one of each
-      tenant. The base is that of the first one; the others may lack theirs.
+      tenant. All else is taken from the first one; the others may lack it.
     names: the adapters that are stacked; all by default.
+    check_base: whether what the others have beside these adapters must have
+      the first one's values. The very same arrays are not compared, traced
+      ones cannot be, and the state of a `bx.Rng` may differ.
 
   Returns:
     Params whose weights have the shape `(len(many), …)` at each site, behind
@@ -63,7 +69,8 @@ def stack_adapters(
 
   Raises:
     AdapterError: if adapters differ in type, configuration or sites, or share
-      weights between sites.
+      weights between sites; if params have other adapters beside them.
+    BaseMismatchError: if the params of one have another base.
 
   Example:
     params = surgery.stack_adapters([alice, bob, carol])
@@ -75,7 +82,41 @@ def stack_adapters(
   whole = [_params(one, 'stack_adapters') for one in many]
   first = whole[0]
   chosen = _chosen(first.records, names)
-  values: dict[Path, Any] = {}
+  for number, other in enumerate(whole[1:], 1):
+    _check_alike(first, other, number, chosen)
+  owned = {
+    path for name in chosen for path in first.records.get(name).weight_paths()
+  }
+  if check_base:
+    for number, other in enumerate(whole[1:], 1):
+      _check_base(first, other, number, owned)
+  stacked: dict[Path, bx.Param] = {}
+  for name in chosen:
+    for path, spec in _weights(first.records.get(name)).items():
+      found = [_weight(one, path, number) for number, one in enumerate(whole)]
+      # Behind the axes in which the layer itself is stacked.
+      axis = found[0].value.ndim - len(spec.shape)
+      stacked[path] = found[0].replace(
+        value=jnp.stack([one.value for one in found], axis=axis),
+        metadata=_with_axis(found[0], axis),
+      )
+  result = first
+  for path, param in stacked.items():
+    result = live.with_param(result, path, param)
+  return result
+
+
+def _check_alike(
+  first: live.AdaptedParams,
+  other: live.AdaptedParams,
+  number: int,
+  chosen: Sequence[str],
+) -> None:
+  """Raises unless the adapters of two params can be stacked.
+
+  Raises:
+    AdapterError: naming the adapter that differs, or that only one has.
+  """
   for name in chosen:
     record = first.records.get(name)
     if record.shared:
@@ -83,18 +124,111 @@ def stack_adapters(
         f'stack_adapters: the sites of adapter {name!r} share weights, which '
         'rows cannot have of their own.'
       )
-    for number, other in enumerate(whole):
-      if other.records.get(name).digest != record.digest:
-        raise errors.AdapterError(
-          f'stack_adapters: adapter {name!r} of params {number} differs from '
-          "the first one's in type, configuration, state or sites. Only "
-          'adapters that are alike can be stacked.'
-        )
-    for path, spec in _weights(record).items():
-      found = [one[path].value for one in whole]
-      stack = found[0].ndim - len(spec.shape)
-      values[path] = jnp.stack(found, axis=stack)
-  return live.with_values(first, values)
+  ours, theirs = first.records.names, other.records.names
+  for name in (*ours, *theirs):
+    if name not in theirs or name not in ours:
+      has, lacks = (number, 0) if name in theirs else (0, number)
+      raise errors.AdapterError(
+        f'stack_adapters: params {has} have an adapter {name!r}, which params '
+        f'{lacks} lack: their rows would get something else than they get '
+        'alone. Attach it to all of them, or merge or detach it first.'
+      )
+  if ours != theirs:
+    raise errors.AdapterError(
+      f'stack_adapters: the adapters of params {number} were attached in '
+      f"another order than the first one's: {', '.join(theirs)}; "
+      f'{", ".join(ours)}. Attach them in one order.'
+    )
+  for name in ours:
+    if other.records.get(name).digest != first.records.get(name).digest:
+      raise errors.AdapterError(
+        f'stack_adapters: adapter {name!r} of params {number} differs from '
+        "the first one's in type, configuration, state or sites. Only "
+        'adapters that are alike can be stacked.'
+      )
+
+
+def _check_base(
+  first: live.AdaptedParams,
+  other: live.AdaptedParams,
+  number: int,
+  owned: Collection[Path],
+) -> None:
+  """Raises unless some params have the first one's values.
+
+  Args:
+    first: the params whose base is taken.
+    other: other params; what they lack is not looked at.
+    number: which of many they are.
+    owned: the weights that are stacked.
+
+  Raises:
+    BaseMismatchError: naming a parameter that differs.
+  """
+  for path, param in other.items():
+    # How often a random generator was asked decides nothing here.
+    if path in owned or str(param.metadata.get('tag')).startswith('rng_'):
+      continue
+    if path in first and _same(first[path].value, param.value):
+      continue
+    found = 'has another value than' if path in first else 'is not in'
+    raise errors.BaseMismatchError(
+      f'stack_adapters: {paths.show(path)} of params {number} {found} the '
+      "first one's, whose base all rows would get. Stack adapters of one "
+      'base, or say check_base=False.'
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+  """Whether two values are equal, as far as that is known."""
+  trees: list[Any] = [jax.tree.structure(value) for value in (a, b)]
+  if trees[0] != trees[1]:
+    return False
+  return all(map(_same_array, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def _same_array(a: Any, b: Any) -> bool:
+  if a is b:
+    return True
+  if live.is_key(a) and live.is_key(b):
+    if jax.random.key_impl(a) != jax.random.key_impl(b):
+      return False
+    a, b = jax.random.key_data(a), jax.random.key_data(b)
+  shapes = [(np.shape(v), getattr(v, 'dtype', None)) for v in (a, b)]
+  if shapes[0] != shapes[1]:
+    return False
+  unknown = (jax.core.Tracer, jax.ShapeDtypeStruct)
+  if isinstance(a, unknown) or isinstance(b, unknown):
+    return True
+  numbers = jnp.issubdtype(jnp.result_type(a), jnp.inexact)
+  return bool(jnp.array_equal(a, b, equal_nan=numbers))
+
+
+def _weight(params: live.AdaptedParams, path: Path, number: int) -> bx.Param:
+  """Returns a weight that is stacked.
+
+  Raises:
+    AdapterError: if the params lack it.
+  """
+  if path not in params:
+    raise errors.AdapterError(
+      f'stack_adapters: {paths.show(path)} is not in params {number}. Put the '
+      'halves that split() made together first: a.merge(b).'
+    )
+  return params[path]
+
+
+def _with_axis(param: bx.Param, axis: int) -> dict[str, Any]:
+  """Returns a weight's metadata after an axis was put into it.
+
+  The new axis is not split over the mesh; without that, what names the axes
+  behind it would be taken for the tenants.
+  """
+  sharding = param.metadata.get('sharding')
+  if not sharding or axis > len(sharding):
+    return dict(param.metadata)
+  axes = (*sharding[:axis], None, *sharding[axis:])
+  return {**param.metadata, 'sharding': axes}
 
 
 def route(

@@ -163,13 +163,13 @@ class View:
     return any(t.dropout is not None for t in self.terms)
 
   @property
-  def rows(self) -> int:
-    """For how many rows it has factors of their own; 0 if for all the same."""
+  def rows(self) -> int | None:
+    """For how many rows it has factors of their own; None if all share them."""
     for term in self.terms:
       for factor in term.factors:
         if factor.owns(ROW):
           return int(factor.value.shape[factor.axes.index(ROW)])
-    return 0
+    return None
 
   def like(
     self,
@@ -241,8 +241,8 @@ class Derived(View):
     return self.view.dropped
 
   @property
-  def rows(self) -> int:
-    """For how many rows the view has factors of their own."""
+  def rows(self) -> int | None:
+    """For how many rows the view has factors of their own, if it has."""
     return self.view.rows
 
 

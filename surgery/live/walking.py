@@ -88,7 +88,7 @@ class Walk:
       return value
     if value.dropped:
       raise DropoutLost(value, because)
-    if value.rows:
+    if value.rows is not None:
       raise Misrouted(value, f'{because!r} needs the dense parameter')
     if value.origin:
       self.note(value, because)

@@ -257,3 +257,136 @@ def test_a_value_of_another_base_cannot_be_routed():
   message = "'default' gives a low-rank value of another base than it was given"
   with pytest.raises(surgery.AdapterError, match=message):
     surgery.factored(model)(routed, x)
+
+
+def test_an_empty_batch_gives_an_empty_result():
+  model, params, x = mlp()
+  stacked = surgery.stack_adapters(tenants(params))
+  fast = surgery.factored(model)
+  none = jnp.zeros(0, 'int32')
+  assert (0, 3) == fast(surgery.route(stacked, none), x[:0])[0].shape
+  compiled = jax.jit(lambda i, x: fast(surgery.route(stacked, i), x)[0])
+  assert (0, 3) == compiled(none, x[:0]).shape
+  with pytest.raises(surgery.AdapterError, match='an index for 0 rows'):
+    fast(surgery.route(stacked, none), x)
+
+
+@pytest.mark.parametrize(
+  ('use', 'shape', 'x'),
+  [
+    (conv, (3, 2, 4, 5), IMAGE),
+    (lambda k, x: k[jnp.argsort(x, axis=-1)[..., 0]], (6, 5), X3),
+  ],
+)
+def test_an_empty_batch_of_images_and_of_tokens(use, shape, x):
+  model, params = layer(use, shape)
+  stacked = surgery.stack_adapters([params, params])
+  routed = surgery.route(stacked, jnp.zeros(0, 'int32'))
+  expected = model(params, x[:0])[0].shape
+  assert expected == surgery.factored(model)(routed, x[:0])[0].shape
+
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_an_adapter_that_only_one_of_them_has_is_refused(order):
+  _, params, _ = mlp()
+  one, two = tenants(params, 2)
+  more = surgery.attach(two, LORA, to='**/hidden*', name='more')
+  has, lacks = (1, 0) if order == 1 else (0, 1)
+  message = f"params {has} have an adapter 'more', which params {lacks} lack"
+  with pytest.raises(surgery.AdapterError, match=message):
+    surgery.stack_adapters([one, more][::order], names='default')
+  with pytest.raises(surgery.AdapterError, match=message):
+    surgery.stack_adapters([one, more][::order])
+
+
+def test_adapters_that_were_attached_in_another_order_are_refused():
+  _, params, _ = mlp()
+  attach = lambda p, name: surgery.attach(p, LORA, to='**', name=name)
+  one = attach(attach(params, 'a'), 'b')
+  two = attach(attach(params, 'b'), 'a')
+  with pytest.raises(
+    surgery.AdapterError, match='another order .*: b, a; a, b'
+  ):
+    surgery.stack_adapters([one, two])
+
+
+def test_an_adapter_that_is_not_stacked_must_be_the_same_in_all():
+  _, params, _ = mlp()
+  inner = surgery.attach(params, LORA, to='**', name='all')
+  two = [
+    surgery.attach(stirred(inner, seed=i), LORA, to='**/hidden*')
+    for i in range(2)
+  ]
+  with pytest.raises(
+    surgery.BaseMismatchError, match=r'lora_[ab]\.all of params 1 has another'
+  ):
+    surgery.stack_adapters(two, names='default')
+
+
+def moved(params, path, by=1.0):
+  return params.unlocked().merge(
+    one_param(path, params[path].replace(value=params[path].value + by))
+  )
+
+
+def one_param(path, param):
+  params = bx.Params()
+  params[path] = param
+  return params
+
+
+def test_another_base_is_refused_by_name():
+  _, params, _ = mlp()
+  one, two = tenants(params, 2)
+  path = ('net', 'mlp', 'hidden1', 'bias')
+  other = moved(two, path).locked()
+  with pytest.raises(
+    surgery.BaseMismatchError, match='net/mlp/hidden1/bias of params 1 has'
+  ):
+    surgery.stack_adapters([one, other])
+  trusted = surgery.stack_adapters([one, other], check_base=False)
+  assert np.array_equal(one[path].value, trusted[path].value)
+  more = two.unlocked().merge(one_param(('net', 'new'), bx.Param(jnp.ones(2))))
+  with pytest.raises(
+    surgery.BaseMismatchError, match='net/new of params 1 is not in the first'
+  ):
+    surgery.stack_adapters([one, more.locked()])
+
+
+def test_a_base_of_equal_values_is_one_base():
+  _, params, _ = mlp()
+  one, two = tenants(params, 2)
+  path = ('net', 'rng', 'counter')
+  counted = moved(two, path, 1).locked()  # A generator that was asked.
+  copied = jax.tree.map(jnp.copy, counted)
+  stacked = surgery.stack_adapters([one, copied])
+  assert np.array_equal(one[path].value, stacked[path].value)
+
+
+def test_params_without_a_base_and_traced_ones_are_stacked():
+  _, params, _ = mlp()
+  one, two = tenants(params, 2)
+  weights, _ = two.split(lambda path, p: 'adapter' in p.metadata)
+  expected = surgery.stack_adapters([one, two])
+  models.assert_equal_params(expected, surgery.stack_adapters([one, weights]))
+  stack = jax.jit(lambda a, b: surgery.stack_adapters([a, b]))
+  models.assert_equal_params(expected, stack(one, two))
+  with pytest.raises(surgery.AdapterError, match='lora_a is not in params 1'):
+    surgery.stack_adapters([one, two.split(lambda p, _: p[-1] == 'bias')[0]])
+
+
+@pytest.mark.parametrize('stacked', [0, 1])
+def test_the_axis_of_tenants_is_none_of_the_mesh(stacked):
+  axes = ('pipe', 'data', 'model')[1 - stacked :]
+  params = bx.Params()
+  value = jnp.ones((3, 4, 6)[1 - stacked :])
+  params['net', 'h', 'kernel'] = bx.Param(value, metadata={'sharding': axes})
+  one = surgery.attach(params.locked(), LORA, to='**', stacked=stacked)
+  both = surgery.stack_adapters([one, one])
+  front = axes[:stacked]
+  assert (*front, 'data', None) == one['net', 'h', 'lora_a'].sharding
+  assert (*front, None, 'data', None) == both['net', 'h', 'lora_a'].sharding
+  assert (*front, None, None, 'model') == both['net', 'h', 'lora_b'].sharding
+  for name in ('lora_a', 'lora_b'):
+    weight = both['net', 'h', name]
+    assert weight.value.ndim == len(weight.sharding)

@@ -50,7 +50,7 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
   if fill is not None and not np.isnan(fill) and fill != 0:
     raise Decline  # A constant is not what the factors' product would be.
   places = indices.shape[:-1]
-  if view.rows:
+  if view.rows is not None:
     row_axis(view, places, range(len(places)), 'gather')
 
   def looked_up(value: Any, indices: Any, fill: Any) -> Any:

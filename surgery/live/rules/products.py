@@ -92,7 +92,7 @@ def dot_general(
   free = [i for i in range(view.ndim) if i not in names]
   names.update((i, ('v', i)) for i in free)
   x_free = [i for i in x_labels if i not in xs and i not in xb]
-  if view.rows:
+  if view.rows is not None:
     names[ROW] = row_axis(view, x.shape, x_free, 'dot_general')
   v_free = [names[i] for i in free]
   out = (*xb, *(v_free + x_free if left else x_free + v_free))
@@ -234,7 +234,8 @@ def conv_general_dilated(x: Any, view: Any, **params: Any) -> Any:
     raise Decline
   for term in view.terms:
     _divided(term, view, params)
-  if view.rows or view.dropped or any(t.spreads for t in view.terms):
+  routed = view.rows is not None
+  if routed or view.dropped or any(t.spreads for t in view.terms):
     return _conv_terms(x, view, params)
   return _conv_sum(x, view, params)
 
