@@ -33,7 +33,7 @@ def places(given: Places, count: int, what: str) -> list[int]:
     what: for messages.
 
   Raises:
-    SurgeryError: for a place that is not there, or named twice.
+    SurgeryError: for a place that is not there.
   """
   items: list[Any] = []
   for one in [given] if isinstance(given, (int, str)) else list(given):
@@ -112,11 +112,14 @@ def slice_(
 ) -> Checkpoint:
   """Keeps some places along an axis: rows, columns, channels, heads.
 
+  What is kept is in the order of `keep`, as of `numpy.take`: `[3, 1, 1]` is
+  place 3, and then place 1 twice.
+
   Args:
     checkpoint: the model.
     select: the tensors.
     axis: the axis; negative ones count from the end.
-    keep: places to keep: `5`, `'0:640'`, `[0, '8:16']`.
+    keep: places to keep, in order: `5`, `'0:640'`, `[0, '8:16']`.
     drop: places to leave out, instead.
     of: number of equal groups in which the axis comes, e.g. of heads; then
       places are groups.
@@ -140,17 +143,22 @@ def slice_(
     what = f'slice: {paths.show(path)}, axis {axis}'
     given = keep if keep is not None else drop
     assert given is not None
-    named = set(places(given, count, what))
-    wanted = [k for k in range(count) if (k in named) == (keep is not None)]
+    wanted = places(given, count, what)
+    if keep is None:
+      dropped = set(wanted)
+      wanted = [k for k in range(count) if k not in dropped]
     if not wanted:
       raise errors.SurgeryError(f'{what}: nothing would be left.')
-    if len(wanted) < count:
+    if wanted != list(range(count)):
       changed[path] = taken(leaf, at, _spread(wanted, width))
   if not changed:
     raise errors.SurgeryError(
-      'slice: every place would be kept. Change keep or drop.'
+      'slice: every place would be kept, in its order. Change keep or drop.'
     )
-  return editing.edited(checkpoint, 'slice', changed=changed, host=host)
+  # Even where the shape stays, an adapter's factors have the old order.
+  return editing.edited(
+    checkpoint, 'slice', changed=changed, rearranged=True, host=host
+  )
 
 
 def permute(
