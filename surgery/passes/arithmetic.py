@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from surgery.core.host import Host
 from surgery.core.once import once
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
-from surgery.passes import concat, editing, regions, rounding
+from surgery.passes import concat, editing, following, regions, rounding
+from surgery.passes import nonfinite as nonfinites
+from surgery.passes.nonfinite import NonFinite
 from surgery.passes.regions import Reader, Region
 
 Terms = str | Sequence[str] | Mapping[str, float]
@@ -24,12 +26,13 @@ Terms = str | Sequence[str] | Mapping[str, float]
 def wide(dtype: str) -> str:
   """Returns the dtype in which numbers of a dtype are added up.
 
+  Twice as wide as float32, so that a sum of those, or a product with a weight,
+  is rounded when it is narrowed and not before.
+
   Args:
     dtype: its full name; one that `check_number` accepts.
   """
-  if dtype in ('float64', 'complex128', 'complex64'):
-    return dtype
-  return 'float32' if rounding.is_float(dtype) else dtype
+  return 'complex128' if dtype.startswith('complex') else 'float64'
 
 
 def check_number(leaf: Leaf, path: Path, verb: str) -> str:
@@ -67,22 +70,90 @@ def plain(value: Any, path: Path, verb: str) -> np.ndarray:
   return np.asarray(value)
 
 
-def narrowed(block: np.ndarray, dtype: str, path: Path, verb: str) -> Any:
+def narrowed(
+  block: np.ndarray,
+  dtype: str,
+  path: Path,
+  verb: str,
+  *,
+  inputs: Sequence[np.ndarray] = (),
+  region: Region = (),
+  nonfinite: NonFinite = 'refuse',
+) -> Any:
   """Returns a result in the dtype of its tensor, rounded once.
 
+  Args:
+    block: the result.
+    dtype: name of the tensor's dtype.
+    path: the tensor, for messages.
+    verb: the pass, for messages.
+    inputs: what it was computed from, in which NaN and infinity may be.
+    region: where in the tensor it is.
+    nonfinite: whether NaN and infinity may be new.
+
   Raises:
-    CastError: for a finite value that the dtype cannot hold.
+    CastError: for NaN and infinity that no input has.
   """
-  if not rounding.is_float(dtype):
-    return block.astype(regions.dtype_of(dtype))
-  after = rounding.rounded(block, dtype)
-  if rounding.lost(block, after) is not None:
-    raise errors.CastError(
-      f'{verb}: {paths.show(path)}: a result is too large for {dtype}, whose '
-      f'largest number is {rounding.largest(dtype):g}. Cast it to a wider '
-      'dtype first.'
-    )
-  return after
+  if rounding.is_float(dtype):
+    after = rounding.rounded(block, dtype)
+  else:
+    with np.errstate(all='ignore'):
+      after = block.astype(regions.dtype_of(dtype))
+  return nonfinites.checked(
+    block,
+    after,
+    path,
+    verb,
+    inputs=inputs,
+    start=[cut.start for cut in region],
+    nonfinite=nonfinite,
+  )
+
+
+# So many elements are computed at a time: as float64 a processor's cache holds
+# them, and memory is not asked for again.
+_PIECE = 1 << 16
+
+
+def elementwise(
+  values: Sequence[np.ndarray],
+  compute: Callable[..., np.ndarray],
+  dtype: str,
+  path: Path,
+  verb: str,
+  region: Region,
+  nonfinite: NonFinite,
+) -> Any:
+  """Returns what is computed of elements at the same place, as `narrowed` does.
+
+  Args:
+    values: arrays of one shape.
+    compute: from arrays of any one shape to their result, in a wide dtype.
+    dtype: name of the tensor's dtype.
+    path: the tensor, for messages.
+    verb: the pass, for messages.
+    region: where in the tensor it is.
+    nonfinite: whether NaN and infinity may be new.
+
+  Raises:
+    CastError: for NaN and infinity that no input has.
+  """
+  flat = [value.reshape(-1) for value in values]
+  after = np.empty(len(flat[0]), regions.dtype_of(dtype))
+  with np.errstate(all='ignore'):  # What is wrong is found behind it.
+    for start in range(0, len(after), _PIECE):
+      cut = slice(start, start + _PIECE)
+      piece = compute(*(value[cut] for value in flat))
+      if not nonfinites.within(piece, dtype):
+        # All of it once more, to say where, and whether an input is so.
+        return narrowed(
+          compute(*values), dtype, path, verb, inputs=values, region=region,
+          nonfinite=nonfinite,
+        )  # fmt: skip
+      if rounding.is_float(dtype):
+        piece = rounding.rounded(piece, dtype)
+      after[cut] = piece
+  return after.reshape(values[0].shape)
 
 
 @once
@@ -108,30 +179,42 @@ def add(
   terms: Terms,
   *,
   scale: float = 1,
+  partial: bool = False,
+  nonfinite: NonFinite = 'refuse',
   inputs: editing.Inputs | None = None,
   host: Host,
 ) -> Checkpoint:
   """Adds tensors to others: `x + scale · Σ weight · term`.
 
-  All terms are added in float32 or wider, and the sum is rounded once.
+  Products and sums are those of float64, and what comes out is rounded once to
+  the dtype of X. So sums of float32 and narrower tensors are rounded once, and
+  those of float64 at each term.
 
   Args:
     checkpoint: the model.
     terms: rules `TERM -> X`, or `ALIAS::TERM` for a tensor of the same name in
       another input; with weights as `{RULE: WEIGHT}`.
     scale: a factor for all terms.
+    partial: whether tensors that the model or an input lacks are left as they
+      are; otherwise they are an error.
+    nonfinite: `allow` lets NaN and infinity be written that no tensor of the
+      sum has.
     inputs: other checkpoints by alias.
     host: knows the adapters' types.
 
   Raises:
-    RenameError: for a rule that matches nothing.
+    RenameError: for a rule that matches nothing, or a tensor that an input has
+      and another lacks.
     SurgeryError: if shapes differ, or something is not floating-point.
+    CastError: when it is written, for a sum that is too large or NaN.
 
   Example:
     add: {'tuned::**/mlp/**': 0.4, 'base::**/mlp/**': -0.4}
     add: {terms: 'delta/** -> net/**', scale: 0.5}
   """
-  return _added(checkpoint, terms, scale, 'add', inputs, host)
+  return _added(
+    checkpoint, terms, scale, 'add', partial, nonfinite, inputs, host
+  )
 
 
 def subtract(
@@ -139,27 +222,39 @@ def subtract(
   terms: Terms,
   *,
   scale: float = 1,
+  partial: bool = False,
+  nonfinite: NonFinite = 'refuse',
   inputs: editing.Inputs | None = None,
   host: Host,
 ) -> Checkpoint:
   """Subtracts tensors from others: `x - scale · Σ weight · term`.
+
+  It is computed as `add` does.
 
   Args:
     checkpoint: the model.
     terms: rules `TERM -> X`, or `ALIAS::TERM` for a tensor of the same name in
       another input; with weights as `{RULE: WEIGHT}`.
     scale: a factor for all terms.
+    partial: whether tensors that the model or an input lacks are left as they
+      are; otherwise they are an error.
+    nonfinite: `allow` lets NaN and infinity be written that no tensor of the
+      sum has.
     inputs: other checkpoints by alias.
     host: knows the adapters' types.
 
   Raises:
-    RenameError: for a rule that matches nothing.
+    RenameError: for a rule that matches nothing, or a tensor that an input has
+      and another lacks.
     SurgeryError: if shapes differ, or something is not floating-point.
+    CastError: when it is written, for a sum that is too large or NaN.
 
   Example:
     subtract: 'base::**/kernel'
   """
-  return _added(checkpoint, terms, -scale, 'subtract', inputs, host)
+  return _added(
+    checkpoint, terms, -scale, 'subtract', partial, nonfinite, inputs, host
+  )
 
 
 def _added(
@@ -167,6 +262,8 @@ def _added(
   terms: Terms,
   scale: float,
   verb: str,
+  partial: bool,
+  nonfinite: NonFinite,
   inputs: editing.Inputs | None,
   host: Host,
 ) -> Checkpoint:
@@ -177,29 +274,124 @@ def _added(
   if not weighted:
     raise errors.RenameError(f'{verb}: expected terms, found none.')
   sums: dict[Path, list[tuple[Leaf, float, Path]]] = {}
+  lacking: set[Path] = set()
   for rule, weight in weighted.items():
     if not math.isfinite(weight * scale):
       raise errors.SurgeryError(
         f'{verb}: {rule!r}: expected a finite weight, found {weight * scale}.'
       )
-    found = editing.pairs(checkpoint, [rule], verb, inputs)
-    for old, leaf, new, _ in found:
-      check_number(leaf, old, verb)
-      sums.setdefault(new, []).append((leaf, float(weight) * scale, old))
-  changed = {}
-  for path, parts in sums.items():
-    if path not in checkpoint:
-      raise errors.RenameError(
-        f'{verb}: there is no {paths.show(path)} to which '
-        f'{paths.show(parts[0][2])} could be added. Change the rule, or copy '
-        'instead.'
-      )
-    changed[path] = _sum(checkpoint[path], parts, path, verb)
+    found = _terms(checkpoint, rule, verb, inputs, host)
+    missing = _missing(checkpoint, rule, found, inputs, verb, host)
+    if missing and not partial:
+      raise errors.RenameError(f'{verb}: {rule!r}: {_listed(missing)}')
+    lacking.update(path for path, _ in missing)
+    for old, leaf, new in found:
+      if new in checkpoint:
+        check_number(leaf, old, verb)
+        sums.setdefault(new, []).append((leaf, float(weight) * scale, old))
+  changed = {
+    path: _sum(checkpoint[path], parts, path, verb, nonfinite)
+    for path, parts in sums.items()
+    if path not in lacking
+  }
+  if not changed:
+    raise errors.RenameError(
+      f'{verb}: no tensor is in all of the models, so nothing would be added. '
+      'Change the rules.'
+    )
   return editing.edited(checkpoint, verb, changed=changed, host=host)
 
 
+def _terms(
+  checkpoint: Checkpoint,
+  rule: str,
+  verb: str,
+  inputs: editing.Inputs | None,
+  host: Host,
+) -> list[tuple[Path, Leaf, Path]]:
+  """Returns the tensors that a rule adds, with their paths and targets."""
+  alias, _ = editing.split_alias(rule)
+  source = editing.aliased(checkpoint, alias, inputs, verb)
+  owned: Collection[Path] = ()
+  if alias is not None:
+    # What an adapter does is in the parameters that it rewrites.
+    owned = following.settled(source, verb, host).owned
+  found = editing.pairs(checkpoint, [rule], verb, inputs)
+  kept = [(old, leaf, new) for old, leaf, new, _ in found if old not in owned]
+  if not kept:
+    raise errors.RenameError(
+      f'{verb}: {rule!r} matches nothing but weights of adapters. Change the '
+      'rule.'
+    )
+  return kept
+
+
+def _missing(
+  checkpoint: Checkpoint,
+  rule: str,
+  found: Sequence[tuple[Path, Leaf, Path]],
+  inputs: editing.Inputs | None,
+  verb: str,
+  host: Host,
+) -> list[tuple[Path, str]]:
+  """Returns what a rule names that the model or the other input lacks.
+
+  Returns:
+    Paths in the model, each with who lacks which tensor, in words.
+  """
+  alias, text = editing.split_alias(rule)
+  lacking = [
+    (new, f'no {paths.show(new)} to which {_named(alias, old)} could be added')
+    for old, _, new in found
+    if new not in checkpoint
+  ]
+  if lacking or alias is None:
+    return lacking
+  back = editing.reverse(text)
+  if back is None:
+    return []
+  reached = {new for _, _, new in found}
+  owned = following.settled(checkpoint, verb, host).owned
+  for path in checkpoint:
+    if path in reached or path in owned:
+      continue
+    source = back.apply(path)
+    if source is not None:
+      said = f'{alias} has no {paths.show(source)}'
+      lacking.append((path, said))
+  return lacking
+
+
+def _named(alias: str | None, path: Path) -> str:
+  return f'{alias}::{paths.show(path)}' if alias else paths.show(path)
+
+
+_SHOWN = 5
+
+
+def _listed(missing: Sequence[tuple[Path, str]]) -> str:
+  """Returns what is missing, in a sentence, and what to do."""
+  shown = ', '.join(said for _, said in missing[:_SHOWN])
+  more = len(missing) - _SHOWN
+  shown += f' and {more} more' if more > 0 else ''
+  if missing[0][1].startswith('no '):
+    return (
+      f'there is {shown}. Change the rule, copy instead, or give partial: true '
+      'to leave such tensors out.'
+    )
+  return (
+    f'{shown}, and the model has. Without a term such a tensor gets a wrong '
+    'scale. Change the rule, copy or untie the tensor first, or give partial: '
+    'true to leave such tensors as they are.'
+  )
+
+
 def _sum(
-  leaf: Leaf, parts: Sequence[tuple[Leaf, float, Path]], path: Path, verb: str
+  leaf: Leaf,
+  parts: Sequence[tuple[Leaf, float, Path]],
+  path: Path,
+  verb: str,
+  nonfinite: NonFinite,
 ) -> Leaf:
   dtype = check_number(leaf, path, verb)
   assert leaf.shape is not None
@@ -214,19 +406,23 @@ def _sum(
         f'{verb}: {paths.show(name)} is {other.dtype} and {paths.show(path)} '
         f'is {dtype}, which cannot hold the result.'
       )
-  dtypes = [wide(str(one.dtype)) for one in (leaf, *[p[0] for p in parts])]
-  within = np.result_type(*dtypes)
-  base = Reader(leaf)
-  readers = [(Reader(other), weight) for other, weight, _ in parts]
+  within = np.dtype(wide(dtype))
+  readers = [Reader(leaf), *(Reader(other) for other, _, _ in parts)]
+
+  weights = [weight for _, weight, _ in parts]
+
+  def total(first: np.ndarray, *terms: np.ndarray) -> np.ndarray:
+    result = first.astype(within)
+    for term, weight in zip(terms, weights, strict=True):
+      if weight == 1:
+        result += term
+      else:
+        result += np.multiply(term, within.type(weight), dtype=within)
+    return result
 
   def block(region: Region) -> Any:
-    total = plain(base(region), path, verb).astype(within)
-    for reader, weight in readers:
-      term = plain(reader(region), path, verb).astype(within)
-      if weight != 1:
-        term *= within.type(weight)
-      total += term
-    return narrowed(total, dtype, path, verb)
+    values = [plain(read(region), path, verb) for read in readers]
+    return elementwise(values, total, dtype, path, verb, region, nonfinite)
 
   sources = [leaf, *[p[0] for p in parts]]
   return regions.computed(leaf, leaf.shape, block, sources)
@@ -237,18 +433,21 @@ def scale(
   select: selectors.Text | Selection,
   by: float,
   *,
+  nonfinite: NonFinite = 'refuse',
   host: Host,
 ) -> Checkpoint:
-  """Multiplies tensors by a number.
+  """Multiplies tensors by a number, in float64, and rounds once.
 
   Args:
     checkpoint: the model.
     select: the tensors.
     by: the number.
+    nonfinite: `allow` lets NaN and infinity be written that the tensor has not.
     host: knows the adapters' types.
 
   Raises:
     SurgeryError: for a tensor that is not floating-point.
+    CastError: when it is written, for a product that is too large or NaN.
 
   Example:
     scale: {select: '**/residual/kernel', by: 0.5}
@@ -257,20 +456,22 @@ def scale(
     raise errors.SurgeryError(f'scale: expected a finite number, found {by}.')
   changed = {}
   for path, leaf in editing.chosen(checkpoint, select, 'scale', host).items():
-    changed[path] = _scaled(leaf, by, path)
+    changed[path] = _scaled(leaf, by, path, nonfinite)
   return editing.edited(checkpoint, 'scale', changed=changed, host=host)
 
 
-def _scaled(leaf: Leaf, by: float, path: Path) -> Leaf:
+def _scaled(leaf: Leaf, by: float, path: Path, nonfinite: NonFinite) -> Leaf:
   dtype = check_number(leaf, path, 'scale')
   assert leaf.shape is not None
   within = np.dtype(wide(dtype))
   reader = Reader(leaf)
 
+  def product(value: np.ndarray) -> np.ndarray:
+    return np.multiply(value, within.type(by), dtype=within)
+
   def block(region: Region) -> Any:
-    value = plain(reader(region), path, 'scale').astype(within)
-    value *= within.type(by)
-    return narrowed(value, dtype, path, 'scale')
+    values = [plain(reader(region), path, 'scale')]
+    return elementwise(values, product, dtype, path, 'scale', region, nonfinite)
 
   return regions.computed(leaf, leaf.shape, block, [leaf])
 
@@ -281,6 +482,7 @@ def matmul(
   *,
   scale: float = 1,
   keep: bool = False,
+  nonfinite: NonFinite = 'refuse',
   host: Host,
 ) -> Checkpoint:
   """Replaces matrices by their product, in the order of the braces.
@@ -293,24 +495,30 @@ def matmul(
     rules: `MANY -> ONE`, as `'**/{a,b} -> **/kernel'`.
     scale: a factor.
     keep: whether the factors stay, too.
+    nonfinite: `allow` lets NaN and infinity be written that no factor has.
     host: knows the adapters' types.
 
   Raises:
     RenameError: for a rule that matches nothing, or a name that is taken.
     SurgeryError: if shapes do not fit.
+    CastError: when it is written, for a product that is too large or NaN.
 
   Example:
     matmul: '**/kernel_{a,b} -> **/kernel'
   """
 
   def make(target: Path, parts: list[Path], leaves: list[Leaf]) -> Leaf:
-    return _product(target, parts, leaves, scale)
+    return _product(target, parts, leaves, scale, nonfinite)
 
   return concat.joined(checkpoint, rules, 'matmul', make, keep, host)
 
 
 def _product(
-  target: Path, parts: Sequence[Path], leaves: Sequence[Leaf], by: float
+  target: Path,
+  parts: Sequence[Path],
+  leaves: Sequence[Leaf],
+  by: float,
+  nonfinite: NonFinite,
 ) -> Leaf:
   shape = leaves[0].shape or ()
   for path, leaf in zip(parts, leaves, strict=True):
@@ -332,16 +540,22 @@ def _product(
 
   def block(region: Region) -> Any:
     result: Any = None
+    read = []
     for leaf in leaves:
       rows = regions.whole(leaf.shape or ())
       # Rows of the result need rows of the first factor only.
       cut = region[:-1] if result is None else region[:-2]
-      read = Reader(leaf)((*cut, *rows[len(cut) :]))
-      factor = plain(read, target, 'matmul').astype(within)
-      with steady():
+      value = Reader(leaf)((*cut, *rows[len(cut) :]))
+      read.append(plain(value, target, 'matmul'))
+      factor = read[-1].astype(within)
+      with steady(), np.errstate(all='ignore'):
         result = factor if result is None else result @ factor
-    result = result[..., region[-1]]
-    return narrowed(result * by, dtype, target, 'matmul')
+    with np.errstate(all='ignore'):
+      result = result[..., region[-1]] * by
+    return narrowed(
+      result, dtype, target, 'matmul', inputs=[v.reshape(-1) for v in read],
+      region=region, nonfinite=nonfinite,
+    )  # fmt: skip
 
   sizes = [leaf.size for leaf in leaves]
   like = editing.together(leaves)

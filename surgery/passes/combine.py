@@ -24,6 +24,7 @@ from surgery.passes import (
   detach,
   following,
   methods,
+  nonfinite,
 )
 from surgery.passes.fill import generator
 
@@ -244,7 +245,10 @@ class _Combined:
     def load() -> Any:
       if number not in self._held:
         self._held = dict(enumerate(self._factors()))
-      factor = self._held.pop(number).astype(np.float32)
+      wide = self._held.pop(number)
+      with np.errstate(all='ignore'):
+        factor = wide.astype(np.float32)
+      nonfinite.checked(wide, factor, self._path, 'combine-adapters')
       return jnp.asarray(factor.reshape(like.shape or ()))
 
     return like.replace(load=load, heavy=True)

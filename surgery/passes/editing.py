@@ -116,6 +116,24 @@ def pairs(
   return found
 
 
+def reverse(text: str) -> renaming.Rule | None:
+  r"""Returns the rule from new names to old ones.
+
+  Args:
+    text: a rule `OLD -> NEW`, or `OLD` alone, of which names stay.
+
+  Returns:
+    None if it has none, as where a name is computed: `<i+1>`, `\1`.
+  """
+  if not renaming.has_arrow(text):
+    return renaming.parse(f'{text} -> {text}')
+  old, new = renaming.sides(text)
+  try:
+    return renaming.parse(f'{new} -> {old}')
+  except errors.RenameError:
+    return None
+
+
 def _owned(
   checkpoint: Checkpoint, host: Host, verb: str
 ) -> dict[Path, tuple[str, str]]:

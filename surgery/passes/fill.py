@@ -14,7 +14,7 @@ from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.files import arrays
 from surgery.files.digest import Digester
-from surgery.passes import editing, regions, rounding
+from surgery.passes import editing, nonfinite, regions, rounding
 from surgery.passes.regions import Region, Shape
 from surgery.passes.reshape import scalar
 
@@ -195,6 +195,7 @@ def random(
   Raises:
     RenameError: for a rule that matches nothing, or a name that is taken.
     SurgeryError: for a dtype that is not floating-point.
+    CastError: when it is written, for a number that is too large for the dtype.
 
   Example:
     random: {rules: 'head/kernel', seed: 1, scale: 0.01}
@@ -213,9 +214,11 @@ def random(
 
     def block(region: Region) -> Any:
       values = drawn(seed, path, sizes, region, distribution)
-      return rounding.rounded(
-        values * np.float32(scale) + np.float32(mean), name
-      )
+      with np.errstate(all='ignore'):
+        values = values * np.float32(scale) + np.float32(mean)
+      after = rounding.rounded(values, name)
+      start = [cut.start for cut in region]
+      return nonfinite.checked(values, after, path, 'random', start=start)
 
     return regions.computed(Leaf(lambda: None, sizes, name), sizes, block, [])
 

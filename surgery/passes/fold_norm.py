@@ -13,6 +13,7 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.passes import arithmetic, editing, regions
+from surgery.passes.nonfinite import NonFinite
 from surgery.passes.regions import Reader, Region
 
 # What frameworks call a norm's parameters.
@@ -34,6 +35,7 @@ def fold_norm(
   axis: int = -1,
   norm: Literal['drop', 'identity'] = 'drop',
   statistics: str | Sequence[str] | None = None,
+  nonfinite: NonFinite = 'refuse',
   host: Host,
 ) -> Checkpoint:
   """Folds batch normalisation into the convolution or linear layer before it.
@@ -52,12 +54,14 @@ def fold_norm(
       for a model whose code still has it.
     statistics: `NORM -> LAYER` where mean and variance lie elsewhere, as in
       flax: `'params/** -> batch_stats/**'`.
+    nonfinite: `allow` lets NaN and infinity be written that no parameter has.
     host: knows the adapters' types.
 
   Raises:
     RenameError: for a rule that matches nothing.
     SurgeryError: if a parameter is missing, or shapes do not fit.
     AdapterError: for a layer with an adapter.
+    CastError: when it is written, for a result that is too large or NaN.
 
   Example:
     fold-norm: '**/conv<i> -> **/norm<i>'
@@ -68,7 +72,7 @@ def fold_norm(
   behind: dict[Path, Path] = {}
   for layer, found in _pairs(checkpoint, rules).items():
     elsewhere = _elsewhere(found, statistics)
-    one = _read(checkpoint, layer, found, elsewhere, axis, epsilon)
+    one = _read(checkpoint, layer, found, elsewhere, axis, epsilon, nonfinite)
     if one.norm_paths() & gone or one.kernel in changed:
       raise errors.RenameError(
         f'fold-norm: {paths.show(found)} would be folded twice. Change the '
@@ -154,6 +158,7 @@ class _Fold:
     norm: paths of scale, offset, mean and variance, those that there are.
     axis: the kernel's output axis.
     epsilon: the norm's epsilon.
+    nonfinite: whether results may be NaN or infinite where nothing else is.
   """
 
   leaves: Checkpoint
@@ -162,6 +167,7 @@ class _Fold:
   norm: Mapping[str, Path]
   axis: int
   epsilon: float
+  nonfinite: NonFinite
 
   def norm_paths(self) -> set[Path]:
     """Returns the parameters of the norm."""
@@ -184,13 +190,20 @@ class _Fold:
       raise errors.SurgeryError(
         f'fold-norm: {paths.show(self.norm["variance"])}: has negative numbers.'
       )
-    return self.value('scale', 1) / np.sqrt(variance + self.epsilon)
+    with np.errstate(all='ignore'):  # A division by zero is found behind it.
+      return self.value('scale', 1) / np.sqrt(variance + self.epsilon)
 
   def shift(self) -> np.ndarray:
     """Returns what is added behind the folded kernel, (out,)."""
     bias = self._wide(self.bias) if self.bias is not None else 0.0
-    shift = (bias - self.value('mean', 0)) * self.factor()
-    return shift + self.value('offset', 0)
+    with np.errstate(all='ignore'):
+      shift = (bias - self.value('mean', 0)) * self.factor()
+      return shift + self.value('offset', 0)
+
+  def _inputs(self) -> list[np.ndarray]:
+    """Returns the parameters of the norm, and the bias, as float64."""
+    known = [self.bias] if self.bias is not None else []
+    return [self._wide(path) for path in (*self.norm.values(), *known)]
 
   def folded_kernel(self) -> Leaf:
     """Returns the kernel with the norm's factor in it."""
@@ -204,8 +217,13 @@ class _Fold:
       factor = np.broadcast_to(self.factor(), (shape[self.axis],))
       factor = factor[region[self.axis]]
       sizes[self.axis] = len(factor)
-      result = value.astype(np.float64) * factor.reshape(sizes)
-      return arithmetic.narrowed(result, dtype, self.kernel, 'fold-norm')
+      with np.errstate(all='ignore'):
+        result = value.astype(np.float64) * factor.reshape(sizes)
+      return arithmetic.narrowed(
+        result, dtype, self.kernel, 'fold-norm',
+        inputs=[value, *self._inputs()], region=region,
+        nonfinite=self.nonfinite,
+      )  # fmt: skip
 
     return regions.computed(leaf, shape, block, [leaf])
 
@@ -244,7 +262,10 @@ class _Fold:
 
     def block(region: Region) -> Any:
       full = np.broadcast_to(values(), shape)[region]
-      return arithmetic.narrowed(full, dtype, path, 'fold-norm')
+      return arithmetic.narrowed(
+        full, dtype, path, 'fold-norm', inputs=self._inputs(), region=region,
+        nonfinite=self.nonfinite,
+      )  # fmt: skip
 
     sources = [kernel, *(self.leaves[p] for p in self.norm.values())]
     return regions.computed(like, shape, block, sources)
@@ -257,6 +278,7 @@ def _read(
   elsewhere: Path,
   axis: int,
   epsilon: float,
+  nonfinite: NonFinite,
 ) -> _Fold:
   """Reads a layer and the norm behind it.
 
@@ -286,4 +308,4 @@ def _read(
         f'(axis {axis} of {leaf.shape}).'
       )
   order = {k: found[k] for k in _NAMES if k in found}
-  return _Fold(checkpoint, kernel, bias, order, at, epsilon)
+  return _Fold(checkpoint, kernel, bias, order, at, epsilon, nonfinite)

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from surgery.core import errors, hookspecs, paths
 from surgery.core.checkpoint import Checkpoint, Index, Leaf
 from surgery.core.host import Host
@@ -224,12 +226,12 @@ class _Merged:
     assert self._blocks is not None
     if not index:
       return self.load(())
-    return self._checked(self._blocks.part(index))
+    return self._checked(self._blocks.part(index), index)
 
   def load(self, encode: Sequence[Callable[[Any], Any]]) -> Any:
     """Returns the whole, as plugins want it stored."""
     value = self._checked(
-      blocks.answer(self._chain, self._path, self._fetch, self._chains)
+      blocks.answer(self._chain, self._path, self._fetch, self._chains), ()
     )
     for one in encode:
       stored = one(value)
@@ -242,11 +244,47 @@ class _Merged:
       value = stored
     return value
 
-  def _checked(self, value: Any) -> Any:
-    if self._check_finite and not compute.finite(value):
-      raise errors.SiteError(
-        f'{paths.show(self._path)}: the merged parameter has NaN or infinity; '
-        'nothing was changed. Look at the weights of '
-        f'{", ".join(repr(a.name) for a, _ in self._chain)}.'
+  def _checked(self, value: Any, index: Index) -> Any:
+    """Returns a block of the result, or the whole, if it is finite.
+
+    Raises:
+      SiteError: naming the first number that is not, and where it comes from.
+    """
+    if not self._check_finite or compute.finite(value):
+      return value
+    wrong = ~np.isfinite(np.asarray(value))
+    first = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    starts = [cut.start for cut in index] + [0] * (wrong.ndim - len(index))
+    where = [int(a) + b for a, b in zip(first, starts, strict=True)]
+    raise errors.SiteError(
+      f'{paths.show(self._path)}: the merged parameter has '
+      f'{np.asarray(value)[first]:g} at index {where}; nothing was changed. '
+      f'{self._blamed(index)} To merge it all the same, give check-finite: '
+      'false (check_finite=False).'
+    )
+
+  def _blamed(self, index: Index) -> str:
+    """Returns which of the operands is not finite, in a sentence.
+
+    The base is looked at first: what an adapter makes of it cannot be better.
+    """
+    leaf = self._leaves[self._path]
+    base = leaf.part(index) if index and leaf.part else leaf.load()
+    if not compute.finite(base):
+      return (
+        'The base has NaN or infinity itself, before any adapter: mend the '
+        'base.'
       )
-    return value
+    for adapter, record in self._chain:
+      specs = {**record.weights, **adapter.shared}
+      for spec in specs.values():
+        if not compute.finite(self._fetch(spec.path)):
+          return (
+            f'Weight {paths.show(spec.path)} of adapter {adapter.name!r} has '
+            'NaN or infinity.'
+          )
+    names = ', '.join(repr(adapter.name) for adapter, _ in self._chain)
+    return (
+      f'Base and weights are finite: what {names} makes of them is too large '
+      f'for {leaf.dtype}, or no number.'
+    )

@@ -114,9 +114,12 @@ def _extended(
     values = values[(slice(None), *others)]
     count = places.stop - places.start
     values = np.broadcast_to(values, (count, *values.shape[1:]))
+    # A token that is NaN or infinite makes the mean so.
     added = arithmetic.narrowed(
-      np.moveaxis(values, 0, axis), dtype, path, 'resize-vocab'
-    )
+      np.moveaxis(values, 0, axis), dtype, path, 'resize-vocab',
+      inputs=[values.reshape(-1)],
+      region=(*region[:axis], slice(max(cut.start, old), cut.stop)),
+    )  # fmt: skip
     xp = regions.namespace(kept)
     return xp.concatenate([kept, added], axis=axis)
 

@@ -136,10 +136,37 @@ def test_a_block_that_is_not_finite_is_an_error_that_names_the_parameter(
   merged = merge(surgery.open(source), host=surgery.default_host())
   with pytest.raises(
     surgery.SiteError,
-    match="net/layer/kernel: the merged parameter has NaN or infinity; .*'one'",
+    match=r'net/layer/kernel: the merged parameter has inf at index \[0, 700\]; '
+    r"nothing .*lora_a.one of adapter 'one' has NaN or infinity",
   ):
     merged.write(target)
   assert [source] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('shape', [(3000, 701), (4, 5)])
+def test_what_is_infinite_in_the_base_is_not_blamed_on_the_adapter(shape):
+  weights, rest = model(shape, 'float32').split(models.is_weight)
+  last = tuple(n - 1 for n in shape)
+  rest = jax.tree.map(
+    lambda w: w.at[last].set(-jnp.inf) if w.shape == shape else w, rest
+  )
+  with pytest.raises(
+    surgery.SiteError,
+    match=rf'-inf at index \[{last[0]}, {last[1]}\]; .* The base has NaN or '
+    'infinity itself, before any adapter',
+  ):
+    surgery.merge(weights.merge(rest))
+  merged = surgery.merge(weights.merge(rest), check_finite=False)
+  assert -np.inf == merged['net', 'layer', 'kernel'].value[last]
+
+
+def test_a_merge_that_is_too_large_says_so():
+  weights, rest = model((4, 5), 'float32').split(models.is_weight)
+  weights = jax.tree.map(lambda w: jnp.full_like(w, 1e30), weights)
+  with pytest.raises(
+    surgery.SiteError, match="'one' makes of them is too large for float32"
+  ):
+    surgery.merge(weights.merge(rest))
 
 
 def test_jit_sees_the_large_parameter_within_rounding():

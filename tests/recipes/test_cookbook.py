@@ -162,6 +162,18 @@ def test_task_arithmetic(run, surgery_cli, tmp_path):
     run('task-arithmetic', models)
 
 
+def test_task_arithmetic_names_what_a_model_lacks(run):
+  base = llama()
+  lost = 'model/layers/3/mlp/up_proj/weight'
+  models = {
+    'base': base,
+    'ft1': {p: v for p, v in base.items() if p != lost},
+    'ft2': base,
+  }
+  with pytest.raises(AssertionError, match=f'ft1 has no {lost}, and the model'):
+    run('task-arithmetic', models)
+
+
 def test_merge_peft_lora(run):
   net = gpt2()
   prefix = 'base_model/model/transformer'

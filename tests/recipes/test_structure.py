@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import surgery
+from surgery.passes.rounding import rounded
 from tests.recipes.models import (
   HOST,
   SmallBlocks,
@@ -129,7 +130,13 @@ def test_repeat():
   [
     ({'keep': '1:4'}, [1, 2, 3]),
     ({'keep': [0, '4:']}, [0, 4, 5]),
-    ({'keep': '-1, 0:2'}, [0, 1, 5]),
+    ({'keep': '-1, 0:2'}, [5, 0, 1]),
+    ({'keep': [3, 1, 0]}, [3, 1, 0]),
+    ({'keep': [2, 2, '0:2', 2]}, [2, 2, 0, 1, 2]),
+    ({'keep': [5, 4, 3, 2, 1, 0]}, [5, 4, 3, 2, 1, 0]),
+    ({'keep': [0, 1, 2, 3, 4, 5, 0]}, [0, 1, 2, 3, 4, 5, 0]),
+    ({'keep': [1, 0], 'of': 3}, [2, 3, 0, 1]),
+    ({'drop': [4, 1, 4]}, [0, 2, 3, 5]),
     ({'drop': 2}, [0, 1, 3, 4, 5]),
     ({'keep': 2, 'of': 3}, [4, 5]),
     ({'drop': '0:1', 'of': 2}, [3, 4, 5]),
@@ -281,20 +288,16 @@ def test_add_and_subtract(tmp_path, dtype):
     inputs=dict(zip('xyz', files, strict=True)),
   )
   recipe.run(out=tmp_path / 'out.msgpack')
-  wide = np.float64 if dtype == np.float64 else np.float32
-  first = (
-    x.astype(wide) + y.astype(wide) * wide(0.4) + z.astype(wide) * wide(-1)
-  ).astype(dtype)
-  second = (first.astype(wide) + y.astype(wide) * wide(-2)).astype(dtype)
+  wide = [v.astype('float64') for v in (x, y, z)]
+  first = rounded(wide[0] + wide[1] * 0.4 - wide[2], dtype.name)
+  second = rounded(first.astype('float64') - wide[1] * 2, dtype.name)
   same({'w': second, 'u': y}, values(surgery.open(tmp_path / 'out.msgpack')))
 
 
 def test_scale():
   net = {'x': array(3, 4).astype(ml_dtypes.bfloat16), 'y': array(2)}
   after = applied(net, {'scale': {'select': 'x', 'by': 0.3}})
-  expected = (net['x'].astype('float32') * np.float32(0.3)).astype(
-    ml_dtypes.bfloat16
-  )
+  expected = rounded(net['x'].astype('float64') * 0.3, 'bfloat16')
   same({'x': expected, 'y': net['y']}, after)
 
 
