@@ -175,6 +175,8 @@ def _figures(one: TensorDiff) -> str:
   figures = one.figures
   if one.a.shape != one.b.shape:
     parts.insert(0, 'shapes differ')
+  elif figures is None and not one.equal and one.a.shape is not None:
+    parts.insert(0, 'codes of a quantised weight differ')
   elif figures is None and not one.equal:
     parts.insert(0, f'{one.a.load()!r} → {one.b.load()!r}')
   elif figures is not None and figures.changed:

@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import errors, manifest, paths
+from surgery.core import errors, manifest, paths, quantised
 from surgery.core.paths import Path
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Leaf:
       number than its blocks tell.
     heavy: whether computing it takes far longer than reading it, as products
       and decompositions do.
+    codes: of which quantised weight it is a part, if it is one; then its values
+      are no numbers.
   """
 
   load: Callable[[], Any]
@@ -107,14 +109,21 @@ class Leaf:
   )
   memory: int | None = dataclasses.field(default=None, compare=False)
   heavy: bool = dataclasses.field(default=False, compare=False)
+  codes: quantised.Codes | None = dataclasses.field(default=None, compare=False)
 
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.
 
     With another `load` goes what held for the old value: `part`, `source` and
     `digest`, unless they are given, too.
+
+    Raises:
+      QuantisedError: if another `load` is given for a part of a quantised
+        weight, and `codes` is not: numbers cannot be computed from codes.
     """
     if 'load' in changes:
+      if 'codes' not in changes:
+        quantised.refuse(self)
       changes = {'part': None, 'source': None, 'digest': None, **changes}
     return dataclasses.replace(self, **changes)
 
@@ -285,9 +294,15 @@ class Checkpoint(Mapping[Path, Leaf]):
 
   def notes(self) -> dict[Path, manifest.LeafNote]:
     """Returns what the manifest says of each leaf."""
+    told = quantised.found(self._leaves, self.manifest.metadata)
     return {
       path: manifest.LeafNote(
-        leaf.trainable, leaf.metadata, leaf.key, leaf.digest
+        leaf.trainable,
+        leaf.metadata,
+        leaf.key,
+        leaf.digest,
+        # What names tell need not be written down.
+        None if leaf.codes == told.get(path) else leaf.codes,
       )
       for path, leaf in self._leaves.items()
     }
@@ -397,7 +412,8 @@ def open_checkpoint(
 
   host = host or hosts.default_host()
   form, found = host.located(path, format)
-  return form.open(found)
+  config = quantised.config_of(pathlib.Path(os.fsdecode(found)))
+  return quantised.marked(form.open(found), config)
 
 
 def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:

@@ -56,6 +56,10 @@ class CastError(SurgeryError, ValueError):
   """A dtype cannot hold a value that is to be cast to it."""
 
 
+class QuantisedError(SurgeryError, ValueError):
+  """Numbers are needed where a file holds codes of a quantised weight."""
+
+
 class RenameError(SurgeryError, ValueError):
   """A rule cannot be read, matches nothing, or makes two paths one."""
 

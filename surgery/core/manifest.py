@@ -16,6 +16,7 @@ from typing import Any
 from surgery.core import errors, paths
 from surgery.core.layers import LayerType
 from surgery.core.paths import Path
+from surgery.core.quantised import Codes
 
 VERSION = 1
 KEY = '__surgery__'
@@ -65,12 +66,14 @@ class LeafNote:
     metadata: the parameter's metadata.
     key: PRNG implementation, if the tensor holds the data of a key.
     digest: digest of the tensor's bytes, e.g. `xxh3:…`.
+    codes: of which quantised weight it is a part, where its name does not tell.
   """
 
   trainable: bool = True
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   key: str | None = None
   digest: str | None = None
+  codes: Codes | None = None
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -140,6 +143,8 @@ def to_json(
       entry['key'] = note.key
     if note.digest is not None:
       entry['digest'] = note.digest
+    if note.codes is not None:
+      entry['codes'] = [note.codes.kind, paths.show(note.codes.of)]
     if entry:
       tensors[shown] = entry
   data: dict[str, Any] = {
@@ -212,6 +217,13 @@ _KNOWN = {
 }
 
 
+def _codes(said: Any) -> Codes | None:
+  if said is None:
+    return None
+  kind, of = map(str, said)
+  return Codes(kind, paths.parse(of))
+
+
 def loads(text: bytes) -> tuple[Manifest, dict[Path, LeafNote]]:
   """Reads what `dumps` wrote.
 
@@ -267,6 +279,7 @@ def from_json(data: Any) -> tuple[Manifest, dict[Path, LeafNote]]:
         _decode(n.get('metadata', {})),
         n.get('key'),
         n.get('digest'),
+        _codes(n.get('codes')),
       )
       for p, n in data.get('tensors', {}).items()
     }

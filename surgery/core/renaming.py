@@ -538,6 +538,10 @@ def nothing(text: str, universe: Sequence[Path]) -> errors.RenameError:
   )
 
 
+def _beneath(path: Path, above: Path) -> bool:
+  return path != above and path[: len(above)] == above
+
+
 def check_targets(where: Mapping[Path, Path]) -> None:
   """Raises if two paths become one, or one lies beneath another.
 
@@ -557,8 +561,9 @@ def check_targets(where: Mapping[Path, Path]) -> None:
       lines.append(f'{shown} would all be {paths.show(new)}')
     above = (new[:n] for n in range(1, len(new)))
     for other in above:
-      # What was so before is no business of ours.
-      if other in sources and (olds[0] != new or sources[other][0] != other):
+      # What was so before is no business of ours: `weight.absmax` of
+      # bitsandbytes lies beneath `weight` whatever both are called.
+      if other in sources and not _beneath(olds[0], sources[other][0]):
         shown = f'{paths.show(new)} (from {paths.show(olds[0])})'
         lines.append(
           f'{shown} would lie beneath the tensor {paths.show(other)} (from '

@@ -14,11 +14,17 @@ from surgery.files import payload
 _KINDS = (('metadata', dict), ('key', str), ('digest', str))
 
 
-def worth_saying(checkpoint: Checkpoint) -> bool:
-  """Whether there is anything that a manifest would say."""
+def worth_saying(checkpoint: Checkpoint, metadata: bool = True) -> bool:
+  """Whether there is anything that a manifest would say.
+
+  Args:
+    checkpoint: what is written.
+    metadata: whether the manifest has to hold what other programs said, too.
+  """
   nothing = LeafNote()
+  about = checkpoint.manifest
   return (
-    checkpoint.manifest != Manifest()
+    (about if metadata else about.replace(metadata={})) != Manifest()
     or any(note != nothing for note in checkpoint.notes().values())
     # Arrays that are not copied unread get a digest.
     or any(

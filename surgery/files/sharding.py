@@ -386,4 +386,5 @@ def _noted(leaf: Leaf, note: LeafNote | None) -> Leaf:
     metadata=note.metadata,
     key=note.key,
     digest=note.digest,
+    codes=note.codes,
   )

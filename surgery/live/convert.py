@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core import errors, paths
+from surgery.core import errors, paths, quantised
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.manifest import Manifest
@@ -58,11 +58,13 @@ def to_checkpoint(params: bx.Params) -> Checkpoint:
   notes = live.notes_of(params)
   manifest = notes.get('manifest', Manifest())
   known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
-  return Checkpoint(
-    {path: leaf_of(param) for path, param in params.items()},
-    manifest.replace(locked=params.is_locked, adapters=tuple(known)),
-    live.records_of(params),
-    'params',
+  return quantised.marked(
+    Checkpoint(
+      {path: leaf_of(param) for path, param in params.items()},
+      manifest.replace(locked=params.is_locked, adapters=tuple(known)),
+      live.records_of(params),
+      'params',
+    )
   )
 
 
@@ -162,7 +164,7 @@ def _tensor(value: Any, leaf: Leaf) -> Leaf:
   """Returns one array of a parameter as a leaf that a file can hold."""
   load: Callable[[], Any] = functools.partial(_numpy, value)
   if isinstance(value, _SCALARS):
-    return leaf.replace(load=load, shape=None, dtype=None, key=None)
+    return leaf.replace(load=load, shape=None, dtype=None, key=None, codes=None)
   key = _impl(value) if live.is_key(value) else None
   if key is not None:
     # Only its shape is needed here; the data are read when they are written.
@@ -184,6 +186,7 @@ def _tensor(value: Any, leaf: Leaf) -> Leaf:
     dtype=str(dtype),
     key=key,
     scalar=isinstance(value, np.generic),
+    codes=leaf.codes,
   )
 
 
@@ -279,7 +282,8 @@ def from_tensors(checkpoint: Checkpoint) -> Checkpoint:
   for path, leaf in checkpoint.items():
     if not _beneath(path, trees):
       value = _array(leaf, path)
-      leaves[path] = leaf.replace(load=functools.partial(_value, value))
+      load = functools.partial(_value, value)
+      leaves[path] = leaf.replace(load=load, codes=leaf.codes)
   for path, tree in trees.items():
     value = _rebuilt(tree['value'], path, checkpoint)
     first = next(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths, selectors
+from surgery.core import errors, paths, quantised, selectors
 from surgery.core.checkpoint import Check, Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
@@ -311,9 +311,12 @@ def _dtype(given: Any, asked: _Asked) -> _Test:
 
 
 def _arrays(asked: _Asked, select: Any) -> list[Path]:
+  found = asked.chosen(select)
+  for path in found:
+    quantised.refuse(asked.model[path], 'assert')
   return [
     p
-    for p in asked.chosen(select)
+    for p in found
     if asked.model[p].shape is not None and asked.model[p].key is None
   ]
 
@@ -379,6 +382,10 @@ def _zero(given: Any, asked: _Asked) -> _Test:
 def _equal(given: Any, asked: _Asked) -> _Test:
   said = _options('equal', given, to=None, eps=0)
   compared = _compared(said, asked)
+  for _, a, _, b in compared:
+    if said['eps'] and a.load is not b.load:
+      quantised.refuse(a, 'assert')
+      quantised.refuse(b, 'assert')
 
   def reason() -> str | None:
     wrong = []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from surgery.core import errors, paths, selectors
+from surgery.core import errors, paths, quantised, selectors
 from surgery.core.adapter import Adapter
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
@@ -319,6 +319,9 @@ def attach(
       'it finds what is there now. Initialise the model first.'
     ) from None
   sites = [site for site, _ in found]
+  for site in sites:
+    for spec in site.params:
+      quantised.refuse(checkpoint[*site.layer, spec.name], 'attach')
   if waiting is None:
     check_patterns(adapter, sites)
     finding.check_axes(finder, info)

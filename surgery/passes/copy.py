@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from surgery.core import errors, paths, renaming, selectors
+from surgery.core import errors, paths, quantised, renaming, selectors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.layers import LayerType
@@ -25,7 +25,8 @@ def copy(
 ) -> Checkpoint:
   """Copies tensors and layers to further names, also from another model.
 
-  Bytes are copied unread. What is known of a layer goes along, adapters do not.
+  Bytes are copied unread. What is known of a layer goes along, and so do scales
+  with the codes of a quantised weight; adapters do not.
 
   Args:
     checkpoint: the model.
@@ -51,7 +52,8 @@ def copy(
     alias, _ = editing.split_alias(text)
     source = editing.aliased(checkpoint, alias, inputs, 'copy')
     owned = following.settled(source, 'copy', host).owned
-    for old, leaf, new, _ in editing.pairs(checkpoint, [text], 'copy', inputs):
+    found = editing.pairs(checkpoint, [text], 'copy', inputs)
+    for old, leaf, new in _with_parts(source, found):
       if old in owned:
         raise errors.AdapterError(
           f'copy: {paths.show(old)} is a weight of an adapter, and copies have '
@@ -73,6 +75,29 @@ def copy(
   )
   said = result.manifest.replace(layer_types=types, trees=trees)
   return result.replace(manifest=said)
+
+
+def _with_parts(
+  source: Checkpoint, found: list[tuple[Path, Leaf, Path, str]]
+) -> Iterator[tuple[Path, Leaf, Path]]:
+  """Yields what is copied; codes of a quantised weight take its scales along.
+
+  Raises:
+    QuantisedError: for scales that would be copied without their codes.
+  """
+  groups = quantised.groups(source)
+  where = {old: new for old, _, new, _ in found}
+  for of, parts in groups.items() if where.keys() & groups.keys() else ():
+    if of in where:
+      for part in parts:
+        where.setdefault(part, quantised.beside(part, of, where[of]))
+  for old, new in where.items():
+    leaf = source[old]
+    if leaf.codes is not None:
+      if leaf.codes.of not in where:
+        quantised.refuse(leaf, f'copy: {paths.show(old)} without its codes')
+      leaf = quantised.moved(leaf, where[leaf.codes.of])
+    yield old, leaf, new
 
 
 def _describe(

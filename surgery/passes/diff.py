@@ -94,7 +94,8 @@ class TensorDiff:
     a: the first's leaf; None if only the second has it.
     b: the second's leaf; None if only the first has it.
     notes: what differs beside the values: flags, metadata, kinds of keys.
-    figures: how far the values are apart; None if they cannot be compared.
+    figures: how far the values are apart; None if they cannot be compared, or
+      are codes of a quantised weight.
     equal: whether shapes and values are equal, to the bit if the dtypes are.
   """
 
@@ -176,6 +177,8 @@ def _compared(path: Path, a: Leaf | None, b: Leaf | None) -> TensorDiff:
   if _same_bytes(a, b):
     # Norms would have to be read for the cosine; of equals it is 1, or none.
     return TensorDiff(path, a, b, notes, Figures(size=a.size), equal=True)
+  if a.codes or b.codes:
+    return TensorDiff(path, a, b, notes)  # How far codes are apart is nothing.
   figures = _figures(a, b)
   return TensorDiff(path, a, b, notes, figures, figures.changed == 0)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from surgery.core import errors, paths, selectors
+from surgery.core import errors, paths, quantised, selectors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
@@ -47,7 +47,7 @@ def without(
   """Returns the checkpoint without some tensors.
 
   A site of which all parameters go takes its weights along, and an adapter
-  without sites goes too.
+  without sites goes too. Codes of a quantised weight take its scales along.
 
   Args:
     checkpoint: the model.
@@ -57,10 +57,11 @@ def without(
 
   Raises:
     AdapterError: if half a site would be left.
+    QuantisedError: if codes would be left without their scales.
     SurgeryError: if half a parameter would be left, or nothing at all.
   """
   records = following.settled(checkpoint, verb, host)
-  gone = set(gone)
+  gone = quantised.without(checkpoint, gone, verb)
   for record in records.adapters:
     left, more = _left(record, gone, checkpoint, verb)
     gone |= more

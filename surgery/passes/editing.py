@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery.core import errors, paths, renaming, selectors
+from surgery.core import errors, paths, quantised, renaming, selectors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
@@ -181,7 +181,7 @@ def _check_trees(
 
 def check_new(
   checkpoint: Checkpoint,
-  fresh: Iterable[Path],
+  fresh: Mapping[Path, Leaf],
   gone: Collection[Path],
   verb: str,
   overwrite: bool = False,
@@ -207,6 +207,8 @@ def check_new(
     for n in range(1, len(path)):
       above = path[:n]
       if above in both and (path in fresh or above in fresh):
+        if (leaf := fresh.get(path)) and leaf.codes and leaf.codes.of == above:
+          continue  # As `weight.absmax` of bitsandbytes beneath `weight`.
         raise errors.RenameError(
           f'{verb}: {paths.show(path)} would lie beneath the tensor '
           f'{paths.show(above)}. Give another name.'
@@ -242,11 +244,13 @@ def edited(
   Raises:
     RenameError: for a name that is taken.
     AdapterError: for a tensor with an adapter that cannot follow.
+    QuantisedError: for a part of a quantised weight that would change alone.
     SurgeryError: if nothing would be left.
   """
   changed, fresh, gone = changed or {}, fresh or {}, set(gone)
   following.check_model(checkpoint, verb)
   check_new(checkpoint, fresh, gone, verb, overwrite)
+  _check_codes(checkpoint, {**changed, **fresh}, gone, verb)
   replaced = [p for p in fresh if p in checkpoint and p not in gone]
   moved = [
     p
@@ -265,6 +269,27 @@ def edited(
   if types is not None:
     manifest = manifest.replace(layer_types=types)
   return checkpoint.replace(leaves=leaves, manifest=manifest)
+
+
+def _check_codes(
+  checkpoint: Checkpoint,
+  made: Mapping[Path, Leaf],
+  gone: Collection[Path],
+  verb: str,
+) -> None:
+  """Raises if a part of a quantised weight would be replaced or go alone.
+
+  Raises:
+    QuantisedError: naming the weight.
+  """
+  if not any(leaf.codes for leaf in checkpoint.values()):
+    return
+  for path, leaf in made.items():
+    if path in checkpoint and path not in gone and leaf.codes is None:
+      quantised.refuse(checkpoint[path], verb)
+  whole = quantised.without(checkpoint, gone, verb)
+  for path in whole.difference(gone):
+    quantised.refuse(checkpoint[path], verb)
 
 
 def _form(leaf: Leaf) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, manifest, paths, recording
+from surgery.core import errors, manifest, paths, quantised, recording
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
@@ -107,6 +107,7 @@ def _check_base(
           f'{paths.show(path)}: adapter {record.name!r} was made for a base '
           'that has this parameter, this one has not.'
         )
+      quantised.refuse(checkpoint[path], 'attach')
       shape = checkpoint[path].shape or ()
       if shape[len(shape) - len(spec.shape) :] != spec.shape:
         raise errors.BaseMismatchError(

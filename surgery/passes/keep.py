@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from surgery.core import selectors
+from surgery.core import quantised, selectors
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
@@ -19,7 +19,8 @@ def keep(
 ) -> Checkpoint:
   """Leaves out all other tensors; a layer means everything beneath it.
 
-  What the sites of an adapter share is kept as long as one of them is.
+  What the sites of an adapter share is kept as long as one of them is, and a
+  quantised weight with all of its parts.
 
   Args:
     checkpoint: the model.
@@ -43,5 +44,9 @@ def keep(
     ]
     if kept & set(base):
       kept |= {spec.path for spec in record.shared.values()}
+  for of, parts in quantised.groups(checkpoint).items():
+    group = {of, *parts} & checkpoint.keys()
+    if kept & group:
+      kept |= group
   gone = set(following.with_empty(checkpoint)) - kept
   return dropping.without(checkpoint, gone, 'keep', host)

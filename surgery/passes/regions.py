@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths
+from surgery.core import errors, paths, quantised
 from surgery.core.checkpoint import Index, Leaf, grid
 from surgery.core.paths import Path
 from surgery.files import arrays
@@ -216,7 +216,12 @@ def computed(
       blocks.
     dtype: name of its dtype; that of `like` by default.
     cut: whether it is cut into blocks even then, because bits depend on that.
+
+  Raises:
+    QuantisedError: if a source holds codes of a quantised weight.
   """
+  for leaf in sources:
+    quantised.refuse(leaf)
   held = (
     bool(sources)
     and not cut

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery.core import errors, paths, renaming, selectors
+from surgery.core import errors, paths, quantised, renaming, selectors
 from surgery.core.adapter import Adapter
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
@@ -30,8 +30,9 @@ def rename(
   """Gives tensors and layers other names; their bytes are copied unread.
 
   All rules hold at once, so names may be swapped; the first that matches a path
-  decides. An adapter follows the parameter that it rewrites, and what is known
-  of layers follows them.
+  decides. An adapter follows the parameter that it rewrites, scales and the
+  like follow the codes of a quantised weight, and what is known of layers
+  follows them.
 
   Args:
     checkpoint: the model.
@@ -73,6 +74,10 @@ def renamed(
   said = checkpoint.manifest
   trees = _trees(said.trees, names)
   moved = [_moved(record, names, host) for record in records.adapters]
+  for of, parts in quantised.groups(checkpoint).items():
+    for part in parts:
+      if not names.decided(part):
+        names.follow(part, quantised.beside(part, of, names(of)))
   leaves = _leaves(checkpoint, names, records)
   for old, new in zip(records.adapters, moved, strict=True):
     said = _remembering(said, old, new, names)
@@ -161,6 +166,8 @@ def _retagged(leaf: Leaf, path: Path, names: _Names) -> Leaf:
     return {**said, 'name': names((*path[:-1], said['name']))[-1]}
 
   metadata = following.retagged(leaf.metadata, change)
+  if leaf.codes is not None:
+    leaf = quantised.moved(leaf, names(leaf.codes.of))
   if metadata == leaf.metadata:
     return leaf
   return leaf.replace(metadata=metadata)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from surgery.core import errors, paths, renaming
+from surgery.core import errors, paths, quantised, renaming
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
@@ -234,7 +234,7 @@ def _arranged(
         raise errors.RenameError(
           f'repeat: two tensors would be {paths.show(target)}.'
         )
-      ordered[target] = leaf
+      ordered[target] = _recoded(leaf, path, target)
   before = list(checkpoint)
   if before == sorted(before):
     ordered = {p: ordered[p] for p in sorted(ordered)}
@@ -251,10 +251,22 @@ def _arranged(
     for layer, kind in said.layer_types.items()
     for to in _names_of(layer, found, where)
   }
-  editing.check_new(checkpoint.replace(leaves=ordered), (), (), 'repeat')
+  editing.check_new(checkpoint.replace(leaves=ordered), {}, (), 'repeat')
   return checkpoint.replace(
     leaves=ordered, manifest=said.replace(trees=trees, layer_types=types)
   )
+
+
+def _recoded(leaf: Leaf, old: Path, new: Path) -> Leaf:
+  """Returns a copy whose codes are those of the same copy of its layer."""
+  if leaf.codes is None:
+    return leaf
+  # Only a number differs, which stands in both paths at the same place.
+  to = list(leaf.codes.of)
+  for k, (a, b) in enumerate(zip(old, new, strict=True)):
+    if k < len(to) and to[k] == a:
+      to[k] = b
+  return quantised.moved(leaf, tuple(to))
 
 
 def _names_of(

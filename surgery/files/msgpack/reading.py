@@ -59,6 +59,7 @@ def _leaf(entry: Entry, note: LeafNote) -> Leaf:
       entry.scalar,
       entry,
       entry.part,
+      codes=note.codes,
     )
   # Of these only an empty dict could be changed by who gets it.
   load = functools.partial(copy.copy, entry.value)
@@ -68,6 +69,7 @@ def _leaf(entry: Entry, note: LeafNote) -> Leaf:
     metadata=note.metadata,
     key=note.key,
     digest=note.digest,
+    codes=note.codes,
   )
 
 

@@ -156,4 +156,5 @@ def _leaf(value: Source | extras.Value, note: LeafNote) -> Leaf:
     metadata=note.metadata,
     key=note.key,
     digest=note.digest,
+    codes=note.codes,
   )

@@ -59,7 +59,8 @@ def write_file(
   full = checkpoint.manifest
   if not manifest:
     layout.needs_no_manifest(path)
-  worth = manifest and notes.worth_saying(checkpoint)
+  # What other programs said has a place of its own in the header.
+  worth = manifest and notes.worth_saying(checkpoint, metadata=False)
   before = layout.header(full if worth else None, said)
   with atomic.writing(path, overwrite=overwrite) as fd:
     output = Output(fd, progress)
