@@ -199,14 +199,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-  home = _WHERE.get(name)
-  if home is None:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  module = importlib.import_module(f'{__name__}.{home}')
-  value = getattr(module, 'open_checkpoint' if name == 'open' else name)
-  globals()[name] = value
-  return value
+if not TYPE_CHECKING:
+  # To a type checker a module with __getattr__ has every name, typos too.
+
+  def __getattr__(name: str) -> Any:
+    home = _WHERE.get(name)
+    if home is None:
+      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    module = importlib.import_module(f'{__name__}.{home}')
+    value = getattr(module, 'open_checkpoint' if name == 'open' else name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -8,16 +8,12 @@ import hashlib
 import json
 import typing
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from surgery.core import config, errors, hookspecs, selectors
+from surgery.core.aliases import Array, Weights
 from surgery.core.lowrank import LowRank
 from surgery.core.site import Site
-
-if TYPE_CHECKING:
-  import jax
-
-  Weights = Mapping[str, jax.Array]
 
 # Names under which layers keep the parameter that is meant by their name.
 DEFAULT_PARAMS = ('kernel', 'embedding', 'weight')
@@ -112,7 +108,7 @@ class Adapter(_Configured):
 
   # The two functions.
 
-  def init(self, site: Site, key: jax.Array) -> Weights:
+  def init(self, site: Site, key: Array) -> Weights:
     """Returns the weights that this adapter adds to a layer, by name.
 
     Traced, and compiled once for sites that look alike: pure, written in JAX,
@@ -129,8 +125,8 @@ class Adapter(_Configured):
     raise NotImplementedError
 
   def apply(
-    self, site: Site, name: str, base: jax.Array, weights: Weights
-  ) -> jax.Array | LowRank:
+    self, site: Site, name: str, base: Array, weights: Weights
+  ) -> Array | LowRank:
     """Returns what the layer gets when it asks for a parameter.
 
     Called once for each rewritten parameter. Must be pure and written in JAX;
@@ -150,7 +146,7 @@ class Adapter(_Configured):
     """
     raise NotImplementedError
 
-  def init_shared(self, sites: Sequence[Site], key: jax.Array) -> Weights:
+  def init_shared(self, sites: Sequence[Site], key: Array) -> Weights:
     """Returns weights that all sites of this adapter share, by name.
 
     `apply` gets them beside those of `init`, whose names they may not have.
@@ -315,13 +311,13 @@ class Interceptor(Hashable, typing.Protocol):
   Must be hashable, and equal only to what computes the same.
   """
 
-  def init(self, site: Site, key: jax.Array) -> Weights:
+  def init(self, site: Site, key: Array) -> Weights:
     """Returns the weights of a site, see `Adapter.init`."""
     ...
 
   def apply(
-    self, site: Site, name: str, base: jax.Array, weights: Weights
-  ) -> jax.Array | LowRank:
+    self, site: Site, name: str, base: Array, weights: Weights
+  ) -> Array | LowRank:
     """Returns what the layer gets, see `Adapter.apply`."""
     ...
 
@@ -330,7 +326,7 @@ def _plain(value: Any) -> Any:
   return [_plain(v) for v in value] if isinstance(value, tuple) else value
 
 
-def named_key(key: jax.Array, name: str) -> jax.Array:
+def named_key(key: Array, name: str) -> Array:
   """Returns a key for one of several weights that `init` draws.
 
   Args:

@@ -16,14 +16,12 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from surgery.core import errors, manifest, paths, quantised
+from surgery.core import errors, expect, manifest, paths, quantised
+from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
-
-if TYPE_CHECKING:
-  from surgery.core.host import Host
-  from surgery.core.records import Records
+from surgery.core.records import Records
 
 Index = tuple[slice, ...]
 
@@ -339,10 +337,9 @@ class Checkpoint(Mapping[Path, Leaf]):
       FileExistsError: if the file exists and `overwrite` is False.
       OSError: if it cannot be written: no such folder, a full disk, …
     """
-    from surgery.core import host as hosts
     from surgery.core import location
 
-    host = host or hosts.default_host()
+    host = host or default_host()
     target = pathlib.Path(os.fsdecode(path))
     if target.is_dir():
       raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
@@ -408,9 +405,8 @@ def open_checkpoint(
     FormatError: if it is not what it should be, with path and offset.
     FileNotFoundError: if there is no such file.
   """
-  from surgery.core import host as hosts
-
-  host = host or hosts.default_host()
+  expect.path(path, open_checkpoint)
+  host = host or default_host()
   form, found = host.located(path, format)
   config = quantised.config_of(pathlib.Path(os.fsdecode(found)))
   return quantised.marked(form.open(found), config)

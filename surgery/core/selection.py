@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from surgery.core import errors, paths
+from surgery.core import errors, html, paths
 from surgery.core.paths import Path
 
 _SHOWN = 20
@@ -88,6 +88,13 @@ class Selection:
     if len(self) > _SHOWN:
       lines.append(f'  … and {len(self) - _SHOWN} more')
     return '\n'.join(lines)
+
+  def _repr_html_(self) -> str:
+    return html.table(
+      f'Selection: {len(self)} of {len(self._universe)}',
+      ('path', 'is'),
+      [(paths.show(p), self._universe[p]) for p in self._paths],
+    )
 
 
 def describe(value: Any) -> str:

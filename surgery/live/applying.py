@@ -10,7 +10,7 @@ import blox as bx
 import jax
 import numpy as np
 
-from surgery.core import errors
+from surgery.core import errors, expect
 from surgery.core.checkpoint import Checkpoint, open_checkpoint
 from surgery.core.host import Host, default_host
 from surgery.live import convert, designed, lineage
@@ -55,6 +55,8 @@ def apply(
     both = surgery.apply(params, {'add': 'tuned::**/mlp/**'}, tuned='t.msgpack')
   """
   host = host or default_host()
+  if not isinstance(model, Checkpoint):
+    expect.params(model, apply)
   steps = recipes.of(recipe)
   missing = [alias for alias in inputs if alias not in steps.inputs]
   if missing and not isinstance(recipe, Recipe):
@@ -63,13 +65,8 @@ def apply(
   others = {alias: _opened(alias, one, host) for alias, one in inputs.items()}
   if isinstance(model, Checkpoint):
     before = model
-  elif isinstance(model, bx.Params):
-    before = convert.to_checkpoint(designed.adopted(model))
   else:
-    raise errors.SurgeryError(
-      f'apply: expected bx.Params or a Checkpoint, found '
-      f'{type(model).__name__}.'
-    )
+    before = convert.to_checkpoint(designed.adopted(model))
   if graph is not None:
     said = before.manifest.replace(layer_types=types_of(graph))
     before = before.replace(manifest=said)

@@ -8,7 +8,8 @@ from typing import Any
 import blox as bx
 import jax
 
-from surgery.core import errors, paths
+from surgery.core import errors, expect, paths
+from surgery.core.aliases import Params
 from surgery.core.paths import Path
 from surgery.core.records import Probe
 from surgery.live import designed
@@ -16,7 +17,7 @@ from surgery.live import params as live
 
 
 def check(
-  model: Callable[..., Any], params: bx.Params, *args: Any, **kwargs: Any
+  model: Callable[..., Any], params: Params, *args: Any, **kwargs: Any
 ) -> tuple[Path, ...]:
   """Traces a call and raises if an adapter's parameter is never asked for.
 
@@ -36,7 +37,8 @@ def check(
     UnreachedError: naming the parameters that were never asked for.
     AdapterError: if no adapter is attached.
   """
-  params = designed.adopted(params)
+  expect.model(model, check)
+  params = designed.adopted(expect.params(params, check))
   records = live.records_of(params)
   if not records.adapters:
     raise errors.AdapterError('check: no adapter is attached.')

@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import blox as bx
 import jax
 
-from surgery.core import errors, paths
+from surgery.core import errors, expect, html, paths
+from surgery.core.aliases import Params
 from surgery.core.paths import Path
 from surgery.core.records import Probe
 from surgery.live import designed, factored, walking
@@ -74,6 +74,19 @@ class Explanation(Mapping[Path, Use]):
 
   __repr__ = __str__
 
+  def _repr_html_(self) -> str:
+    rows = [
+      (
+        paths.show(path),
+        use.state,
+        use.factored,
+        ', '.join(f'{why} ({count})' for why, count in use.dense.items()),
+      )
+      for path, use in self.items()
+    ]
+    names = ('parameter', 'state', 'factored', 'dense because of')
+    return html.table('Explanation', names, rows)
+
   def to_json(self) -> dict[str, Any]:
     """Returns it as JSON data, by path."""
     return {
@@ -87,7 +100,7 @@ class Explanation(Mapping[Path, Use]):
 
 
 def explain(
-  model: Callable[..., Any], params: bx.Params, *args: Any, **kwargs: Any
+  model: Callable[..., Any], params: Params, *args: Any, **kwargs: Any
 ) -> Explanation:
   """Says which parameters `factored(model)` keeps factored in a call.
 
@@ -108,7 +121,8 @@ def explain(
   Example:
     print(surgery.explain(model, params, x))
   """
-  params = designed.adopted(params)
+  expect.model(model, explain)
+  params = designed.adopted(expect.params(params, explain))
   records = live.records_of(params)
   if not records.adapters:
     raise errors.AdapterError('explain: no adapter is attached.')

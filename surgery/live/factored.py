@@ -7,18 +7,19 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.extend.core as jex
 
-from surgery.core import errors, paths
+from surgery.core import errors, expect, paths
 from surgery.live import params as live
 from surgery.live.stashed import Stash
 from surgery.live.views import Misrouted
 from surgery.live.walking import DropoutLost, Walk
 
-Model = TypeVar('Model', bound=Callable[..., Any])
+P = ParamSpec('P')
+R = TypeVar('R')
 
 # What a model raises that cannot be traced with its inputs unknown.
 _UNTRACEABLE = (
@@ -30,7 +31,7 @@ _UNTRACEABLE = (
 )
 
 
-def factored(model: Model) -> Model:
+def factored(model: Callable[P, R]) -> Callable[P, R]:
   """Returns a model in which low-rank parameters stay factored.
 
   A layer that asks for a parameter with LoRA gets `W + s·A·B`. Written out, it
@@ -48,10 +49,12 @@ def factored(model: Model) -> Model:
   default, as blox's layers are.
 
   Args:
-    model: a module, or any function of which an argument holds params.
+    model: a module, one of its methods (`factored(module.attend)`), or any
+      function of which an argument holds params.
 
   Returns:
-    A function with the model's arguments and results.
+    A function with the model's arguments and results, and none of its
+    attributes.
 
   Raises:
     AdapterError: when called in training, if a parameter with dropout is used
@@ -61,7 +64,7 @@ def factored(model: Model) -> Model:
     fast = surgery.factored(model)
     grads = jax.grad(lambda p, x: loss(fast(p, x)[0]))(params, x)
   """
-  signature = inspect.signature(model)
+  signature = inspect.signature(expect.model(model, factored))
 
   def call(*args: Any, **kwargs: Any) -> Any:
     drops = any(map(_counters, _all_params((args, kwargs))))
@@ -107,7 +110,7 @@ def factored(model: Model) -> Model:
 
   with contextlib.suppress(AttributeError, TypeError):
     functools.update_wrapper(call, model, updated=())
-  return call  # type: ignore[return-value]
+  return call
 
 
 def _flattened(tree: Any) -> tuple[list[Any], Any]:

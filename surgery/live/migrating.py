@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core import errors, paths
+from surgery.core import errors, expect, paths
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
@@ -103,12 +103,8 @@ def migrate(
     after = surgery.apply(before, {'slice': {'select': 'mlp', 'keep': '0:64'}})
     opt_state = surgery.migrate(opt_state, before, after)
   """
-  for name, value in (('before', before), ('after', after)):
-    if not isinstance(value, bx.Params):
-      raise errors.SurgeryError(
-        f'migrate: {name}: expected bx.Params, found {type(value).__name__}.'
-      )
-  before, after = designed.adopted(before), designed.adopted(after)
+  before = designed.adopted(expect.params(before, migrate))
+  after = designed.adopted(expect.params(after, migrate))
   moving = _Moving(before, after, host or default_host())
   fresh: Any = _NONE
   if tx is not None:

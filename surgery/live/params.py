@@ -194,6 +194,12 @@ class AdaptedParams(bx.Params):
       )
     return '\n'.join(lines)
 
+  def _repr_html_(self) -> str:
+    # Notebooks alone need what it imports.
+    from surgery.live import rendering
+
+    return rendering.as_html(self)
+
   # Pytree registration.
 
   def tree_flatten(self) -> tuple[Any, Any]:

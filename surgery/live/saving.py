@@ -8,7 +8,8 @@ from typing import Any
 
 import blox as bx
 
-from surgery.core import errors, layers, manifest, recording
+from surgery.core import errors, expect, layers, manifest, recording
+from surgery.core.aliases import Params
 from surgery.core.checkpoint import open_checkpoint
 from surgery.core.host import Host, default_host
 from surgery.live import convert, designed
@@ -20,7 +21,7 @@ PathLike = str | os.PathLike[str]
 
 def save(
   path: PathLike,
-  params: bx.Params,
+  params: Params,
   *,
   graph: bx.Graph | None = None,
   overwrite: bool = True,
@@ -45,7 +46,8 @@ def save(
     FileExistsError: if the file exists and `overwrite` is False.
   """
   host = host or default_host()
-  params = _settled(params)
+  expect.path(path, save)
+  params = _settled(expect.params(params, save))
   checkpoint = convert.to_tensors(convert.to_checkpoint(params))
   notes = live.notes_of(params)
   known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
@@ -61,13 +63,8 @@ def _settled(params: Any) -> bx.Params:
   """Returns params that can be saved.
 
   Raises:
-    SurgeryError: if it is something else.
     AdapterError: if an adapter still looks for sites.
   """
-  if not isinstance(params, bx.Params):
-    raise errors.SurgeryError(
-      f'save: expected bx.Params, found {type(params).__name__}.'
-    )
   params = designed.adopted(params)
   for record in live.records_of(params).adapters:
     if record.pending is not None:
@@ -94,7 +91,7 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
     UnknownAdapterType: if an adapter's type is not installed.
   """
   host = host or default_host()
-  checkpoint = open_checkpoint(path, host=host)
+  checkpoint = open_checkpoint(expect.path(path, load), host=host)
   if checkpoint.manifest.kind == manifest.ADAPTER:
     raise errors.FormatError(
       f'{path}: an adapter without its base. Use surgery.load_adapter.'
@@ -112,7 +109,7 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
 
 def save_adapter(
   path: PathLike,
-  params: bx.Params,
+  params: Params,
   name: str = 'default',
   *,
   overwrite: bool = True,
@@ -132,7 +129,8 @@ def save_adapter(
     FileExistsError: if the file exists and `overwrite` is False.
   """
   host = host or default_host()
-  params = _settled(params)
+  expect.path(path, save_adapter)
+  params = _settled(expect.params(params, save_adapter))
   checkpoint = convert.to_tensors(convert.to_checkpoint(params))
   said = live.notes_of(params).get('adapters', {}).get(name, {})
   alone = extract.extract(checkpoint, name, host=host, known=said)
@@ -141,7 +139,7 @@ def save_adapter(
 
 def load_adapter(
   path: PathLike,
-  params: bx.Params,
+  params: Params,
   name: str | None = None,
   *,
   check_base: bool = True,
@@ -164,7 +162,8 @@ def load_adapter(
     FormatError: if the file holds no adapter.
   """
   host = host or default_host()
-  params = designed.adopted(params)
+  expect.path(path, load_adapter)
+  params = designed.adopted(expect.params(params, load_adapter))
   alone = convert.from_tensors(open_checkpoint(path, host=host))
   before = convert.to_checkpoint(params)
   after = extract.insert(

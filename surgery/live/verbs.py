@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import blox as bx
 import jax
 
-from surgery.core import errors, layers, selectors
+from surgery.core import errors, expect, layers, selectors
 from surgery.core.adapter import Adapter
+from surgery.core.aliases import Params
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
@@ -35,7 +36,7 @@ from surgery.passes import rename as renaming
 
 Tree = TypeVar('Tree')
 # Params or a checkpoint: what goes in comes out.
-Model = TypeVar('Model')
+Model = TypeVar('Model', bound='Params | Checkpoint')
 Names = str | Sequence[str] | None
 Select = selectors.Text | Selection
 
@@ -78,18 +79,14 @@ def _is_params(value: Any) -> bool:
   return isinstance(value, bx.Params)
 
 
-def _params(value: Any, verb: str) -> bx.Params:
+def _params(value: Any, verb: Callable[..., Any]) -> bx.Params:
   """Returns params whose adapters are all on record.
 
   Raises:
     SurgeryError: if `value` is something else.
     AdapterError: if it holds adapter weights without their records.
   """
-  if not _is_params(value):
-    raise errors.SurgeryError(
-      f'{verb}: expected bx.Params, found {type(value).__name__}.'
-    )
-  return designed.adopted(value)
+  return designed.adopted(expect.params(value, verb))
 
 
 def _holding(tree: Any, names: Names, verb: str) -> None:
@@ -112,9 +109,9 @@ def _holding(tree: Any, names: Names, verb: str) -> None:
   known = [n for records in found for n in records.names]
   if names is None and not known:
     raise errors.AdapterError('no adapter is attached.')
-  if names is not None and not _listed(names):
+  if names is not None and not expect.names(names):
     raise errors.AdapterError(f'{verb}: no adapter was named.')
-  for name in () if names is None else _listed(names):
+  for name in () if names is None else expect.names(names):
     if name not in known:
       # The fullest of them says best what there is.
       max(found, key=len).get(name)
@@ -125,7 +122,7 @@ def _each(
 ) -> Tree:
   """Applies a verb to all params in a pytree that have the adapters."""
   _holding(tree, names, verb)
-  wanted = None if names is None else _listed(names)
+  wanted = None if names is None else expect.names(names)
 
   def one(value: Any) -> Any:
     if not _is_params(value):
@@ -139,14 +136,10 @@ def _each(
   return jax.tree.map(one, tree, is_leaf=_is_params)
 
 
-def _listed(names: str | Sequence[str]) -> list[str]:
-  return [names] if isinstance(names, str) else list(names)
-
-
 def _present(params: bx.Params, names: Names) -> list[str]:
   """Returns those of the named adapters that these params have."""
   mine = live.records_of(params).names
-  wanted = mine if names is None else _listed(names)
+  wanted = mine if names is None else expect.names(names)
   return [n for n in mine if n in wanted]
 
 
@@ -176,9 +169,39 @@ def _layer_types(params: bx.Params, graph: Any) -> layers.LayerTypes:
 # The verbs.
 
 
+@overload
+def attach(
+  params: Params,
+  adapter: Adapter,
+  *,
+  to: Select,
+  name: str = 'default',
+  seed: int = 0,
+  graph: bx.Graph | None = None,
+  stacked: finding.Stacked = None,
+  layout: finding.Layouts = None,
+  host: Host | None = None,
+) -> live.AdaptedParams: ...
+
+
+@overload
+def attach(
+  params: Checkpoint,
+  adapter: Adapter,
+  *,
+  to: Select,
+  name: str = 'default',
+  seed: int = 0,
+  graph: bx.Graph | None = None,
+  stacked: finding.Stacked = None,
+  layout: finding.Layouts = None,
+  host: Host | None = None,
+) -> Checkpoint: ...
+
+
 @takes_checkpoints(attaching.attach)
 def attach(
-  params: bx.Params,
+  params: Any,
   adapter: Adapter,
   *,
   to: Select,
@@ -225,7 +248,7 @@ def attach(
   Example:
     params = surgery.attach(params, surgery.LoRA(rank=8), to='**/{query,value}')
   """
-  params = _params(params, 'attach')
+  params = _params(params, attach)
   written = list(to) if isinstance(to, Selection) else to
   with told(host, 'attach', name=name, to=written, seed=seed) as host:
     result = _passed(
@@ -271,7 +294,7 @@ def freeze(
     SelectorError: for a selector that matches nothing.
     PluginError: for a policy that nobody knows.
   """
-  params = _params(params, 'freeze')
+  params = _params(params, freeze)
   with told(host, 'freeze', policy=policy) as host:
     return _passed(
       params,
@@ -305,7 +328,7 @@ def unfreeze(
     SelectorError: for a selector that matches nothing.
     SurgeryError: if `freeze` froze none of what is selected.
   """
-  params = _params(params, 'unfreeze')
+  params = _params(params, unfreeze)
   with told(host, 'unfreeze') as host:
     return _passed(
       params,
@@ -365,14 +388,34 @@ def _switched(
     return _each(tree, names, verb, change)
 
 
-@takes_checkpoints(merging.merge)
+@overload
 def merge(
-  params: Model,
+  params: Params,
   names: Names = None,
   *,
   check_finite: bool = True,
   host: Host | None = None,
-) -> Model:
+) -> bx.Params: ...
+
+
+@overload
+def merge(
+  params: Checkpoint,
+  names: Names = None,
+  *,
+  check_finite: bool = True,
+  host: Host | None = None,
+) -> Checkpoint: ...
+
+
+@takes_checkpoints(merging.merge)
+def merge(
+  params: Any,
+  names: Names = None,
+  *,
+  check_finite: bool = True,
+  host: Host | None = None,
+) -> Any:
   """Folds adapters into the base; their weights are gone.
 
   The base becomes what layers got, bit for bit: float32 arithmetic, rounded
@@ -392,7 +435,7 @@ def merge(
     OrderError: if an adapter inside of one does not commute with it.
     SiteError: if a result is not finite.
   """
-  params = _params(params, 'merge')
+  params = _params(params, merge)
   with told(host, 'merge', names=names) as host:
     return _passed(
       params, host, merging.merge, names, check_finite=check_finite
@@ -439,7 +482,7 @@ def combine_adapters(
   Example:
     params = surgery.combine_adapters(params, {'a': 0.7, 'b': 0.3})
   """
-  params = _params(params, 'combine_adapters')
+  params = _params(params, combine_adapters)
   with told(host, 'combine_adapters', weights=dict(weights)) as host:
     return _passed(
       params,
@@ -455,10 +498,26 @@ def combine_adapters(
     )
 
 
-@takes_checkpoints(detaching.detach)
+@overload
+def detach(
+  tree: Params, names: Names = None, *, host: Host | None = None
+) -> bx.Params: ...
+
+
+@overload
+def detach(
+  tree: Checkpoint, names: Names = None, *, host: Host | None = None
+) -> Checkpoint: ...
+
+
+@overload
 def detach(
   tree: Tree, names: Names = None, *, host: Host | None = None
-) -> Tree:
+) -> Tree: ...
+
+
+@takes_checkpoints(detaching.detach)
+def detach(tree: Any, names: Names = None, *, host: Host | None = None) -> Any:
   """Takes adapters off: their weights are gone, the base is as it was.
 
   Args:
@@ -515,7 +574,7 @@ def cast(
   Example:
     half = surgery.cast(params, 'bf16', keep='**/norm')
   """
-  params = _params(params, 'cast')
+  params = _params(params, cast)
   with told(host, 'cast', to=str(to)) as host:
     return _passed(
       params,
@@ -552,7 +611,7 @@ def rename(
   Example:
     params = surgery.rename(params, ['net/h<i> -> net/block<i+1>'])
   """
-  params = _params(params, 'rename')
+  params = _params(params, rename)
   with told(host, 'rename', rules=rules) as host:
     return _passed(params, host, renaming.rename, rules)
 
@@ -579,7 +638,7 @@ def drop(
     AdapterError: if half of what an adapter needs would be left.
     SurgeryError: if nothing would be left.
   """
-  params = _params(params, 'drop')
+  params = _params(params, drop)
   with told(host, 'drop') as host:
     return _passed(
       params,
@@ -611,7 +670,7 @@ def keep(
     SelectorError: for a selector that matches nothing.
     AdapterError: if half of what an adapter needs would be left.
   """
-  params = _params(params, 'keep')
+  params = _params(params, keep)
   with told(host, 'keep') as host:
     return _passed(
       params,
@@ -623,7 +682,7 @@ def keep(
 
 
 def adapters(
-  params: bx.Params | Checkpoint, *, host: Host | None = None
+  params: Params | Checkpoint, *, host: Host | None = None
 ) -> list[AdapterInfo]:
   """Returns what there is to know of each adapter, innermost first.
 
@@ -635,7 +694,7 @@ def adapters(
     records = params.records(host or default_host())
     leaves: Mapping[Path, Leaf] = params
   else:
-    params = _params(params, 'adapters')
+    params = _params(params, adapters)
     records = live.records_of(params)
     leaves = convert.to_checkpoint(params)
   infos = []
@@ -656,7 +715,7 @@ def adapters(
   return infos
 
 
-def trainable_mask(params: bx.Params) -> bx.Params:
+def trainable_mask(params: Params) -> bx.Params:
   """Returns a mask for optax: True where a parameter trains.
 
   `optax.masked(tx, mask)` transforms what is True; `optax.freeze` wants the
@@ -668,10 +727,7 @@ def trainable_mask(params: bx.Params) -> bx.Params:
   Returns:
     Params of the same structure with a bool for every array.
   """
-  if not _is_params(params):
-    raise errors.SurgeryError(
-      f'trainable_mask: expected bx.Params, found {type(params).__name__}.'
-    )
+  expect.params(params, trainable_mask)
   data = {
     path: param.replace(
       value=jax.tree.map(lambda _, p=param: p.trainable, param.value)

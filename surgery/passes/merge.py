@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, hookspecs, paths
+from surgery.core import errors, expect, hookspecs, paths
 from surgery.core.checkpoint import Checkpoint, Index, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
@@ -32,7 +32,7 @@ def names_of(
     if not records.names:
       raise errors.AdapterError('no adapter is attached.')
     return records.names
-  wanted = [names] if isinstance(names, str) else list(names)
+  wanted = expect.names(names)
   if not wanted:
     raise errors.AdapterError('no adapter was named.')
   for name in wanted:

@@ -23,11 +23,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.core import errors
+from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host, default_host
 from surgery.recipes import definitions, text
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
   from surgery.recipes.running import Plan
 
 StepLike = Mapping[str, Any] | str

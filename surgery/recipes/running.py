@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.core import checkpoint as checkpoints
-from surgery.core import errors, location, manifest, selectors
+from surgery.core import errors, html, location, manifest, selectors
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.files import strict_json
@@ -266,6 +266,18 @@ class Plan:
     """
     first, *others = [one.report() for one in self.outputs]
     return {**first, 'saved': others} if others else first
+
+  def _repr_html_(self) -> str:
+    names = ('path', 'what', 'shape', 'dtype', 'bytes')
+    tables = []
+    for output in self.outputs:
+      report = output.report()
+      rows = [[t.get(n, '') for n in names] for t in report['tensors']]
+      caption = (
+        f'{report["output"]}: about {report["memory"]:,} bytes of memory'
+      )
+      tables.append(html.table(caption, names, rows))
+    return ''.join(tables)
 
   def check(self, overwrite: bool = False) -> None:
     """Raises unless outputs can be written, as far as one can tell.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import blox as bx
 import jax
@@ -148,7 +149,7 @@ def has_aux(model):
 
 def around_the_loss(model):
   """The transform may stand around more than the model."""
-  whole = functools.partial(loss, MODEL)
+  whole: Any = functools.partial(loss, MODEL)
   if model is FAST:
     whole = surgery.factored(whole)
   return jax.value_and_grad(whole)(WEIGHTS)

@@ -400,7 +400,7 @@ def test_an_adapter_that_still_looks_for_sites_is_not_saved(tmp_path):
 
 def test_what_is_no_params_is_refused(tmp_path):
   with pytest.raises(surgery.SurgeryError, match='expected bx.Params, found d'):
-    surgery.save(tmp_path / 'm.msgpack', {'a': 1})
+    surgery.save(tmp_path / 'm.msgpack', {'a': 1})  # type: ignore[arg-type]
 
 
 def test_an_existing_file_is_kept_if_asked(tmp_path):

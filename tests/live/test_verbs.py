@@ -77,12 +77,12 @@ def test_attach_refuses_seeds_that_are_no_integers(net, seed):
 
 def test_attach_refuses_what_is_no_params(net):
   with pytest.raises(surgery.SurgeryError, match=r'expected bx\.Params'):
-    surgery.attach(dict(net[1].items()), LORA, to='**/hidden*')
+    surgery.attach(dict(net[1].items()), LORA, to='**/hidden*')  # type: ignore[call-overload]
 
 
 def test_attach_refuses_a_class_in_place_of_a_configuration(net):
   with pytest.raises(surgery.ConfigError, match=r'LoRA\(…\)'):
-    surgery.attach(net[1], surgery.LoRA, to='**/hidden*')  # type: ignore[arg-type]
+    surgery.attach(net[1], surgery.LoRA, to='**/hidden*')  # type: ignore[call-overload]
 
 
 def test_attach_refuses_an_integer_kernel_that_is_named(net):
