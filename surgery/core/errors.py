@@ -119,6 +119,10 @@ class BaseMismatchError(SurgeryError, ValueError):
   """An adapter was made for a base with other values."""
 
 
+class DependencyError(SurgeryError, ImportError):
+  """An installed library lacks what this one needs of it."""
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
   """Returns ` Did you mean 'x'?`, or what is known, or nothing.
 

@@ -5,15 +5,18 @@ Every blox layer asks `get_param(params, name, …)`, which asks `params._get`.
 question. The model is not touched, wrapped or known.
 
 This module rests on private names of blox (`_get`, `_set`, `_clone`, and the
-attributes `_data` and `_locked`), and no other module does. Its children as a
-pytree are exactly blox's, its static data are blox's and the `Records`.
+attributes `_data` and `_locked`), and no other module does; importing it raises
+where they are missing. Its children as a pytree are exactly blox's, its static
+data are blox's and the `Records`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+import importlib.metadata
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import blox as bx
@@ -37,6 +40,75 @@ from surgery.live import primitives, routed
 from surgery.passes import attach, blocks, compute, finding
 
 _EMPTY = Records()
+
+# What `pyproject.toml` requires; a test compares the two.
+REQUIRED_BLOX = 'jax-blox>=0.1.6,<0.2'
+
+# Methods of `bx.Params` that are overridden or called, and how they are called.
+_BLOX_METHODS = {
+  '_get': ('path', 'shape', 'init', 'dtype', 'trainable', 'metadata', 'rng'),
+  '_set': ('path', 'value', 'trainable', 'metadata'),
+  '_clone': (),
+  'locked': (),
+  'unlocked': (),
+  'split': ('predicate',),
+  'merge': ('other',),
+  'tree_flatten': (),
+}
+
+
+def _missing_in_blox() -> Iterator[str]:
+  """Returns what this module uses of blox and does not find, in words."""
+  if not isinstance(getattr(bx, 'Params', None), type):
+    yield 'no class Params'
+    return
+  for name, expected in _BLOX_METHODS.items():
+    method = getattr(bx.Params, name, None)
+    shown = f'Params.{name}({", ".join(expected)})'
+    if not callable(method):
+      yield f'no method {shown}'
+      continue
+    # Parameters behind those that we pass do no harm.
+    found = tuple(inspect.signature(method).parameters)[1:]
+    if found[: len(expected)] != expected:
+      yield f'Params.{name}({", ".join(found)}) instead of {shown}'
+  for name in {'_data', '_locked'} - vars(bx.Params()).keys():
+    yield f'no attribute {name!r} of Params'
+  param = getattr(bx, 'Param', None)
+  if not isinstance(param, type):
+    yield 'no class Param'
+    return
+  found = tuple(inspect.signature(param).parameters)
+  if found[:3] != ('value', 'trainable', 'metadata'):
+    shown = ', '.join(found)
+    yield f'Param({shown}) instead of Param(value, trainable, metadata)'
+  if not callable(getattr(param, 'replace', None)):
+    yield 'no method Param.replace()'
+
+
+def _check_blox() -> None:
+  """Raises unless blox has the private names on which this module rests.
+
+  Raises:
+    DependencyError: naming what is missing, the version, and what to install.
+  """
+  missing = sorted(_missing_in_blox())
+  if not missing:
+    return
+  try:
+    version = importlib.metadata.version('jax-blox')
+  except importlib.metadata.PackageNotFoundError:
+    version = 'of unknown version'
+  where = getattr(bx, '__file__', None)
+  raise errors.DependencyError(
+    f'surgery works inside of blox and needs {REQUIRED_BLOX}; the installed '
+    f'jax-blox {version} ({where}) has {"; ".join(missing)}. Install one that '
+    f"fits: pip install '{REQUIRED_BLOX}'"
+  )
+
+
+# Before the class below, which derives from what is looked at here.
+_check_blox()
 
 
 class AdaptedParams(bx.Params):

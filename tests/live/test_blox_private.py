@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import pathlib
+import subprocess
+import sys
+import tomllib
 
 import blox as bx
 import jax.numpy as jnp
@@ -153,3 +157,105 @@ def test_param_takes_what_is_given_it():
   assert ['self', 'value', 'trainable', 'metadata'] == _names(
     bx.Param.__init__
   ), MOVED.format(what='Param')
+
+
+# Without what this module looks at, importing says so at once.
+
+
+def _without_get():
+  class Params(bx.Params):
+    _get = None
+
+  return Params
+
+
+def _with_another_set():
+  class Params(bx.Params):
+    def _set(self, path, value, metadata=None):
+      return super()._set(path, value, None, metadata)
+
+  return Params
+
+
+def _with_another_attribute():
+  class Params(bx.Params):
+    def __init__(self):
+      self._store = {}
+      self._locked = False
+
+  return Params
+
+
+@pytest.mark.parametrize(
+  ('params', 'missing'),
+  [
+    (
+      _without_get,
+      'no method Params._get(path, shape, init, dtype, trainable, metadata, '
+      'rng)',
+    ),
+    (
+      _with_another_set,
+      'Params._set(path, value, metadata) instead of Params._set(path, value, '
+      'trainable, metadata)',
+    ),
+    (_with_another_attribute, "no attribute '_data' of Params"),
+    (lambda: None, 'no class Params'),
+  ],
+)
+def test_what_blox_lacks_is_named(monkeypatch, params, missing):
+  monkeypatch.setattr(bx, 'Params', params())
+  with pytest.raises(ImportError) as caught:
+    live._check_blox()
+  assert missing in str(caught.value)
+
+
+def test_another_param_is_named(monkeypatch):
+  class Param:
+    def __init__(self, value, metadata=None):
+      pass
+
+  monkeypatch.setattr(bx, 'Param', Param)
+  with pytest.raises(ImportError) as caught:
+    live._check_blox()
+  assert (
+    'Param(value, metadata) instead of Param(value, trainable, metadata); no '
+    'method Param.replace()' in str(caught.value)
+  )
+
+
+def test_a_parameter_behind_ours_does_no_harm(monkeypatch):
+  class Params(bx.Params):
+    def _clone(self, deep=False):
+      return super()._clone()
+
+  monkeypatch.setattr(bx, 'Params', Params)
+  live._check_blox()
+
+
+def test_importing_with_another_blox_says_what_to_install():
+  script = (
+    'import blox as bx, surgery\n'
+    'bx.Params._fetch = bx.Params._get\n'
+    'del bx.Params._get\n'
+    'try:\n'
+    '  surgery.attach\n'
+    'except surgery.DependencyError as error:\n'
+    '  print(error)\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, check=True
+  )
+  version = importlib.metadata.version('jax-blox')
+  assert (
+    f'surgery works inside of blox and needs {live.REQUIRED_BLOX}; the '
+    f'installed jax-blox {version} ({bx.__file__}) has no method Params._get('
+    'path, shape, init, dtype, trainable, metadata, rng). Install one that '
+    f"fits: pip install '{live.REQUIRED_BLOX}'\n"
+  ) == done.stdout
+
+
+def test_what_is_required_is_what_is_declared():
+  project = pathlib.Path(__file__).parents[2] / 'pyproject.toml'
+  declared = tomllib.loads(project.read_text())['project']['dependencies']
+  assert live.REQUIRED_BLOX in declared
