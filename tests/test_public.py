@@ -19,9 +19,7 @@ def test_a_type_checker_sees_each_public_name_and_no_other():
     if isinstance(node, ast.If) and isinstance(node.body[0], ast.ImportFrom)
   )
   seen = {
-    alias.asname or alias.name
-    for node in typed.body
-    for alias in node.names
+    alias.asname or alias.name for node in typed.body for alias in node.names
   }
   assert sorted(surgery.__all__) == sorted(seen)
 
@@ -41,9 +39,9 @@ def annotated():
     if inspect.isclass(value):
       for part, method in vars(value).items():
         test = f'{name}.{part}'
-        if inspect.isfunction(method) and not part.startswith('_'):
-          if test not in CIRCULAR:
-            yield pytest.param(method, id=test)
+        public = inspect.isfunction(method) and not part.startswith('_')
+        if public and test not in CIRCULAR:
+          yield pytest.param(method, id=test)
     elif inspect.isfunction(value):
       yield pytest.param(value, id=name)
 
