@@ -30,6 +30,8 @@ class Output:
     as_json: whether the plan is printed as JSON.
     shard_size: most bytes a file, if it becomes several.
     strict_flax: whether it is written without a manifest, as flax writes it.
+    no_manifest: whether it is written without our manifest.
+    metadata: what the file says of itself to other programs, as KEY=VALUE.
     format: name of the format, where the suffix does not tell it.
     of: which model of the recipe is written; the first by default.
   """
@@ -40,6 +42,8 @@ class Output:
   as_json: bool = False
   shard_size: int | None = None
   strict_flax: bool = False
+  no_manifest: bool = False
+  metadata: tuple[str, ...] = ()
   format: str | None = None
   of: str | None = None
 
@@ -83,6 +87,18 @@ def _options(target: Callable[..., Any]) -> Callable[..., Any]:
         '--strict-flax',
         is_flag=True,
         help='Write what flax would: no flags, metadata, digests or history.',
+      ),
+      click.option(
+        '--no-manifest',
+        is_flag=True,
+        help='Write no metadata of ours: no flags, digests or history.',
+      ),
+      click.option(
+        '--metadata',
+        multiple=True,
+        metavar='KEY=VALUE',
+        help="What the file tells other programs, e.g. 'format=pt'. May be "
+        'repeated.',
       ),
     )
   ):
@@ -156,6 +172,8 @@ def carry_out(
     'format': output.format,
     'shard-size': output.shard_size,
     'strict-flax': output.strict_flax,
+    'manifest': not output.no_manifest,
+    'metadata': texts(output.metadata),
   }
   given = {'model': before, **(others or {})}
   recipe = Recipe(
@@ -165,6 +183,25 @@ def carry_out(
     origin='',
   )
   run(recipe, output, given, quiet)
+
+
+def texts(items: Sequence[str]) -> dict[str, str]:
+  """Splits `KEY=VALUE` at the first `=`.
+
+  Raises:
+    UsageError: for an item without `=`, or a key that is given twice.
+  """
+  found: dict[str, str] = {}
+  for item in items:
+    key, sign, value = item.partition('=')
+    if not sign or not key:
+      raise click.UsageError(
+        f'--metadata {item!r}: expected --metadata KEY=VALUE.'
+      )
+    if key in found:
+      raise click.UsageError(f'--metadata: {key!r} is given twice.')
+    found[key] = value
+  return found
 
 
 def run(

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,19 +30,33 @@ Index = tuple[slice, ...]
 # files have the same blocks, so that they have the same bits.
 BLOCK = 1 << 20
 
-# Bytes an element, for dtypes whose name does not end in their number of bits.
-_ODD_SIZES = {'bool': 1, 'bfloat16': 2}
+# Bytes an element as stored, for all dtypes that a file can hold. What is
+# narrower than a byte takes one.
+_SIZES = {
+  1: (
+    'bool int1 int2 int4 int8 uint1 uint2 uint4 uint8 float4_e2m1fn '
+    'float6_e2m3fn float6_e3m2fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz '
+    'float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu'
+  ),
+  2: 'int16 uint16 float16 bfloat16',
+  4: 'int32 uint32 float32 complex32 bcomplex32',
+  8: 'int64 uint64 float64 complex64',
+  16: 'complex128',
+}
+_ITEMSIZE = {
+  name: size for size, names in _SIZES.items() for name in names.split()
+}
+# Kinds and bits of others, which only memory holds: `complex256`.
+_BITS = re.compile(r'(?:int|uint|float|complex|datetime|timedelta)(\d+)\b.*')
 
 
 @functools.cache
 def itemsize(dtype: str) -> int:
   """Returns bytes an element as stored; int4 and the like take one byte."""
-  if dtype in _ODD_SIZES:
-    return _ODD_SIZES[dtype]
-  if dtype.startswith(('float8', 'float4', 'float6')):
-    return 1
-  digits = ''.join(c for c in dtype if c.isdigit())
-  return max(int(digits) // 8, 1) if digits else 1
+  if dtype in _ITEMSIZE:
+    return _ITEMSIZE[dtype]
+  bits = _BITS.fullmatch(dtype)
+  return max(int(bits[1]) // 8, 1) if bits else 1
 
 
 def grid(shape: tuple[int, ...], most: int = BLOCK) -> Iterator[Index]:
@@ -314,6 +329,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     host: Host | None = None,
     manifest: bool = True,
     shard_size: int | None = None,
+    metadata: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
   ) -> None:
     """Writes the checkpoint to a file or a set of files, whole or not at all.
@@ -328,6 +344,8 @@ class Checkpoint(Mapping[Path, Leaf]):
       shard_size: most bytes a file. With it, `out.msgpack` becomes
         `out-00001-of-00003.msgpack` and so on, and `out.msgpack.index.json`.
         A larger tensor has a file of its own.
+      metadata: what the file says of itself to other programs, text by text,
+        e.g. `{'format': 'pt'}`; added to what it said.
       progress: is told of tensors and bytes that were written since the last
         call.
 
@@ -354,7 +372,10 @@ class Checkpoint(Mapping[Path, Leaf]):
       options['shard_size'] = shard_size
     if progress is not None:
       options['progress'] = progress
-    whole = self.replace(manifest=self.resolved(host))
+    said = self.resolved(host)
+    if metadata:
+      said = said.replace(metadata={**said.metadata, **metadata})
+    whole = self.replace(manifest=said)
     taken = _taken(form, path, options)
     self.check()
     form.write(whole, path, overwrite=overwrite, **taken)

@@ -11,7 +11,7 @@ from surgery.core import errors
 # A set of files has an index, `out.msgpack.index.json`, that names its shards,
 # `out-00001-of-00003.msgpack`.
 INDEX = '.index.json'
-_SHARD = re.compile(r'(.+)-\d{5,}-of-\d{5,}')
+_SHARD = re.compile(r'(.+)-(\d{5,})-of-(\d{5,})')
 
 
 def is_index(path: pathlib.Path) -> bool:
@@ -41,6 +41,14 @@ def shard_of(path: pathlib.Path) -> str | None:
   """Returns the name of the set that a file looks like a shard of."""
   match = _SHARD.fullmatch(path.stem)
   return match and f'{match[1]}{path.suffix}'
+
+
+def numbered(path: pathlib.Path) -> tuple[str, int, int] | None:
+  """Returns the set that a file looks like a shard of, its number and count."""
+  match = _SHARD.fullmatch(path.stem)
+  if match is None:
+    return None
+  return f'{match[1]}{path.suffix}', int(match[2]), int(match[3])
 
 
 def in_folder(folder: pathlib.Path, suffixes: Iterable[str]) -> pathlib.Path:

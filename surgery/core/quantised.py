@@ -123,7 +123,7 @@ def found(
     _add(codes, path, parts, 'torchao')
   layers: dict[Path, dict[str, Leaf]] = {}
   for path, leaf in leaves.items():
-    if leaf.shape is not None and path not in codes:
+    if path and leaf.shape is not None and path not in codes:
       layers.setdefault(path[:-1], {})[path[-1]] = leaf
   for layer, own in layers.items():
     _in_layer(codes, layer, own)

@@ -11,10 +11,10 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from surgery.core import errors, paths
+from surgery.core import errors, location, paths
 from surgery.core import manifest as manifests
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import LeafNote, Manifest
@@ -39,6 +39,9 @@ class Parts(Protocol):
     Raises:
       FormatError: if a file cannot hold one.
     """
+
+  def metadata(self, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """Returns text by text what each file of a set says of the whole."""
 
   def empty(self, about: Manifest) -> int:
     """Returns how many bytes a file without leaves takes, at most.
@@ -143,7 +146,7 @@ def _cut(
   checkpoint: Checkpoint, names: Mapping[Path, str], form: Parts, most: int
 ) -> Iterator[Checkpoint]:
   """Yields runs of leaves that fit into a file, with what files say of all."""
-  about = Manifest(metadata=checkpoint.manifest.metadata)
+  about = Manifest(metadata=form.metadata(checkpoint))
   leaves: dict[Path, Leaf] = {}
   empty = form.empty(about)
   size, full = empty, False
@@ -313,9 +316,46 @@ def _parts(
       f'expected {len(files)} files beside it, found {there}. '
       f'Missing: {_some(missing)}; in it {_some(lost)}',
     )
+  _check_numbers(where, folder, files)
   for file in files:
     part, names = form.open_part(folder / file)
     yield file, part, names
+
+
+def _check_numbers(
+  where: str, folder: pathlib.Path, files: Iterable[str]
+) -> None:
+  """Raises if an index names some files of a numbered set and not all.
+
+  `model-00001-of-00003` says by its name that there are two more. Whether they
+  lie beside it or not, what the index names is not the whole model.
+  """
+  numbers: dict[tuple[pathlib.Path, str, int], set[int]] = {}
+  for file in files:
+    path = pathlib.Path(file)
+    found = location.numbered(path)
+    if found is not None:
+      name, number, count = found
+      numbers.setdefault((path.parent, name, count), set()).add(number)
+  for (above, name, count), there in numbers.items():
+    # Some programs count from 0.
+    first = 0 if 0 in there else 1
+    lost = [k for k in range(first, first + count) if k not in there]
+    if not lost:
+      continue
+    beside = {
+      found[1]: path.name
+      for path in (folder / above).iterdir()
+      if (found := location.numbered(path)) is not None
+      and (found[0], found[2]) == (name, count)
+    }
+    shown = _some([beside.get(k, f'number {k}') for k in lost])
+    place = 'lies' if all(k in beside for k in lost) else 'does not lie'
+    raise _wrong(
+      where,
+      f'expected the names of {count} files, as their names say, found '
+      f'{len(there)}. It does not name {shown}, which {place} beside it',
+    )
 
 
 def _check_file(where: str, file: str) -> None:

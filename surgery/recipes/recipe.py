@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 StepLike = Mapping[str, Any] | str
 
 _TOP = ('inputs', 'vars', 'steps', 'outputs', 'about')
-_TARGET = ('path', 'of', 'format', 'shard-size', 'strict-flax')
+_TARGET = (
+  'path',
+  'of',
+  'format',
+  'shard-size',
+  'strict-flax',
+  'manifest',
+  'metadata',
+)
 _NAME = re.compile(r'[A-Za-z_]\w*')
 _VARIABLE = re.compile(r'\$(?:\$|\{([^{}]*)\})')
 _SIZE = re.compile(r'(\d+(?:\.\d+)?)\s*([a-zA-Z]*)')
@@ -105,6 +113,8 @@ class Target:
     format: name of the format, where the suffix does not tell it.
     shard_size: most bytes a file, if it becomes several.
     strict_flax: whether it is written as flax writes it, without a manifest.
+    manifest: whether flags, metadata, digests, history and so on are written.
+    metadata: what the file says of itself to other programs, text by text.
   """
 
   path: pathlib.Path | None = None
@@ -112,6 +122,15 @@ class Target:
   format: str | None = None
   shard_size: int | None = None
   strict_flax: bool = False
+  manifest: bool = True
+  metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def plain(self) -> str | None:
+    """The option by which it is written without a manifest, if it is."""
+    if self.strict_flax:
+      return '--strict-flax'
+    return None if self.manifest else '--no-manifest'
 
   def data(self) -> dict[str, Any]:
     """Returns it as data, without the path."""
@@ -124,6 +143,10 @@ class Target:
       said['shard-size'] = self.shard_size
     if self.strict_flax:
       said['strict-flax'] = True
+    if not self.manifest:
+      said['manifest'] = False
+    if self.metadata:
+      said['metadata'] = dict(self.metadata)
     return said
 
 
@@ -296,7 +319,12 @@ class Recipe:
       shard_size = None if size is None else nbytes(size)
     except errors.RecipeError as error:
       raise errors.RecipeError(f'{where}: shard-size: {error}') from None
-    for key, kind in (('of', str), ('format', str), ('strict-flax', bool)):
+    for key, kind in (
+      ('of', str),
+      ('format', str),
+      ('strict-flax', bool),
+      ('manifest', bool),
+    ):
       if said.get(key) is not None and not isinstance(said[key], kind):
         raise errors.RecipeError(
           f'{where}: {key}: expected {definitions.described(kind)}, found '
@@ -308,12 +336,23 @@ class Recipe:
         f'{where}: strict-flax does not go with shard-size: flax writes one '
         'file.'
       )
+    metadata = said.get('metadata') or {}
+    if not isinstance(metadata, Mapping) or not all(
+      isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()
+    ):
+      raise errors.RecipeError(
+        f'{where}: metadata: expected text by text, as {{format: pt}}, found '
+        f'{metadata!r}. Put numbers in quotes.'
+      )
+    manifest = said.get('manifest')
     return Target(
       self._file(said.get('path'), 'outputs', name),
       said.get('of'),
       said.get('format'),
       shard_size,
       strict,
+      manifest is None or manifest,
+      dict(metadata),
     )
 
   def _step(self, raw: Any, number: int) -> Step:

@@ -342,8 +342,9 @@ class Plan:
           overwrite=overwrite,
           format=target.format,
           host=self.host,
-          manifest=not target.strict_flax,
+          manifest=target.plain is None,
           shard_size=target.shard_size,
+          metadata=target.metadata,
           progress=told,
         )
     except OSError as error:
@@ -403,6 +404,7 @@ def plan(
       )
     if target.strict_flax:
       _check_strict(target)
+    _check_metadata(target)
   models = _Models(recipe, host, given or {})
   _performed(recipe, models, host)
   outputs = []
@@ -412,7 +414,7 @@ def plan(
     main = _main_of(after, models)
     said = history.entry(recipe, name, main, models.opened)
     after = history.recorded(after, said)
-    if target.strict_flax:
+    if target.plain is not None:
       _check_plain(target, after, host)
     outputs.append(Output(name, target, dict(models.opened), main, after))
   return Plan(recipe, tuple(outputs), host)
@@ -438,20 +440,31 @@ def _check_strict(target: Target) -> None:
     )
 
 
+def _check_metadata(target: Target) -> None:
+  """Raises if there is no place for what the file should say of itself."""
+  assert target.path is not None
+  form = target.format or location.suffix(target.path).lstrip('.')
+  if target.metadata and target.plain and form == 'msgpack':
+    raise errors.SurgeryError(
+      f'{target.path}: flax msgpack has no place for --metadata but our '
+      f'manifest, which {target.plain} leaves out. Give one of them.'
+    )
+
+
 def _check_plain(target: Target, after: Checkpoint, host: Host) -> None:
   said = after.resolved(host)
   if said.adapters:
     names = ', '.join(repr(one['name']) for one in said.adapters)
     raise errors.SurgeryError(
-      f'--strict-flax leaves out what adapters are, and {names} would be '
+      f'{target.plain} leaves out what adapters are, and {names} would be '
       'tensors without a meaning. Merge or detach first.'
     )
 
 
 def lost(plan: Plan) -> Iterator[str]:
-  """Yields what outputs that are written as flax writes them leave out."""
+  """Yields what outputs without a manifest leave out."""
   for one in plan.outputs:
-    if not one.target.strict_flax:
+    if one.target.plain is None:
       continue
     said: manifest.Manifest = one.after.resolved(plan.host)
     notes = one.after.notes().values()
@@ -460,12 +473,14 @@ def lost(plan: Plan) -> Iterator[str]:
       'metadata of tensors': sum(bool(n.metadata) for n in notes),
       'kinds of PRNG keys': sum(n.key is not None for n in notes),
       'digests': sum(n.digest is not None for n in notes),
+      'marks of quantised weights': sum(n.codes is not None for n in notes),
       'types of layers': len(said.layer_types),
       'structures of values': len(said.trees),
       'passes of the history': len(said.history),
     }
     shown = [f'{count} {what}' for what, count in counts.items() if count]
-    yield f'--strict-flax leaves out: {", ".join(shown)}.'
+    if shown:
+      yield f'{one.target.plain} leaves out: {", ".join(shown)}.'
 
 
 @contextlib.contextmanager

@@ -85,6 +85,16 @@ def schema(host: Host) -> dict[str, Any]:
                 'type': 'boolean',
                 'description': 'Write what flax would, without a manifest.',
               },
+              'manifest': {
+                'type': 'boolean',
+                'description': 'Whether flags, digests, history and so on are '
+                'written.',
+              },
+              'metadata': {
+                'type': 'object',
+                'additionalProperties': _TEXT,
+                'description': 'What the file says of itself to others.',
+              },
             },
             'additionalProperties': False,
           },

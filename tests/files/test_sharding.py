@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery.core import errors, location
-from surgery.core.checkpoint import Checkpoint
+from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import KEY
 from tests.files.trees import bits, checkpoint_of
 
@@ -372,3 +372,68 @@ def test_formats_that_know_no_sets_say_so(tmp_path):
   ):
     with pytest.raises(errors.FormatError, match=said):
       model().write(tmp_path / 'm.plain', host=host, **options)
+
+
+def _set(tmp_path, suffix):
+  """A set of three files, as other programs write them: without a manifest."""
+  leaves: dict[tuple[str, ...], Leaf] = {
+    ('l', name): Leaf(lambda: np.ones(8, np.float32), (8,), 'float32')
+    for name in 'abc'
+  }
+  path = tmp_path / f'model{suffix}'
+  Checkpoint(leaves).write(path, shard_size=300, manifest=False)
+  index = tmp_path / f'model{suffix}.index.json'
+  said = json.loads(index.read_text())
+  assert 3 == len(set(said['weight_map'].values()))
+  return index, said
+
+
+@pytest.mark.parametrize('suffix', ['.msgpack', '.safetensors'])
+@pytest.mark.parametrize('beside', [True, False])
+@pytest.mark.parametrize('number', [1, 2, 3])
+def test_an_index_that_forgets_a_file_is_refused(
+  number, beside, suffix, tmp_path
+):
+  index, said = _set(tmp_path, suffix)
+  lost = f'model-{number:05}-of-00003{suffix}'
+  said['weight_map'] = {
+    name: file for name, file in said['weight_map'].items() if file != lost
+  }
+  index.write_text(json.dumps(said))
+  expected = f'does not name {lost}, which lies beside'
+  if not beside:
+    (tmp_path / lost).unlink()
+    expected = f'does not name number {number}, which does not lie beside'
+
+  for where in (index, tmp_path):
+    with pytest.raises(surgery.FormatError, match=expected):
+      surgery.open(where)
+
+
+@pytest.mark.parametrize('suffix', ['.msgpack', '.safetensors'])
+def test_files_of_other_sets_beside_are_no_error(suffix, tmp_path):
+  index, _ = _set(tmp_path, suffix)
+  first = (tmp_path / f'model-00001-of-00003{suffix}').read_bytes()
+  for other in (
+    f'other-00001-of-00003{suffix}',
+    f'model-00001-of-00004{suffix}',
+    f'model-00004-of-00003{suffix}.part',
+    f'ema{suffix}',
+  ):
+    (tmp_path / other).write_bytes(first)
+
+  assert 3 == len(surgery.open(index))
+
+
+def test_files_that_are_counted_from_0_are_a_whole_set(tmp_path):
+  index, said = _set(tmp_path, '.safetensors')
+  for number in (1, 2, 3):
+    name = 'model-{:05}-of-00003.safetensors'
+    (tmp_path / name.format(number)).rename(tmp_path / name.format(number - 1))
+    said['weight_map'] = {
+      key: name.format(number - 1) if file == name.format(number) else file
+      for key, file in said['weight_map'].items()
+    }
+  index.write_text(json.dumps(said))
+
+  assert 3 == len(surgery.open(index))

@@ -42,6 +42,11 @@ def _named(found: Iterable[Path]) -> dict[Path, str]:
   return {path: paths.show(path) for path in found}
 
 
+def metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
+  """Returns what each file of a set says of the whole: nothing."""
+  return checkpoint.manifest.metadata
+
+
 def empty(about: Manifest) -> int:
   """Returns how many bytes a file without leaves takes, at most."""
   del about

@@ -2,7 +2,8 @@
 
 It is an object under `file`: `paths` by name where the name does not tell,
 `dtypes` by name of what is stored as bytes, `scalars` (names of numpy scalars),
-and `values`: position, path and value of leaves that are no arrays.
+`values`: position, path and value of leaves that are no arrays, and `format`,
+the file's `format` if nobody but we said it.
 """
 
 from __future__ import annotations

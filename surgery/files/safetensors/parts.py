@@ -10,10 +10,10 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import Manifest
 from surgery.core.paths import Path
 from surgery.files.output import Output
-from surgery.files.safetensors import dtypes, writing
+from surgery.files.safetensors import dtypes, frameworks, writing
 from surgery.files.safetensors.reading import open_part
 
-__all__ = ['empty', 'names', 'open_part', 'overhead', 'write_part']
+__all__ = ['empty', 'metadata', 'names', 'open_part', 'overhead', 'write_part']
 
 # Of an entry of the header; of its axes; of what the manifest says of a name.
 _AROUND, _AXIS, _SAID = 100, 20, 60
@@ -28,6 +28,11 @@ def names(checkpoint: Checkpoint) -> tuple[Checkpoint, dict[Path, str]]:
     FormatError: if a file cannot hold a name.
   """
   return checkpoint, writing.called(checkpoint)
+
+
+def metadata(checkpoint: Checkpoint) -> Mapping[str, str]:
+  """Returns text by text what each file of a set says of the whole."""
+  return frameworks.named(checkpoint.manifest.metadata, checkpoint)
 
 
 def empty(about: Manifest) -> int:

@@ -14,7 +14,13 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import LeafNote, Manifest
 from surgery.core.paths import Path
 from surgery.files import arrays, notes
-from surgery.files.safetensors import dtypes, extras, header, names
+from surgery.files.safetensors import (
+  dtypes,
+  extras,
+  frameworks,
+  header,
+  names,
+)
 from surgery.files.safetensors.extras import Extras
 from surgery.files.source import MappedFile, Source
 
@@ -56,6 +62,10 @@ def open_part(
       raise errors.FormatError(f'{where}: {error}', header.START) from None
     if isinstance(said, dict):
       inner = said.pop(manifests.FILE, {})
+      own = inner.get(frameworks.KEY) if isinstance(inner, dict) else None
+      if own is not None and metadata.get(frameworks.KEY) == own:
+        # Nobody else said it, so it is not kept where names change.
+        del metadata[frameworks.KEY]
       more = extras.from_json(inner, where, header.START)
   sources = _sources(file, entries, end, more)
   called = {source.path: name for name, source in sources.items()}

@@ -16,7 +16,13 @@ from surgery.core.paths import Path
 from surgery.files import arrays, atomic, digest, notes, payload
 from surgery.files.output import Output
 from surgery.files.progress import Told
-from surgery.files.safetensors import dtypes, extras, header, names
+from surgery.files.safetensors import (
+  dtypes,
+  extras,
+  frameworks,
+  header,
+  names,
+)
 from surgery.files.safetensors.header import Entry
 
 # Digests that are not known yet take as many bytes as those that are.
@@ -40,7 +46,8 @@ def write_file(
     path: the file.
     overwrite: whether an existing file may be replaced.
     manifest: whether flags, metadata, adapters and so on are written too. What
-      other programs said in a file of theirs always is.
+      other programs said in a file of theirs always is, and so is `format`,
+      without which some readers refuse a file.
     progress: is told of tensors and bytes that were written.
 
   Raises:
@@ -116,6 +123,9 @@ class Layout:
   ) -> None:
     self.values: dict[Path, Any] = {}
     self._checkpoint = checkpoint
+    self._changed = any(
+      payload.source(leaf) is None for leaf in checkpoint.values()
+    )
     self._extras = extras.Extras()
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     self._paths: dict[str, Path] = {}
@@ -198,7 +208,12 @@ class Layout:
         f'metadata: the key {manifests.KEY!r} is reserved in a file.'
       )
     more = self._extras.to_json()
-    if manifest is not None or more:
+    ours = manifest is not None or bool(more)
+    if frameworks.KEY not in metadata and (ours or self._changed):
+      metadata = frameworks.named(metadata, self._checkpoint)
+      # So that whoever reads it knows that nobody else said it.
+      more[frameworks.KEY] = metadata[frameworks.KEY]
+    if ours:
       bare = (manifest or Manifest()).replace(metadata={})
       data = manifests.to_json(bare, {} if manifest is None else said)
       if more:
