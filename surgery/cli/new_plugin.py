@@ -18,7 +18,7 @@ _NAME = re.compile(r'[a-z][a-z0-9]*(_[a-z0-9]+)*')
 
 _PYPROJECT = """\
 [build-system]
-requires = ["setuptools>=77"]
+requires = ["setuptools>=77.0.3"]
 build-backend = "setuptools.build_meta"
 
 [project]
