@@ -100,6 +100,14 @@ class Spread:
     """Whether the rule is about a path."""
     return self._rule(0).apply(path) is not None
 
+  def check_alternatives(self, universe: Sequence[Path]) -> None:
+    """Raises if an alternative of the left matches nothing.
+
+    Raises:
+      RenameError: naming it and the nearest paths.
+    """
+    renaming.check_alternatives(self._rule(0), universe)
+
   def _rule(self, place: int) -> Rule:
     if place not in self._rules:
       segments = [
@@ -229,7 +237,8 @@ def gathered(
     universe: the paths.
 
   Raises:
-    RenameError: if nothing matches, or a place is taken twice, or missing.
+    RenameError: if nothing matches, or an alternative does not, or a place is
+      taken twice, or missing.
   """
   universe = list(universe)
   found: dict[Path, dict[Key, Path]] = {}
@@ -258,6 +267,7 @@ def gathered(
         f'{paths.show(target)} would be made of {len(parts)} parts, and '
         f'{named} is missing.{hint}'.rstrip('.'),
       )
+  renaming.check_alternatives(rule.rule, universe)
   return {
     target: {k: parts[k] for k in sorted(parts)}
     for target, parts in found.items()
@@ -275,10 +285,11 @@ def one_to_many(rule: Spread, universe: Iterable[Path]) -> list[Path]:
   """Returns the paths that a rule spreads.
 
   Raises:
-    RenameError: if there are none.
+    RenameError: if there are none, or none for an alternative of the left.
   """
   universe = list(universe)
   found = [path for path in universe if rule.matches(path)]
   if not found:
     raise renaming.nothing(rule.text, universe)
+  rule.check_alternatives(universe)
   return found

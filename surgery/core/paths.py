@@ -50,4 +50,6 @@ def literal(path: Path) -> str:
   """Returns a selector that matches `path` and nothing else at its level."""
   if path == ('',):
     return '\\'  # Not the empty path.
+  if path == ('all',):
+    return '\\all'  # Not everything.
   return '/'.join(_SPECIAL.sub(r'\\\1', segment) for segment in path)

@@ -9,9 +9,11 @@ r"""Rules for renaming: `OLD -> NEW`.
 | `<i>` | a whole number | `<i>`, `<i+1>`, `<i-1>`, `<i*2>`, `<i//2>`, `<i%2>` |
 | `re:…` | a regular expression that matches the whole path | `\1`, `\g<name>` |
 
-Each wildcard of the left stands on the right once, in order. A `\` takes a
-character's meaning away. A number that was written with leading zeros keeps its
-width. Where `**` can match in several ways, the first takes all that it can.
+Each wildcard of the left stands on the right once, in order, brackets as they
+are written on the left. Each name in braces, and each alternative of a regular
+expression, has to match something. A `\` takes a character's meaning away. A
+number that was written with leading zeros keeps its width. Where `**` can match
+in several ways, the first takes all that it can.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from surgery.core.paths import Path
 
 _ARROW = re.compile(r'(?<!\\)->')
 _NUMBER = re.compile(r'<\s*([a-zA-Z_]\w*)\s*(?:(//|[-+*%])\s*([0-9]+)\s*)?>')
-_TERM = re.compile(r'[a-zA-Z_][\w-]*:(?!\\)')
+_TERM = re.compile(r're:|[a-zA-Z_][\w-]*:(?!\\)')
 _SHOWN = 20
 
 # Between segments, and behind the last, where a path is matched.
@@ -161,8 +163,8 @@ class Reader:
     elif first in '*?':
       self._add(1, _Wild(first, self._count(first)))
     elif first == '[':
-      end = rest.find(']', 2)
-      if end < 0:
+      end = selectors.class_end(rest, 0)
+      if end < 0 or re.search(r'(?<!\\)/', rest[:end]):
         self._fail("a '[' without its ']'. Write '\\[' for the character")
       found = _Wild('[…]', self._count('[…]'), rest[: end + 1])
       self._add(end + 1, found)
@@ -227,13 +229,16 @@ class Rule:
     text: as it was written.
     regex: matches a path that is joined, or one that is shown for `re:`.
     left: what stands on the left, in segments; None for `re:`.
-    right: what stands on the right, in segments; text for `re:`.
+    right: what stands on the right, in segments; text for `re:`, or None if
+      names stay.
   """
 
   text: str
   regex: re.Pattern[str] = dataclasses.field(compare=False)
   left: tuple[tuple[Part, ...], ...] | None = dataclasses.field(compare=False)
-  right: tuple[tuple[Part, ...], ...] | str = dataclasses.field(compare=False)
+  right: tuple[tuple[Part, ...], ...] | str | None = dataclasses.field(
+    compare=False
+  )
 
   @property
   def old(self) -> str:
@@ -246,6 +251,8 @@ class Rule:
     Raises:
       RenameError: if a number gets negative, or a name empty.
     """
+    if self.right is None:
+      return path if self.regex.fullmatch(paths.show(path)) else None
     if isinstance(self.right, str):
       new = self._expanded(path)
     else:
@@ -260,6 +267,25 @@ class Rule:
   def match(self, path: Path) -> re.Match[str] | None:
     """Returns how a rule of patterns matches a path."""
     return self.regex.fullmatch(joined(path))
+
+  def unmet(self, universe: Iterable[Path]) -> list[str]:
+    """Returns the alternatives of the left that match none of some paths."""
+    if self.left is None:
+      shown = [paths.show(path) for path in universe]
+      choices = selectors.regex_choices(self.regex)
+      return [c.text for c in choices if not any(map(c.matches, shown))]
+    parts = [p for segment in self.left for p in segment]
+    braces = [p for p in parts if isinstance(p, Braces)]
+    if not braces:
+      return []
+    matches = [m for m in map(self.match, universe) if m is not None]
+    met = {(p.group, m[p.group]) for m in matches for p in braces}
+    return [
+      word.replace(END, '/')
+      for p in braces
+      for word in p.words
+      if (p.group, word) not in met
+    ]
 
   def _expanded(self, path: Path) -> Path | None:
     match = self.regex.fullmatch(paths.show(path))
@@ -366,16 +392,79 @@ def parse(text: str) -> Rule:
     )
   old, new = sides(text)
   if old.startswith('re:'):
-    try:
-      return Rule(text, re.compile(old[3:]), None, new)
-    except re.error as error:
-      raise errors.RenameError(
-        f'rule {text!r}: not a regular expression: {error}.'
-      ) from None
+    _check_template(text, new)
+    return Rule(text, _read_regex(text, old), None, new)
   check_plain(text, old, new)
   left, right = Reader(old, text), Reader(new, text)
   _check(text, left, right)
   return built(text, left.segments, right.segments)
+
+
+def staying(text: str) -> Rule:
+  """Reads the left side of a rule alone: what it matches keeps its name.
+
+  Raises:
+    RenameError: if it cannot be read.
+  """
+  if text.startswith('re:'):
+    return Rule(f'{text} -> {text}', _read_regex(text, text), None, None)
+  return parse(f'{text} -> {text}')
+
+
+def _read_regex(text: str, old: str) -> re.Pattern[str]:
+  try:
+    return re.compile(old[3:])
+  except re.error as error:
+    raise errors.RenameError(
+      f'rule {text!r}: not a regular expression: {error}.'
+    ) from None
+
+
+def _check_template(text: str, new: str) -> None:
+  """Raises for what stands for itself on the right of a regular expression.
+
+  Raises:
+    RenameError: naming the first character that was meant otherwise.
+  """
+  check_plain(text, new)
+  plain = re.sub(r'\\(?:g<\w+>|.)', '', new)
+  found = re.search(r'[*?\[{}]|<\s*[a-zA-Z_]', plain)
+  if found is not None:
+    raise errors.RenameError(
+      f"rule {text!r}: '{found[0][0]}' means nothing on the right of a regular "
+      "expression, where '\\1' and '\\g<name>' stand for groups. Write "
+      f"'\\{found[0][0]}' for the character itself."
+    )
+
+
+def name(text: str, rule: str) -> Path:
+  """Reads the name of one tensor, without wildcards.
+
+  Args:
+    text: the name.
+    rule: the whole rule, for messages.
+
+  Raises:
+    RenameError: for what could stand for several names, or for none.
+  """
+  if has_arrow(text) or not text.strip():
+    raise errors.RenameError(
+      f"rule {rule!r}: expected the name of a tensor behind '->', found "
+      f'{text.strip()!r}.'
+    )
+  side = _stripped(text)
+  check_plain(rule, side)
+  path = []
+  for segment in Reader(side, rule).segments:
+    for part in segment:
+      if not isinstance(part, Text):
+        raise errors.RenameError(
+          f'rule {rule!r}: expected the name of one tensor, found {side!r}, '
+          "which has wildcards or alternatives. A '\\' takes the meaning of "
+          'a character away.'
+        )
+    path.append(''.join(p.text for p in segment if isinstance(p, Text)))
+  return tuple(path)
 
 
 def check_plain(text: str, *sides: str) -> None:
@@ -398,7 +487,19 @@ def built(
 ) -> Rule:
   """Returns the rule of two sides that have been read."""
   frozen = (tuple(map(tuple, side)) for side in (left, right))
-  return Rule(text, _regex(text, left), *frozen)
+  rule = Rule(text, _regex(text, left), *frozen)
+  before, after = (
+    {p.group: p.text for s in side for p in s if isinstance(p, _Wild)}
+    for side in (left, right)
+  )
+  for group, written in after.items():
+    if before.get(group, written) != written:
+      raise errors.RenameError(
+        f'rule {text!r}: {before[group]!r} on the left and {written!r} on the '
+        'right. Brackets stand for what they matched, so write the same ones; '
+        "for other names write braces, as '{a,b} -> {x,y}'."
+      )
+  return rule
 
 
 def _check(text: str, left: Reader, right: Reader) -> None:
@@ -421,6 +522,10 @@ def _check(text: str, left: Reader, right: Reader) -> None:
       raise errors.RenameError(
         f'rule {text!r}: braces with {len(a.words)} names on the left, and '
         f'with {len(b.words)} on the right.'
+      )
+    if len(set(a.words)) < len(a.words):
+      raise errors.RenameError(
+        f'rule {text!r}: braces on the left hold a name twice.'
       )
   known = {p.name: p for p in parts(left) if isinstance(p, Number)}
   for number in known.values():
@@ -508,6 +613,40 @@ def targets(
     if rule not in used:
       raise _unused(rule, rules, universe)
   return found
+
+
+def resolved(
+  rules: Sequence[Rule], universe: Iterable[Path]
+) -> dict[Path, Path]:
+  """Returns the new names of all paths, when all of the rules mean something.
+
+  Args:
+    rules: the rules; the first that matches a path decides.
+    universe: the paths.
+
+  Raises:
+    RenameError: if a rule decides nothing, or an alternative of one matches
+      nothing, with the nearest paths.
+  """
+  universe = list(universe)
+  found = targets(rules, universe)
+  for rule in rules:
+    check_alternatives(rule, universe)
+  return found
+
+
+def check_alternatives(rule: Rule, universe: Sequence[Path]) -> None:
+  """Raises if an alternative of a rule matches nothing.
+
+  Raises:
+    RenameError: naming the alternative and the nearest paths.
+  """
+  for word in rule.unmet(universe):
+    near = ', '.join(selectors.nearest(word, universe))
+    raise errors.RenameError(
+      f'rule {rule.text!r}: its alternative {word!r} matches nothing among '
+      f'{len(universe)} tensors. Nearest: {near}.'
+    )
 
 
 def _unused(

@@ -12,7 +12,9 @@ r"""Selectors: saying which parameters of a model are meant.
 | a list | any of its items, less what its `!` items match |
 | `all` | everything |
 
-A `\` takes a character's meaning away: `a\/b` is one segment.
+A `\` takes a character's meaning away: `a\/b` is one segment. Each item has to
+match something, and so has each alternative of a pair of braces or of a group
+of a regular expression, as in `(a|b)`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ Types = Callable[[Path], tuple[str, ...]]
 Term = Callable[[str, Path], bool]
 
 ALL = 'all'
-_TERM = re.compile(r'([a-zA-Z_][\w-]*):(?!\\)')
+# A regular expression may begin with a backslash.
+_TERM = re.compile(r'(re(?=:)|[a-zA-Z_][\w-]*(?=:(?!\\))):')
 _MOST_ALTERNATIVES = 1000
 
 
@@ -41,8 +44,71 @@ def _no_types(layer: Path) -> tuple[str, ...]:
   return ()
 
 
-def _braces(text: str, whole: str) -> list[str]:
-  """Expands `a{b,c}d` into `abd` and `acd`, nested and repeated."""
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One alternative of a selector: of braces, or of a regular expression.
+
+  Attributes:
+    text: the alternative, as it was written.
+    alone: the selector with the others left out, for near misses.
+    source: regex that matches what the alternative takes part in.
+    kind: `glob` or `re`, as of the item.
+  """
+
+  text: str
+  alone: str
+  source: str = dataclasses.field(repr=False)
+  kind: str
+
+  @functools.cached_property
+  def _regex(self) -> re.Pattern[str]:
+    return re.compile(self.source)
+
+  def matches(self, text: str) -> bool:
+    """Whether it takes part in matching a path, joined or shown."""
+    return self._regex.fullmatch(text) is not None
+
+  def meets(self, path: Path) -> bool:
+    """Whether it takes part in matching a path, or a layer of it."""
+    if self.kind == 'glob':
+      # The regex of a glob goes on beneath what it names.
+      return self.matches(_joined(path))
+    above = (path[:n] for n in range(len(path), 0, -1))
+    return any(self.matches(paths.show(a)) for a in above)
+
+
+def unmet(choices: Iterable[Choice], met: Iterable[Path]) -> list[Choice]:
+  """Returns the alternatives that take part in matching none of some paths."""
+  left = list(choices)
+  for path in met:
+    if not left:
+      break
+    left = [one for one in left if not one.meets(path)]
+  return left
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pattern:
+  """A pattern without braces, and the alternatives that made it.
+
+  Attributes:
+    text: the pattern.
+    chosen: where in the whole the alternatives stand: start and end of the
+      braces, and start and end of the alternative.
+  """
+
+  text: str
+  chosen: frozenset[tuple[int, int, int, int]] = frozenset()
+
+
+def _braces(text: str, whole: str, offset: int = 0) -> list[_Pattern]:
+  """Expands `a{b,c}d` into `abd` and `acd`, nested and repeated.
+
+  Args:
+    text: a part of the selector.
+    whole: the selector, for messages.
+    offset: where in the whole the part begins.
+  """
   depth, start, cuts, i = 0, -1, [], 0
   while i < len(text):
     char = text[i]
@@ -64,14 +130,19 @@ def _braces(text: str, whole: str) -> list[str]:
       depth -= 1
       if depth == 0:
         cuts.append(i)
-        parts = [text[a + 1 : b] for a, b in itertools.pairwise(cuts)]
-        tails = _braces(text[i + 1 :], whole)
-        result = [
-          text[:start] + p + tail
-          for part in parts
-          for p in _braces(part, whole)
-          for tail in tails
-        ]
+        tails = _braces(text[i + 1 :], whole, offset + i + 1)
+        result = []
+        for low, high in itertools.pairwise(cuts):
+          ends = (offset + start, offset + i + 1)
+          mine = frozenset({(*ends, offset + low + 1, offset + high)})
+          for part in _braces(text[low + 1 : high], whole, offset + low + 1):
+            result += [
+              _Pattern(
+                text[:start] + part.text + tail.text,
+                mine | part.chosen | tail.chosen,
+              )
+              for tail in tails
+            ]
         if len(result) > _MOST_ALTERNATIVES:
           raise errors.SelectorError(
             f'selector {whole!r}: its braces stand for more than '
@@ -84,7 +155,7 @@ def _braces(text: str, whole: str) -> list[str]:
       f"selector {whole!r}: a '{{' without its '}}'. Write '\\{{' for the "
       'character itself.'
     )
-  return [text]
+  return [_Pattern(text)]
 
 
 def _segments(text: str) -> list[str]:
@@ -100,7 +171,11 @@ def _segments(text: str) -> list[str]:
 
 
 def segment_regex(segment: str, whole: str) -> tuple[str, bool]:
-  """Returns a regex for a segment, and whether it has a wildcard."""
+  """Returns a regex for a segment, and whether it has a wildcard.
+
+  Raises:
+    SelectorError: for brackets that are not closed, or hold nothing.
+  """
   out, wild, i = [], False, 0
   while i < len(segment):
     char = segment[i]
@@ -114,45 +189,207 @@ def segment_regex(segment: str, whole: str) -> tuple[str, bool]:
       out.append('[^\0]')
       wild = True
     elif char == '[':
-      end = segment.find(']', i + 2)
-      if end < 0:
-        raise errors.SelectorError(
-          f"selector {whole!r}: a '[' without its ']'. Write '\\[' for the "
-          'character itself.'
-        )
-      body = segment[i + 1 : end]
-      negated = body.startswith(('!', '^'))
-      body = body[1:] if negated else body
-      body = body.replace('\\', '\\\\').replace('[', '\\[').replace('^', '\\^')
-      out.append(f'[^\0{body}]' if negated else f'[{body}]')
+      regex, i = _class(segment, i, whole)
+      out.append(regex)
       wild = True
-      i = end
     else:
       out.append(re.escape(char))
     i += 1
   return ''.join(out), wild
 
 
-def _glob(text: str) -> tuple[re.Pattern[str], bool]:
-  r"""Returns a regex over `a\0b\0`, and whether its last part is literal."""
-  alternatives, literal = [], True
+def class_end(text: str, start: int) -> int:
+  """Returns where the `]` of the `[` at `start` is; -1 if there is none.
+
+  One that stands first is a character, as in shells, and so is one behind a
+  backslash.
+  """
+  i = start + 1
+  if text[i : i + 1] in ('!', '^'):
+    i += 1
+  if text[i : i + 1] == ']':
+    i += 1
+  while i < len(text) and text[i] != ']':
+    i += 1 + (text[i] == '\\')
+  return i if i < len(text) else -1
+
+
+def _class(segment: str, start: int, whole: str) -> tuple[str, int]:
+  """Returns a regex for the brackets at `start`, and where they end.
+
+  Raises:
+    SelectorError: if they do not end.
+  """
+  end = class_end(segment, start)
+  if end < 0:
+    raise errors.SelectorError(
+      f"selector {whole!r}: a '[' without its ']'. Write '\\[' for the "
+      'character itself.'
+    )
+  body = segment[start + 1 : end]
+  negated = body.startswith(('!', '^'))
+  body = body[1:] if negated else body
+  out, i = [], 0
+  while i < len(body):
+    if body[i] == '\\' and i + 1 < len(body):
+      i += 1
+      out.append(re.escape(body[i]))
+    elif body[i] == '-' and 0 < i < len(body) - 1:
+      out.append('-')  # A range.
+    else:
+      out.append(re.escape(body[i]))
+    i += 1
+  inner = ''.join(out)
+  return (f'[^\0{inner}]' if negated else f'[{inner}]'), end
+
+
+# What matches layers and all beneath them goes on like this.
+_BENEATH = '(?:[^\0]*\0)*'
+
+
+def _glob(text: str) -> tuple[re.Pattern[str], bool, tuple[Choice, ...]]:
+  r"""Returns a regex over `a\0b\0`, whether it is literal, and alternatives.
+
+  Raises:
+    SelectorError: if it cannot be read.
+  """
+  patterns, literal = [], True
+  sources: dict[tuple[int, int, int, int], list[str]] = {}
   for one in _braces(text, text):
     regex = []
-    for segment in _segments(one):
+    for segment in _segments(one.text):
       if segment == '**':
-        regex.append('(?:[^\0]*\0)*')
+        regex.append(_BENEATH)
         wild = True
       else:
+        _check_stars(segment, text)
         part, wild = segment_regex(segment, text)
         regex.append(part + '\0')
     literal = literal and not wild
-    alternatives.append(''.join(regex))
+    source = f'(?:{"".join(regex)})'
+    patterns.append(source)
+    for place in one.chosen:
+      sources.setdefault(place, []).append(source)
+  choices = tuple(
+    Choice(
+      text[low:high],
+      text[:start] + text[low:high] + text[end:],
+      f'(?:{"|".join(sources[start, end, low, high])}){_BENEATH}',
+      'glob',
+    )
+    for start, end, low, high in sorted(sources)
+  )
   try:
-    return re.compile('|'.join(f'(?:{a})' for a in alternatives)), literal
+    return re.compile('|'.join(patterns)), literal, choices
   except re.error as error:
     raise errors.SelectorError(
       f'selector {text!r}: cannot be read as a glob ({error}).'
     ) from None
+
+
+def _check_stars(segment: str, whole: str) -> None:
+  """Raises for a `**` that does not stand alone, and would mean `*`.
+
+  Raises:
+    SelectorError: naming the segment.
+  """
+  if re.search(r'(?<!\\)(?:\\\\)*\*\*', segment):
+    raise errors.SelectorError(
+      f"selector {whole!r}: a '**' stands alone between slashes, found "
+      f"{segment!r}. Write '*' for a part of a name."
+    )
+
+
+# Regular expressions.
+
+# Where a group of a regular expression begins.
+_GROUP = re.compile(
+  r'\((?:\?(?:P<\w+>|(?P<flags>[aiLmsux]*(?:-[imsx]+)?):|<?=|>'
+  r'|(?P<other><?!|\([^)]*\))))?'
+)
+# What stands in parentheses and is no group.
+_NO_GROUP = re.compile(r'\(\?(?:#[^)]*|P=\w+)\)')
+_FLAGS = re.compile(r'\(\?[aiLmsux]+\)')
+_CLASS = re.compile(r'\[\^?\]?(?:\\.|[^\]\\])*\]', re.DOTALL)
+_NUMBERED = re.compile(r'\\[1-9]|\(\?\([0-9]')
+_MARK = 'surgery_taken'
+
+
+def regex_choices(regex: re.Pattern[str]) -> tuple[Choice, ...]:
+  """Returns the alternatives of a regular expression's groups.
+
+  Those in negative lookaheads, which are there so as not to match, and in
+  conditions are left out, and all of a verbose expression.
+
+  Args:
+    regex: matches a path that is shown, as a whole.
+  """
+  text = regex.pattern
+  if regex.flags & re.VERBOSE or '|' not in text:
+    return ()
+  flags = _FLAGS.match(text)
+  head = flags.end() if flags else 0
+  # Each open group: where its alternatives begin, and whether they count.
+  groups: list[tuple[list[int], bool]] = [([head], True)]
+  found: list[list[int]] = []
+  i = head
+  while i < len(text):
+    match = None
+    if text[i] == '\\':
+      i += 2
+      continue
+    if text[i] == '[':
+      match = _CLASS.match(text, i)
+    elif text[i] == '(':
+      match = _NO_GROUP.match(text, i)
+      if match is None:
+        match = _GROUP.match(text, i)
+        assert match is not None
+        if 'x' in (match['flags'] or '').partition('-')[0]:
+          return ()
+        counts = groups[-1][1] and match['other'] is None
+        groups.append(([match.end()], counts))
+    elif text[i] == '|':
+      groups[-1][0].append(i + 1)
+    elif text[i] == ')':
+      starts, counts = groups.pop()
+      if counts and len(starts) > 1:
+        found.append([*starts, i + 1])
+    i = i + 1 if match is None else match.end()
+  starts, _ = groups.pop()
+  if len(starts) > 1:
+    found.append([*starts, len(text) + 1])
+  return tuple(
+    _regex_choice(text, head, bounds, k)
+    for bounds in sorted(found)
+    for k in range(len(bounds) - 1)
+  )
+
+
+def _regex_choice(text: str, head: int, bounds: list[int], k: int) -> Choice:
+  """Returns an alternative of a regular expression.
+
+  Args:
+    text: the whole expression.
+    head: where it begins behind global flags.
+    bounds: where the alternatives of its group begin, and the end behind.
+    k: which of them.
+  """
+  low, high = bounds[k], bounds[k + 1] - 1
+  if _NUMBERED.search(text):
+    # A further group would change what numbers mean: the others never match.
+    source = text
+    for other in reversed(bounds[:-1]):
+      if other != low:
+        source = f'{source[:other]}(?!){source[other:]}'
+  else:
+    # It has to have been taken, be the group repeated or optional.
+    source = (
+      f'{text[:head]}(?:{text[head:low]}(?P<{_MARK}>){text[low:]})'
+      f'(?({_MARK})|(?!))'
+    )
+  alone = f're:{text[: bounds[0]]}{text[low:high]}{text[bounds[-1] - 1 :]}'
+  return Choice(text[low:high], alone, source, 're')
 
 
 def _joined(path: Path) -> str:
@@ -168,6 +405,7 @@ class Item:
     kind: `glob`, `re`, `type`, `term` or `all`.
     negate: whether what it matches is taken out.
     literal: whether it names parameters or layers one by one.
+    choices: its alternatives, each of which has to match something.
   """
 
   text: str
@@ -176,6 +414,9 @@ class Item:
   literal: bool = dataclasses.field(compare=False)
   regex: re.Pattern[str] | None = dataclasses.field(compare=False, repr=False)
   beneath: re.Pattern[str] | None = dataclasses.field(compare=False, repr=False)
+  choices: tuple[Choice, ...] = dataclasses.field(
+    default=(), compare=False, repr=False
+  )
 
   @property
   def written(self) -> str:
@@ -222,12 +463,19 @@ def _item(text: str) -> Item:
     raise errors.SelectorError(
       f"selector {text!r}: it is empty. Write '**' or 'all' for everything."
     )
+  if body.startswith('!'):
+    raise errors.SelectorError(
+      f"selector {text!r}: two '!'. Write one, or '\\!' for the character "
+      'itself.'
+    )
   if body == ALL:
     return Item(body, ALL, negate, False, None, None)
   term = _TERM.match(body)
   if term and term[1] == 're':
     try:
-      return Item(body, 're', negate, False, re.compile(body[3:]), None)
+      regex = re.compile(body[3:])
+      choices = regex_choices(regex)
+      return Item(body, 're', negate, False, regex, None, choices)
     except re.error as error:
       raise errors.SelectorError(
         f'selector {text!r}: not a regular expression: {error}.'
@@ -236,9 +484,9 @@ def _item(text: str) -> Item:
     return Item(body, 'type', negate, False, None, None)
   if term:
     return Item(body, 'term', negate, False, None, None)
-  regex, literal = _glob(body)
-  beneath = re.compile(f'(?:{regex.pattern})(?:[^\0]*\0)*')
-  return Item(body, 'glob', negate, literal, regex, beneath)
+  regex, literal, choices = _glob(body)
+  beneath = re.compile(f'(?:{regex.pattern}){_BENEATH}')
+  return Item(body, 'glob', negate, literal, regex, beneath, choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,13 +594,15 @@ def resolve(
     universe: the paths to choose from.
     types: names of a layer's class and bases.
     term: answers terms of plugins for a layer.
-    missing: `'error'` raises for an item that matches nothing, `'pass'` not.
+    missing: `'error'` raises for an item, or an alternative of one, that
+      matches nothing; `'pass'` does not.
 
   Returns:
     The paths that are meant, in the order of `universe`.
 
   Raises:
-    SelectorError: for an item that matches nothing, with the nearest paths.
+    SelectorError: for an item or an alternative that matches nothing, with the
+      nearest paths.
   """
   universe = list(universe)
   taken: dict[Item, dict[Path, bool]] = {}
@@ -369,6 +619,8 @@ def resolve(
         met[path] = False
     if not met and missing == 'error' and (item.kind != ALL or not universe):
       raise nothing(item, universe, types)
+    if missing == 'error':
+      check_choices(item, met, universe)
     taken[item] = met
   levels: dict[Path, tuple[Item, bool]] = {}
   by_item: dict[Item, list[Path]] = {i: [] for i in selector.positive}
@@ -383,6 +635,84 @@ def resolve(
         if path not in levels or (levels[path][1] and not at_layer):
           levels[path] = (item, at_layer)
   return Match(levels, {i: tuple(p) for i, p in by_item.items()})
+
+
+def check_deciding(
+  texts: Iterable[str],
+  universe: Mapping[Path, tuple[str, ...]],
+  what: str,
+) -> None:
+  """Raises unless each of several selectors decides something.
+
+  The first selector that matches a path decides, as `Selector.matches` says.
+
+  Args:
+    texts: the selectors, in their order.
+    universe: the paths, with the names of the types of their layers.
+    what: what the selectors are for, for messages.
+
+  Raises:
+    SelectorError: for a selector, or an alternative of one, that matches
+      nothing; and for one of which all that it matches is decided before.
+  """
+  decided: dict[Path, str] = {}
+  every = list(universe)
+
+  def types(layer: Path) -> tuple[str, ...]:
+    return next((t for p, t in universe.items() if p[:-1] == layer), ())
+
+  for text in texts:
+    read = parse(text)
+    met = [p for p, known in universe.items() if read.matches(p, known)]
+    try:
+      if not met:
+        raise nothing(read.items[0], every, types)
+      for item in read.items:
+        check_choices(item, every if item.negate else met, every)
+    except errors.SelectorError as error:
+      raise errors.SelectorError(f'{what}: {error}') from None
+    new = [p for p in met if p not in decided]
+    if not new:
+      raise shadowed(text, met[0], decided[met[0]], what)
+    decided.update(dict.fromkeys(new, text))
+
+
+def shadowed(
+  text: str, path: Path, earlier: str, what: str
+) -> errors.SelectorError:
+  """Returns the error for a selector that an earlier one leaves nothing.
+
+  Args:
+    text: the selector.
+    path: something that it matches.
+    earlier: the selector that decides that.
+    what: what the selectors are for.
+  """
+  return errors.SelectorError(
+    f'{what}: selector {text!r} decides nothing: what it matches, e.g. '
+    f'{paths.show(path)}, an earlier one does, {earlier!r}. Put it first.'
+  )
+
+
+def check_choices(
+  item: Item, met: Iterable[Path], universe: Sequence[Path]
+) -> None:
+  """Raises if an alternative of an item takes no part in what it matches.
+
+  Args:
+    item: the item.
+    met: the paths that it matches.
+    universe: the paths that there are.
+
+  Raises:
+    SelectorError: naming the alternative and the nearest paths.
+  """
+  for choice in unmet(item.choices, met):
+    near = nearest(choice.alone, universe)
+    raise errors.SelectorError(
+      f'selector {item.written!r}: its alternative {choice.text!r} matches '
+      f'nothing among {len(universe)} parameters. Nearest: {", ".join(near)}.'
+    )
 
 
 def nothing(
@@ -422,12 +752,15 @@ def nothing(
 def nearest(text: str, universe: Sequence[Path]) -> list[str]:
   """Returns up to five paths that resemble a selector, as selectors."""
   wanted = text.removeprefix('re:')
+  ends = r'[/{},]'
+  if wanted != text:  # Groups of a regular expression are no part of a name.
+    ends = r'[/{},|)]|\((?:\?(?::|P<\w+>))?'
   places = dict.fromkeys(p[:n] for p in universe for n in range(len(p), 0, -1))
   # Names are compared first: a typo is usually in one segment.
   names = {place[-1] for place in places}
   words = [
     re.sub(r'[*?\[\]\\]', '', word)
-    for word in re.split(r'[/{},]', wanted)
+    for word in re.split(ends, wanted)
     if word.strip('*')
   ]
   close = [

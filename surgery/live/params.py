@@ -615,7 +615,8 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
   """Returns params in which no adapter looks for sites any more.
 
   Raises:
-    SelectorError: if an item of a selector has matched nothing.
+    SelectorError: if an item of a selector, or an alternative of one, has
+      matched nothing.
     PluginError: if a name that a type declares frozen is that of no weight.
   """
   for path in list(params._data):
@@ -632,11 +633,18 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
       for item in pending.selector.negative
       if not _matched(item, universe, finder)
     ]
+    before = (
+      f'adapter {record.name!r} was attached before initialisation and its '
+    )
     for item in (*pending.unmet, *excluded):
-      raise errors.SelectorError(
-        f'adapter {record.name!r} was attached before initialisation and its '
-        f'{_unmet(item, universe, finder)}'
-      )
+      raise errors.SelectorError(before + _unmet(item, universe, finder))
+    try:
+      for item in pending.selector.items:
+        met = universe if item.negate else record.sites
+        selectors.check_choices(item, met, universe)
+      finding.check_axes(finder, universe)
+    except errors.SelectorError as error:
+      raise errors.SelectorError(before + str(error)) from None
     attach.check_patterns(
       record.adapter, [r.site for r in record.sites.values()]
     )

@@ -26,11 +26,14 @@ class _Test:
     text: what has to hold.
     reason: returns why it does not hold; None if it does.
     values: whether tensors have to be read to know.
+    opposite: returns why its opposite does not hold, where that is more than
+      that it does.
   """
 
   text: str
   reason: Callable[[], str | None]
   values: bool = False
+  opposite: Callable[[], str | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +52,12 @@ class _Asked:
   original: Checkpoint | None
   host: Host
 
-  def chosen(self, select: Any) -> tuple[Path, ...]:
+  def chosen(self, select: Any, missing: str = 'error') -> tuple[Path, ...]:
     """Returns the tensors that a selector means."""
     types = self.model.manifest.layer_types
-    return choosing.chosen(self.model, select, types, self.host)
+    return choosing.chosen(
+      self.model, select, types, self.host, missing=missing
+    )
 
 
 def assert_(
@@ -70,8 +75,10 @@ def assert_(
 
   | condition | holds if |
   | --- | --- |
-  | `exists: SELECTOR` | it matches something |
-  | `count: {of: SELECTOR, is: N}` | it matches N tensors |
+  | `exists: SELECTOR` | it, and each alternative of it, matches something; \
+under `not`, if none does |
+  | `count: {of: SELECTOR, is: N}` | it, and each alternative of it, matches, \
+N tensors in all |
   | `shape: {of: SELECTOR, is: [8, '*']}` | all have that shape |
   | `dtype: {of: SELECTOR, is: DTYPE}` | all have that dtype |
   | `finite: SELECTOR` | all are without NaN and infinity |
@@ -146,8 +153,11 @@ def _all(tests: Sequence[_Test]) -> _Test:
     wrong = [f'{one.text}: {why}' for one, why in found if why is not None]
     return '; '.join(wrong) or None
 
+  def opposite() -> str | None:
+    return _any([_not(one) for one in tests]).reason()
+
   text = ' and '.join(one.text for one in tests)
-  return _Test(text, reason, any(one.values for one in tests))
+  return _Test(text, reason, any(one.values for one in tests), opposite)
 
 
 def _any(tests: Sequence[_Test]) -> _Test:
@@ -160,15 +170,20 @@ def _any(tests: Sequence[_Test]) -> _Test:
       wrong.append(f'{one.text}: {why}')
     return '; '.join(wrong)
 
+  def opposite() -> str | None:
+    return _all([_not(one) for one in tests]).reason()
+
   text = ' or '.join(one.text for one in tests)
-  return _Test(text, reason, any(one.values for one in tests))
+  return _Test(text, reason, any(one.values for one in tests), opposite)
 
 
 def _not(test: _Test) -> _Test:
   def reason() -> str | None:
+    if test.opposite is not None:
+      return test.opposite()
     return 'it holds.' if test.reason() is None else None
 
-  return _Test(f'not ({test.text})', reason, test.values)
+  return _Test(f'not ({test.text})', reason, test.values, test.reason)
 
 
 def _several(given: Any, asked: _Asked) -> list[_Test]:
@@ -240,7 +255,13 @@ def _exists(given: Any, asked: _Asked) -> _Test:
       return str(error)
     return None
 
-  return _Test(f'{_shown(select)} exists', reason)
+  def opposite() -> str | None:
+    # Of several that must not be there, one is too many.
+    found = asked.chosen(select, missing='pass')
+    shown = [paths.show(p) for p in found]
+    return f'it holds, found {_listed(shown)}' if found else None
+
+  return _Test(f'{_shown(select)} exists', reason, opposite=opposite)
 
 
 def _count(given: Any, asked: _Asked) -> _Test:
@@ -252,11 +273,14 @@ def _count(given: Any, asked: _Asked) -> _Test:
     )
 
   def reason() -> str | None:
+    found = len(asked.chosen(said['of'], missing='pass'))
+    if found != wanted or not wanted:
+      return None if found == wanted else f'found {found}.'
     try:
-      found = len(asked.chosen(said['of']))
-    except errors.SelectorError:
-      found = 0
-    return None if found == wanted else f'found {found}.'
+      asked.chosen(said['of'])
+    except errors.SelectorError as error:
+      return str(error)
+    return None
 
   return _Test(f'{wanted} tensors are {_shown(said["of"])}', reason)
 

@@ -229,17 +229,17 @@ def weight_metadata(
 
 
 def check_patterns(adapter: Adapter, sites: Sequence[Site]) -> None:
-  """Raises if a pattern matches no site.
+  """Raises if a pattern decides the options of no site.
 
   Raises:
-    SelectorError: naming the pattern and the nearest sites.
+    SelectorError: naming the pattern, and the nearest sites or the pattern that
+      decides before it.
   """
-  for selector, _ in adapter.patterns:
-    read = selectors.parse(selector)
-    if not any(read.matches(s.path, s.types) for s in sites):
-      universe = [s.path for s in sites]
-      error = selectors.nothing(read.positive[0], universe)
-      raise errors.SelectorError(f'patterns: {error}')
+  selectors.check_deciding(
+    [selector for selector, _ in adapter.patterns],
+    {s.path: s.types for s in sites},
+    'patterns',
+  )
 
 
 def attach(

@@ -147,7 +147,7 @@ def _kept(
   """Returns the dtypes that tensors are cast to instead; None for as it is.
 
   Raises:
-    SelectorError: for a selector that matches nothing.
+    SelectorError: for a selector that matches nothing, or decides nothing.
     ConfigError: for an unknown dtype.
   """
   if keep is None:
@@ -158,13 +158,22 @@ def _kept(
   items: Iterable[str] = [keep] if isinstance(keep, str) else keep
   wanted = [_split(text) for text in items]
   rest = [text for text, _ in wanted if text.startswith('!')]
-  decided: dict[Path, str | None] = {}
+  if len(rest) == len(wanted):
+    # Everything but what is taken out.
+    return dict.fromkeys(choosing.chosen(checkpoint, rest, types, host), None)
+  decided: dict[Path, tuple[str | None, str]] = {}
   for selector, dtype in wanted:
-    if selector not in rest:
-      select = [selector, *rest]
-      for path in choosing.chosen(checkpoint, select, types, host):
-        decided.setdefault(path, dtype)
-  return decided
+    if selector in rest:
+      continue
+    found = choosing.chosen(checkpoint, [selector, *rest], types, host)
+    # What says the same again is only superfluous.
+    others = [p for p in found if p in decided and decided[p][0] != dtype]
+    if others and all(path in decided for path in found):
+      earlier = decided[others[0]][1]
+      raise selectors.shadowed(selector, others[0], earlier, 'keep')
+    for path in found:
+      decided.setdefault(path, (dtype, selector))
+  return {path: dtype for path, (dtype, _) in decided.items()}
 
 
 # Casting.

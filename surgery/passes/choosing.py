@@ -44,11 +44,20 @@ def chosen(
   select: selectors.Text | selectors.Selector | Selection,
   types: LayerTypes,
   host: Host,
+  *,
+  missing: str = 'error',
 ) -> tuple[Path, ...]:
   """Returns the paths that a selector means; a layer means all beneath it.
 
+  Args:
+    checkpoint: the model.
+    select: the selector.
+    types: types of layers.
+    host: whose hooks answer terms.
+    missing: `'pass'` lets items and alternatives match nothing.
+
   Raises:
-    SelectorError: for an item that matches nothing.
+    SelectorError: for an item or an alternative that matches nothing.
   """
   if isinstance(select, Selection):
     return tuple(p for p in checkpoint if p in select)
@@ -57,6 +66,7 @@ def chosen(
     checkpoint,
     lambda layer: _types(types, layer),
     term(checkpoint, types, host),
+    missing=missing,
   )
   return tuple(match.levels)
 

@@ -158,7 +158,7 @@ def move(
   written = editing.texts(rules, 'move')
   if overwrite:
     read = [renaming.parse(text) for text in written]
-    where = renaming.targets(read, list(checkpoint))
+    where = renaming.resolved(read, list(checkpoint))
     taken = [p for p in where.values() if p in checkpoint and p not in where]
     if taken:
       select: selectors.Text = [paths.literal(p) for p in taken]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,13 +45,16 @@ def texts(rules: str | Iterable[str], verb: str) -> list[str]:
   """Returns rules as a list.
 
   Raises:
-    RenameError: if there is none.
+    RenameError: if there is none, or one twice.
   """
   found = [rules] if isinstance(rules, str) else list(rules)
   if not found:
     raise errors.RenameError(
       f"{verb}: expected rules 'OLD -> NEW', found none."
     )
+  for text, count in collections.Counter(map(str, found)).items():
+    if count > 1:
+      raise errors.RenameError(f'{verb}: rule {text!r} is given twice.')
   return found
 
 
@@ -107,11 +111,10 @@ def pairs(
   for text in rules:
     alias, rest = split_alias(text)
     source = aliased(checkpoint, alias, inputs, verb)
-    if not renaming.has_arrow(rest):
-      rest = f'{rest} -> {rest}'
-    rule = renaming.parse(rest)
+    read = renaming.parse if renaming.has_arrow(rest) else renaming.staying
+    rule = read(rest)
     universe = dict(source)
-    where = renaming.targets([rule], universe)
+    where = renaming.resolved([rule], universe)
     found += [(old, universe[old], new, text) for old, new in where.items()]
   return found
 

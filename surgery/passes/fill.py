@@ -95,7 +95,7 @@ def _news(
   """Returns new paths, and beside which tensor each is made."""
   left, _, right = text.partition('->')
   if not left.strip():
-    return [(paths.parse(right.strip()), None, None)]
+    return [(renaming.name(right, text), None, None)]
   found = editing.pairs(checkpoint, [text], verb, None)
   for old, leaf, _, _ in found:
     regions.array(leaf, old, verb)

@@ -231,17 +231,13 @@ def check_axes(finder: Finder, info: Iterable[Path]) -> None:
   """Raises if a layout or number of stacked axes is for no parameter.
 
   Raises:
-    SelectorError: naming the selector and the nearest paths.
+    SelectorError: naming the selector, and the nearest paths or the selector
+      that decides before it.
   """
-  universe = list(info)
-  for what in ('layouts', 'stacked'):
-    for selector, _ in getattr(finder, what):
-      read = selectors.parse(selector)
-      if universe and not any(
-        read.matches(p, finder.names(p[:-1])) for p in universe
-      ):
-        error = selectors.nothing(read.positive[0], universe, finder.names)
-        raise errors.SelectorError(f'{what.removesuffix("s")}: {error}')
+  universe = {path: finder.names(path[:-1]) for path in info}
+  for what, pairs in (('layout', finder.layouts), ('stacked', finder.stacked)):
+    if universe:
+      selectors.check_deciding([text for text, _ in pairs], universe, what)
 
 
 def by_layer(info: Mapping[Path, Info]) -> dict[Path, dict[str, Info]]:
@@ -268,7 +264,8 @@ def sites(
     finder: knows adapter, types and layouts.
     to: the selector, or a selection of parameters.
     info: all parameters that may be rewritten.
-    missing: `'error'` raises for an item that yields no site, `'pass'` not.
+    missing: `'error'` raises for an item, or an alternative of one, that
+      yields no site; `'pass'` does not.
 
   Returns:
     Sites, each with the indices of the selector's items that mean it.
@@ -286,7 +283,7 @@ def sites(
   )
   items = list(to.positive)
   found: dict[Path, tuple[Site, set[int]]] = {}
-  reasons: dict[int, str] = {}
+  reasons: dict[Path, str] = {}
   defaults = {
     layer: finder.defaults(layer, params)
     for layer, params in layers.items()
@@ -305,7 +302,7 @@ def sites(
       site = finder.site(layer, name, layers[layer], usual)
       if not finder.serves(site):
         why = finder.adapter.at(site).serves(site) or 'a plugin refused it'
-        reasons.setdefault(index, f'{paths.show(path)}: {why}')
+        reasons.setdefault(path, f'{paths.show(path)}: {why}')
         if not at_layer and item.literal:
           raise errors.SiteError(
             f"{paths.show(path)}: adapter type '{finder.adapter.name}' cannot "
@@ -317,7 +314,14 @@ def sites(
     met = set().union(*(ids for _, ids in found.values()))
     for index, item in enumerate(items):
       if index not in met:
-        raise _no_site(finder, item, match.by_item[item], reasons.get(index))
+        met_by = match.by_item[item]
+        what = repr(item.written)
+        raise _no_site(finder, what, met_by, _reason(reasons, met_by))
+      sites_of = [path for path, (_, ids) in found.items() if index in ids]
+      for choice in selectors.unmet(item.choices, sites_of):
+        there = [p for p in match.by_item[item] if choice.meets(p)]
+        what = f'{item.written!r}: its alternative {choice.text!r}'
+        raise _no_site(finder, what, there, _reason(reasons, there))
   return [(site, frozenset(ids)) for site, ids in found.values()]
 
 
@@ -341,24 +345,36 @@ def _of_selection(
   return found
 
 
+def _reason(reasons: Mapping[Path, str], met: Iterable[Path]) -> str | None:
+  """Returns why the first of some parameters cannot be served, if so."""
+  return next((reasons[p] for p in met if p in reasons), None)
+
+
 def _no_site(
-  finder: Finder, item: selectors.Item, met: Iterable[Path], reason: str | None
+  finder: Finder, what: str, met: Iterable[Path], reason: str | None
 ) -> errors.SurgeryError:
+  """Returns the error for what an adapter cannot serve.
+
+  Args:
+    finder: knows the adapter.
+    what: an item of a selector, or an alternative of one.
+    met: the parameters that it matches, but for those taken out again.
+    reason: why the type does not serve the first of them, if it was asked.
+  """
   met = list(met)
   kind = finder.adapter.name
   if not met:
     return errors.SelectorError(
-      f'selector {item.written!r}: all that it matches is taken out again by '
-      "a '!' item."
+      f"selector {what}: all that it matches is taken out again by a '!' item."
     )
   shown = ', '.join(paths.literal(p) for p in met[:5])
   if reason:
     return errors.SiteError(
-      f"selector {item.written!r}: adapter type '{kind}' can serve nothing "
-      f'that it matches. {reason}.'
+      f"selector {what}: adapter type '{kind}' can serve nothing that it "
+      f'matches. {reason}.'
     )
   return errors.SelectorError(
-    f'selector {item.written!r}: it matches {len(met)} parameters, none of '
+    f'selector {what}: it matches {len(met)} parameters, none of '
     f"which is a default site of adapter type '{kind}' "
     f'({finder.adapter.rewrites[0]}). Name one of them: {shown}.'
   )

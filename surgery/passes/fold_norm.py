@@ -58,7 +58,7 @@ def fold_norm(
     host: knows the adapters' types.
 
   Raises:
-    RenameError: for a rule that matches nothing.
+    RenameError: for a rule, or an alternative of one, that matches nothing.
     SurgeryError: if a parameter is missing, or shapes do not fit.
     AdapterError: for a layer with an adapter.
     CastError: when it is written, for a result that is too large or NaN.
@@ -70,7 +70,13 @@ def fold_norm(
   fresh: dict[Path, Leaf] = {}
   gone: set[Path] = set()
   behind: dict[Path, Path] = {}
-  for layer, found in _pairs(checkpoint, rules).items():
+  pairs = _pairs(checkpoint, rules)
+  if statistics is not None:
+    written = editing.texts(statistics, 'fold-norm')
+    renaming.resolved(
+      [renaming.parse(text) for text in written], dict.fromkeys(pairs.values())
+    )
+  for layer, found in pairs.items():
     elsewhere = _elsewhere(found, statistics)
     one = _read(checkpoint, layer, found, elsewhere, axis, epsilon, nonfinite)
     if one.norm_paths() & gone or one.kernel in changed:
@@ -122,6 +128,7 @@ def _pairs(
       found.setdefault(layer, target)
     if len(found) == before:
       raise renaming.nothing(text, list(checkpoint))
+    renaming.check_alternatives(rule, layers)
   return found
 
 

@@ -106,7 +106,7 @@ class _Names:
     shared = {s.path for a in records.adapters for s in a.shared.values()}
     universe = [p for p in following.with_empty(checkpoint) if p not in shared]
     self._rules = rules
-    self._new = renaming.targets(rules, universe)
+    self._new = renaming.resolved(rules, universe)
     if all(old == new for old, new in self._new.items()):
       raise errors.RenameError(
         'rename: every tensor would keep its name. Change the rules.'

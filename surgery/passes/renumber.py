@@ -56,6 +56,7 @@ class Numbered:
           self._width = max(self._width, len(written))
     if not self.numbers:
       raise renaming.nothing(f'{layers} -> {layers}', universe)
+    renaming.check_alternatives(self._rule, universe)
 
   def found(self, path: Path) -> tuple[Path, int] | None:
     """Returns where a path is, all but the number, and the number."""

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ def renamed(rule, *shown):
     ('net/* -> *', 'net/a/b', 'a/b'),
     ('*/x/h*k -> y/*/*', 'net/x/h12k', 'y/net/12'),
     ('h?/x -> ?/x', 'ha/x', 'a/x'),
-    ('h[ab]/[!c] -> [ab]/[c]h', 'ha/d', 'a/dh'),
+    ('h[ab]/[!c] -> [ab]/[!c]h', 'ha/d', 'a/dh'),
     ('{a,b}/w -> {x,y}/w', 'b/w', 'y/w'),
     ('{a,b}/{c,d} -> {c,d}/{a,b}', 'a/d', 'c/b'),
     ('x{,s}/w -> y{,z}/w', 'xs/w', 'yz/w'),
@@ -132,6 +134,16 @@ def test_rules_hold_at_once():
     ('!a -> x', "rules are about paths, found '!a'"),
     ('a -> re:b', "rules are about paths, found 're:b'"),
     ('re:( -> x', 'not a regular expression'),
+    ('re:(.*)/a -> re:b', "rules are about paths, found 're:b'"),
+    (r're:(.*)/a -> \1/*', r"'\*' means nothing on the right of a regular"),
+    (r're:(.*)/a -> {\1,b}', "'{' means nothing on the right of a regular"),
+    (r're:(.*)/a -> h<i>', "'<' means nothing on the right of a regular"),
+    (r're:(.*)/a -> !\1', "rules are about paths, found '!"),
+    ('h[01] -> g[ab]', r"'\[01\]' on the left and '\[ab\]' on the right"),
+    ('h[!01] -> g[01]', r"'\[!01\]' on the left and '\[01\]' on the right"),
+    ('{a,a} -> {x,y}', 'braces on the left hold a name twice'),
+    ('h[a/b] -> [a/b]', r"a '\[' without its '\]'"),
+    ('h[!] -> [!]', r"a '\[' without its '\]'"),
   ],
 )
 def test_what_cannot_be_read_is_refused(rule, message):
@@ -247,3 +259,71 @@ def test_numbers_go_up_and_down_again(number, by):
   there = up.apply(path)
   assert there is not None
   assert path == down.apply(there)
+
+
+def resolved(rule, *shown):
+  return renaming.resolved(
+    [renaming.parse(rule)], [paths.parse(s) for s in shown]
+  )
+
+
+@pytest.mark.parametrize(
+  'rule',
+  [
+    '**/{query,vlaue} -> **/{q,v}',
+    r're:(.*)/(query|vlaue)/kernel -> \1/\2',
+    '{net,nte}/{query,value} -> {net,nte}/{query,value}',
+  ],
+)
+def test_an_alternative_that_matches_nothing_is_refused(rule):
+  with pytest.raises(errors.RenameError) as raised:
+    resolved(rule, 'net/query/kernel', 'net/value/kernel')
+  assert re.search(
+    r"its alternative '(vlaue|nte)' matches nothing among 2 tensors. Nearest: "
+    'net',
+    str(raised.value),
+  )
+
+
+def test_each_alternative_has_to_match_not_each_combination():
+  rule = '{a,b}/{c,d} -> {c,d}/{a,b}'
+  assert {('c', 'a'), ('d', 'b')} == set(resolved(rule, 'a/c', 'b/d').values())
+
+
+def test_an_alternative_that_an_earlier_rule_decides_matches():
+  rules = [renaming.parse(r) for r in ('a -> x', '{a,b} -> {y,z}')]
+  assert {('a',): ('x',), ('b',): ('z',)} == renaming.resolved(
+    rules, [('a',), ('b',)]
+  )
+
+
+def test_what_a_regular_expression_matches_may_stay():
+  rule = renaming.staying('re:new/.*')
+  assert ('new', 'a') == rule.apply(('new', 'a'))
+  assert rule.apply(('old', 'a')) is None
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'a/*',
+    '{a,b}',
+    'h<i>',
+    'a[bc]',
+    'a?',
+    '**',
+    're:a',
+    'b::a',
+    '!a',
+    'a->b',
+    '',
+  ],
+)
+def test_what_is_no_name_is_refused(text):
+  with pytest.raises(errors.RenameError):
+    renaming.name(text, f'-> {text}')
+
+
+@given(PATHS)
+def test_any_name_is_read_as_it_was_written(path):
+  assert path == renaming.name(escaped(path), '-> …')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import blox as bx
 import jax
 import jax.numpy as jnp
@@ -160,6 +162,62 @@ def test_lock_raises_if_an_exclusion_matched_nothing(net):
   params = model(params, x)[1]
   with pytest.raises(surgery.SelectorError, match='hiden1'):
     params.locked()
+
+
+@pytest.mark.parametrize(
+  ('to', 'word'),
+  [
+    ('**/{hidden0,outptu}', 'outptu'),
+    ('re:.*/(hidden0|outptu)', 'outptu'),
+    (['**', '!**/{hidden0,outptu}'], 'outptu'),
+    # There is one, and it cannot be served.
+    ('net/{mlp,rng}', 'rng'),
+  ],
+)
+def test_lock_raises_if_an_alternative_matched_nothing(net, base, to, word):
+  model, seeded, x = net
+  params = model(surgery.attach(seeded, LORA, to=to), x)[1]
+  for attach in (params.locked, lambda: surgery.attach(base, LORA, to=to)):
+    with pytest.raises(surgery.SurgeryError, match=f"alternative '{word}'"):
+      attach()
+
+
+@pytest.mark.parametrize('option', ['layout', 'stacked'])
+def test_lock_raises_if_axes_of_nothing_were_given(net, option):
+  model, seeded, x = net
+  axes = {'**/hiden0': 'io' if option == 'layout' else 0}
+  given: Any = {option: axes}
+  params = surgery.attach(seeded, LORA, to='**/hidden*', **given)
+  params = model(params, x)[1]
+  with pytest.raises(surgery.SelectorError, match=f'{option}: .*hiden0'):
+    params.locked()
+
+
+def test_lock_raises_if_a_pattern_is_shadowed(net, base):
+  model, seeded, x = net
+  patterns = {'**/hidden*': {'rank': 1}, '**/hidden0': {'alpha': 100.0}}
+  adapter = surgery.LoRA(rank=2, patterns=patterns)
+  params = model(surgery.attach(seeded, adapter, to='**/hidden*'), x)[1]
+  attach = lambda: surgery.attach(base, adapter, to='**/hidden*')
+  for raises in (params.locked, attach):
+    with pytest.raises(
+      surgery.SelectorError,
+      match=r"patterns: selector '\*\*/hidden0' decides nothing: what it "
+      r'matches, e.g. net/mlp/hidden0/kernel, an earlier one does, '
+      r"'\*\*/hidden\*'. Put it first.",
+    ):
+      raises()
+
+
+def test_patterns_in_the_right_order_decide_each(net, base):
+  patterns = {'**/hidden0': {'rank': 1}, '**/hidden{0,1}': {'rank': 3}}
+  adapter = surgery.LoRA(rank=2, patterns=patterns)
+  params = surgery.attach(base, adapter, to=['**/hidden*', '**/output'])
+  ranks = [
+    params['net', 'mlp', layer, 'lora_a'].value.shape[-1]
+    for layer in ('hidden0', 'hidden1', 'output')
+  ]
+  assert [1, 3, 2] == ranks
 
 
 def test_lock_raises_if_a_type_matched_nothing(net):

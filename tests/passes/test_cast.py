@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 
 import blox as bx
@@ -347,7 +348,7 @@ def dtypes(checkpoint):
     (['net/a', '!**/bias'], 'float32 float16 float16 float16'),
     ('**/norm=f64', 'float16 float16 float64 float16'),
     (['**/bias=f64', '**/a'], 'float32 float64 float16 float16'),
-    (['**/a', '**/bias=f64'], 'float32 float32 float16 float16'),
+    (['**/a', '**/bias'], 'float32 float32 float16 float16'),
     (['**/x\\=y'], 'float16 float16 float16 float32'),
     (['**/x\\=y=f64'], 'float16 float16 float16 float64'),
     (['re:.*/(norm|a)/.*=f64'], 'float64 float64 float64 float16'),
@@ -355,6 +356,15 @@ def dtypes(checkpoint):
 )
 def test_the_first_selector_that_matches_decides(keep, expected):
   assert expected == dtypes(cast(net(), 'bf16', keep=keep, host=HOST))
+
+
+def test_a_selector_that_decides_nothing_is_refused():
+  message = (
+    "keep: selector '**/bias' decides nothing: what it matches, e.g. "
+    "net/a/bias, an earlier one does, '**/a'. Put it first."
+  )
+  with pytest.raises(surgery.SelectorError, match=re.escape(message)):
+    cast(net(), 'bf16', keep=['**/a', '**/bias=f64'], host=HOST)
 
 
 def test_a_selection_is_kept():
