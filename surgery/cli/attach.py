@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from surgery.cli import completion, shared, writing
-from surgery.core import config, errors
+from surgery.cli.command import Command
+from surgery.core import config
 from surgery.core.host import default_host
 
 
@@ -26,8 +27,6 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
     # Options are identifiers, so what stands before the last ':' is a selector.
     selector, _, option = key.rpartition(':')
     target = patterns.setdefault(selector, {}) if selector else general
-    if option in target:
-      raise errors.ConfigError(f'--set {key}: given twice.')
     target[option] = value
   return cls(
     **config.parse(cls, general),
@@ -35,7 +34,7 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   )
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @click.option(
   '--adapter',

@@ -8,18 +8,17 @@ from typing import Any
 import click
 
 from surgery.cli import completion, shared, writing
+from surgery.cli.command import Command
 
 
 def _numbers(weights: tuple[str, ...]) -> dict[str, float]:
   """Returns what each adapter counts.
 
   Raises:
-    UsageError: for what is no number, or a name that is given twice.
+    UsageError: for what is no number.
   """
   numbers: dict[str, float] = {}
   for name, value in shared.pairs(weights, '--weight'):
-    if name in numbers:
-      raise click.UsageError(f'--weight {name}: given twice.')
     try:
       numbers[name] = float(value)
     except ValueError:
@@ -29,7 +28,7 @@ def _numbers(weights: tuple[str, ...]) -> dict[str, float]:
   return numbers
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @click.option(
   '--weight',

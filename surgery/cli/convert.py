@@ -8,9 +8,10 @@ import pathlib
 import click
 
 from surgery.cli import completion, shared, writing
+from surgery.cli.command import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument('file', metavar='IN', type=shared.FILE)
 @click.option(
   '--to',

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from surgery.cli.command import Command
 from surgery.core import errors
 
 SIZES = (128, 64, 10)
@@ -278,7 +279,7 @@ def _show(figures: dict[str, Any]) -> None:
   click.echo('merged equals adapted, bit for bit: yes')
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
   '--keep',
   type=click.Path(path_type=pathlib.Path, file_okay=False),

@@ -8,9 +8,10 @@ import pathlib
 import click
 
 from surgery.cli import extract, shared, writing
+from surgery.cli.command import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @shared.adapters('The adapter to take off; all by default. May be repeated.')
 @click.option(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli import codes, completion, progress, shared
+from surgery.cli.command import Command
 from surgery.core import paths
 from surgery.core.host import default_host
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
   from surgery.passes.diff import Difference, TensorDiff
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument('a', metavar='A', type=shared.FILE)
 @click.argument('b', metavar='B', type=shared.FILE)
 @click.argument(

@@ -7,9 +7,10 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
+from surgery.cli.command import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @shared.selectors(required=True)
 @writing.writes

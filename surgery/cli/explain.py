@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from surgery.cli import shared
+from surgery.cli.command import Command
 from surgery.core import errors
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @click.argument('code', metavar='MODULE:FUNCTION')
 @shared.json_option

@@ -8,6 +8,7 @@ import pathlib
 import click
 
 from surgery.cli import shared, writing
+from surgery.cli.command import Command
 
 
 def step(names: tuple[str, ...]) -> dict[str, object]:
@@ -23,7 +24,7 @@ def step(names: tuple[str, ...]) -> dict[str, object]:
   return {'extract': names[0] if names else None, 'as': 'adapter'}
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @shared.adapters('The adapter; the only one by default.')
 @writing.writes

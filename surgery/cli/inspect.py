@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli import shared
+from surgery.cli.command import Command
 from surgery.core import manifest, paths, recording
 from surgery.core.host import default_host
 from surgery.core.layers import LayerTypes
@@ -28,7 +29,7 @@ def _flags(leaf: Leaf) -> list[str]:
   return flags
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @shared.selectors(required=False)
 @click.option(

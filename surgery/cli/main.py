@@ -13,6 +13,7 @@ import click
 
 from surgery.cli import completion
 from surgery.cli.codes import BUG, FAILED, INTERRUPTED, PLUGIN
+from surgery.cli.command import Group
 from surgery.core import errors
 
 # Name → (where the command lives, summary). Static, so that `--help` imports
@@ -48,7 +49,7 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
-class _Verbs(click.Group):
+class _Verbs(Group):
   """A group that imports a verb only when it is called."""
 
   def list_commands(self, ctx: click.Context) -> list[str]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import shared, writing
+from surgery.cli.command import Command
+
+if TYPE_CHECKING:
+  from surgery.core.checkpoint import Checkpoint
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @shared.adapters('The adapter to merge; all by default. May be repeated.')
 @click.option(
   '--with',
-  'source',
+  'sources',
   type=shared.FILE,
-  help='Merge the adapter in this file into the base in FILE.',
+  multiple=True,
+  help='Merge the adapter in this file into the base in FILE. May be repeated; '
+  'the first lies innermost.',
 )
 @click.option(
   '--no-check-base',
@@ -27,7 +36,7 @@ from surgery.cli import shared, writing
 def command(
   file: pathlib.Path,
   names: tuple[str, ...],
-  source: pathlib.Path | None,
+  sources: tuple[pathlib.Path, ...],
   no_check_base: bool,
   output: writing.Output,
 ) -> None:
@@ -36,19 +45,50 @@ def command(
   \b
   surgery merge adapted.msgpack -o merged.msgpack
   surgery merge base.msgpack --with a.msgpack -o merged.msgpack
+  surgery merge base.msgpack --with a.msgpack --with b.msgpack -o ab.msgpack
   """
-  if no_check_base and source is None:
+  if no_check_base and not sources:
     raise click.UsageError('--no-check-base goes with --with.')
-  if source is not None and names:
+  if sources and names:
     raise click.UsageError(
-      '--adapter does not go with --with: the file holds one adapter.'
+      '--adapter does not go with --with: a file holds one adapter.'
     )
+  for number, source in enumerate(sources):
+    if source.resolve() in [one.resolve() for one in sources[:number]]:
+      raise click.UsageError(f'--with {source}: given twice.')
   before = shared.model(file)
-  if source is None:
+  if not sources:
     writing.carry_out(output, [{'merge': shared.short(names)}], before)
     return
-  value: dict[str, object] = {'with': 'adapter'}
-  if no_check_base:
-    value['check-base'] = False
-  others = {'adapter': shared.opened(source)}
-  writing.carry_out(output, [{'merge': value}], before, others)
+  unchecked = {'check-base': False} if no_check_base else {}
+  if len(sources) == 1:
+    others = {'adapter': shared.opened(sources[0])}
+    steps = [{'merge': {'with': 'adapter', **unchecked}}]
+  else:
+    # All are held against the base before one of them changes it.
+    steps, others = _together(before, sources, unchecked)
+  writing.carry_out(output, steps, before, others)
+
+
+def _together(
+  before: Checkpoint,
+  sources: Sequence[pathlib.Path],
+  options: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], dict[str, Checkpoint]]:
+  """Returns steps that attach several adapters and merge them, and their files.
+
+  Args:
+    before: the model.
+    sources: the adapters, the innermost first.
+    options: further options of attaching.
+  """
+  steps: list[dict[str, Any]] = []
+  taken = [one['name'] for one in before.manifest.adapters]
+  free = (n for n in map('with{}'.format, itertools.count()) if n not in taken)
+  names = list(itertools.islice(free, len(sources)))
+  others = {}
+  for number, (name, source) in enumerate(zip(names, sources, strict=True)):
+    alias = f'adapter{number}'
+    others[alias] = shared.opened(source)
+    steps.append({'attach': {'from': alias, 'name': name, **options}})
+  return [*steps, {'merge': names}], others

@@ -11,6 +11,7 @@ import string
 import click
 
 from surgery.cli import shared
+from surgery.cli.command import Command
 from surgery.core import errors, version
 from surgery.core.host import default_host
 
@@ -197,7 +198,7 @@ def _class(name: str) -> str:
   return f'{words}Adapter' if taken else words
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument('name')
 @click.option(
   '-o',

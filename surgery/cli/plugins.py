@@ -11,11 +11,12 @@ from typing import Any
 import click
 
 from surgery.cli import completion
+from surgery.cli.command import Group
 from surgery.core import config, errors
 from surgery.core.host import default_host
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:

@@ -6,10 +6,11 @@ import json
 
 import click
 
+from surgery.cli.command import Command
 from surgery.core.host import default_host
 
 
-@click.command()
+@click.command(cls=Command)
 def command() -> None:
   r"""Print the JSON schema of recipes, for editors.
 

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from surgery.cli import shared, writing
+from surgery.cli.command import Command
 from surgery.core import errors
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument('file', metavar='RECIPE', type=shared.FILE)
 @click.argument('values', nargs=-1, metavar='[KEY=VALUE]…')
 @click.option('--force', is_flag=True, help='Replace existing files.')

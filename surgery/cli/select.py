@@ -8,10 +8,11 @@ import pathlib
 import click
 
 from surgery.cli import shared
+from surgery.cli.command import Command
 from surgery.core import paths
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @shared.selectors(required=True)
 @click.option('--count', is_flag=True, help='Print their number only.')

@@ -113,12 +113,14 @@ def pairs(items: tuple[str, ...], what: str) -> list[tuple[str, str]]:
   """Splits `key=value` at the last `=` that has an option's value behind.
 
   Raises:
-    UsageError: for an item without `=`.
+    UsageError: for an item without `=`, or a key that is given twice.
   """
-  split = []
+  split: dict[str, str] = {}
   for item in items:
     key, sign, value = item.rpartition('=')
     if not sign or not key:
       raise click.UsageError(f'{what} {item!r}: expected {what} KEY=VALUE.')
-    split.append((key, value))
-  return split
+    if key in split:
+      raise click.UsageError(f'{what} {key}: given twice.')
+    split[key] = value
+  return list(split.items())

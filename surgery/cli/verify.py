@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli import codes, progress, shared
+from surgery.cli.command import Command
 from surgery.core import errors, location, paths
 from surgery.core.host import default_host
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
   from surgery.passes.verify import Verified
 
 
-@click.command()
+@click.command(cls=Command)
 @shared.file
 @click.option(
   '--write',

@@ -104,6 +104,15 @@ def _configured(kind: str, said: Mapping[str, Any], host: Host) -> Adapter:
   cls = host.adapter_type(kind)
   general: dict[str, Any] = {}
   patterns: dict[str, dict[str, Any]] = {}
+
+  def put(selector: str, option: str, value: Any) -> None:
+    options = patterns.setdefault(selector, {})
+    if option in options:
+      raise errors.ConfigError(
+        f'attach: set: {selector}:{option} is given twice.'
+      )
+    options[option] = value
+
   for key, value in said.items():
     selector, _, option = key.rpartition(':')
     if key == 'patterns':
@@ -115,9 +124,12 @@ def _configured(kind: str, said: Mapping[str, Any], host: Host) -> Adapter:
           f'{value!r}.'
         )
       for where, some in value.items():
-        patterns.setdefault(where, {}).update(some)
+        # One without options stands for those of the type.
+        patterns.setdefault(where, {})
+        for name, one in some.items():
+          put(where, name, one)
     elif selector:
-      patterns.setdefault(selector, {})[option] = value
+      put(selector, option, value)
     else:
       general[key] = value
   return cls(

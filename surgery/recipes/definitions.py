@@ -108,7 +108,12 @@ class Definition:
       RecipeError: for an unknown or missing option, or a value of another type.
     """
     if isinstance(value, Mapping) and not self._is_first(value):
-      named = {self._key(key): item for key, item in value.items()}
+      named = {}
+      for key, item in value.items():
+        name = self._key(key)
+        if name in named:
+          raise errors.RecipeError(f'{name!r} is given twice.')
+        named[name] = item
     elif value is None:
       named = {}
     elif self.first is None:

@@ -307,7 +307,9 @@ class Recipe:
     where = self.where('outputs', name)
     if not isinstance(value, Mapping):
       return Target(self._file(value, 'outputs', name))
-    said = {key.replace('_', '-'): item for key, item in value.items()}
+    said: dict[str, Any] = {}
+    for key, item in value.items():
+      self._once(key.replace('_', '-'), item, said, where)
     for key in said:
       if key not in _TARGET:
         raise errors.RecipeError(
@@ -385,10 +387,11 @@ class Recipe:
   def _substituted(self, value: Any, where: str) -> Any:
     """Returns a part of a recipe with the values of variables."""
     if isinstance(value, Mapping):
-      return {
-        self._substituted(k, where): self._substituted(v, where)
-        for k, v in value.items()
-      }
+      found: dict[Any, Any] = {}
+      for k, v in value.items():
+        key = self._substituted(k, where)
+        self._once(key, self._substituted(v, where), found, where)
+      return found
     if isinstance(value, (list, tuple)):
       return [self._substituted(one, where) for one in value]
     if not isinstance(value, str):
@@ -401,6 +404,18 @@ class Recipe:
       return '$' if match[1] is None else str(self._variable(match[1], where))
 
     return _VARIABLE.sub(one, value)
+
+  def _once(
+    self, key: Any, value: Any, into: dict[Any, Any], where: str
+  ) -> None:
+    """Puts a value under a key that has none yet.
+
+    Raises:
+      RecipeError: if the key has one.
+    """
+    if key in into:
+      raise errors.RecipeError(f'{where}: {key!r} is given twice.')
+    into[key] = value
 
   def _variable(self, name: str, where: str) -> Any:
     if name not in self.vars:

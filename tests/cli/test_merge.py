@@ -63,6 +63,64 @@ def test_an_adapter_in_a_file_is_merged_into_its_base(
   assert_same(surgery.merge(params), out)
 
 
+def saved_alone(folder, base, name, seed, **options):
+  """Returns params with one random adapter, and its file."""
+  params = surgery.attach(
+    base, surgery.LoRA(rank=2, **options), to='**', name=name, seed=seed
+  ).unlocked()
+  for path, param in list(params.items()):
+    if path[-1].startswith('lora_b'):
+      key = jax.random.key(hash((seed, *map(len, path))))
+      value = jax.random.normal(key, param.value.shape)
+      params[path] = param.replace(value=value)
+  file = folder / f'{name}{seed}.msgpack'
+  surgery.save_adapter(file, params.locked(), name)
+  return file
+
+
+def test_several_adapters_are_merged_in_their_order(
+  model, tmp_path, out, surgery_cli
+):
+  # Both were made for the base, and are called alike.
+  files = [saved_alone(tmp_path, model.params, 'x', seed) for seed in (1, 2)]
+  expected = model.params
+  for name, file in zip('ab', files, strict=True):
+    expected = surgery.load_adapter(file, expected, name=name)
+  options = [item for file in files for item in ('--with', file)]
+  result = surgery_cli('merge', model.file, *options, '-o', out)
+  assert 0 == result.code, result.err
+  assert_same(surgery.merge(expected), out)
+
+
+def test_adapters_in_files_are_merged_over_one_that_stays(
+  model, tmp_path, out, surgery_cli
+):
+  files = [saved_alone(tmp_path, model.params, 'x', seed) for seed in (1, 2)]
+  base = surgery.attach(
+    model.params, surgery.LoRA(rank=1), to='**', name='with0'
+  )
+  adapted = tmp_path / 'adapted.msgpack'
+  surgery.save(adapted, base)
+  options = [item for file in files for item in ('--with', file)]
+  result = surgery_cli('merge', adapted, *options, '-o', out)
+  assert 0 == result.code, result.err
+  for name, file in zip('ab', files, strict=True):
+    base = surgery.load_adapter(file, base, name=name)
+  assert_same(surgery.merge(base, ['a', 'b']), out)
+
+
+def test_one_adapter_file_is_not_merged_twice(
+  model, tmp_path, out, surgery_cli
+):
+  file = saved_alone(tmp_path, model.params, 'x', 1)
+  result = surgery_cli(
+    'merge', model.file, '--with', file, '--with', file, '-o', out
+  )
+  assert 2 == result.code
+  assert 'given twice' in result.err
+  assert not out.exists()
+
+
 def test_one_of_two_is_merged_and_the_other_goes_on(
   model, tmp_path, out, surgery_cli
 ):
