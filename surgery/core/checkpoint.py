@@ -106,6 +106,8 @@ class Leaf:
       and decompositions do.
     codes: of which quantised weight it is a part, if it is one; then its values
       are no numbers.
+    fresh: whether it is made anew, as first weights are, so that in params it
+      is put where the parameter lies that it belongs to.
   """
 
   load: Callable[[], Any]
@@ -123,6 +125,7 @@ class Leaf:
   memory: int | None = dataclasses.field(default=None, compare=False)
   heavy: bool = dataclasses.field(default=False, compare=False)
   codes: quantised.Codes | None = dataclasses.field(default=None, compare=False)
+  fresh: bool = dataclasses.field(default=False, compare=False)
 
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.

@@ -16,12 +16,14 @@ from surgery.core.host import Host, default_host
 from surgery.live import convert, designed, lineage
 from surgery.live import params as live
 from surgery.live.dispatch import types_of
+from surgery.passes import devices
 from surgery.recipes import recipe as recipes
 from surgery.recipes.recipe import Recipe
 
 Model = TypeVar('Model', bx.Params, Checkpoint)
 
 
+@devices.transfers()
 def apply(
   model: Model,
   recipe: Recipe | Sequence[Mapping[str, Any] | str] | Mapping[str, Any] | str,

@@ -23,6 +23,7 @@ from surgery.core.manifest import Manifest
 from surgery.core.paths import Path
 from surgery.core.records import Records
 from surgery.live import params as live
+from surgery.live import placing
 
 _SCALARS = (bool, int, float, complex, str)
 
@@ -79,14 +80,17 @@ def to_params(
     like: the params that it came from, of which unchanged parts are kept.
   """
   data = {}
+  values = {path: leaf.load() for path, leaf in checkpoint.items()}
+  records = checkpoint.records(host)
+  fresh = {path for path, leaf in checkpoint.items() if leaf.fresh}
+  values.update(placing.weights(values, records, fresh))
   for path, leaf in checkpoint.items():
-    value = leaf.load()
+    value = values[path]
     old = like[path] if like is not None and path in like else None
     if old is not None and _unchanged(old, leaf, value):
       data[path] = old
     else:
       data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
-  records = checkpoint.records(host)
   notes = {} if like is None else _noted(checkpoint, records, like)
   return live.make(data, checkpoint.manifest.locked, records, notes)
 
@@ -271,8 +275,13 @@ def _beneath(path: Path, trees: Mapping[Path, Any]) -> bool:
   return any(path[:n] in trees for n in range(1, len(path) + 1))
 
 
-def from_tensors(checkpoint: Checkpoint) -> Checkpoint:
+def from_tensors(checkpoint: Checkpoint, *, placed: bool = True) -> Checkpoint:
   """Returns a checkpoint of tensors as one of parameters, values loaded.
+
+  Args:
+    checkpoint: the checkpoint of tensors.
+    placed: whether arrays are put where JAX puts what lies nowhere; otherwise
+      they stay on the host, to be put beside what they belong to.
 
   Raises:
     FormatError: if manifest and tensors do not fit together.
@@ -281,9 +290,13 @@ def from_tensors(checkpoint: Checkpoint) -> Checkpoint:
   leaves: dict[Path, Leaf] = {}
   for path, leaf in checkpoint.items():
     if not _beneath(path, trees):
-      value = _array(leaf, path)
+      if placed or leaf.key is not None:
+        value = _array(leaf, path)
+      else:
+        value = leaf.load()
+        value = np.array(value) if isinstance(value, np.ndarray) else value
       load = functools.partial(_value, value)
-      leaves[path] = leaf.replace(load=load, codes=leaf.codes)
+      leaves[path] = leaf.replace(load=load, codes=leaf.codes, fresh=not placed)
   for path, tree in trees.items():
     value = _rebuilt(tree['value'], path, checkpoint)
     first = next(

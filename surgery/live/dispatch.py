@@ -11,15 +11,16 @@ from typing import Any, TypeVar
 from surgery.core import errors, layers
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host, default_host
+from surgery.passes import devices
 
 Verb = TypeVar('Verb', bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
 def told(host: Host | None, verb: str, **arguments: Any) -> Iterator[Host]:
-  """Tells observers of a verb."""
+  """Tells observers of a verb, which may move values to and from devices."""
   host = host or default_host()
-  with host.observed(verb, arguments):
+  with host.observed(verb, arguments), devices.transfers():
     yield host
 
 

@@ -20,7 +20,7 @@ from surgery.core.paths import Path
 from surgery.live import designed, lineage
 from surgery.live import params as live
 from surgery.live.lineage import Change
-from surgery.passes import detach, editing, regions, reshape, slicing
+from surgery.passes import detach, devices, editing, regions, reshape, slicing
 from surgery.recipes import definitions
 from surgery.recipes.recipe import Recipe
 
@@ -69,6 +69,7 @@ _ZERO = frozenset(
 )
 
 
+@devices.transfers()
 def migrate(
   opt_state: Any,
   before: bx.Params,

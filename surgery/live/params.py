@@ -36,7 +36,7 @@ from surgery.core.records import (
   unite,
 )
 from surgery.core.site import Site
-from surgery.live import primitives, routed
+from surgery.live import placing, primitives, routed
 from surgery.passes import attach, blocks, compute, finding
 
 _EMPTY = Records()
@@ -556,6 +556,8 @@ def _grown(
   grown = record.with_site(new, met)
   info = {site.path: cast(finding.Info, info_of(params._data[site.path]))}
   single = dataclasses.replace(grown, sites={site.path: new}, total=None)
+  base = params._data[site.path].value
+  names = {spec.path: name for name, spec in new.weights.items()}
   drawn = attach.weight_leaves(
     _Stored(params),
     _inside(params._records, record.name),
@@ -566,9 +568,10 @@ def _grown(
   result = params._clone()
   for path, leaf in drawn.items():
     if path not in {s.path for s in kept.values()}:
-      result._data[path] = bx.Param(
-        leaf.load(), leaf.trainable, dict(leaf.metadata)
+      value = placing.weight(
+        leaf.load(), base, record.adapter, site, names[path]
       )
+      result._data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
   result._records = params._records.grown(grown, new)
   return result
 

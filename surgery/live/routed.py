@@ -101,7 +101,8 @@ def _with(
     factors = jax.vmap(factors)
   if index is not None:
     factors = jax.vmap(factors, (0, None))
-  a, b = factors(weights, value)
+  with compute.as_written(v.dtype for v in (value, *weights.values())):
+    a, b = factors(weights, value)
   if index is not None:
     # No adapter: the base alone.
     off = (index < 0).reshape((-1, *[1] * (b.ndim - 1)))

@@ -16,6 +16,7 @@ from surgery.core.paths import Path
 from surgery.core.records import ROUTE, AdapterRecord, Records, WeightSpec
 from surgery.live import designed
 from surgery.live import params as live
+from surgery.passes import devices
 
 
 def _params(value: Any, verb: str) -> live.AdaptedParams:
@@ -44,6 +45,7 @@ def _weights(record: AdapterRecord) -> dict[Path, WeightSpec]:
   }
 
 
+@devices.transfers()
 def stack_adapters(
   many: Sequence[bx.Params],
   *,
@@ -231,6 +233,7 @@ def _with_axis(param: bx.Param, axis: int) -> dict[str, Any]:
   return {**param.metadata, 'sharding': axes}
 
 
+@devices.transfers()
 def route(
   params: bx.Params,
   index: Any,

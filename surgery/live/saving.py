@@ -14,11 +14,12 @@ from surgery.core.checkpoint import open_checkpoint
 from surgery.core.host import Host, default_host
 from surgery.live import convert, designed
 from surgery.live import params as live
-from surgery.passes import extract
+from surgery.passes import devices, extract
 
 PathLike = str | os.PathLike[str]
 
 
+@devices.transfers()
 def save(
   path: PathLike,
   params: Params,
@@ -75,6 +76,7 @@ def _settled(params: Any) -> bx.Params:
   return params
 
 
+@devices.transfers()
 def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
   """Loads what `save` wrote, or any flax msgpack file of nested dicts.
 
@@ -107,6 +109,7 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
   )
 
 
+@devices.transfers()
 def save_adapter(
   path: PathLike,
   params: Params,
@@ -137,6 +140,7 @@ def save_adapter(
   alone.write(path, overwrite=overwrite, host=host)
 
 
+@devices.transfers()
 def load_adapter(
   path: PathLike,
   params: Params,
@@ -152,20 +156,19 @@ def load_adapter(
     params: the base; not changed.
     name: the adapter's name here; the one that it was saved under by default.
     check_base: whether the base must have the very values that the adapter
-      was saved with, and the adapters beneath that it was trained over.
+      was saved with.
     host: knows formats and adapters' types.
 
   Raises:
     BaseMismatchError: if a parameter of the base has other values or another
-      shape than the adapter was made for, or adapters beneath are missing.
+      shape than the adapter was made for.
     AdapterError: if the name is taken.
-    FormatError: if the file holds no adapter, or its tensors are not those that
-      its configuration makes.
+    FormatError: if the file holds no adapter.
   """
   host = host or default_host()
   expect.path(path, load_adapter)
   params = designed.adopted(expect.params(params, load_adapter))
-  alone = convert.from_tensors(open_checkpoint(path, host=host))
+  alone = convert.from_tensors(open_checkpoint(path, host=host), placed=False)
   before = convert.to_checkpoint(params)
   after = extract.insert(
     before, alone, name=name, check_base=check_base, host=host

@@ -429,6 +429,7 @@ def _shared(
       str(value.dtype),
       trainable,
       weight_metadata(adapter, name, None, weight),
+      fresh=True,
     )
   return specs, leaves
 
@@ -479,6 +480,8 @@ def weight_leaves(
   def base(site: Site, name: str) -> Any:
     path = (*site.layer, name)
     chain = compute.enabled(inner.chains.get(path, ()))
+    if not chain:
+      return leaves[path].load()
     return blocks.answer(chain, path, lambda p: leaves[p].load(), inner.chains)
 
   groups: dict[Any, list[SiteRecord]] = {}
@@ -510,6 +513,7 @@ def weight_leaves(
           weight_metadata(
             record.adapter, record.name, member.site, weight, front
           ),
+          fresh=True,
         )
   return made
 

@@ -22,7 +22,7 @@ from surgery.core.checkpoint import Index, grid
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, Chain, SiteRecord
 from surgery.core.site import Site
-from surgery.passes import compute, cutting
+from surgery.passes import compute, cutting, devices
 from surgery.passes.compute import Fetch
 
 Shape = tuple[int, ...]
@@ -209,8 +209,19 @@ class Blocks:
     value = self._part(index)
     if self._operands is None:
       self._operands = [self._fetched(link, kind) for link, kind in self._links]
+    others = [v for operands in self._operands for v in operands]
+    with devices.beside(value, *others):
+      value = self._computed(index, value)
+    if index == self._last:
+      self._operands = None
+    return value
+
+  def _computed(self, index: Index, value: Any) -> Any:
+    """Returns what the adapters make of a block, one after another."""
     sizes = tuple(cut.stop - cut.start for cut in index)
-    starts = np.asarray([cut.start for cut in index], np.int32)
+    # An explicit transfer, which the caller's guard may allow alone.
+    starts = jax.device_put(np.asarray([cut.start for cut in index], np.int32))
+    assert self._operands is not None
     for ((_, record), kind), operands in zip(
       self._links, self._operands, strict=True
     ):
@@ -221,8 +232,6 @@ class Blocks:
         if raised is error:
           raise
         raise raised from error
-    if index == self._last:
-      self._operands = None
     return value
 
   def _fetched(
@@ -231,7 +240,7 @@ class Blocks:
     """Returns the operands of an adapter beside the base, on the device."""
     adapter, record = link
     others = [
-      compute.inner_answer(
+      inner_answer(
         adapter.name, (*record.site.layer, name), self._fetch, self._chains
       )
       for name, _ in kind.others
@@ -239,7 +248,9 @@ class Blocks:
     weights = compute.weights_of(
       record, adapter.shared, self._path, len(kind.stack), self._fetch
     )
-    return [jnp.asarray(v) for v in (*others, *weights.values())]
+    found = [*others, *weights.values()]
+    with devices.beside(*found):
+      return [jnp.asarray(v) for v in found]
 
 
 def of(
@@ -293,6 +304,43 @@ def answer(
   traced or spread over devices.
   """
   value = fetch(path)
+  if not isinstance(value, np.ndarray) and devices.is_usual():
+    return _answer(chain, path, value, fetch, chains)
+  held: dict[Path, Any] = {path: value}
+
+  def once(path: Path) -> Any:
+    if path not in held:
+      held[path] = fetch(path)
+    return held[path]
+
+  specs = [
+    spec
+    for adapter, record in chain
+    for spec in (*record.weights.values(), *adapter.shared.values())
+  ]
+  with devices.beside(value, *(once(spec.path) for spec in specs)):
+    return _answer(chain, path, value, once, chains)
+
+
+def inner_answer(
+  name: str, path: Path, fetch: Fetch, chains: Mapping[Path, Chain]
+) -> Any:
+  """Returns `compute.inner_answer`, in the scope of its operands."""
+  before = compute.inside(chains.get(path, ()), name)
+  if not before:
+    return fetch(path)
+  value = fetch(path)
+  with devices.beside(value):
+    return compute.inner_answer(name, path, fetch, chains)
+
+
+def _answer(
+  chain: Chain,
+  path: Path,
+  value: Any,
+  fetch: Fetch,
+  chains: Mapping[Path, Chain],
+) -> Any:
   if chain and value.size > checkpoint.BLOCK and _here(chain, fetch, value):
     shape, dtype = tuple(value.shape), str(value.dtype)
     part = functools.partial(_sliced, value)
@@ -326,7 +374,8 @@ def _sliced(value: Any, index: Index) -> Any:
   if isinstance(value, np.ndarray):
     return value[index]
   sizes = tuple(cut.stop - cut.start for cut in index)
-  return _slice(value, [cut.start for cut in index], sizes)
+  starts = np.asarray([cut.start for cut in index], np.int32)
+  return _slice(value, jax.device_put(starts), sizes)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -22,6 +22,7 @@ from surgery.passes import (
   attach,
   compute,
   detach,
+  devices,
   following,
   methods,
   nonfinite,
@@ -249,7 +250,7 @@ class _Combined:
       with np.errstate(all='ignore'):
         factor = wide.astype(np.float32)
       nonfinite.checked(wide, factor, self._path, 'combine-adapters')
-      return jnp.asarray(factor.reshape(like.shape or ()))
+      return factor.reshape(like.shape or ())
 
     return like.replace(load=load, heavy=True)
 
@@ -318,8 +319,9 @@ class _Combined:
     fetch = lambda path: self._leaves[path].load()
     found = compute.weights_of(record, adapter.shared, self._path, stack, fetch)
     one = _program(record, frozenset(adapter.shared), stack)
-    plain = {n: compute.widened(jnp.asarray(w)) for n, w in found.items()}
-    result = one(plain)
+    with devices.beside(*found.values()):
+      plain = {n: compute.widened(jnp.asarray(w)) for n, w in found.items()}
+      result = one(plain)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
 
 
@@ -330,7 +332,8 @@ def _rank(site: SiteRecord, adapter: AdapterRecord) -> int:
     n: jax.ShapeDtypeStruct(shape, compute.arithmetic_dtype(dtype))
     for n, shape, dtype in kinds
   }
-  result = jax.eval_shape(functools.partial(_added, site), structs)
+  with compute.as_written(one.dtype for one in structs.values()):
+    result = jax.eval_shape(functools.partial(_added, site), structs)
   if isinstance(result, tuple):
     return int(result[0].shape[-1])
   return min(site.site.in_size, site.site.out_size)
@@ -362,7 +365,7 @@ def _program(
     one = functools.partial(_added, record)
     for _ in range(stack):
       one = jax.vmap(one, ({n: None if n in shared else 0 for n in weights},))
-    with jax.default_matmul_precision('highest'):
+    with compute.as_written(w.dtype for w in weights.values()):
       return one(dict(weights))
 
   return run

@@ -7,8 +7,9 @@ operands are tracers it is inlined in the caller's program.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +22,37 @@ from surgery.core.lowrank import LowRank
 from surgery.core.paths import Path
 from surgery.core.records import Chain, SiteRecord, WeightSpec
 from surgery.core.site import ParamSpec, PathNeeded, Site
+from surgery.passes import devices
 
 Arrays = Mapping[str, Any]
 Fetch = Callable[[Path], Any]
+
+
+@contextlib.contextmanager
+def as_written(dtypes: Iterable[Any]) -> Iterator[None]:
+  """The scope in which a type's formulas are traced: JAX's defaults.
+
+  What a caller sets to find mistakes in their own code (`numpy_rank_promotion`,
+  `numpy_dtype_promotion`) is about their code, and must not decide whether a
+  type works. Nor may 64 bits decide what a file becomes: where no operand has
+  them, `jnp.zeros(shape)` is float32 in a formula, as it is in the shell.
+  Products are exact to the dtype.
+
+  Args:
+    dtypes: those of the operands.
+  """
+  narrow = all(jnp.dtype(one).name not in _LONG for one in dtypes)
+  with (
+    jax.default_matmul_precision('highest'),
+    jax.numpy_rank_promotion('allow'),
+    jax.numpy_dtype_promotion('standard'),
+    jax.enable_x64(False) if narrow else contextlib.nullcontext(),
+  ):
+    yield
+
+
+_LONG = ('float64', 'complex128', 'int64', 'uint64')
+
 
 # Roles of axes.
 
@@ -180,7 +209,8 @@ def uses(
     n: jax.ShapeDtypeStruct(shape, arithmetic_dtype(dtype))
     for n, shape, dtype in weights
   }
-  jax.eval_shape(probe, bases, structs)
+  with as_written(v.dtype for v in (*bases.values(), *structs.values())):
+    jax.eval_shape(probe, bases, structs)
   return frozenset(used - {name})
 
 
@@ -196,7 +226,7 @@ def program(
   """Returns the compiled function that answers for one kind of site."""
 
   def answer(bases: Arrays, weights: Arrays) -> Any:
-    with jax.default_matmul_precision('highest'):
+    with as_written(v.dtype for v in (*bases.values(), *weights.values())):
       bases = {n: b.astype(wide(b.dtype)) for n, b in bases.items()}
       weights = {n: widened(w) for n, w in weights.items()}
       one = functools.partial(_applied, who, site, name)
@@ -413,4 +443,5 @@ def finite(value: Any) -> bool:
     value.dtype, jnp.inexact
   ):
     return True
-  return bool(jnp.isfinite(value).all())
+  with devices.beside(value):
+    return bool(jnp.isfinite(value).all())

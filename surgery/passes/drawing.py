@@ -21,9 +21,11 @@ from surgery.core import errors
 from surgery.core.adapter import Interceptor
 from surgery.core.paths import Path
 from surgery.core.site import PathNeeded, Site
+from surgery.passes import devices
 from surgery.passes.compute import (
   Arrays,
   anonymously,
+  as_written,
   called,
   canonical,
   failed,
@@ -70,7 +72,7 @@ def _initial(
     value = bases[name]
     return canonical(specs[name], value.astype(wide(value.dtype)))
 
-  with jax.default_matmul_precision('highest'):
+  with as_written(spec.dtype for spec in site.params):
     return _named(who, 'init', who.init(site.bind(base), _wrapped(key)))
 
 
@@ -195,23 +197,26 @@ def draw(
 
   def compute(like: Site) -> list[dict[str, Any]]:
     _, used = shapes(who, like)
+    drawn: list[dict[str, Any]] = []
     if used:
       assert base is not None
       # One by one: bases of many sites at once would double the memory.
       run = _drawing(who, like, stack, 0)
-      return [
-        run(key, {n: base(site, n) for n in used})
-        for site, key in zip(sites, key_data, strict=True)
-      ]
+      for site, key in zip(sites, key_data, strict=True):
+        bases = {n: devices.on_cpu(base(site, n)) for n in used}
+        with devices.drawing():
+          drawn.append(run(key, bases))
+      return drawn
     if len(sites) == 1:
-      return [_drawing(who, like, stack, 0)(key_data[0], {})]
+      with devices.drawing():
+        return [_drawing(who, like, stack, 0)(key_data[0], {})]
     # In pieces of one size, so that one program serves any number of sites.
     size = next(s for s in _PIECES if len(sites) <= s or s == _PIECES[-1])
     run = _drawing(who, like, stack, size)
-    drawn: list[dict[str, Any]] = []
-    for start in range(0, len(sites), size):
-      piece = key_data[start : start + size]
-      drawn += run(np.resize(piece, (size, 2)), {})[: len(piece)]
+    with devices.drawing():
+      for start in range(0, len(sites), size):
+        piece = key_data[start : start + size]
+        drawn += run(np.resize(piece, (size, 2)), {})[: len(piece)]
     return drawn
 
   try:
@@ -251,7 +256,7 @@ def _drawing_shared(
   def draw(key: Any) -> dict[str, Any]:
     # Fences on both sides, as for what is drawn for a site.
     key = _wrapped(jax.lax.optimization_barrier(key))
-    with jax.default_matmul_precision('highest'):
+    with as_written(spec.dtype for site in sites for spec in site.params):
       weights = adapter.init_shared(sites, key)
     return jax.lax.optimization_barrier(_named(adapter, 'init_shared', weights))
 
@@ -264,26 +269,10 @@ def draw_shared(
   """Returns the weights that all sites of an adapter share, by name."""
   key = keys(seed, name, [()])[0]
   try:
-    return _drawing_shared(adapter, tuple(sites))(key)
+    with devices.drawing():
+      return _drawing_shared(adapter, tuple(sites))(key)
   except Exception as error:
     raised = failed(adapter, sites[0], 'init_shared', error)
     if raised is error:
       raise
     raise raised from error
-
-
-def shared_shapes(
-  adapter: Any, sites: Sequence[Site]
-) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of what `init_shared` returns, by name."""
-  try:
-    made = jax.eval_shape(
-      _drawing_shared(adapter, tuple(sites)),
-      jax.ShapeDtypeStruct((2,), jnp.uint32),
-    )
-  except Exception as error:
-    raised = failed(adapter, sites[0], 'init_shared', error)
-    if raised is error:
-      raise
-    raise raised from error
-  return {name: tuple(struct.shape) for name, struct in made.items()}

@@ -55,11 +55,18 @@ def of_jax(*values: Any) -> bool:
 
 
 def namespace(*values: Any) -> Any:
-  """Returns `jax.numpy` if one of some arrays is JAX's, otherwise numpy."""
+  """Returns `jax.numpy` if one of some arrays is JAX's, otherwise numpy.
+
+  Where JAX would bring what a pass computed of a file to an accelerator, that
+  is numpy's.
+  """
   if of_jax(*values):
     import jax.numpy
 
-    return jax.numpy
+    from surgery.passes import devices
+
+    host = all(map(devices.is_of_host, values))
+    return np if host and not devices.is_usual() else jax.numpy
   return np
 
 
