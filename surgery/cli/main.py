@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from surgery.cli import completion
+from surgery.cli import completion, platform
 from surgery.cli.codes import BUG, FAILED, INTERRUPTED, PLUGIN
 from surgery.cli.command import Group
 from surgery.core import errors
@@ -47,6 +47,10 @@ VERBS: dict[str, tuple[str, str]] = {
     'verify': 'Check tensors against their digests.',
   }.items()
 }
+
+
+# What Click hands on where the process is the command's own.
+_OWN = object()
 
 
 class _Verbs(Group):
@@ -117,8 +121,17 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
   metavar='NAME',
   help='Go on without a plugin or adapter type; it is not imported.',
 )
+@click.option(
+  '--platform',
+  'wanted',
+  metavar='NAME',
+  help='Compute there instead of on the CPU: cuda, tpu, … or default for '
+  "JAX's own choice.",
+)
 @click.pass_context
-def cli(ctx: click.Context, blocked: tuple[str, ...]) -> None:
+def cli(
+  ctx: click.Context, blocked: tuple[str, ...], wanted: str | None
+) -> None:
   """Change saved models: attach adapters, merge, rename, cast, look inside.
 
   What is asked for goes to stdout, all else to stderr. Completion of verbs and
@@ -126,6 +139,8 @@ def cli(ctx: click.Context, blocked: tuple[str, ...]) -> None:
   """
   from surgery.core import host
 
+  if wanted is not None or ctx.obj is _OWN:
+    platform.claim(wanted)
   if blocked or any(variable in os.environ for variable in host.VARIABLES):
     # A host of this command's own, so that nothing is global.
     ctx.with_resource(host.used(host.from_environment(block=blocked)))
@@ -144,18 +159,17 @@ def _line(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
     where = f'{error.filename}: ' if error.filename else ''
     return f'{where}{error.strerror}.'
-  if isinstance(error, errors.BaseMismatchError):
-    # The library names its argument; here it is an option.
-    return str(error).replace('check_base=False', '--no-check-base')
   return str(error)
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
   """Runs the command and returns its exit code.
 
   Args:
     arguments: what follows the command's name; those of the process by
       default.
+    own: whether the process is the command's own, so that JAX may be told to
+      do with the CPU alone.
 
   Returns:
     0 fine, 1 differs, 2 usage, 3 an error, 4 a plugin's failure, 70 a bug of
@@ -164,7 +178,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
   if instruction := os.environ.get(completion.VARIABLE):
     return completion.answer(cli, instruction)
   try:
-    result = cli.main(arguments, 'surgery', standalone_mode=False)
+    obj = _OWN if own else None
+    result = cli.main(arguments, 'surgery', standalone_mode=False, obj=obj)
     sys.stdout.flush()
     return result if isinstance(result, int) else 0
   except click.ClickException as error:
@@ -220,4 +235,4 @@ def _warn(message: Warning | str, *about: Any) -> None:
 def main() -> None:
   """Runs the command and exits."""
   warnings.showwarning = _warn  # type: ignore[assignment]
-  sys.exit(run())
+  sys.exit(run(own=True))
