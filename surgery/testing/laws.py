@@ -6,6 +6,7 @@ a broken one says where, by how much, and how to see it again.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -151,7 +152,10 @@ class Case:
       Broken: if the adapter breaks it, or raises what it should not.
     """
     try:
-      LAWS[self.law](self)
+      # Accelerators round products to fewer bits unless they are told not to,
+      # and laws compare with what a dtype holds.
+      with jax.default_matmul_precision('highest'):
+        LAWS[self.law](self)
     except Broken:
       raise
     except errors.SurgeryError as error:
@@ -697,6 +701,62 @@ def shards_give_the_eager_result(case: Case) -> None:
     )
   )
   case.close(model(params, x), sharded(params, x), 'outputs and sharded ones')
+
+
+# What a caller sets in JAX to find mistakes, and what changes defaults.
+SETTINGS: dict[str, Callable[[], Any]] = {
+  "numpy_rank_promotion('raise')": lambda: jax.numpy_rank_promotion('raise'),
+  "numpy_dtype_promotion('strict')": lambda: jax.numpy_dtype_promotion(
+    'strict'
+  ),
+  'enable_x64(True)': lambda: jax.enable_x64(True),
+  "transfer_guard('disallow')": lambda: jax.transfer_guard('disallow'),
+}
+
+
+@_law(kinds=False)
+def settings_of_jax_change_nothing(case: Case) -> None:
+  """With strict promotion, 64 bits or a guard of transfers all is the same."""
+  # In the usual way first, which also makes the model in the usual way.
+  usual = _made(case)
+  try:
+    with contextlib.ExitStack() as scopes:
+      for scope in SETTINGS.values():
+        scopes.enter_context(scope())
+      made = _made(case.twin())
+    _same_params(case, usual, made, 'all settings')
+    return
+  except Exception:
+    pass  # Each by itself, so that it is known which one it is.
+  for name, scope in SETTINGS.items():
+    try:
+      with scope():
+        made = _made(case.twin())
+    except errors.SurgeryError as error:
+      raise case.broken(
+        f'under jax.{name}: {type(error).__name__}: {error}'
+      ) from error
+    _same_params(case, usual, made, name)
+
+
+def _made(case: Case) -> dict[str, bx.Params]:
+  """Returns params as they are made by attaching, loading and merging."""
+  attached = case.attached(case.model())
+  found = {'attached': attached}
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, 'm.msgpack')
+    saving.save(file, attached, host=case.host)
+    found['loaded'] = saving.load(file, host=case.host)
+  if case.declared.mergeable:
+    found['merged'] = verbs.merge(attached, host=case.host)
+  return found
+
+
+def _same_params(
+  case: Case, usual: dict[str, bx.Params], made: dict[str, bx.Params], name: str
+) -> None:
+  for what, params in usual.items():
+    case.same_params(params, made[what], f'params {what} under jax.{name}')
 
 
 # What it says that it does not do.

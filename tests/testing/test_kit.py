@@ -173,6 +173,15 @@ class Forgetful(_Scale):
     return cls()
 
 
+class Fussy(_Scale):
+  """It serves no layer where JAX has 64 bits."""
+
+  name = 'fussy'
+
+  def serves(self, site):
+    return 'it is too long' if jax.config.jax_enable_x64 else None
+
+
 class Greedy(_Scale):
   """It serves layers that it is declared not to serve."""
 
@@ -212,8 +221,9 @@ BROKEN: dict[str, Any] = {
   'drawn by itself': (
     DrawnByItself(),
     {'identity': False},
-    {'seeds_decide_the_weights'},
+    {'seeds_decide_the_weights', 'settings_of_jax_change_nothing'},
   ),
+  'fussy': (Fussy(), {}, {'settings_of_jax_change_nothing'}),
   'moody': (
     Moody(),
     {},

@@ -67,7 +67,8 @@ class OFT(surgery.Adapter):
         f'{"/".join(site.path)}: {rows} inputs cannot be cut into blocks of '
         f'{size}. Take one of {fitting}, for this layer by patterns.'
       )
-    return {'oft_q': jnp.zeros((rows // size, size * (size - 1) // 2))}
+    shape = (rows // size, size * (size - 1) // 2)
+    return {'oft_q': jnp.zeros(shape, 'float32')}
 
   def apply(
     self, site: surgery.Site, name: str, base: jax.Array, weights: Any
@@ -234,7 +235,7 @@ class HRA(surgery.Adapter):
     u = u / jnp.linalg.norm(u, axis=0)
     # A reflection adds uᵢ·bᵢ, bᵢ = -2·uᵢᵀ·(W + Σⱼ uⱼ·bⱼ) over those before it:
     # (I/2 + the lower triangle of uᵀu)·b = -uᵀW.
-    half = 0.5 * jnp.eye(self.rank)
+    half = 0.5 * jnp.eye(self.rank, dtype=u.dtype)
     before = jnp.tril(u.T @ u, -1) + half
     solved = jax.scipy.linalg.solve_triangular(before, -2 * half, lower=True)
     a, b = u @ solved, u.T @ _rows(base, site)
