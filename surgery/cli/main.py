@@ -159,6 +159,9 @@ def _line(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
     where = f'{error.filename}: ' if error.filename else ''
     return f'{where}{error.strerror}.'
+  if isinstance(error, errors.BaseMismatchError):
+    # The library names its argument; here it is an option.
+    return str(error).replace('check_base=False', '--no-check-base')
   return str(error)
 
 

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
   from surgery.core.host import Host
 
 
+# What no record holds. All but the first two are in the file of an adapter:
+# what it was trained on, and of how many adapters its weights are.
+_KEPT = ('seed', 'to', 'base', 'beneath', 'given', 'many')
+
+
 def adapter_to_json(
   record: records.AdapterRecord,
   host: Host,
@@ -25,8 +30,7 @@ def adapter_to_json(
     known: what a file said of it; what is not recorded live is kept from it.
   """
   known = known or {}
-  # `base`: digests of the base that an adapter in a file of its own is for.
-  kept = {k: known[k] for k in ('seed', 'to', 'base') if k in known}
+  kept = {k: known[k] for k in _KEPT if k in known}
   if record.seed is not None:
     kept['seed'] = record.seed
   if record.pending is not None:
@@ -103,7 +107,7 @@ def adapter_from_json(
     return records.AdapterRecord(
       name, adapter, bool(data['enabled']), sites, shared
     )
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except (LookupError, TypeError, ValueError, AttributeError) as error:
     if isinstance(error, errors.SurgeryError):
       raise
     raise errors.FormatError(

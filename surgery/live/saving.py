@@ -156,14 +156,15 @@ def load_adapter(
     params: the base; not changed.
     name: the adapter's name here; the one that it was saved under by default.
     check_base: whether the base must have the very values that the adapter
-      was saved with.
+      was saved with, and the adapters beneath that it was trained over.
     host: knows formats and adapters' types.
 
   Raises:
     BaseMismatchError: if a parameter of the base has other values or another
-      shape than the adapter was made for.
+      shape than the adapter was made for, or adapters beneath are missing.
     AdapterError: if the name is taken.
-    FormatError: if the file holds no adapter.
+    FormatError: if the file holds no adapter, or its tensors are not those that
+      its configuration makes.
   """
   host = host or default_host()
   expect.path(path, load_adapter)

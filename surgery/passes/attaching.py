@@ -43,7 +43,8 @@ def attach(
     stacked: number of axes stacked in front of parameters.
     layout: a letter an axis: `s` stacked, `i` input, `o` output.
     from_: attach the adapter of this input instead of a new one.
-    check_base: whether the base must have the values that it was made for.
+    check_base: whether the base must have the values and the adapters beneath
+      that it was trained over.
     layer_types: types of layers; by default those of the checkpoint.
     host: whose hooks are asked.
 

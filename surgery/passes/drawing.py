@@ -276,3 +276,20 @@ def draw_shared(
     if raised is error:
       raise
     raise raised from error
+
+
+def shared_shapes(
+  adapter: Any, sites: Sequence[Site]
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of what `init_shared` returns, by name."""
+  try:
+    made = jax.eval_shape(
+      _drawing_shared(adapter, tuple(sites)),
+      jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+  except Exception as error:
+    raised = failed(adapter, sites[0], 'init_shared', error)
+    if raised is error:
+      raise
+    raise raised from error
+  return {name: tuple(struct.shape) for name, struct in made.items()}

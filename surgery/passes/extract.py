@@ -6,31 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from surgery.core import errors, manifest, paths, quantised, recording
+from surgery.core import errors, manifest, recording
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, SiteRecord, WeightSpec
-from surgery.files.digest import digest
-from surgery.passes import attach
-
-BASE = 'base'
-
-
-def _digest(leaf: Leaf) -> str:
-  """Returns the digest of a parameter, as recorded or computed."""
-  return leaf.digest or digest(np.asarray(leaf.load()))
-
-
-def _base(record: AdapterRecord) -> list[Path]:
-  """Returns the parameters that an adapter rewrites."""
-  return [
-    (*one.site.layer, spec.name)
-    for one in record.sites.values()
-    for spec in one.site.params
-  ]
+from surgery.passes import attach, bound, fitting
 
 
 def extract(
@@ -68,9 +49,10 @@ def extract(
     (a for a in checkpoint.manifest.adapters if a['name'] == name), {}
   )
   entry = recording.adapter_to_json(record, host, {**said, **(known or {})})
-  entry[BASE] = {
-    paths.show(path): _digest(checkpoint[path]) for path in _base(record)
-  }
+  entry |= bound.said_of(checkpoint, record, host)
+  many = fitting.many_of(checkpoint, record)
+  if many is not None:
+    entry[fitting.MANY] = many
   return Checkpoint(
     {path: checkpoint[path] for path in record.weight_paths()},
     manifest.Manifest(
@@ -89,43 +71,12 @@ def _only(alone: Checkpoint) -> Mapping[str, Any]:
       f'{alone.origin}: not the file of an adapter. Write one with '
       'surgery.save_adapter.'
     )
+  if len(alone.manifest.adapters) > 1:
+    raise errors.FormatError(
+      f'{alone.origin}: expected one adapter, found '
+      f'{len(alone.manifest.adapters)}. Save each in a file of its own.'
+    )
   return alone.manifest.adapters[0]
-
-
-def _check_base(
-  checkpoint: Checkpoint,
-  record: AdapterRecord,
-  said: Mapping[str, Any],
-  values: bool,
-) -> None:
-  """Raises unless the base is the one that the adapter was made for."""
-  for one in record.sites.values():
-    for spec in one.site.params:
-      path = (*one.site.layer, spec.name)
-      if path not in checkpoint:
-        raise errors.BaseMismatchError(
-          f'{paths.show(path)}: adapter {record.name!r} was made for a base '
-          'that has this parameter, this one has not.'
-        )
-      quantised.refuse(checkpoint[path], 'attach')
-      shape = checkpoint[path].shape or ()
-      if shape[len(shape) - len(spec.shape) :] != spec.shape:
-        raise errors.BaseMismatchError(
-          f'{paths.show(path)}: adapter {record.name!r} was made for shape '
-          f'{spec.shape}, found {shape}.'
-        )
-  if not values:
-    return
-  expected = said.get(BASE, {})
-  for path in _base(record):
-    want = expected.get(paths.show(path))
-    found = _digest(checkpoint[path])
-    if want != found:
-      raise errors.BaseMismatchError(
-        f'{paths.show(path)}: adapter {record.name!r} was made for other '
-        f'values of this parameter (digest {want}, found {found}). Load it '
-        'onto its own base, or say check_base=False.'
-      )
 
 
 def _renamed(
@@ -171,26 +122,27 @@ def insert(
     checkpoint: the base.
     alone: the adapter.
     name: its name here; the one that it had by default.
-    check_base: whether the base must have the very values that it had.
+    check_base: whether the base must have the very values that it had, and the
+      adapters beneath that it was trained over.
     host: knows the adapter's type.
 
   Raises:
     BaseMismatchError: if the base is another one.
     AdapterError: if the name is taken.
-    FormatError: if `alone` is no adapter.
+    FormatError: if `alone` is no adapter, or its tensors are not those that its
+      configuration makes.
   """
   said = _only(alone)
   record = recording.adapter_from_json(said, host)
   name = record.name if name is None else name
   attach.check_name(name, checkpoint.records(host))
-  _check_base(checkpoint, record, said, check_base)
+  fitting.check_base(checkpoint, record)
+  fitting.check_file(alone, record, checkpoint, said.get(fitting.MANY))
+  if check_base:
+    bound.check(checkpoint, record, said, host)
   renamed, moved = _renamed(record, name, checkpoint)
   new: dict[Path, Leaf] = {}
   for source, target in moved.items():
-    if source not in alone:
-      raise errors.FormatError(
-        f'{alone.origin}: weight {paths.show(source)} is missing.'
-      )
     leaf = alone[source]
     metadata = {**leaf.metadata, 'adapter': name}
     new[target] = leaf.replace(metadata=metadata)

@@ -100,7 +100,8 @@ def merge(
     checkpoint: the model.
     names: an adapter, several, or None for all.
     with_: an adapter without its base, to merge instead of what is attached.
-    check_base: whether its base must have the values that it was made for.
+    check_base: whether its base must have the values and the adapters beneath
+      that it was trained over.
     check_finite: whether a result with NaN or infinity is an error.
     host: whose hooks are asked.
 

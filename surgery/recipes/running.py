@@ -143,6 +143,9 @@ def _in_step(
   where = recipe.where('steps', number)
   said = error.args[0] if isinstance(error, KeyError) else str(error)
   said = str(said).removeprefix(f'{step.name}: ')
+  if isinstance(error, errors.BaseMismatchError):
+    # The library names its argument; here it is an option.
+    said = said.replace('check_base=False', 'check-base: false')
   return f'{where}: step {number + 1} ({step.name}): {said}'
 
 
