@@ -223,28 +223,14 @@ def dense(
 def primitive() -> Any:
   """Returns the primitive `low_rank`; JAX is imported when it is needed."""
   import jax
-  from jax.extend.core import Primitive
-  from jax.interpreters import ad, batching, mlir
 
-  low_rank = Primitive('low_rank')
-
-  compiled = jax.jit(dense, static_argnames=('axes', 'scale', 'dropout'))
-  low_rank.def_impl(compiled)
+  from surgery import jaxcompat
 
   @functools.lru_cache(maxsize=4096)
   def abstract(avals: Any, axes: Any, scale: float) -> Any:
     # What dense code would be: shape, dtype, sharding and varying mesh axes.
     closed = jax.make_jaxpr(functools.partial(dense, axes=axes, scale=scale))
     return closed(*avals).out_avals[0]
-
-  low_rank.def_abstract_eval(
-    lambda base, a, b, *key, axes, scale, dropout: (
-      base if ROW in axes[1] else abstract((base, a, b), axes, scale)
-    )
-  )
-  mlir.register_lowering(
-    low_rank, mlir.lower_fun(dense, multiple_results=False)
-  )
 
   def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     axes, scale = params['axes'], params['scale']
@@ -256,7 +242,7 @@ def primitive() -> Any:
       made = contracted(a, axes[1], b, axes[2], 'highest')
       return scale * spread(made, owned, shape)
 
-    moves = [not isinstance(t, ad.Zero) for t in tangents[:3]]
+    moves = [not jaxcompat.is_zero(t) for t in tangents[:3]]
     moves[0] = moves[0] and axes[0] != NONE
     parts = []
     if moves[0]:
@@ -271,8 +257,6 @@ def primitive() -> Any:
     # A narrow base's tangent is as narrow as that.
     parts = [jax.lax.convert_element_type(p, out.dtype) for p in parts]
     return out, functools.reduce(lambda x, y: x + y, parts) if parts else none
-
-  ad.primitive_jvps[low_rank] = jvp
 
   def batch(operands: Any, dims: Any, **params: Any) -> Any:
     # A mapped axis is one that each factor owns in which it is mapped.
@@ -295,5 +279,14 @@ def primitive() -> Any:
       moved.append(value if dim is None else jax.numpy.moveaxis(value, dim, 0))
     return low_rank.bind(*moved, axes=tuple(owned), **params), 0
 
-  batching.primitive_batchers[low_rank] = batch
+  low_rank = jaxcompat.primitive(
+    'low_rank',
+    jax.jit(dense, static_argnames=('axes', 'scale', 'dropout')),
+    compute=dense,
+    abstract=lambda base, a, b, *key, axes, scale, dropout: (
+      base if ROW in axes[1] else abstract((base, a, b), axes, scale)
+    ),
+    batch=batch,
+    jvp=jvp,
+  )
   return low_rank

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import errors, paths, quantised
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
@@ -176,7 +177,7 @@ def _tensor(value: Any, leaf: Leaf) -> Leaf:
     shape, dtype = struct.shape, struct.dtype
   else:
     shape, dtype = value.shape, value.dtype
-  if isinstance(value, jax.core.Tracer):
+  if jaxcompat.is_traced(value):
     raise errors.SurgeryError(
       'params with traced values cannot be saved. Save outside of jit.'
     )

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-import jax.extend.core as jex
 
+from surgery import jaxcompat
 from surgery.core import errors, expect, paths
 from surgery.live import params as live
 from surgery.live.stashed import Stash
@@ -80,7 +80,7 @@ def factored(model: Callable[P, R]) -> Callable[P, R]:
       )
     try:
       leaves, tree = _flattened((args, kwargs))
-      traced = any(isinstance(v, jax.core.Tracer) for v in leaves)
+      traced = any(jaxcompat.is_traced(v) for v in leaves)
       if traced or drops or routed:
         result = walked(model, leaves, tree, Walk(training=drops))
         return _counted(result) if drops else result
@@ -177,7 +177,7 @@ def _training(
   else:
     value = kwargs.get('is_training', True)
     kwargs = _arguments(signature, kwargs)
-  if isinstance(value, jax.core.Tracer):
+  if jaxcompat.is_traced(value):
     raise errors.AdapterError(
       'factored: is_training is traced. Make it static (static_argnames=), as '
       'dropout is there or not.'
@@ -209,7 +209,7 @@ def walked(
     DropoutLost: if a value with dropout would have been made dense.
   """
   # What is known stays known: the model may decide by it.
-  where = [i for i, v in enumerate(leaves) if isinstance(v, jax.core.Tracer)]
+  where = [i for i, v in enumerate(leaves) if jaxcompat.is_traced(v)]
   results: list[Any] = []
   trees: list[Any] = []
   stash = Stash([model, *leaves])
@@ -221,7 +221,7 @@ def walked(
     args, kwargs = jax.tree.unflatten(tree, given)
     found, out = jax.tree.flatten(model(*args, **kwargs))
     for value in found:
-      if not jex.valid_jaxtype(value) and not isinstance(value, str):
+      if not jaxcompat.is_array_like(value) and not isinstance(value, str):
         raise NotFollowed(f'a result is a {type(value).__name__}')
     after, same = jax.tree.flatten((args, kwargs))
     if same != tree or any(map(operator.is_not, after, given)):
@@ -229,9 +229,9 @@ def walked(
     if stash.grown:
       raise NotFollowed('a module keeps an intermediate value')
     # Not the traced values: they are of a trace that ends here.
-    results[:] = [None if isinstance(v, jax.core.Tracer) else v for v in found]
+    results[:] = [None if jaxcompat.is_traced(v) else v for v in found]
     trees[:] = [out]
-    return [v for v in found if isinstance(v, jax.core.Tracer)]
+    return [v for v in found if jaxcompat.is_traced(v)]
 
   try:
     closed = jax.make_jaxpr(flat)(*(leaves[i] for i in where))

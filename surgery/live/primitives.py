@@ -5,24 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.extend.core as jex
-from jax.interpreters import ad, batching, mlir
 
+from surgery import jaxcompat
 from surgery.core.once import once
 
-# The primitive that says which parameter a value is, for `explain`.
+# The primitive that says which parameter a value is.
 TAG = 'surgery_site'
 
 
 @once
 def tag_primitive() -> Any:
   """Returns the primitive that says which parameter a value is."""
-  tag = jex.Primitive(TAG)
-  tag.def_impl(lambda value, path: value)
-  tag.def_abstract_eval(lambda value, path: value)
-  mlir.register_lowering(tag, lambda ctx, value, path: [value])
-  ad.deflinear2(tag, lambda cotangent, _, path: [cotangent])
-  batching.defvectorized(tag)
+  same = lambda value, path: value
+  tag = jaxcompat.primitive(
+    TAG,
+    same,
+    compute=same,
+    abstract=same,
+    batch=lambda values, axes, path: (tag.bind(*values, path=path), *axes),
+    transpose=lambda cotangent, _, path: [cotangent],
+  )
   return tag
 
 
@@ -33,12 +35,13 @@ def flat_primitive() -> Any:
   It is an optimization barrier, but not under `vmap`: behind one, XLA's
   compiler for CPU aborts at some small products that have a batch axis.
   """
-  flat = jex.Primitive('surgery_flat')
-  flat.def_impl(lambda value: value)
-  flat.def_abstract_eval(lambda value: value)
-  mlir.register_lowering(
-    flat, mlir.lower_fun(jax.lax.optimization_barrier, multiple_results=False)
+  same = lambda value: value
+  flat = jaxcompat.primitive(
+    'surgery_flat',
+    same,
+    compute=jax.lax.optimization_barrier,
+    abstract=same,
+    batch=lambda values, axes: (*values, *axes),
+    transpose=lambda cotangent, _: [flat.bind(cotangent)],
   )
-  ad.deflinear2(flat, lambda cotangent, _: [flat.bind(cotangent)])
-  batching.primitive_batchers[flat] = lambda values, axes: (*values, *axes)
   return flat

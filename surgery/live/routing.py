@@ -7,10 +7,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import blox as bx
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import errors, paths
 from surgery.core.paths import Path
 from surgery.core.records import ROUTE, AdapterRecord, Records, WeightSpec
@@ -306,7 +306,7 @@ def _check(
           'one adapter. Put several together by surgery.stack_adapters.'
         )
       count = value.shape[stack]
-  if count is None or isinstance(index, jax.core.Tracer):
+  if count is None or jaxcompat.is_traced(index):
     return
   found = np.asarray(index)
   wrong = found[(found < -1) | (found >= count)]

@@ -19,6 +19,8 @@ import blox as bx
 import jax
 import numpy as np
 
+from surgery import jaxcompat
+
 # What holds nothing of a call, or is not written to by a model.
 _ATOMS = (
   str,
@@ -63,7 +65,7 @@ class Stash:
     self._kept: dict[int, tuple[Any, Any]] = {}
     self._tracers: dict[int, Any] = {}
     for value in self._all():
-      if isinstance(value, jax.core.Tracer):
+      if jaxcompat.is_traced(value):
         self._tracers[id(value)] = value
       elif isinstance(value, _MUTABLE):
         self._kept[id(value)] = value, value.copy()
@@ -87,7 +89,7 @@ class Stash:
         value.update(before) if isinstance(value, set) else value.extend(before)
 
   def _new(self, value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer) and id(value) not in self._tracers
+    return jaxcompat.is_traced(value) and id(value) not in self._tracers
 
   def _holds(self, value: Any) -> bool:
     """Whether something that is not itself restored holds a new value."""
@@ -104,7 +106,7 @@ def _reached(roots: Iterable[Any], seen: set[int]) -> Iterator[Any]:
   stack = [(root, 0) for root in roots]
   while stack:
     value, depth = stack.pop()
-    if isinstance(value, jax.core.Tracer):
+    if jaxcompat.is_traced(value):
       yield value
       continue
     if isinstance(value, _ATOMS) or id(value) in seen:

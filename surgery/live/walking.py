@@ -8,19 +8,17 @@ be traced again: `jit` is written out in place, `scan`, `while`, `cond`,
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 
+from surgery import jaxcompat
 from surgery.core import lowrank
 from surgery.core.paths import Path
 from surgery.live.primitives import TAG
@@ -36,14 +34,6 @@ from surgery.live.views import (
   plain,
   widens,
 )
-
-# Where primitives that call keep what they call.
-_INLINED = {
-  'jit': 'jaxpr',
-  'pjit': 'jaxpr',
-  'closed_call': 'call_jaxpr',
-  'core_call': 'call_jaxpr',
-}
 
 
 class DropoutLost(Exception):  # noqa: N818 - becomes an error with advice.
@@ -69,7 +59,7 @@ class Walk:
 
   training: bool = False
   notes: dict[Path, list[str]] = dataclasses.field(default_factory=dict)
-  ambient: Any = dataclasses.field(default_factory=lambda: _ambient())
+  ambient: Any = dataclasses.field(default_factory=jaxcompat.ambient)
 
   # What is written down for `explain`.
 
@@ -102,36 +92,24 @@ class Walk:
 
   def closed(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """Goes through a closed jaxpr; returns its results, views among them."""
-    return self.run(jaxpr.jaxpr, jaxpr.consts, operands)
-
-  def run(
-    self, jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any]
-  ) -> list[Any]:
-    """Goes through a jaxpr; returns its results, views among them."""
-    values: dict[Any, Any] = {}
-    values.update(zip(jaxpr.constvars, consts, strict=True))
-    values.update(zip(jaxpr.invars, operands, strict=True))
-    viewed = any(isinstance(o, View) for o in operands)
     bases = _bases(jaxpr)
-    literal, low_rank = jex.Literal, lowrank.primitive()
-    for eqn in jaxpr.eqns:
-      inputs = [
-        v.val if isinstance(v, literal) else values[v] for v in eqn.invars
-      ]
+    # Whether there may be views among operands: few jaxprs have one.
+    viewed = any(isinstance(o, View) for o in operands)
+
+    def equation(eqn: Any, inputs: list[Any]) -> list[Any]:
+      nonlocal viewed
       if bases and eqn.outvars[0] in bases and _widens(eqn, inputs):
         # The base of a low-rank value stays in the dtype that it is stored in.
         (value,) = inputs
-        values[eqn.outvars[0]] = plain(value, eqn.params['new_dtype'])
         viewed = True
-        continue
-      viewed = viewed or eqn.primitive is low_rank
-      with _scope(eqn):
+        return [plain(value, eqn.params['new_dtype'])]
+      with jaxcompat.scope(eqn):
         outputs = self.equation(eqn, inputs, viewed)
-      for var, value in zip(eqn.outvars, outputs, strict=True):
-        values[var] = value
-    return [
-      v.val if isinstance(v, literal) else values[v] for v in jaxpr.outvars
-    ]
+      # It comes out of `low_rank`, or out of a call of what makes one.
+      viewed = viewed or any(isinstance(o, View) for o in outputs)
+      return outputs
+
+    return jaxcompat.interpret(jaxpr, operands, equation)
 
   def equation(
     self, eqn: Any, inputs: Sequence[Any], viewed: bool
@@ -169,19 +147,12 @@ class Walk:
 
   def bound(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Binds an equation's primitive as it stands."""
-    primitive = eqn.primitive
-    params = primitive.get_bind_params(eqn.params)
-    if eqn.ctx is self.ambient:
-      outputs = primitive.bind(*inputs, **params)
-    else:
-      with eqn.ctx.manager:
-        outputs = primitive.bind(*inputs, **params)
-    return list(outputs) if primitive.multiple_results else [outputs]
+    return jaxcompat.bind_again(eqn, inputs, self.ambient)
 
   def viewed(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Does an equation of which an operand is a view."""
     name = eqn.primitive.name
-    if name in _INLINED or name in _CALLS:
+    if name in jaxcompat.CALLS or name in RETRACED:
       return self.call(eqn, inputs)
     views = [i for i in inputs if isinstance(i, View)]
     rule = rule_for(name, views)
@@ -224,13 +195,11 @@ class Walk:
 
   def call(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Does an equation that calls a jaxpr."""
-    name = eqn.primitive.name
-    if name in _INLINED:
-      called = eqn.params[_INLINED[name]]
-      if not hasattr(called, 'consts'):
-        called = jex.ClosedJaxpr(called, ())
+    called = jaxcompat.called(eqn, jaxcompat.CALLS)
+    if called is not None:
       return self.closed(called, inputs)
-    retraced = _CALLS.get(name)
+    name = eqn.primitive.name
+    retraced = RETRACED.get(name)
     if retraced is None:
       return self.bound(eqn, [self.dense(i, name) for i in inputs])
     return retraced(self, eqn, [self.whole(i, name) for i in inputs])
@@ -265,7 +234,7 @@ def _compiled(rule: Rule, *operands: Any, **params: Any) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _program(rule: Rule, params: Any) -> Callable[..., Any]:
-  return jax.jit(functools.partial(rule, **dict(params)), inline=True)
+  return jaxcompat.inlined(functools.partial(rule, **dict(params)))
 
 
 def _fits(result: Any, var: Any) -> bool:
@@ -278,30 +247,11 @@ def _fits(result: Any, var: Any) -> bool:
   return not isinstance(result, View) or result.dtype == var.aval.dtype
 
 
-def _ambient() -> Any:
-  """Returns the context in which an equation is made here and now."""
-  return jax.make_jaxpr(lambda x: -x)(0.0).eqns[0].ctx
-
-
 def _as_aval(value: Any, aval: Any) -> Any:
   """Returns a value that has the dtype that a jaxpr says."""
   if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
     return value
   return cast(jnp.asarray(value), aval.dtype)
-
-
-def _scope(eqn: Any) -> AbstractContextManager[Any]:
-  """Returns the context in which profiles have an equation's names."""
-  names = str(eqn.source_info.name_stack)
-  if not names:
-    return _NO_SCOPE
-  stack = contextlib.ExitStack()
-  for name in names.split('/'):
-    stack.enter_context(jax.named_scope(name))
-  return stack
-
-
-_NO_SCOPE: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def _widens(eqn: Any, inputs: Sequence[Any]) -> bool:
@@ -324,15 +274,16 @@ def _bases(jaxpr: Any) -> set[Any]:
   return {
     eqn.invars[0]
     for eqn in jaxpr.eqns
-    if eqn.primitive is low_rank and not isinstance(eqn.invars[0], jex.Literal)
+    if eqn.primitive is low_rank and not jaxcompat.is_literal(eqn.invars[0])
   }
 
 
 def _reaches(eqn: Any) -> bool:
   """Whether a low-rank value is made somewhere inside of a call."""
-  if eqn.primitive.name not in _INLINED and eqn.primitive.name not in _CALLS:
+  name = eqn.primitive.name
+  if name not in jaxcompat.CALLS and name not in RETRACED:
     return False
-  return any(map(makes, jex.jaxprs_in_params(eqn.params)))
+  return any(map(makes, jaxcompat.inner(eqn)))
 
 
 def makes(jaxpr: Any) -> bool:
@@ -341,8 +292,7 @@ def makes(jaxpr: Any) -> bool:
   if known is None:
     low_rank = lowrank.primitive()
     known = any(
-      eqn.primitive is low_rank
-      or any(map(makes, jex.jaxprs_in_params(eqn.params)))
+      eqn.primitive is low_rank or any(map(makes, jaxcompat.inner(eqn)))
       for eqn in jaxpr.eqns
     )
     _KNOWN[jaxpr] = known
@@ -353,15 +303,14 @@ def makes(jaxpr: Any) -> bool:
 
 
 def _scan(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-  params = eqn.params
-  num_consts, num_carry = params['num_consts'], params['num_carry']
-  consts = inputs[:num_consts]
+  known = jaxcompat.scan(eqn)
+  rows_at = known.consts + known.carry
+  consts = inputs[: known.consts]
   carry = [
-    walk.dense(i, 'scan (carry)')
-    for i in inputs[num_consts : num_consts + num_carry]
+    walk.dense(i, 'scan (carry)') for i in inputs[known.consts : rows_at]
   ]
-  xs, held = _stacked(walk, inputs[num_consts + num_carry :])
-  body = walk.inner(params['jaxpr'], 'scan')
+  xs, held = _stacked(walk, inputs[rows_at:])
+  body = walk.inner(known.body, 'scan')
 
   def step(carry: Any, x: Any) -> Any:
     rows = [
@@ -369,17 +318,9 @@ def _scan(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
       for one, kept in zip(x, held, strict=True)
     ]
     results = body(*consts, *carry, *rows)
-    return results[:num_carry], results[num_carry:]
+    return results[: known.carry], results[known.carry :]
 
-  carry, ys = jax.lax.scan(
-    step,
-    carry,
-    xs,
-    length=params['length'],
-    reverse=params['reverse'],
-    unroll=params['unroll'],
-    _split_transpose=params.get('_split_transpose', False),
-  )
+  carry, ys = jax.lax.scan(step, carry, xs, **known.options)
   return [*carry, *ys]
 
 
@@ -444,9 +385,8 @@ def _cond(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
 
 def _remat(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   params = eqn.params
-  jaxpr = jex.ClosedJaxpr(params['jaxpr'], ())
   function = jax.checkpoint(
-    walk.inner(jaxpr, 'checkpoint'),
+    walk.inner(jaxcompat.closed(params['jaxpr']), 'checkpoint'),
     prevent_cse=params['prevent_cse'],
     policy=params['policy'],
   )
@@ -455,7 +395,7 @@ def _remat(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
 
 def _shard_map(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   params = eqn.params
-  jaxpr = jex.ClosedJaxpr(params['jaxpr'], ())
+  jaxpr = jaxcompat.closed(params['jaxpr'])
   inner = walk.inner(jaxpr, 'shard_map')
   leaves: list[Any] = []
   specs: list[Any] = []
@@ -481,15 +421,9 @@ def _shard_map(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     in_specs=tuple(specs),
     out_specs=tuple(params['out_specs']),
     check_vma=params['check_vma'],
-    axis_names=set(params[_axes_of(params)]),
+    axis_names=jaxcompat.shard_map_axes(eqn),
   )
   return list(mapped(*leaves))
-
-
-def _axes_of(params: Any) -> str:
-  """Returns the name of the axes of a `shard_map`; jax 0.10.0 has another."""
-  new = 'newly_manual_axes'
-  return new if new in params else 'manual_axes'
 
 
 def _unshared(operand: Any) -> Any:
@@ -531,12 +465,10 @@ def _local(operand: Any, var: Any) -> Any:
   return operand
 
 
-_CALLS: dict[str, Callable[[Walk, Any, Sequence[Any]], list[Any]]] = {
+RETRACED: dict[str, Callable[[Walk, Any, Sequence[Any]], list[Any]]] = {
   'scan': _scan,
   'while': _while,
   'cond': _cond,
-  'remat': _remat,
-  'remat2': _remat,
-  'checkpoint': _remat,
   'shard_map': _shard_map,
+  **dict.fromkeys(jaxcompat.CHECKPOINTS, _remat),
 }

@@ -60,9 +60,9 @@ def plain(value: Any, path: Path, verb: str) -> np.ndarray:
     SurgeryError: for a traced value.
   """
   if regions.of_jax(value):
-    import jax
+    from surgery import jaxcompat
 
-    if isinstance(value, jax.core.Tracer):
+    if jaxcompat.is_traced(value):
       raise errors.SurgeryError(
         f'{verb}: {paths.show(path)} is a traced value. Do surgery outside of '
         'jit.'

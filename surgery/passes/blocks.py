@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import checkpoint
 from surgery.core.adapter import Interceptor
 from surgery.core.checkpoint import Index, grid
@@ -362,7 +363,7 @@ def _here(chain: Chain, fetch: Fetch, value: Any) -> bool:
     isinstance(v, np.ndarray)
     or (
       isinstance(v, jax.Array)
-      and not isinstance(v, jax.core.Tracer)
+      and not jaxcompat.is_traced(v)
       and len(v.sharding.device_set) == 1
     )
     for v in (value, *weights)

@@ -265,7 +265,9 @@ class _Cast:
     """
     import jax
 
-    if isinstance(value, jax.core.Tracer):
+    from surgery import jaxcompat
+
+    if jaxcompat.is_traced(value):
       return self._traced(value)
     if isinstance(value, jax.ShapeDtypeStruct):
       to = arrays.DTYPES[self.dtype]

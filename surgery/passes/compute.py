@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import errors, paths
 from surgery.core.adapter import Interceptor
 from surgery.core.lowrank import LowRank
@@ -238,7 +239,7 @@ def program(
         one = jax.vmap(one, axes)
       return one(bases, weights).astype(dtype)
 
-  return jax.jit(answer, inline=True)
+  return jaxcompat.inlined(answer)
 
 
 def anonymously(compute: Callable[[Site], Any], site: Site) -> Any:
@@ -439,9 +440,7 @@ def enabled(chain: Chain) -> Chain:
 
 def finite(value: Any) -> bool:
   """Whether an array has no NaN and no infinity; True for tracers."""
-  if isinstance(value, jax.core.Tracer) or not jnp.issubdtype(
-    value.dtype, jnp.inexact
-  ):
+  if jaxcompat.is_traced(value) or not jnp.issubdtype(value.dtype, jnp.inexact):
     return True
   with devices.beside(value):
     return bool(jnp.isfinite(value).all())

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import lowrank
 
 # For each axis of an array the axis of the result along with which it is cut.
@@ -27,39 +27,6 @@ Labels = tuple[int | None, ...]
 Shape = tuple[int, ...]
 # What a rule says: labels of each operand, or None if it does not know.
 Needs = Sequence[Labels] | None
-
-# Where the calls that are looked into keep what they call.
-_CALLS = {
-  'jit': 'jaxpr',
-  'pjit': 'jaxpr',
-  'closed_call': 'call_jaxpr',
-  'core_call': 'call_jaxpr',
-  'remat': 'jaxpr',
-  'remat2': 'jaxpr',
-  'checkpoint': 'jaxpr',
-  'custom_jvp_call': 'call_jaxpr',
-  'custom_vjp_call': 'call_jaxpr',
-}
-
-# fmt: off
-_ELEMENTWISE = {
-  'abs', 'acos', 'acosh', 'add', 'and', 'asin', 'asinh', 'atan', 'atan2',
-  'atanh', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'copy',
-  'copy_p', 'cos', 'cosh', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp',
-  'exp2', 'expm1', 'floor', 'ge', 'gt', 'imag', 'integer_pow', 'is_finite',
-  'le', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg',
-  'nextafter', 'not', 'or', 'pow', 'real', 'reduce_precision', 'rem',
-  'round', 'rsqrt', 'select_n', 'sign', 'sin', 'sinh', 'sqrt', 'square',
-  'sub', 'tan', 'tanh', 'xor',
-}
-_REDUCTIONS = {
-  'reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'reduce_and',
-  'reduce_or',
-}
-_CUMULATIVE = {
-  'cumsum', 'cumprod', 'cummax', 'cummin', 'cumlogsumexp',
-}
-# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,31 +85,22 @@ class _Flattener:
 
   def run(self, jaxpr: Any, operands: Sequence[_Operand]) -> list[_Operand]:
     """Writes down a closed jaxpr; returns its results."""
-    known: dict[Any, _Operand] = {}
-    consts = [self.constant(c) for c in jaxpr.consts]
-    known.update(zip(jaxpr.jaxpr.constvars, consts, strict=True))
-    known.update(zip(jaxpr.jaxpr.invars, operands, strict=True))
+    return jaxcompat.interpret(
+      jaxpr,
+      operands,
+      self.equation,
+      self.constant,
+      lambda value: _Operand(constant=value),
+    )
 
-    def read(atom: Any) -> _Operand:
-      if isinstance(atom, jex.Literal):
-        return _Operand(constant=atom.val)
-      return known[atom]
-
-    for eqn in jaxpr.jaxpr.eqns:
-      inputs = [read(v) for v in eqn.invars]
-      called = _called(eqn)
-      if called is not None:
-        if not hasattr(called, 'consts'):
-          called = jex.ClosedJaxpr(called, ())
-        outputs = self.run(called, inputs)
-      else:
-        numbers = tuple(self.new(v.aval.shape) for v in eqn.outvars)
-        self.steps.append(
-          _Step(eqn.primitive, eqn.params, tuple(inputs), numbers)
-        )
-        outputs = [_Operand(n) for n in numbers]
-      known.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.jaxpr.outvars]
+  def equation(self, eqn: Any, inputs: list[_Operand]) -> list[_Operand]:
+    """Writes down an equation; returns its results."""
+    called = _called(eqn)
+    if called is not None:
+      return self.run(called, inputs)
+    numbers = tuple(self.new(v.aval.shape) for v in eqn.outvars)
+    self.steps.append(_Step(eqn.primitive, eqn.params, tuple(inputs), numbers))
+    return [_Operand(n) for n in numbers]
 
 
 def _called(eqn: Any) -> Any:
@@ -150,7 +108,10 @@ def _called(eqn: Any) -> Any:
   if eqn.primitive is lowrank.primitive():
     dense = functools.partial(lowrank.dense, **eqn.params)
     return jax.make_jaxpr(dense)(*(v.aval for v in eqn.invars))
-  return eqn.params.get(_CALLS.get(eqn.primitive.name, ''))
+  # Only values are computed here: how it is differentiated does not matter.
+  return jaxcompat.called(
+    eqn, jaxcompat.CALLS, jaxcompat.CHECKPOINTS, jaxcompat.CUSTOM
+  )
 
 
 def _flat(closed: Any) -> _Program:
@@ -167,66 +128,126 @@ def _flat(closed: Any) -> _Program:
 
 def _needs(step: _Step, shapes: list[Shape], labels: Labels, out: int) -> Needs:
   """Returns how operands are cut, where the result is cut as `labels` say."""
-  name, params = step.primitive.name, step.params
-  given = tuple(
+  need = _NEEDS.get(step.primitive.name)
+  if need is None:
+    return None
+  try:
+    jaxcompat.check(step.primitive.name, step.params)
+  except jaxcompat.Unfamiliar:
+    return None  # It may compute something else: it is not cut.
+  given = [
     shapes[o.number] if o.number >= 0 else np.shape(o.constant)
     for o in step.inputs
-  )
-  if name in _ELEMENTWISE:
-    return [labels if shape else () for shape in given]
-  if name == 'transpose':
-    inverse = np.argsort(params['permutation'])
-    return [tuple(labels[i] for i in inverse)]
-  if name == 'broadcast_in_dim':
-    return [_broadcast(given[0], shapes[out], params, labels)]
-  if name == 'reshape':
-    return _reshape(given[0], shapes[out], params, labels)
-  if name == 'squeeze':
-    gone, rest = set(params['dimensions']), iter(labels)
-    return [
-      tuple(None if i in gone else next(rest) for i in range(len(given[0])))
-    ]
-  if name in _REDUCTIONS:
-    axes, rest = set(params['axes']), iter(labels)
-    return [
-      tuple(None if i in axes else next(rest) for i in range(len(given[0])))
-    ]
-  if name in _CUMULATIVE:
-    return None if labels[params['axis']] is not None else [labels]
-  if name == 'rev':
-    cut = any(labels[i] is not None for i in params['dimensions'])
-    return None if cut else [labels]
-  if name == 'concatenate':
-    cut = labels[params['dimension']] is not None
-    return None if cut else [labels] * len(given)
-  if name == 'split':
-    return None if labels[params['axis']] is not None else [labels]
-  if name == 'slice':
-    return _slice(given[0], params, labels)
-  if name == 'pad':
-    moved = [
-      i for i, p in enumerate(params['padding_config']) if p != (0, 0, 0)
-    ]
-    return None if any(labels[i] is not None for i in moved) else [labels, ()]
-  if name == 'dot_general':
-    return _dot(given, params, labels)
-  return None
+  ]
+  return need(given, shapes[out], step.params, labels)
 
 
+# From shapes of operands, shape of the result, parameters and labels.
+_Need = Callable[[Sequence[Shape], Shape, Mapping[str, Any], Labels], Needs]
+_NEEDS: dict[str, _Need] = {}
+
+
+def _need(*names: str) -> Callable[[_Need], _Need]:
+  """Registers what some primitives need."""
+
+  def add(function: _Need) -> _Need:
+    _NEEDS.update(dict.fromkeys(names, function))
+    return function
+
+  return add
+
+
+@_need(*jaxcompat.ELEMENTWISE)
+def _elementwise(
+  given: Sequence[Shape], _: Shape, __: Mapping[str, Any], labels: Labels
+) -> Needs:
+  return [labels if shape else () for shape in given]
+
+
+@_need('transpose')
+def _transpose(
+  _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  inverse = np.argsort(params['permutation'])
+  return [tuple(labels[i] for i in inverse)]
+
+
+def _with_gone(ndim: int, gone: Sequence[int], labels: Labels) -> Labels:
+  """Returns labels with none at the axes that a result does not have."""
+  rest = iter(labels)
+  return tuple(None if i in gone else next(rest) for i in range(ndim))
+
+
+@_need('squeeze')
+def _squeeze(
+  given: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  return [_with_gone(len(given[0]), params['dimensions'], labels)]
+
+
+@_need(*jaxcompat.REDUCTIONS)
+def _reduction(
+  given: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  return [_with_gone(len(given[0]), params['axes'], labels)]
+
+
+@_need(*jaxcompat.CUMULATIVE, 'split')
+def _along_axis(
+  _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  return None if labels[params['axis']] is not None else [labels]
+
+
+@_need('rev')
+def _rev(
+  _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  cut = any(labels[i] is not None for i in params['dimensions'])
+  return None if cut else [labels]
+
+
+@_need('concatenate')
+def _concatenate(
+  given: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  cut = labels[params['dimension']] is not None
+  return None if cut else [labels] * len(given)
+
+
+@_need('pad')
+def _pad(
+  _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  padded = [i for i, p in enumerate(params['padding_config']) if p != (0, 0, 0)]
+  return None if any(labels[i] is not None for i in padded) else [labels, ()]
+
+
+@_need('broadcast_in_dim')
 def _broadcast(
-  given: Shape, wanted: Shape, params: Mapping[str, Any], labels: Labels
-) -> Labels:
+  shapes: Sequence[Shape],
+  wanted: Shape,
+  params: Mapping[str, Any],
+  labels: Labels,
+) -> Needs:
   axes = params['broadcast_dimensions']
-  return tuple(
-    labels[axis] if size == wanted[axis] else None
-    for size, axis in zip(given, axes, strict=True)
-  )
+  return [
+    tuple(
+      labels[axis] if size == wanted[axis] else None
+      for size, axis in zip(shapes[0], axes, strict=True)
+    )
+  ]
 
 
+@_need('reshape')
 def _reshape(
-  given: Shape, wanted: Shape, params: Mapping[str, Any], labels: Labels
+  shapes: Sequence[Shape],
+  wanted: Shape,
+  params: Mapping[str, Any],
+  labels: Labels,
 ) -> Needs:
   """An axis stays what it is if as much lies before and behind it."""
+  given = shapes[0]
   if params.get('dimensions') is not None:
     return None
   found: list[int | None] = [None] * len(given)
@@ -245,7 +266,11 @@ def _reshape(
   return [tuple(found)]
 
 
-def _slice(given: Shape, params: Mapping[str, Any], labels: Labels) -> Needs:
+@_need('slice')
+def _slice(
+  shapes: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
+) -> Needs:
+  given = shapes[0]
   for axis, label in enumerate(labels):
     strides = params['strides']
     whole = (
@@ -258,8 +283,9 @@ def _slice(given: Shape, params: Mapping[str, Any], labels: Labels) -> Needs:
   return [labels]
 
 
+@_need('dot_general')
 def _dot(
-  given: Sequence[Shape], params: Mapping[str, Any], labels: Labels
+  given: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
   """The result's axes are those of the batch, then of left and right."""
   summed, batch = params['dimension_numbers']
@@ -322,9 +348,7 @@ class Cut:
       operands = map(fitted, step.inputs, needs)
       have = self._have[step.outputs[0]]
       params = _local(step, have, sizes)
-      made = step.primitive.bind(*operands, **params)
-      if not step.primitive.multiple_results:
-        made = [made]
+      made = jaxcompat.bind(step.primitive, [*operands], params)
       values.update(zip(step.outputs, made, strict=True))
     return fitted(program.result, self._wanted)
 
