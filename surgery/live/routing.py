@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import blox as bx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -181,6 +182,11 @@ def _check_base(
     )
 
 
+def _is_unknown(value: Any) -> bool:
+  """Whether only shape and dtype of an array are known."""
+  return jaxcompat.is_traced(value) or isinstance(value, jax.ShapeDtypeStruct)
+
+
 def _same(a: Any, b: Any) -> bool:
   """Whether two values are equal, as far as that is known."""
   trees: list[Any] = [jax.tree.structure(value) for value in (a, b)]
@@ -199,8 +205,7 @@ def _same_array(a: Any, b: Any) -> bool:
   shapes = [(np.shape(v), getattr(v, 'dtype', None)) for v in (a, b)]
   if shapes[0] != shapes[1]:
     return False
-  unknown = (jax.core.Tracer, jax.ShapeDtypeStruct)
-  if isinstance(a, unknown) or isinstance(b, unknown):
+  if any(map(_is_unknown, (a, b))):
     return True
   numbers = jnp.issubdtype(jnp.result_type(a), jnp.inexact)
   return bool(jnp.array_equal(a, b, equal_nan=numbers))
