@@ -66,7 +66,7 @@ def _numbers(weights: tuple[str, ...]) -> dict[str, float]:
 @click.option(
   '--name', default='combined', show_default=True, help="The adapter's name."
 )
-@click.option('--keep', is_flag=True, help='Let the others stay.')
+@click.option('--keep', is_flag=True, help='Let the others stay, disabled.')
 @writing.writes
 def command(
   file: pathlib.Path,

@@ -23,6 +23,7 @@ from surgery.passes import (
   compute,
   detach,
   devices,
+  enable,
   following,
   methods,
   nonfinite,
@@ -71,7 +72,8 @@ def combine_adapters(
       others the largest rank.
     density: share of an update that is kept, for the last four.
     seed: seed of what is dropped at random; with it adapter and path decide.
-    keep: whether the others stay; otherwise they are detached.
+    keep: whether the others stay, disabled, since their updates are in the sum;
+      otherwise they are detached.
     host: whose hooks are asked.
 
   Raises:
@@ -97,9 +99,9 @@ def combine_adapters(
     )
     for path in shapes
   }  # fmt: skip
-  after = (
-    checkpoint if keep else detach.detach(checkpoint, list(weights), host=host)
-  )
+  # What is in the sum must not be added beside it.
+  leave = enable.disable if keep else detach.detach
+  after = leave(checkpoint, list(weights), host=host)
   ranks = {path: one.rank for path, one in made.items()}
   after = _attached(after, shapes, ranks, name, host)
   leaves = dict(after)

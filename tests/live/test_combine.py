@@ -280,3 +280,32 @@ def test_an_adapter_with_dropout_is_combined():
   expected = deltas(params)
   for layer, value in deltas(one).items():
     np.testing.assert_allclose(value, expected[layer], rtol=1e-6)
+
+
+@pytest.mark.parametrize('off', [[], ['a']])
+def test_what_is_kept_does_not_count_beside_the_sum(both, off):
+  params = surgery.disable(both, off) if off else both
+  kept = surgery.combine_adapters(params, {'a': 0.7, 'b': 0.3}, keep=True)
+  alone = surgery.combine_adapters(params, {'a': 0.7, 'b': 0.3})
+  assert {'a': False, 'b': False, 'combined': True} == {
+    i.name: i.enabled for i in surgery.adapters(kept)
+  }
+  expected, actual = deltas(alone), deltas(surgery.detach(kept, ['a', 'b']))
+  merged = surgery.merge(kept, 'combined')
+  for layer in LAYERS:
+    assert np.array_equal(expected[layer], actual[layer])
+    value = merged['mlp', layer, 'kernel'].value
+    assert np.array_equal(expected[layer], np.asarray(value))
+    # What layers get is what is merged.
+    assert np.array_equal(
+      expected[layer], kept._get(('mlp', layer, 'kernel'), None, None)[0]
+    )
+  back = surgery.enable(surgery.detach(kept, 'combined'))
+  assert both.records == back.records
+
+
+def test_others_stay_enabled(both):
+  params = surgery.attach(both, surgery.LoRA(rank=1), to='**', name='other')
+  kept = surgery.combine_adapters(params, {'a': 1.0}, keep=True)
+  on = {i.name for i in surgery.adapters(kept) if i.enabled}
+  assert {'b', 'other', 'combined'} == on
