@@ -139,7 +139,15 @@ def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
     note = ' (innermost)' if index == 0 and len(said.adapters) > 1 else ''
     lines.append(f'adapter {recording.describe(adapter)}{note}')
   leaves = [opened[p] for p in chosen]
-  trains = sum(leaf.size for leaf in leaves if leaf.trainable and not leaf.key)
+  # An adapter that is disabled does not train; its flags stay.
+  off = {one['name'] for one in said.adapters if not one.get('enabled', True)}
+  trains = sum(
+    leaf.size
+    for leaf in leaves
+    if leaf.trainable
+    and not leaf.key
+    and leaf.metadata.get('adapter') not in off
+  )
   what = 'adapter' if said.kind == manifest.ADAPTER else 'model'
   lines += [
     '',

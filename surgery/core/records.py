@@ -298,6 +298,7 @@ class Records:
     '__weakref__',
     '_chains',
     '_digest',
+    '_idle',
     '_owned',
     'adapters',
     'probe',
@@ -313,6 +314,7 @@ class Records:
   probe: Probe | None
   _digest: int
   _owned: dict[Path, str] | None
+  _idle: frozenset[Path] | None
   _chains: dict[Path, Chain] | None
 
   def __new__(
@@ -327,6 +329,7 @@ class Records:
     self.probe = probe
     self._digest = digest
     self._owned = None
+    self._idle = None
     self._chains = None
     with cls._interning:
       known = cls._interned.get(digest)
@@ -407,6 +410,14 @@ class Records:
         path: a.name for a in self.adapters for path in a.weight_paths()
       }
     return MappingProxyType(self._owned)
+
+  @property
+  def idle(self) -> frozenset[Path]:
+    """Paths of the weights of adapters that are disabled."""
+    if self._idle is None:
+      off = [a for a in self.adapters if not a.enabled]
+      self._idle = frozenset(p for a in off for p in a.weight_paths())
+    return self._idle
 
   @property
   def chains(self) -> Mapping[Path, Chain]:

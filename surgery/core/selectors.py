@@ -7,6 +7,7 @@ r"""Selectors: saying which parameters of a model are meant.
   `**` for any number of segments |
 | `re:.*/h\d+/kernel` | regular expression that matches the whole path |
 | `type:Linear` | layers of a class of that name or derived from one |
+| `adapter:NAME` | the weights of an adapter; NAME may be a glob |
 | `word:rest` | a term that a plugin answers (`surgery_match_layer`) |
 | `!…` | all that … matches is taken out |
 | a list | any of its items, less what its `!` items match |
@@ -32,11 +33,18 @@ from surgery.core.paths import Path
 Text = str | Sequence[str]
 Types = Callable[[Path], tuple[str, ...]]
 Term = Callable[[str, Path], bool]
+Owner = Callable[[Path], str | None]
 
 ALL = 'all'
+ADAPTER = 'adapter'
 # A regular expression may begin with a backslash.
 _TERM = re.compile(r'(re(?=:)|[a-zA-Z_][\w-]*(?=:(?!\\))):')
 _MOST_ALTERNATIVES = 1000
+
+
+def _no_owner(path: Path) -> str | None:
+  del path
+  return None
 
 
 def _no_types(layer: Path) -> tuple[str, ...]:
@@ -402,7 +410,7 @@ class Item:
 
   Attributes:
     text: as it was written, without a leading `!`.
-    kind: `glob`, `re`, `type`, `term` or `all`.
+    kind: `glob`, `re`, `type`, `adapter`, `term` or `all`.
     negate: whether what it matches is taken out.
     literal: whether it names parameters or layers one by one.
     choices: its alternatives, each of which has to match something.
@@ -438,6 +446,8 @@ class Item:
       return any(self.regex.fullmatch(paths.show(a)) for a in above)
     if self.kind == 'type':
       return any(self.text[5:] in types(a) for a in above)
+    if self.kind == ADAPTER:
+      return False  # It is about weights, not about layers.
     return term is not None and term(self.text, layer)
 
   def param(self, path: Path) -> bool:
@@ -449,6 +459,13 @@ class Item:
       assert self.regex is not None
       return self.regex.fullmatch(paths.show(path)) is not None
     return False
+
+  def owned(self, name: str | None) -> bool:
+    """Whether the item matches the weights of an adapter."""
+    if self.kind != ADAPTER or name is None:
+      return False
+    assert self.regex is not None
+    return self.regex.fullmatch(_joined((name,))) is not None
 
 
 def _item(text: str) -> Item:
@@ -482,6 +499,9 @@ def _item(text: str) -> Item:
       ) from None
   if term and term[1] == 'type':
     return Item(body, 'type', negate, False, None, None)
+  if term and term[1] == ADAPTER:
+    regex, _, choices = _glob(body.partition(':')[2])
+    return Item(body, ADAPTER, negate, False, regex, None, choices)
   if term:
     return Item(body, 'term', negate, False, None, None)
   regex, literal, choices = _glob(body)
@@ -585,6 +605,7 @@ def resolve(
   types: Types = _no_types,
   term: Term | None = None,
   *,
+  owner: Owner = _no_owner,
   missing: str = 'error',
 ) -> Match:
   """Finds what a selector means.
@@ -594,6 +615,7 @@ def resolve(
     universe: the paths to choose from.
     types: names of a layer's class and bases.
     term: answers terms of plugins for a layer.
+    owner: name of the adapter that a path is a weight of, or None.
     missing: `'error'` raises for an item, or an alternative of one, that
       matches nothing; `'pass'` does not.
 
@@ -615,12 +637,15 @@ def resolve(
         layers[layer] = item.layer(layer, types, term)
       if layers[layer]:
         met[path] = True
-      elif item.param(path):
+      elif item.param(path) or item.owned(owner(path)):
         met[path] = False
-    if not met and missing == 'error' and (item.kind != ALL or not universe):
-      raise nothing(item, universe, types)
     if missing == 'error':
-      check_choices(item, met, universe)
+      # Alternatives of an adapter's name are compared with names.
+      named = _names if item.kind == ADAPTER else _same
+      there = named(universe, owner)
+      if not met and (item.kind != ALL or not universe):
+        raise nothing(item, there, types)
+      check_choices(item, named(met, owner), there)
     taken[item] = met
   levels: dict[Path, tuple[Item, bool]] = {}
   by_item: dict[Item, list[Path]] = {i: [] for i in selector.positive}
@@ -635,6 +660,17 @@ def resolve(
         if path not in levels or (levels[path][1] and not at_layer):
           levels[path] = (item, at_layer)
   return Match(levels, {i: tuple(p) for i, p in by_item.items()})
+
+
+def _names(some: Iterable[Path], owner: Owner) -> list[Path]:
+  """Returns the names of the adapters that own some paths, as paths."""
+  names = (owner(path) for path in some)
+  return list(dict.fromkeys((name,) for name in names if name is not None))
+
+
+def _same(some: Iterable[Path], owner: Owner) -> list[Path]:
+  del owner
+  return list(some)
 
 
 def check_deciding(
@@ -709,9 +745,10 @@ def check_choices(
   """
   for choice in unmet(item.choices, met):
     near = nearest(choice.alone, universe)
+    kind = 'adapters' if item.kind == ADAPTER else 'parameters'
     raise errors.SelectorError(
       f'selector {item.written!r}: its alternative {choice.text!r} matches '
-      f'nothing among {len(universe)} parameters. Nearest: {", ".join(near)}.'
+      f'nothing among {len(universe)} {kind}. Nearest: {", ".join(near)}.'
     )
 
 
@@ -719,6 +756,13 @@ def nothing(
   item: Item, universe: Sequence[Path], types: Types = _no_types
 ) -> errors.SelectorError:
   """Returns the error for an item that matches nothing, with near misses."""
+  if item.kind == ADAPTER:
+    known = [name for name, *rest in universe if not rest]
+    return errors.SelectorError(
+      f'selector {item.written!r} matches nothing: there are no weights of '
+      'such an adapter to choose from.'
+      + (errors.suggest(item.text.partition(':')[2], known) if known else '')
+    )
   if not universe:
     return errors.SelectorError(
       f'selector {item.written!r} matches nothing: there are no parameters.'

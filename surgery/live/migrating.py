@@ -283,7 +283,7 @@ class _Moving:
     found = set(node.keys())
     if found == set(self._before.keys()):
       return self._after
-    if found == {p for p, one in self._before.items() if one.trainable}:
+    if found == set(self._before.split()[0].keys()):
       return self._after.split()[0]
     extra = sorted(found - set(self._before.keys()))
     lost = sorted(set(self._before.keys()) - found)

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import blox as bx
@@ -233,6 +233,31 @@ class AdaptedParams(bx.Params):
     """
     params = _closed(self) if self._records.pending else self
     return cast(AdaptedParams, bx.Params.locked(params))
+
+  def split(
+    self, predicate: Callable[[Path, bx.Param], bool] | None = None
+  ) -> tuple[bx.Params, bx.Params]:
+    """Partitions parameters into two containers.
+
+    Args:
+      predicate: says of a path and its parameter whether it goes into the
+        first; by default, whether it trains. The weights of an adapter that is
+        disabled do not train, whatever their flags say; these stay as they are
+        for when it is enabled again.
+
+    Returns:
+      What the predicate is true of, and the rest.
+    """
+    return super().split(predicate or self.trains)
+
+  def trains(self, path: Path, param: bx.Param) -> bool:
+    """Whether a parameter trains: by its flag, and if its adapter is on.
+
+    Args:
+      path: its path.
+      param: the parameter.
+    """
+    return param.trainable and path not in self._records.idle
 
   def merge(self, other: bx.Params) -> AdaptedParams:
     """Combines two containers, and the adapters of both.

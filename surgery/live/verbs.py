@@ -363,6 +363,10 @@ def disable(
 ) -> Tree:
   """Switches adapters off: layers get the base as it is stored.
 
+  Their weights do not train as long as they are off: `split()` counts them as
+  the rest, and `trainable_mask` is False. Their flags stay for when they are
+  enabled again. Split again, and `migrate` the optimizer's state.
+
   Args:
     tree: params, a pytree that holds some, e.g. an optimizer state, or a
       `Checkpoint`.
@@ -472,7 +476,8 @@ def combine_adapters(
       others the largest rank.
     density: share of an update that is kept, for the last four.
     seed: seed of what is dropped at random.
-    keep: whether the others stay; otherwise they are detached.
+    keep: whether the others stay, disabled, since their updates are in the sum;
+      otherwise they are detached.
     host: whose plugins are asked.
 
   Raises:
@@ -719,7 +724,8 @@ def trainable_mask(params: Params) -> bx.Params:
   """Returns a mask for optax: True where a parameter trains.
 
   `optax.masked(tx, mask)` transforms what is True; `optax.freeze` wants the
-  opposite, `jax.tree.map(operator.not_, mask)`.
+  opposite, `jax.tree.map(operator.not_, mask)`. Weights of an adapter that is
+  disabled do not train.
 
   Args:
     params: the model's params.
@@ -728,12 +734,13 @@ def trainable_mask(params: Params) -> bx.Params:
     Params of the same structure with a bool for every array.
   """
   expect.params(params, trainable_mask)
-  data = {
-    path: param.replace(
-      value=jax.tree.map(lambda _, p=param: p.trainable, param.value)
+  idle = live.records_of(params).idle
+  data = {}
+  for path, param in params.items():
+    trains = param.trainable and path not in idle
+    data[path] = param.replace(
+      value=jax.tree.map(lambda _, t=trains: t, param.value)
     )
-    for path, param in params.items()
-  }
   return live.make(
     data, params.is_locked, live.records_of(params), live.notes_of(params)
   )

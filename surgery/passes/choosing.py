@@ -19,6 +19,12 @@ def _types(types: LayerTypes, layer: Path) -> tuple[str, ...]:
   return known.names if known else ()
 
 
+def _owner(param: Any) -> str | None:
+  """Returns the adapter that a parameter or leaf is a weight of."""
+  owner = param.metadata.get('adapter')
+  return owner if isinstance(owner, str) else None
+
+
 def term(
   leaves: Mapping[Path, Leaf], types: LayerTypes, host: Host
 ) -> selectors.Term:
@@ -66,22 +72,28 @@ def chosen(
     checkpoint,
     lambda layer: _types(types, layer),
     term(checkpoint, types, host),
+    owner=lambda path: _owner(checkpoint[path]),
     missing=missing,
   )
   return tuple(match.levels)
 
 
-def _described(model: Any, graph: Any) -> tuple[dict[Path, Any], LayerTypes]:
-  """Returns what there is to choose from, and types of layers."""
+def _described(
+  model: Any, graph: Any
+) -> tuple[dict[Path, Any], LayerTypes, dict[Path, str | None]]:
+  """Returns what there is to choose from, types of layers, and owners."""
   if isinstance(model, Checkpoint):
     types = model.manifest.layer_types
-    return dict(model), types if graph is None else layers.of_graph(graph)
+    owners = {path: _owner(leaf) for path, leaf in model.items()}
+    types = types if graph is None else layers.of_graph(graph)
+    return dict(model), types, owners
   if layers.is_graph(model):
     types = layers.of_graph(model)
-    return dict(types), types
+    return dict(types), types, {}
   if hasattr(model, 'items') and hasattr(model, 'is_locked'):
     types = {} if graph is None else layers.of_graph(graph)
-    return {path: param.value for path, param in model.items()}, types
+    owners = {path: _owner(param) for path, param in model.items()}
+    return {path: p.value for path, p in model.items()}, types, owners
   raise errors.SurgeryError(
     'select: expected bx.Params, a bx.Graph or a Checkpoint, found '
     f'{type(model).__name__}.'
@@ -117,7 +129,7 @@ def select(
   Example:
     surgery.select(params, '**/{query,value}', '!**/bias')
   """
-  universe, types = _described(model, graph)
+  universe, types, owners = _described(model, graph)
   items: list[str] = []
   for one in select or (selectors.ALL,):
     items += [one] if isinstance(one, str) else list(one)
@@ -136,5 +148,6 @@ def select(
     universe,
     lambda layer: _types(types, layer),
     term(leaves, types, host or default_host()),
+    owner=owners.get,
   )
   return Selection({p: _text(v) for p, v in universe.items()}, chosen.levels)

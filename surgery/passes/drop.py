@@ -20,7 +20,7 @@ def drop(
   """Leaves out tensors; a layer means everything beneath it.
 
   A parameter that an adapter rewrites takes the adapter's weights for it along;
-  an adapter that has no site any more goes.
+  an adapter that has no site any more goes. `adapter:NAME` detaches an adapter.
 
   Args:
     checkpoint: the model.
@@ -38,4 +38,11 @@ def drop(
   """
   following.check_model(checkpoint, 'drop')
   gone = dropping.chosen(checkpoint, select, layer_types, 'drop', host)
+  if not isinstance(select, Selection):
+    items = selectors.parse(select).positive
+    left = dropping.detached(checkpoint, gone, items, host)
+    gone = {p for p in gone if p in left or p not in checkpoint}
+    if not gone:
+      return left
+    checkpoint = left
   return dropping.without(checkpoint, gone, 'drop', host)

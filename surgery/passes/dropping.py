@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from surgery.core import errors, paths, quantised, selectors
@@ -13,7 +13,7 @@ from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord
 from surgery.core.selection import Selection
-from surgery.passes import choosing, following
+from surgery.passes import choosing, detach, following
 
 
 def chosen(
@@ -39,6 +39,39 @@ def chosen(
       f'{verb}: nothing is selected. Select at least one tensor.'
     )
   return found
+
+
+def detached(
+  checkpoint: Checkpoint,
+  gone: Collection[Path],
+  items: Iterable[selectors.Item],
+  host: Host,
+) -> Checkpoint:
+  """Returns the checkpoint without adapters of which all weights are meant.
+
+  That is only where `adapter:NAME` names them; weights that any other selector
+  matches are half of what an adapter needs.
+
+  Args:
+    checkpoint: the model.
+    gone: the tensors that go.
+    items: the items of the selector that name what goes.
+    host: knows the adapters' types.
+  """
+  named = [i for i in items if i.kind == selectors.ADAPTER]
+  records = checkpoint.records(host).adapters if named else ()
+  names = [
+    one.name
+    for one in records
+    if any(i.owned(one.name) for i in named) and gone_whole(one, gone)
+  ]
+  return detach.detach(checkpoint, names, host=host) if names else checkpoint
+
+
+def gone_whole(record: AdapterRecord, gone: Collection[Path]) -> bool:
+  """Whether all weights of an adapter go."""
+  own = record.weight_paths()
+  return bool(own) and all(path in gone for path in own)
 
 
 def without(

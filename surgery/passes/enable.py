@@ -57,6 +57,8 @@ def disable(
 ) -> Checkpoint:
   """Switches adapters off; layers get the base as it is stored.
 
+  Their weights do not train as long as they are off; their flags stay.
+
   Args:
     checkpoint: the model.
     names: an adapter, several, or None for all.

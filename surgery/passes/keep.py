@@ -21,6 +21,7 @@ def keep(
 
   What the sites of an adapter share is kept as long as one of them is, and a
   quantised weight with all of its parts.
+  `!adapter:NAME` detaches an adapter.
 
   Args:
     checkpoint: the model.
@@ -38,6 +39,10 @@ def keep(
   """
   following.check_model(checkpoint, 'keep')
   kept = dropping.chosen(checkpoint, select, layer_types, 'keep', host)
+  if not isinstance(select, Selection):
+    items = selectors.parse(select).negative
+    gone = checkpoint.keys() - kept
+    checkpoint = dropping.detached(checkpoint, gone, items, host)
   for record in following.settled(checkpoint, 'keep', host).adapters:
     base = [
       p for site in record.sites.values() for p in following.base_of(site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -72,11 +73,17 @@ def _step(net, optimizer, params, state):
   return optax.apply_updates(trainable, updates).merge(rest), state
 
 
+def _off(params, state, make):
+  after = surgery.disable(params, 'one')
+  tx = make(after.split()[0])
+  return after, surgery.migrate(state, params, after, tx=tx)
+
+
 @pytest.mark.parametrize(
   'verb',
   [
-    pytest.param(lambda t: surgery.disable(t, 'one'), id='disable'),
-    pytest.param(lambda t: surgery.detach(t, 'one'), id='detach'),
+    pytest.param(lambda t, tx: surgery.detach(t, 'one'), id='detach'),
+    pytest.param(lambda t, tx: _off(t[0], t[1], tx), id='disable'),
   ],
 )
 def test_a_state_follows_its_params(net, make, verb):
@@ -85,13 +92,80 @@ def test_a_state_follows_its_params(net, make, verb):
   params, state = _step(
     net, optimizer, params, optimizer.init(params.split()[0])
   )
-  params, state = verb((params, state))
+  params, state = verb((params, state), make)
   # As an optimizer made for what is left.
   optimizer = make(params.split()[0])
   fresh = optimizer.init(params.split()[0])
   assert jax.tree.structure(fresh) == jax.tree.structure(state)
   params, after = _step(net, optimizer, params, state)
   assert jax.tree.structure(state) == jax.tree.structure(after)
+
+
+def _moved(before, after):
+  """Returns whose weights differ."""
+  return {
+    param.metadata.get('adapter', 'base')
+    for path, param in after.items()
+    if 'rng' not in path
+    and models.bits(before[path].value) != models.bits(param.value)
+  }
+
+
+def test_a_disabled_adapter_neither_trains_nor_decays(net):
+  _, params, _ = net
+  off = surgery.disable(params, 'one')
+  optimizer = optax.adamw(0.1, weight_decay=0.5)
+  after, _ = _step(net, optimizer, off, optimizer.init(off.split()[0]))
+  assert {'two'} == _moved(off, after)
+
+
+def test_the_mask_leaves_out_a_disabled_adapter(net):
+  _, params, _ = net
+  for names in ([], ['one'], ['one', 'two']):
+    now = surgery.disable(params, names) if names else params
+    mask = surgery.trainable_mask(now)
+    trains = {q.metadata['adapter'] for q in mask.values() if q.value is True}
+    assert {'one', 'two'} - set(names) == trains
+    assert {p for p, q in mask.items() if q.value is True} == set(
+      now.split()[0].keys()
+    )
+
+
+def test_flags_come_back_when_an_adapter_is_enabled_again(net):
+  _, params, _ = net
+  params = surgery.freeze(params, '**/lora_a.one')
+  off = surgery.disable(params, 'one')
+  assert not [p for p in off.split()[0].keys() if '.one' in p[-1]]
+  for half in off.split():
+    assert half.records is off.records
+  back = surgery.enable(off.split()[0].merge(off.split()[1]), 'one')
+  for one, other in zip(params.split(), back.split(), strict=True):
+    assert one.keys() == other.keys()
+  names = {p[-1] for p in back.split()[0].keys()}
+  assert {'lora_b.one', 'lora_a.two', 'lora_b.two'} == names
+
+
+def test_a_state_that_was_made_before_is_not_used_unnoticed(net):
+  _, params, _ = net
+  optimizer = optax.adam(0.1)
+  state = optimizer.init(params.split()[0])
+  with pytest.raises(ValueError, match='structure'):
+    _step(net, optimizer, surgery.disable(params, 'one'), state)
+
+
+def test_moments_of_an_adapter_that_is_enabled_begin_anew(net):
+  _, params, _ = net
+  optimizer = optax.adam(0.1)
+  off = surgery.disable(params, 'one')
+  off, state = _step(net, optimizer, off, optimizer.init(off.split()[0]))
+  on = surgery.enable(off)
+  moved = surgery.migrate(state, off, on)
+  assert on.split()[0].keys() == moved[0].mu.keys()
+  for path, param in moved[0].mu.items():
+    if '.two' in path[-1]:
+      assert models.bits(state[0].mu[path].value) == models.bits(param.value)
+    else:
+      assert not np.asarray(param.value).any()
 
 
 def test_a_state_keeps_its_moments(net):
