@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     trainable_mask,
     unfreeze,
   )
+  from surgery.passes.beneath import handles_adapters
   from surgery.passes.choosing import select
   from surgery.recipes.recipe import Recipe
 
@@ -126,6 +127,7 @@ _HOMES = {
     'trainable_mask',
     'unfreeze',
   ),
+  'passes.beneath': ('handles_adapters',),
   'passes.choosing': ('select',),
   'recipes.recipe': ('Recipe',),
 }
@@ -183,6 +185,7 @@ __all__ = [
   'factored',
   'field',
   'freeze',
+  'handles_adapters',
   'hookimpl',
   'keep',
   'load',

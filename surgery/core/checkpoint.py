@@ -108,6 +108,8 @@ class Leaf:
       are no numbers.
     fresh: whether it is made anew, as first weights are, so that in params it
       is put where the parameter lies that it belongs to.
+    beneath: what is stored, where `load` gives what a layer gets of it; see
+      `surgery.passes.beneath`.
   """
 
   load: Callable[[], Any]
@@ -126,12 +128,15 @@ class Leaf:
   heavy: bool = dataclasses.field(default=False, compare=False)
   codes: quantised.Codes | None = dataclasses.field(default=None, compare=False)
   fresh: bool = dataclasses.field(default=False, compare=False)
+  beneath: Beneath | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
 
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.
 
-    With another `load` goes what held for the old value: `part`, `source` and
-    `digest`, unless they are given, too.
+    With another `load` goes what held for the old value: `part`, `source`,
+    `digest` and `beneath`, unless they are given, too.
 
     Raises:
       QuantisedError: if another `load` is given for a part of a quantised
@@ -140,7 +145,8 @@ class Leaf:
     if 'load' in changes:
       if 'codes' not in changes:
         quantised.refuse(self)
-      changes = {'part': None, 'source': None, 'digest': None, **changes}
+      gone = ('part', 'source', 'digest', 'beneath')
+      changes = {**dict.fromkeys(gone), **changes}
     return dataclasses.replace(self, **changes)
 
   def __copy__(self) -> Leaf:
@@ -181,6 +187,24 @@ _UNPICKLED = (
   'asked for. Pass the path of its file and open it there (surgery.open), or '
   'write it to a file first (Checkpoint.write).'
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Beneath:
+  """What is stored of a parameter that adapters rewrite.
+
+  Attributes:
+    path: the parameter.
+    leaf: what is stored.
+    model: stands for the model that it is a parameter of: another may have one
+      of the same path and with the same adapter.
+  """
+
+  path: Path
+  leaf: Leaf
+  model: object
+
+
 _NOTHING = manifest.Manifest()
 
 
@@ -206,6 +230,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     records: adapters, where they have been resolved already.
     origin: where it came from, for error messages.
     checks: what has to hold before it is written.
+    seen: the `Beneath.model` of its leaves, if they are as layers get them.
 
   Example:
     ckpt = surgery.open('m.msgpack')
@@ -221,12 +246,14 @@ class Checkpoint(Mapping[Path, Leaf]):
     records: Records | None = None,
     origin: str = '',
     checks: tuple[Check, ...] = (),
+    seen: object | None = None,
   ) -> None:
     self._leaves = dict(leaves)
     self.manifest = manifest
     self._records = records
     self.origin = origin
     self.checks = checks
+    self.seen = seen
 
   def __getitem__(self, path: Path) -> Leaf:
     try:
@@ -266,6 +293,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     manifest: manifest.Manifest | None = None,
     records: Records | None = None,
     checks: tuple[Check, ...] | None = None,
+    seen: object | None = None,
   ) -> Checkpoint:
     """Returns a checkpoint with some parts changed."""
     return Checkpoint(
@@ -274,6 +302,7 @@ class Checkpoint(Mapping[Path, Leaf]):
       self._records if records is None else records,
       self.origin,
       self.checks if checks is None else checks,
+      self.seen if seen is None else seen,
     )
 
   def check(self) -> None:
@@ -307,6 +336,53 @@ class Checkpoint(Mapping[Path, Leaf]):
     return self.manifest.replace(
       adapters=recording.to_json(self._records, host, self.manifest.adapters)
     )
+
+  def stored(
+    self, host: Host, verb: str, seen: object | None = None
+  ) -> Checkpoint:
+    """Returns the checkpoint with what is stored beneath adapters put back.
+
+    Steps are given parameters as layers get them. What a step left alone is
+    stored as it was; what it copied is stored as the layer got it.
+
+    Args:
+      host: knows the adapters' types.
+      verb: the step, for messages.
+      seen: the `Beneath.model` of what the step was given; by default that of
+        this checkpoint.
+
+    Raises:
+      AdapterError: if the step changed a parameter that an adapter rewrites: it
+        would be rewritten again.
+    """
+    leaves = dict(self._leaves)
+    chains = self.records(host).chains
+    origin = self.seen if seen is None else seen
+    for path, leaf in self._leaves.items():
+      one = leaf.beneath
+      if path in chains and (
+        one is None or one.path != path or one.model is not origin
+      ):
+        names = ' and '.join(repr(a.name) for a, _ in chains[path])
+        raise errors.AdapterError(
+          f'{verb}: {paths.show(path)} is rewritten by adapter {names}, which '
+          f'cannot follow. Merge or detach {names} first, or select other '
+          'tensors.'
+        )
+      if path in chains and one is not None:
+        leaves[path] = one.leaf.replace(
+          trainable=leaf.trainable, metadata=leaf.metadata
+        )
+      elif one is not None:
+        leaves[path] = leaf.replace(beneath=None)
+    return Checkpoint(
+      leaves, self.manifest, self._records, self.origin, self.checks
+    )
+
+  @property
+  def shows_layers(self) -> bool:
+    """Whether some leaves are as layers get them, not as they are stored."""
+    return any(leaf.beneath is not None for leaf in self._leaves.values())
 
   def notes(self) -> dict[Path, manifest.LeafNote]:
     """Returns what the manifest says of each leaf."""
@@ -375,10 +451,11 @@ class Checkpoint(Mapping[Path, Leaf]):
       options['shard_size'] = shard_size
     if progress is not None:
       options['progress'] = progress
-    said = self.resolved(host)
+    whole = self.stored(host, 'write') if self.shows_layers else self
+    said = whole.resolved(host)
     if metadata:
       said = said.replace(metadata={**said.metadata, **metadata})
-    whole = self.replace(manifest=said)
+    whole = whole.replace(manifest=said)
     taken = _taken(form, path, options)
     self.check()
     form.write(whole, path, overwrite=overwrite, **taken)

@@ -122,7 +122,9 @@ def surgery_passes() -> Mapping[str, Callable[..., Any]]:
   Called: once a host, when a pass is looked up by name.
   Order: all are asked; a name that two offer is an error.
   Return: by name, functions from a `Checkpoint` and keyword arguments to a
-  `Checkpoint`.
+  `Checkpoint`. In a recipe they are given parameters as layers get them, with
+  enabled adapters, and may not change those that an adapter rewrites; one that
+  knows about adapters is marked by `surgery.handles_adapters`.
   May raise: no.
   Since: 0.1.
   """

@@ -13,7 +13,8 @@ from surgery.core import errors, paths, quantised, selectors
 from surgery.core.checkpoint import Check, Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
-from surgery.passes import choosing, editing, regions, rounding
+from surgery.passes import beneath, choosing, editing, regions, rounding
+from surgery.passes.beneath import handles_adapters
 
 _SHOWN = 5
 
@@ -41,13 +42,15 @@ class _Asked:
   """What conditions are about.
 
   Attributes:
-    model: the checkpoint.
-    inputs: others by alias.
+    model: the checkpoint, with parameters as layers get them.
+    stored: the checkpoint as it is stored.
+    inputs: others by alias, with parameters as layers get them.
     original: the checkpoint before the first step.
     host: whose hooks are asked.
   """
 
   model: Checkpoint
+  stored: Checkpoint
   inputs: editing.Inputs
   original: Checkpoint | None
   host: Host
@@ -60,6 +63,7 @@ class _Asked:
     )
 
 
+@handles_adapters
 def assert_(
   checkpoint: Checkpoint,
   condition: Mapping[str, Any],
@@ -71,7 +75,8 @@ def assert_(
   """Raises unless something holds; nothing is changed.
 
   What names, shapes and dtypes tell is seen to when a recipe is planned; what
-  needs values, before the first byte is written.
+  needs values, before the first byte is written. Values are those that layers
+  get, adapters and all; `unchanged-except` is about what is stored.
 
   | condition | holds if |
   | --- | --- |
@@ -105,7 +110,13 @@ bit |
     assert: {count: {of: '**/kernel', is: 48}, finite: '**'}
     assert: {not: {exists: '**/lora_a'}}
   """
-  asked = _Asked(checkpoint, inputs or {}, original, host)
+  asked = _Asked(
+    beneath.seen(checkpoint, host),
+    checkpoint,
+    beneath.Inputs(inputs or {}, host),
+    original,
+    host,
+  )
   test = _read(condition, asked)
   if test.values:
 
@@ -483,9 +494,9 @@ def _unchanged(given: Any, asked: _Asked) -> _Test:
       "assert: 'unchanged-except': there is nothing to compare with; it stands "
       'in recipes, or give original=.'
     )
-  types = asked.model.manifest.layer_types
-  both = {**original, **asked.model}
-  universe = asked.model.replace(leaves=both)
+  types = asked.stored.manifest.layer_types
+  both = {**original, **asked.stored}
+  universe = asked.stored.replace(leaves=both)
   exempt = set(choosing.chosen(universe, select, types, asked.host))
 
   def reason() -> str | None:
@@ -493,11 +504,11 @@ def _unchanged(given: Any, asked: _Asked) -> _Test:
     for path in both:
       if path in exempt:
         continue
-      if path not in asked.model:
+      if path not in asked.stored:
         wrong.append(f'{paths.show(path)} is gone')
       elif path not in original:
         wrong.append(f'{paths.show(path)} is new')
-      elif not _same(original[path], asked.model[path]):
+      elif not _same(original[path], asked.stored[path]):
         wrong.append(f'{paths.show(path)} has changed')
     return _listed(wrong) if wrong else None
 

@@ -25,6 +25,7 @@ from surgery.core.records import (
 from surgery.core.selection import Selection
 from surgery.core.site import Site
 from surgery.passes import blocks, compute, drawing, finding
+from surgery.passes.beneath import handles_adapters
 
 
 def check_name(name: str, records: Records) -> None:
@@ -242,6 +243,7 @@ def check_patterns(adapter: Adapter, sites: Sequence[Site]) -> None:
   )
 
 
+@handles_adapters
 def attach(
   checkpoint: Checkpoint,
   adapter: Adapter,

@@ -13,8 +13,10 @@ from surgery.core.layers import LayerTypes
 from surgery.core.selection import Selection
 from surgery.passes import attach as attaching
 from surgery.passes import extract
+from surgery.passes.beneath import handles_adapters
 
 
+@handles_adapters
 def attach(
   checkpoint: Checkpoint,
   adapter: str | Adapter | None = None,

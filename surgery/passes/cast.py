@@ -16,6 +16,7 @@ from surgery.core.paths import Path
 from surgery.core.selection import Selection
 from surgery.files import arrays
 from surgery.passes import choosing, following, rounding
+from surgery.passes.beneath import handles_adapters
 
 # Dtypes between which compiled code rounds once.
 _TRACED = ('bfloat16', 'float16', 'float32')
@@ -26,6 +27,7 @@ def names() -> tuple[str, ...]:
   return (*rounding.SHORT, *rounding.SHORT.values())
 
 
+@handles_adapters
 def cast(
   checkpoint: Checkpoint,
   to: Any,

@@ -28,6 +28,7 @@ from surgery.passes import (
   methods,
   nonfinite,
 )
+from surgery.passes.beneath import handles_adapters
 from surgery.passes.fill import generator
 
 Method = Literal[
@@ -43,6 +44,7 @@ Method = Literal[
 _Update = tuple[np.ndarray, np.ndarray] | np.ndarray
 
 
+@handles_adapters
 def combine_adapters(
   checkpoint: Checkpoint,
   weights: Mapping[str, float],

@@ -11,6 +11,7 @@ from surgery.core.host import Host
 from surgery.core.layers import LayerType
 from surgery.core.paths import Path
 from surgery.passes import editing, following
+from surgery.passes.beneath import handles_adapters
 from surgery.passes.drop import drop
 from surgery.passes.rename import rename
 
@@ -131,6 +132,7 @@ def _describe(
       types.setdefault(b, known[a])
 
 
+@handles_adapters
 def move(
   checkpoint: Checkpoint,
   rules: str | Sequence[str],

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
+from surgery.passes.beneath import handles_adapters
 from surgery.passes.merge import names_of
 
 
+@handles_adapters
 def detach(
   checkpoint: Checkpoint,
   names: str | Sequence[str] | None = None,

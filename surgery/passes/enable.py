@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.core.records import Records
+from surgery.passes.beneath import handles_adapters
 from surgery.passes.merge import names_of
 
 
@@ -26,6 +27,7 @@ def switched(
   return records
 
 
+@handles_adapters
 def enable(
   checkpoint: Checkpoint,
   names: str | Sequence[str] | None = None,
@@ -49,6 +51,7 @@ def enable(
   return checkpoint.replace(records=switched(records, names, True))
 
 
+@handles_adapters
 def disable(
   checkpoint: Checkpoint,
   names: str | Sequence[str] | None = None,

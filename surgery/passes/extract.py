@@ -12,8 +12,10 @@ from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, SiteRecord, WeightSpec
 from surgery.passes import attach, bound, fitting
+from surgery.passes.beneath import handles_adapters
 
 
+@handles_adapters
 def extract(
   checkpoint: Checkpoint,
   name: str | None = None,
@@ -108,6 +110,7 @@ def _renamed(
   )
 
 
+@handles_adapters
 def insert(
   checkpoint: Checkpoint,
   alone: Checkpoint,

@@ -11,6 +11,7 @@ from surgery.core.records import AdapterRecord
 from surgery.core.selection import Selection
 from surgery.core.site import ParamSpec, Site, default_layout
 from surgery.passes import choosing
+from surgery.passes.beneath import handles_adapters
 
 # Metadata of what `freeze` froze, so that `unfreeze` restores that alone.
 MARK, OURS = 'frozen', 'surgery'
@@ -52,6 +53,7 @@ def _trains(
   return host.ask('surgery_freeze_param', of=adapter, site=site, policy=policy)
 
 
+@handles_adapters
 def freeze(
   checkpoint: Checkpoint,
   select: selectors.Text | Selection | None = None,
@@ -117,6 +119,7 @@ def freeze(
   return checkpoint.replace(leaves=leaves)
 
 
+@handles_adapters
 def unfreeze(
   checkpoint: Checkpoint,
   select: selectors.Text | Selection | None = None,

@@ -8,8 +8,10 @@ from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.selection import Selection
 from surgery.passes import dropping, following
+from surgery.passes.beneath import handles_adapters
 
 
+@handles_adapters
 def keep(
   checkpoint: Checkpoint,
   select: selectors.Text | Selection,

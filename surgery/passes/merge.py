@@ -14,6 +14,7 @@ from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, Chain, Records
 from surgery.passes import blocks, compute
+from surgery.passes.beneath import handles_adapters
 
 
 def names_of(
@@ -63,7 +64,7 @@ def check_order(records: Records, names: Sequence[str]) -> None:
         )
 
 
-def _check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
+def check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
   """Raises unless all that an adapter rewrites and needs is there.
 
   Raises:
@@ -82,6 +83,7 @@ def _check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
       )
 
 
+@handles_adapters
 def merge(
   checkpoint: Checkpoint,
   names: str | Sequence[str] | None = None,
@@ -138,7 +140,7 @@ def merge(
         'Enable it first, or detach it.'
       )
     records.get(name).check_met('merge')
-    _check_whole(checkpoint, records.get(name))
+    check_whole(checkpoint, records.get(name))
   check_order(records, merged)
   encode = _asked(records, merged, host)
   gone = {p for n in merged for p in records.get(n).weight_paths()}
@@ -150,7 +152,7 @@ def merge(
       link for link in records.chains.get(path, ()) if link[0].name in merged
     )
     if chain:
-      answer = _Merged(checkpoint, chain, path, records, check_finite)
+      answer = Merged(checkpoint, chain, path, records, check_finite)
       stored = encode.get(path, ())
       load = functools.partial(answer.load, stored)
       leaf = leaf.replace(load=load, part=None if stored else answer.part)
@@ -179,7 +181,7 @@ def _asked(
   return encode
 
 
-class _Merged:
+class Merged:
   """A parameter as layers get it.
 
   Args:
@@ -258,9 +260,9 @@ class _Merged:
     starts = [cut.start for cut in index] + [0] * (wrong.ndim - len(index))
     where = [int(a) + b for a, b in zip(first, starts, strict=True)]
     raise errors.SiteError(
-      f'{paths.show(self._path)}: the merged parameter has '
-      f'{np.asarray(value)[first]:g} at index {where}; nothing was changed. '
-      f'{self._blamed(index)} To merge it all the same, give check-finite: '
+      f'{paths.show(self._path)}: the merged parameter has NaN or infinity, '
+      f'first {np.asarray(value)[first]:g} at index {where}; nothing was '
+      f'changed. {self._blamed(index)} To merge it anyway, give check-finite: '
       'false (check_finite=False).'
     )
 

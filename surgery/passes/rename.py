@@ -22,8 +22,10 @@ from surgery.core.records import (
 from surgery.core.renaming import Rule
 from surgery.core.site import PathNeeded, Site
 from surgery.passes import editing, following
+from surgery.passes.beneath import handles_adapters
 
 
+@handles_adapters
 def rename(
   checkpoint: Checkpoint, rules: str | Iterable[str], *, host: Host
 ) -> Checkpoint:

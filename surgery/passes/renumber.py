@@ -10,6 +10,7 @@ from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.core.renaming import Reader, Rule
 from surgery.passes import editing, following
+from surgery.passes.beneath import handles_adapters
 from surgery.passes.rename import renamed
 from surgery.passes.slicing import Places, places
 
@@ -107,6 +108,7 @@ class _Renumbering(Rule):
     return layers.to(path, tables[one[0]].get(one[1], one[1]))
 
 
+@handles_adapters
 def renumber(
   checkpoint: Checkpoint, layers: str, start: int = 0, *, host: Host
 ) -> Checkpoint:
@@ -144,6 +146,7 @@ def renumber(
   )
 
 
+@handles_adapters
 def repeat(
   checkpoint: Checkpoint,
   layers: str,

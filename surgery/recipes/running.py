@@ -21,6 +21,7 @@ from surgery.core import errors, html, location, manifest, selectors
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.files import strict_json
+from surgery.passes import beneath
 from surgery.recipes import definitions, history, planning
 
 if TYPE_CHECKING:
@@ -161,7 +162,9 @@ def _done(
   if 'host' in definition.given:
     given['host'] = host
   with host.observed(definition.name, _told(arguments)):
-    result = definition.function(models[alias], **given)
+    result = beneath.performed(
+      definition.function, definition.name, models[alias], given, host
+    )
   if not isinstance(result, Checkpoint):
     raise errors.PluginError(
       f'the pass {definition.name!r} returned {type(result).__name__}, '

@@ -136,7 +136,7 @@ def test_a_block_that_is_not_finite_is_an_error_that_names_the_parameter(
   merged = merge(surgery.open(source), host=surgery.default_host())
   with pytest.raises(
     surgery.SiteError,
-    match=r'net/layer/kernel: the merged parameter has inf at index \[0, 700\]; '
+    match=r'net/layer/kernel: the merged parameter has NaN or infinity, first inf at index \[0, 700\]; '
     r"nothing .*lora_a.one of adapter 'one' has NaN or infinity",
   ):
     merged.write(target)

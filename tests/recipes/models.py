@@ -110,9 +110,9 @@ class SmallBlocks:
       return grid(shape, most)
 
     from surgery.files import payload
-    from surgery.passes import cast, diff, fill, regions
+    from surgery.passes import beneath, cast, diff, fill, regions
 
-    modules = (checkpoints, payload, cast, diff, fill, regions)
+    modules = (checkpoints, payload, beneath, cast, diff, fill, regions)
     self._patches = [mock.patch.object(m, 'grid', small) for m in modules]
     for patch in self._patches:
       patch.start()

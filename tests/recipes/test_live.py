@@ -124,7 +124,7 @@ ADAPTED: list[Any] = [
   ({'repeat': {'layers': 'net/h<i>', 'numbers': 0}}, "'default' is attached"),
   ({'copy': 'net/h0 -> net/h9'}, 'is a weight of an adapter'),
   ({'fold-norm': 'net/h0 -> net/h1'}, 'has no mean'),
-  ({'scale': {'select': 'net/h0/kernel', 'by': 2}}, None),
+  ({'scale': {'select': 'net/h0/kernel', 'by': 2}}, 'cannot follow'),
 ]
 
 
