@@ -47,6 +47,7 @@ if TYPE_CHECKING:
   from surgery.live.factored import factored
   from surgery.live.layers import LoraLinear
   from surgery.live.migrating import migrate
+  from surgery.live.optimizer import optimizer
   from surgery.live.params import AdaptedParams
   from surgery.live.routing import route, stack_adapters
   from surgery.live.saving import load, load_adapter, save, save_adapter
@@ -107,6 +108,7 @@ _HOMES = {
   'live.factored': ('factored',),
   'live.layers': ('LoraLinear',),
   'live.migrating': ('migrate',),
+  'live.optimizer': ('optimizer',),
   'live.params': ('AdaptedParams',),
   'live.routing': ('route', 'stack_adapters'),
   'live.saving': ('load', 'load_adapter', 'save', 'save_adapter'),
@@ -194,6 +196,7 @@ __all__ = [
   'migrate',
   'named_key',
   'open',
+  'optimizer',
   'rename',
   'route',
   'save',

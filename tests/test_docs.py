@@ -264,3 +264,29 @@ def test_each_guarantee_names_a_test_that_exists():
       source = (root / file).read_text()
       for name in filter(None, names.split('::')):
         assert re.search(rf'^ *(?:def|class) {name}\b', source, re.M), row
+
+
+def test_the_page_on_adapters_trains_what_trains_alone():
+  import optax
+
+  from tests.live.models import bits, mlp, stirred
+
+  text = (DOCS / 'adapters.md').read_text()
+  section = text[text.index('## Training') : text.index('## What is refused')]
+  first, second = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
+  model, base, x = mlp()
+  adapted = stirred(surgery.attach(base, surgery.LoRA(rank=2), to='**/hidden*'))
+  names: dict[str, Any] = {
+    **{'surgery': surgery, 'jax': jax, 'optax': optax},
+    'loss': lambda params: (model(params, x)[0] ** 2).sum(),
+  }
+  # Where there is an Rng, params are differentiated by halves.
+  names['params'] = adapted.split(lambda path, _: 'rng' not in path)[0]
+  exec(first, names)
+  once = names['params']
+  names['params'] = once.merge(adapted.split(lambda path, _: 'rng' in path)[0])
+  exec(second, names)
+  for path, param in once.items():
+    before, after = adapted[path].value, names['params'][path].value
+    moved = {bits(v) for v in (before, param.value, after)}
+    assert (3 if param.trainable else 1) == len(moved), path

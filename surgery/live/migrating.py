@@ -20,6 +20,7 @@ from surgery.core.paths import Path
 from surgery.live import designed, lineage
 from surgery.live import params as live
 from surgery.live.lineage import Change
+from surgery.live.optimizer import trained
 from surgery.passes import detach, devices, editing, regions, reshape, slicing
 from surgery.recipes import definitions
 from surgery.recipes.recipe import Recipe
@@ -254,7 +255,7 @@ class _Moving:
       owner: name of the state's type.
     """
     self.met = True
-    target = self._target(node)
+    target = self._target(node, fresh)
     dtypes = {
       str(p.value.dtype) for p in node.values() if hasattr(p.value, 'dtype')
     }
@@ -279,12 +280,23 @@ class _Moving:
       data, target.is_locked, live.records_of(target), live.notes_of(target)
     )
 
-  def _target(self, node: bx.Params) -> bx.Params:
+  def _target(self, node: bx.Params, fresh: Any) -> bx.Params:
+    """Returns the params that a node is to be for.
+
+    Raises:
+      SurgeryError: if the node is not for the params that were given.
+    """
+    mine = trained(self._after)
+    if fresh is not _NONE and set(fresh.keys()) == mine:
+      # What `surgery.optimizer` begins with, or any where nothing is disabled.
+      return self._after.split(lambda path, _: path in mine)[0]
     found = set(node.keys())
     if found == set(self._before.keys()):
       return self._after
     if found == set(self._before.split()[0].keys()):
       return self._after.split()[0]
+    if found == trained(self._before):
+      return self._after.split(lambda path, _: path in mine)[0]
     extra = sorted(found - set(self._before.keys()))
     lost = sorted(set(self._before.keys()) - found)
     which = (

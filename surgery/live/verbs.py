@@ -723,9 +723,11 @@ def adapters(
 def trainable_mask(params: Params) -> bx.Params:
   """Returns a mask for optax: True where a parameter trains.
 
-  `optax.masked(tx, mask)` transforms what is True; `optax.freeze` wants the
-  opposite, `jax.tree.map(operator.not_, mask)`. Weights of an adapter that is
-  disabled do not train.
+  `optax.masked(tx, mask)` transforms what is True and hands on what is not, as
+  it is: given gradients of frozen weights, it moves them by these. To train,
+  use `surgery.optimizer(tx, params)`. `optax.freeze` wants the opposite mask,
+  `jax.tree.map(operator.not_, mask)`. Weights of an adapter that is disabled
+  do not train.
 
   Args:
     params: the model's params.

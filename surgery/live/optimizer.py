@@ -1,0 +1,292 @@
+"""An optimizer for what trains: frozen and disabled weights stay as they are.
+
+`optax.masked` hands the gradients of what it masks on as updates, so frozen
+weights move. Here the optimizer gets the weights that train and nothing else:
+what is frozen has no state, no decay and no part in a global norm, and its
+update is zero whatever its gradient is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import blox as bx
+import jax
+import jax.numpy as jnp
+
+from surgery.core import errors, paths
+from surgery.core.paths import Path
+from surgery.live import params as live
+
+if TYPE_CHECKING:
+  import optax
+
+# The weights that train, for each of the params in a pytree.
+_Plan = list[frozenset[Path]]
+
+
+def trained(params: bx.Params) -> frozenset[Path]:
+  """Returns the paths of what an optimizer may move.
+
+  That is what is flagged as trainable and holds real or complex numbers, less
+  the weights of adapters that are disabled.
+  """
+  disabled = {
+    path
+    for record in live.records_of(params).adapters
+    if not record.enabled
+    for path in record.weight_paths()
+  }
+  return frozenset(
+    path
+    for path, param in params.items()
+    if param.trainable and path not in disabled and _has_numbers(param.value)
+  )
+
+
+def _has_numbers(value: Any) -> bool:
+  return any(map(_is_number, jax.tree.leaves(value)))
+
+
+def _is_number(leaf: Any) -> bool:
+  dtype = getattr(leaf, 'dtype', None)
+  if dtype is None:
+    return isinstance(leaf, (float, complex))
+  return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def optimizer(tx: Any, params: Any) -> optax.GradientTransformationExtraArgs:
+  """Returns an optimizer that moves what trains and nothing else.
+
+  Frozen parameters, and the weights of disabled adapters, get an update of
+  zero, whatever their gradients are, NaN included. They have no state, do not
+  decay and do not count in a global norm: wrap the whole chain, clipping
+  included. States, masks and labels of `tx` are for the half that trains, so
+  give masks and labels as functions, or for `params.split()[0]`.
+
+  It takes gradients of all params, or of the half that trains, and returns
+  updates of the same structure; the state is the same for both. JAX gives no
+  gradients of integers and keys: they get an update of zero where `params` are
+  given, and keys stay as the gradients have them; where a `bx.Rng` is in
+  params, differentiate and update `params.split()[0]`.
+
+  Args:
+    tx: an optimizer of optax, e.g. `optax.adamw(1e-3)`, or a chain of
+      transformations.
+    params: the model's params, frozen as they will be trained, their half that
+      trains, or a pytree that holds some beside arrays that train.
+
+  Returns:
+    An `optax.GradientTransformation`. Called with params of which other
+    weights train than of these, it raises an `AdapterError`.
+
+  Raises:
+    SurgeryError: if there are no params, nothing trains, or optax is missing.
+
+  Example:
+    tx = surgery.optimizer(optax.adamw(1e-3), params)
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, params)
+    params = optax.apply_updates(params, updates)
+  """
+  try:
+    import optax
+  except ImportError as error:
+    raise errors.SurgeryError(
+      'optimizer: optax is not installed. Install it: pip install optax.'
+    ) from error
+  if isinstance(tx, optax.MultiSteps):
+    tx = tx.gradient_transformation()
+  if not (hasattr(tx, 'init') and hasattr(tx, 'update')):
+    raise errors.SurgeryError(
+      'optimizer: expected an optimizer of optax and params, found '
+      f'{type(tx).__name__} and {type(params).__name__}.'
+    )
+  inner = optax.with_extra_args_support(tx)
+  plan = [trained(one) for one in _all_params(params)]
+  if not any(plan):
+    raise errors.SurgeryError(
+      f'optimizer: nothing trains in this {type(params).__name__}. Expected '
+      'bx.Params, or a pytree that holds some, with trainable parameters; see '
+      'surgery.unfreeze and surgery.enable.'
+    )
+
+  def init(params: Any) -> Any:
+    _check(plan, params, 'params')
+    return _explained(inner.init, _half(params))
+
+  def update(
+    updates: Any, state: Any, params: Any = None, **extra: Any
+  ) -> tuple[Any, Any]:
+    _check(plan, updates, 'gradients')
+    half = None
+    if params is not None:
+      _check(plan, params, 'params')
+      half = _half(params)
+      extra = {k: _extra(value, params) for k, value in extra.items()}
+    moved, state = _explained(
+      inner.update, _half(updates), state, half, **extra
+    )
+    return _whole(updates, moved, params), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Halves of pytrees that hold params.
+
+
+def _is_params(value: Any) -> bool:
+  return isinstance(value, bx.Params)
+
+
+def _all_params(tree: Any) -> list[bx.Params]:
+  leaves = jax.tree.leaves(tree, is_leaf=_is_params)
+  return [leaf for leaf in leaves if _is_params(leaf)]
+
+
+def _mapped(change: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+  """Applies a function to all params in a pytree; other leaves train."""
+  one = lambda value, *others: (
+    change(value, *others) if _is_params(value) else (others or (value,))[0]
+  )
+  return jax.tree.map(one, tree, *rest, is_leaf=_is_params)
+
+
+def _split(params: bx.Params) -> tuple[bx.Params, bx.Params]:
+  mine = trained(params)
+  return params.split(lambda path, _: path in mine)
+
+
+def _half(tree: Any) -> Any:
+  """Returns what trains of a pytree."""
+  return _mapped(lambda params: _split(params)[0], tree)
+
+
+def _whole(gradients: Any, moved: Any, params: Any) -> Any:
+  """Returns updates of all that there are gradients of.
+
+  Args:
+    gradients: pytree that says of what.
+    moved: updates of what trains.
+    params: pytree of the params, which say the dtypes; or None.
+  """
+
+  def filled(gradient: bx.Params, update: bx.Params, own: bx.Params) -> Any:
+    values = {}
+    for path, param in gradient.items():
+      if path in update:
+        values[path] = update[path].value
+      else:
+        like = own[path].value if path in own else param.value
+        values[path] = jax.tree.map(_still, like, param.value)
+    return live.with_values(gradient, values)
+
+  return _mapped(
+    filled, gradients, moved, gradients if params is None else params
+  )
+
+
+def _still(value: Any, gradient: Any) -> Any:
+  """Returns the update that changes no bit of a value.
+
+  Negative zero, since adding the positive one turns -0.0 into 0.0.
+  """
+  dtype = getattr(value, 'dtype', None)
+  if live.is_key(value) or dtype == jax.dtypes.float0:
+    return gradient  # Nothing can be added to it.
+  if dtype is None:
+    return type(value)() if isinstance(value, (int, float, complex)) else value
+  zero = -0.0 if jnp.issubdtype(dtype, jnp.inexact) else 0
+  return jnp.full_like(value, zero)
+
+
+def _extra(value: Any, params: Any) -> Any:
+  """Returns a further argument of an update for the half that trains.
+
+  What linesearches are given: a function of the params, and a gradient.
+  """
+  if callable(value) and not _is_params(value):
+
+    @functools.wraps(value, updated=())
+    def of_half(half: Any, *args: Any, **kwargs: Any) -> Any:
+      join = lambda whole, mine: mine.merge(_split(whole)[1])
+      return value(_mapped(join, params, half), *args, **kwargs)
+
+    return of_half
+  return _half(value) if _all_params(value) else value
+
+
+def _explained(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+  try:
+    return run(*args, **kwargs)
+  except (ValueError, TypeError, KeyError) as error:
+    error.add_note(
+      'surgery.optimizer gives its optimizer what trains and nothing else. '
+      'Give masks and labels as functions of params, or for '
+      'params.split()[0].'
+    )
+    raise
+
+
+# What must be as it was.
+
+
+def _check(plan: _Plan, tree: Any, what: str) -> None:
+  """Raises unless the same weights train as when the optimizer was made.
+
+  Raises:
+    AdapterError: naming a weight of which that changed.
+  """
+  found = _all_params(tree)
+  if len(found) != len(plan):
+    raise errors.SurgeryError(
+      f'optimizer: it was made for a pytree with {len(plan)} params, and the '
+      f'{what} hold {len(found)}. Give {what} of the structure of the params.'
+    )
+  for params, expected in zip(found, plan, strict=True):
+    now = trained(params)
+    if now != expected:
+      raise errors.AdapterError(_changed(params, expected, now, what))
+
+
+def _changed(
+  params: bx.Params,
+  expected: frozenset[Path],
+  now: frozenset[Path],
+  what: str,
+) -> str:
+  absent = sorted(path for path in expected if path not in params)
+  if absent:
+    return (
+      f'optimizer: {_listed(absent)} trained when the optimizer was made and '
+      f'{_are(absent)} not in the {what}. Give the {what} of all that trains; '
+      'after a change of the params make the optimizer again and bring its '
+      'state along with surgery.migrate.'
+    )
+  lost, new = sorted(expected - now), sorted(now - expected)
+  parts = []
+  if lost:
+    parts.append(f'{_listed(lost)} trained and {_are(lost)} frozen or disabled')
+  if new:
+    parts.append(f'{_listed(new)} did not train and {_do(new)} now')
+  return (
+    f'optimizer: since it was made, other weights train: {"; ".join(parts)} '
+    f'(in the {what}). Make the optimizer again after freezing, and bring its '
+    'state along: tx = surgery.optimizer(…, after); state = '
+    'surgery.migrate(state, before, after, tx=tx).'
+  )
+
+
+def _listed(found: Sequence[Path]) -> str:
+  shown = ', '.join(map(paths.show, found[:5]))
+  return shown + (f' and {len(found) - 5} more' if len(found) > 5 else '')
+
+
+def _are(found: Sequence[Path]) -> str:
+  return 'is' if len(found) == 1 else 'are'
+
+
+def _do(found: Sequence[Path]) -> str:
+  return 'does' if len(found) == 1 else 'do'
