@@ -46,7 +46,7 @@ def takes_checkpoints(
 
   Args:
     pass_: the pass; its arguments are called as the verb's, but for a `graph`,
-      of which it gets the `layer_types`.
+      of which it gets the `layer_types`, and `checkify`, which is for params.
   """
 
   def decorate(verb: Verb) -> Verb:
@@ -59,6 +59,8 @@ def takes_checkpoints(
       given = dict(signature.bind(*args, **kwargs).arguments)
       del given[next(iter(given))]
       graph, host = given.pop('graph', None), given.pop('host', None)
+      # A checkpoint has values, so its checks need no transformation.
+      given.pop('checkify', None)
       if graph is not None:
         given['layer_types'] = types_of(graph)
       said = {k: v for k, v in given.items() if _plain(v)}

@@ -19,7 +19,7 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
-from surgery.live import convert, designed, lineage
+from surgery.live import convert, designed, lineage, traced_checks
 from surgery.live import params as live
 from surgery.live.dispatch import takes_checkpoints, told, types_of
 from surgery.passes import attach as attaching
@@ -398,6 +398,7 @@ def merge(
   names: Names = None,
   *,
   check_finite: bool = True,
+  checkify: bool = False,
   host: Host | None = None,
 ) -> bx.Params: ...
 
@@ -429,21 +430,49 @@ def merge(
     params: the model's params, or a `Checkpoint`; not changed.
     names: an adapter, several, or None for all.
     check_finite: whether a result with NaN or infinity is an error.
+    checkify: whether traced results are checked too, by
+      `jax.experimental.checkify`. The function that calls this has to be
+      transformed by `checkify.checkify` then.
     host: whose plugins are asked.
 
   Returns:
-    Params without these adapters; plain `bx.Params` if none is left.
+    Params without these adapters; plain `bx.Params` if none is left. Under
+    `jit` and other transformations values are not known, so `check_finite`
+    looks at nothing and the result may have NaN or infinity; `checkify=True`
+    checks it when the program runs.
 
   Raises:
     AdapterError: for an unknown name, or an adapter that is disabled.
     OrderError: if an adapter inside of one does not commute with it.
     SiteError: if a result is not finite.
+    ConfigError: for `checkify` without `check_finite`.
+
+  Example:
+    merge = lambda params: surgery.merge(params, checkify=True)
+    error, plain = checkify.checkify(jax.jit(merge))(params)
+    error.throw()
   """
   params = _params(params, merge)
+  if checkify:
+    traced_checks.refuse_nothing_to_check(
+      'merge', check_finite, 'check_finite=False'
+    )
   with told(host, 'merge', names=names) as host:
-    return _passed(
+    result = _passed(
       params, host, merging.merge, names, check_finite=check_finite
     )
+  if checkify:
+    records = live.records_of(params)
+    left = live.records_of(result).names
+    gone = [a for a in records.adapters if a.name not in left]
+    rewritten = {
+      (*one.site.layer, spec.name)
+      for record in gone
+      for one in record.sites.values()
+      for spec in one.site.params
+    }
+    traced_checks.check_merged(result, sorted(rewritten))
+  return result
 
 
 @takes_checkpoints(combining.combine_adapters)
@@ -550,6 +579,7 @@ def cast(
   *,
   keep: Select | None = None,
   overflow: bool = False,
+  checkify: bool = False,
   graph: bx.Graph | None = None,
   host: Host | None = None,
 ) -> Model:
@@ -566,11 +596,20 @@ def cast(
     keep: what stays as it is, as selectors or a selection; `'SELECTOR=DTYPE'`
       is cast to that dtype instead.
     overflow: whether finite values may become infinite or NaN.
+    checkify: whether that is checked of traced values too, by
+      `jax.experimental.checkify`. The function that calls this has to be
+      transformed by `checkify.checkify` then.
     graph: the model's graph, for `type:` selectors.
     host: whose plugins are asked.
 
+  Returns:
+    Params, or a `Checkpoint`, in the dtype. Under `jit` and other
+    transformations values are not known, so finite values may become infinite
+    whatever `overflow` says; `checkify=True` checks that when the program runs.
+
   Raises:
-    ConfigError: for a dtype that is unknown, or no floating-point one.
+    ConfigError: for a dtype that is unknown, or no floating-point one; for
+      `checkify` with `overflow`.
     SelectorError: for a selector that matches nothing.
     CastError: for a finite value that the dtype cannot hold; of a `Checkpoint`
       when the tensor is asked for.
@@ -580,8 +619,10 @@ def cast(
     half = surgery.cast(params, 'bf16', keep='**/norm')
   """
   params = _params(params, cast)
+  if checkify:
+    traced_checks.refuse_nothing_to_check('cast', not overflow, 'overflow=True')
   with told(host, 'cast', to=str(to)) as host:
-    return _passed(
+    result = _passed(
       params,
       host,
       casting.cast,
@@ -590,6 +631,9 @@ def cast(
       overflow=overflow,
       layer_types=_layer_types(params, graph),
     )
+  if checkify:
+    traced_checks.check_cast(params, result)
+  return result
 
 
 @takes_checkpoints(renaming.rename)
