@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import blox as bx
-import jax
-
 from surgery.core import errors, expect, paths
 from surgery.core.aliases import Params
 from surgery.core.paths import Path
 from surgery.core.records import Probe
-from surgery.live import designed
+from surgery.live import designed, reads
 from surgery.live import params as live
 
 
 def check(
   model: Callable[..., Any], params: Params, *args: Any, **kwargs: Any
 ) -> tuple[Path, ...]:
-  """Traces a call and raises if an adapter's parameter is never asked for.
+  """Traces a call and raises if it uses a base without its adapter.
 
   Layers that read `params[path].value` themselves cannot be reached by any
-  adapter; this names them. Nothing is computed.
+  adapter, so merged params would give another result; this names their
+  parameters, also where another layer asks for the same one as it should.
+  Nothing is computed.
 
   Args:
     model: a module, or any function that takes params first.
@@ -31,10 +30,12 @@ def check(
     **kwargs: further arguments of the call.
 
   Returns:
-    The parameters that are rewritten, all of which were asked for.
+    The parameters that are rewritten, all of which were asked for, and whose
+    bases reach no result but through their adapters.
 
   Raises:
-    UnreachedError: naming the parameters that were never asked for.
+    UnreachedError: naming the parameters that were never asked for, or read
+      as they are stored.
     AdapterError: if no adapter is attached.
   """
   expect.model(model, check)
@@ -42,14 +43,10 @@ def check(
   records = live.records_of(params)
   if not records.adapters:
     raise errors.AdapterError('check: no adapter is attached.')
-  probe = Probe()
+  probe = Probe(reads=True)
   probed = live.with_records(params, records.probed(probe))
-
-  def call(params: bx.Params) -> int:
-    model(params, *args, **kwargs)
-    return 0
-
-  jax.eval_shape(call, probed)
+  assert isinstance(probed, live.AdaptedParams)
+  raw = reads.raw_reads(model, probed, args, kwargs)
   missed = [p for p in records.chains if p not in probe.asked]
   if missed:
     shown = ', '.join(paths.show(p) for p in missed[:10])
@@ -60,5 +57,15 @@ def check(
       'use them, or a layer reads params[…].value itself, which no adapter '
       'reaches: let it call get_param.',
       missed,
+    )
+  if raw:
+    named = [f'{paths.show(path)} ({read})' for path, read in raw.items()]
+    more = f' and {len(named) - 10} more' if len(named) > 10 else ''
+    raise errors.UnreachedError(
+      f'{len(raw)} of {len(records.chains)} adapted parameters are read '
+      f'without their adapter: {", ".join(named[:10])}{more}. There the call '
+      'uses params[…].value, which is the base alone, so merged params would '
+      'give another result. Let it call get_param.',
+      raw,
     )
   return tuple(records.chains)

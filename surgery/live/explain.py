@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from surgery.core import errors, expect, html, paths
 from surgery.core.aliases import Params
 from surgery.core.paths import Path
 from surgery.core.records import Probe
-from surgery.live import designed, factored, walking
+from surgery.live import designed, factored, reads, walking
 from surgery.live import params as live
 from surgery.passes import compute
 
@@ -27,11 +27,14 @@ class Use:
     dense: because of what it is made dense, and how often: a primitive of JAX,
       or `not low-rank` where the adapter's type gives no low-rank value.
     asked: whether the call asks for it at all.
+    raw: where its base is used without the adapter, as by a layer that reads
+      `params[…].value`: the primitive of JAX; empty if nowhere.
   """
 
   factored: int = 0
   dense: Mapping[str, int] = dataclasses.field(default_factory=dict)
   asked: bool = True
+  raw: str = ''
 
   @property
   def state(self) -> str:
@@ -43,9 +46,9 @@ class Use:
     return 'factored' if self.factored else 'unused'
 
   def __str__(self) -> str:
-    if not self.dense:
-      return self.state
-    return f'{self.state} ({", ".join(self.dense)})'
+    raw = f', read without its adapter by {self.raw}' if self.raw else ''
+    dense = f' ({", ".join(self.dense)})' if self.dense else ''
+    return f'{self.state}{dense}{raw}'
 
 
 class Explanation(Mapping[Path, Use]):
@@ -94,6 +97,7 @@ class Explanation(Mapping[Path, Use]):
         'state': use.state,
         'factored': use.factored,
         'dense': dict(use.dense),
+        **({'raw': use.raw} if use.raw else {}),
       }
       for path, use in self.items()
     }
@@ -146,6 +150,7 @@ def explain(
 
   arrays, static = _split(((probed, *args), kept))
   jax.eval_shape(lambda arrays: call(_joined(arrays, static)), arrays)
+  raw = _raw(model, params, args, kept)
   uses = {}
   for path, chain in records.chains.items():
     if not compute.enabled(chain):
@@ -154,8 +159,26 @@ def explain(
     if reason or (path in probe.asked and path not in walk.notes):
       notes[reason or 'a call that is not traced again'] += 1
     often = notes.pop(walking.FACTORED, 0)
-    uses[path] = Use(often, dict(notes), path in probe.asked)
+    uses[path] = Use(
+      often, dict(notes), path in probe.asked, str(raw.get(path, ''))
+    )
   return Explanation(uses)
+
+
+def _raw(
+  model: Callable[..., Any],
+  params: Any,
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+) -> Mapping[Path, reads.RawRead]:
+  """Returns where bases are used without their adapters."""
+  records = live.records_of(params).probed(Probe(reads=True))
+  probed = live.with_records(params, records)
+  assert isinstance(probed, live.AdaptedParams)
+  try:
+    return reads.raw_reads(model, probed, args, kwargs)
+  except factored.UNTRACEABLE:
+    return {}  # It decides by values of params, and is no jaxpr.
 
 
 def _split(tree: Any) -> tuple[list[Any], tuple[Any, list[Any]]]:

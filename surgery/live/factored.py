@@ -22,7 +22,7 @@ P = ParamSpec('P')
 R = TypeVar('R')
 
 # What a model raises that cannot be traced with its inputs unknown.
-_UNTRACEABLE = (
+UNTRACEABLE = (
   jax.errors.ConcretizationTypeError,
   jax.errors.TracerArrayConversionError,
   jax.errors.TracerBoolConversionError,
@@ -240,7 +240,7 @@ def walked(
     stash.restore()
     if isinstance(error, NotFollowed):
       raise
-    if isinstance(error, _UNTRACEABLE):
+    if isinstance(error, UNTRACEABLE):
       reason = f'the model decides by values ({_line(error)})'
       raise NotFollowed(reason) from error
     reason = f'tracing raises {type(error).__name__} ({_line(error)})'

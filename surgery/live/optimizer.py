@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blox as bx
 import jax
@@ -19,9 +19,6 @@ import jax.numpy as jnp
 from surgery.core import errors, paths
 from surgery.core.paths import Path
 from surgery.live import params as live
-
-if TYPE_CHECKING:
-  import optax
 
 # The weights that train, for each of the params in a pytree.
 _Plan = list[frozenset[Path]]
@@ -57,7 +54,7 @@ def _is_number(leaf: Any) -> bool:
   return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def optimizer(tx: Any, params: Any) -> optax.GradientTransformationExtraArgs:
+def optimizer(tx: Any, params: Any) -> Any:
   """Returns an optimizer that moves what trains and nothing else.
 
   Frozen parameters, and the weights of disabled adapters, get an update of

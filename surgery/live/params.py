@@ -198,16 +198,20 @@ class AdaptedParams(bx.Params):
     chain = records.chains.get(path)
     if chain is None:
       return value
-    if records.probe is not None:
-      records.probe.asked.add(path)
+    probe, fetch = records.probe, self._fetch
+    if probe is not None:
+      probe.asked.add(path)
+      if probe.reads:
+        fetch = functools.partial(_read, self._fetch, records.chains)
+        value = primitives.read_primitive().bind(value)
     on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
     if not on:
       return value
     if any(adapter.route for adapter, _ in on):
-      value = routed.answer(on, path, self._fetch)
+      value = routed.answer(on, path, fetch)
     else:
-      value = blocks.answer(on, path, self._fetch, records.chains)
-    if records.probe is not None and records.probe.tags:
+      value = blocks.answer(on, path, fetch, records.chains)
+    if probe is not None and probe.tags:
       value = primitives.tag_primitive().bind(value, path=path)
     return value
 
@@ -312,6 +316,12 @@ class AdaptedParams(bx.Params):
 jax.tree_util.register_pytree_node(
   AdaptedParams, AdaptedParams.tree_flatten, AdaptedParams.tree_unflatten
 )
+
+
+def _read(fetch: Any, bases: Mapping[Path, Any], path: Path) -> Any:
+  """Returns a stored array, marked if it is one that adapters rewrite."""
+  value = fetch(path)
+  return primitives.read_primitive().bind(value) if path in bases else value
 
 
 def _make(

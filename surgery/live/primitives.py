@@ -11,6 +11,8 @@ from surgery.core.once import once
 
 # The primitive that says which parameter a value is.
 TAG = 'surgery_site'
+# The primitive through which adapters read the base, for `check`.
+READ = 'surgery_read'
 
 
 @once
@@ -26,6 +28,21 @@ def tag_primitive() -> Any:
     transpose=lambda cotangent, _, path: [cotangent],
   )
   return tag
+
+
+@once
+def read_primitive() -> Any:
+  """Returns the primitive that says that an adapter reads a value."""
+  same = lambda value: value
+  read = jaxcompat.primitive(
+    READ,
+    same,
+    compute=same,
+    abstract=same,
+    batch=lambda values, axes: (read.bind(*values), *axes),
+    transpose=lambda cotangent, _: [cotangent],
+  )
+  return read
 
 
 @once

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
+from surgery import jaxcompat
 from surgery.core import errors, paths
 from surgery.core.paths import Path
 
@@ -41,7 +42,7 @@ def check_merged(after: bx.Params, merged: Iterable[Path]) -> None:
   """
   for path in merged:
     value = after[path].value
-    if isinstance(value, jax.core.Tracer):
+    if jaxcompat.is_traced(value):
       _check(
         path,
         ~jnp.isfinite(value),
@@ -59,7 +60,7 @@ def check_cast(before: bx.Params, after: bx.Params) -> None:
   for path, param in after.items():
     olds = jax.tree.leaves(before[path].value)
     for old, new in zip(olds, jax.tree.leaves(param.value), strict=True):
-      if new is not old and isinstance(new, jax.core.Tracer):
+      if new is not old and jaxcompat.is_traced(new):
         lost = jnp.isfinite(old) & ~jnp.isfinite(new)
         _check(
           path,

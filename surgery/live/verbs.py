@@ -409,6 +409,7 @@ def merge(
   names: Names = None,
   *,
   check_finite: bool = True,
+  checkify: bool = False,
   host: Host | None = None,
 ) -> Checkpoint: ...
 
@@ -419,6 +420,7 @@ def merge(
   names: Names = None,
   *,
   check_finite: bool = True,
+  checkify: bool = False,
   host: Host | None = None,
 ) -> Any:
   """Folds adapters into the base; their weights are gone.

@@ -1,0 +1,232 @@
+"""Raw reads: where a model gets the base of an adapted parameter by itself.
+
+A layer that reads `params[…].value` gets what is stored, without what adapters
+make of it, also where another layer asks for the same parameter properly. So in
+the jaxpr of a call the base may reach results through its adapter alone, which
+is marked by a primitive. Whether it does otherwise is a question of data flow:
+what moves, casts or averages parameters before they are asked for is no read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import blox as bx
+import jax
+
+from surgery import jaxcompat
+from surgery.core.paths import Path
+from surgery.live import params as live
+from surgery.live.primitives import READ
+from surgery.live.stashed import Stash
+
+# Numbers of the bases that a value depends on.
+_Bases = frozenset[int]
+_NONE: _Bases = frozenset()
+# Primitives of which each result depends on the operand in its place alone.
+_EACH = frozenset(('optimization_barrier',))
+# Primitives that call a jaxpr with their operands.
+_TABLES: tuple[Mapping[str, str], ...] = (
+  jaxcompat.CALLS,
+  jaxcompat.CHECKPOINTS,
+  jaxcompat.CUSTOM,
+  {'shard_map': 'jaxpr'},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RawRead:
+  """Where a base is used without its adapter.
+
+  Attributes:
+    primitive: the first primitive of JAX that uses it; empty if it is a result
+      as it is.
+  """
+
+  primitive: str = ''
+
+  def __str__(self) -> str:
+    # No line: what jit has traced before has that of another call.
+    return self.primitive or 'a result'
+
+
+def raw_reads(
+  model: Callable[..., Any],
+  params: live.AdaptedParams,
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+) -> dict[Path, RawRead]:
+  """Returns the adapted parameters whose base reaches a result by itself.
+
+  Nothing is computed; the call is traced, with arguments as they are.
+
+  Args:
+    model: a module, or any function that takes params first.
+    params: adapted params, whose records have a probe that marks reads.
+    args: further arguments; a `jax.ShapeDtypeStruct` is traced.
+    kwargs: further arguments.
+  """
+  leaves, tree = jax.tree.flatten((params, tuple(args), dict(kwargs)))
+  own, structure = jax.tree.flatten(params)
+  where = [
+    i
+    for i, leaf in enumerate(leaves)
+    if i < len(own) or isinstance(leaf, jax.ShapeDtypeStruct)
+  ]
+  # The number of each leaf of the params, by path.
+  numbers = jax.tree.unflatten(structure, range(len(own)))
+  bases = {
+    number: path
+    for path in params.records.chains
+    if path in numbers
+    for number in jax.tree.leaves(numbers[path].value)
+  }
+  allowed: list[Path | None] = []
+  stash = Stash([model, *leaves])
+
+  def flat(*traced: Any) -> list[Any]:
+    given = [*leaves]
+    for i, value in zip(where, traced, strict=True):
+      given[i] = value
+    first, rest, named = jax.tree.unflatten(tree, given)
+    found = _results(model(first, *rest, **named))
+    allowed[:] = [path for path, _ in found]
+    return [value for _, value in found]
+
+  try:
+    closed = jax.make_jaxpr(flat)(*(leaves[i] for i in where))
+  finally:
+    stash.restore()
+  flow = _Flow()
+  # A model may have got hold of a base before the call.
+  known = {id(leaves[number]): number for number in bases}
+  constant = lambda c: frozenset((known[id(c)],)) if id(c) in known else _NONE
+  operands = [frozenset((i,)) if i in bases else _NONE for i in where]
+  reached = flow.run(closed, operands, constant)
+  found: dict[Path, RawRead] = {}
+  for path, numbers_ in zip(allowed, reached, strict=True):
+    for number in numbers_:
+      if bases[number] != path:
+        found[bases[number]] = flow.uses.get(number, RawRead())
+  return {path: found[path] for path in params.records.chains if path in found}
+
+
+def _results(tree: Any) -> list[tuple[Path | None, Any]]:
+  """Returns the traced results of a call.
+
+  Each with the parameter whose base it may be: what params that are returned
+  hold in its place.
+  """
+  is_params = lambda value: isinstance(value, bx.Params)
+  found: list[tuple[Path | None, Any]] = []
+  for leaf in jax.tree.leaves(tree, is_leaf=is_params):
+    if not is_params(leaf):
+      found.append((None, leaf))
+      continue
+    for path, param in leaf.items():
+      found += ((path, value) for value in jax.tree.leaves(param.value))
+  return [(p, v) for p, v in found if jaxcompat.is_traced(v)]
+
+
+class _Flow:
+  """Follows bases through a jaxpr.
+
+  Attributes:
+    uses: for each base the first primitive that uses it without its adapter.
+  """
+
+  def __init__(self) -> None:
+    self.uses: dict[int, RawRead] = {}
+    self._known: dict[Any, list[_Bases]] = {}
+
+  def run(
+    self,
+    jaxpr: Any,
+    operands: Sequence[_Bases],
+    constant: Callable[[Any], _Bases] = lambda _: _NONE,
+  ) -> list[_Bases]:
+    """Returns which bases each result of a closed jaxpr depends on."""
+    key = (id(jaxpr.jaxpr), tuple(operands))
+    if key not in self._known:
+      self._known[key] = jaxcompat.interpret(
+        jaxpr, operands, self._equation, constant, lambda _: _NONE
+      )
+    return self._known[key]
+
+  def _equation(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+    name, count = eqn.primitive.name, len(eqn.outvars)
+    if not any(inputs):
+      return [_NONE] * count
+    if name == READ:
+      return [_NONE]  # What comes of it is the adapter's answer.
+    if name in _CALLS:
+      return _CALLS[name](self, eqn, inputs)
+    if name in _EACH:
+      return list(inputs)
+    jaxpr = jaxcompat.called(eqn, *_TABLES)
+    if jaxpr is not None and len(jaxpr.jaxpr.invars) == len(inputs):
+      return self.run(jaxpr, inputs)
+    called = list(jaxcompat.inner(eqn))
+    if any(map(_marks, called)):
+      return [_NONE] * count  # A call of a kind that is not known.
+    reached = _union(inputs)
+    if not called:
+      for number in reached:
+        self.uses.setdefault(number, RawRead(name))
+    return [reached] * count
+
+  # Loops: what is carried depends on all that it did before.
+
+  def scan(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+    """Returns what the results of a scan depend on."""
+    known = jaxcompat.scan(eqn)
+    first, count = known.consts, known.carry
+    consts, rest = inputs[:first], inputs[first + count :]
+    carry = list(inputs[first : first + count])
+    while True:
+      made = self.run(known.body, [*consts, *carry, *rest])
+      after = [a | b for a, b in zip(carry, made[:count], strict=True)]
+      if after == carry:
+        return [*carry, *made[count:]]
+      carry = after
+
+  def loop(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+    """Returns what the results of a while loop depend on."""
+    split = eqn.params['cond_nconsts']
+    rest = split + eqn.params['body_nconsts']
+    carry = list(inputs[rest:])
+    while True:
+      made = self.run(eqn.params['body_jaxpr'], [*inputs[split:rest], *carry])
+      # How often it runs decides all that it gives.
+      (ends,) = self.run(eqn.params['cond_jaxpr'], [*inputs[:split], *carry])
+      after = [a | b | ends for a, b in zip(carry, made, strict=True)]
+      if after == carry:
+        return carry
+      carry = after
+
+  def cond(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+    """Returns what the results of one of some branches depend on."""
+    index, *operands = inputs
+    made = [self.run(b, operands) for b in eqn.params['branches']]
+    return [_union((index, *each)) for each in zip(*made, strict=True)]
+
+
+_CALLS: Mapping[str, Callable[[_Flow, Any, Sequence[_Bases]], list[_Bases]]] = {
+  'scan': _Flow.scan,
+  'while': _Flow.loop,
+  'cond': _Flow.cond,
+}
+
+
+def _union(parts: Sequence[_Bases]) -> _Bases:
+  return _NONE.union(*parts)
+
+
+def _marks(jaxpr: Any) -> bool:
+  """Whether an adapter reads its base somewhere in a jaxpr."""
+  return any(
+    eqn.primitive.name == READ or any(map(_marks, jaxcompat.inner(eqn)))
+    for eqn in jaxpr.eqns
+  )
