@@ -100,6 +100,11 @@ class Leaf:
     source: what a format keeps to copy the bytes unread; None if computed.
     part: returns a part, `part(index)` being `load()[index]` without the rest;
       the index is one of `grid(shape)`. None if it comes in one piece only.
+    region: returns any region, for each axis a slice whose bounds are numbers,
+      computed from no more of other tensors than it needs; None if only the
+      blocks of `part` can be.
+    scattered: whether a block of it is made of elements that lie far apart in
+      what it is computed from, as of a transposed matrix.
     memory: bytes of memory that computing it takes, where that is another
       number than its blocks tell.
     heavy: whether computing it takes far longer than reading it, as products
@@ -124,6 +129,10 @@ class Leaf:
   part: Callable[[Index], Any] | None = dataclasses.field(
     default=None, compare=False, repr=False
   )
+  region: Callable[[Index], Any] | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
+  scattered: bool = dataclasses.field(default=False, compare=False)
   memory: int | None = dataclasses.field(default=None, compare=False)
   heavy: bool = dataclasses.field(default=False, compare=False)
   codes: quantised.Codes | None = dataclasses.field(default=None, compare=False)
@@ -135,8 +144,8 @@ class Leaf:
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.
 
-    With another `load` goes what held for the old value: `part`, `source`,
-    `digest` and `beneath`, unless they are given, too.
+    With another `load` goes what held for the old value: `part`, `region`,
+    `source`, `digest`, `beneath` and so on, unless they are given, too.
 
     Raises:
       QuantisedError: if another `load` is given for a part of a quantised
@@ -145,8 +154,8 @@ class Leaf:
     if 'load' in changes:
       if 'codes' not in changes:
         quantised.refuse(self)
-      gone = ('part', 'source', 'digest', 'beneath')
-      changes = {**dict.fromkeys(gone), **changes}
+      gone = ('part', 'region', 'source', 'digest', 'beneath')
+      changes = {**dict.fromkeys(gone), 'scattered': False, **changes}
     return dataclasses.replace(self, **changes)
 
   def __copy__(self) -> Leaf:

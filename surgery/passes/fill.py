@@ -220,7 +220,9 @@ def random(
       start = [cut.start for cut in region]
       return nonfinite.checked(values, after, path, 'random', start=start)
 
-    return regions.computed(Leaf(lambda: None, sizes, name), sizes, block, [])
+    return regions.computed(
+      Leaf(lambda: None, sizes, name), sizes, block, [], anywhere=False
+    )
 
   return _made(checkpoint, rules, 'random', make, shape, dtype, overwrite, host)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from surgery.core import errors, paths, quantised
-from surgery.core.checkpoint import Index, Leaf, grid
+from surgery.core.checkpoint import BLOCK, Index, Leaf, grid, itemsize
 from surgery.core.paths import Path
 from surgery.files import arrays
 
@@ -24,7 +24,8 @@ Shape = tuple[int, ...]
 Region = tuple[slice, ...]
 
 # A tensor that is computed, and not asked for in rows, is held as a whole up to
-# that many bytes, until its last element has been asked for.
+# that many bytes, until its last element has been asked for. One whose blocks
+# are made of elements that lie far apart is computed so many bytes at a time.
 _HELD = 64_000_000
 
 
@@ -111,12 +112,22 @@ class Reader:
     if leaf.part is None:
       return True
     spans = getattr(leaf.source, 'spans', ())
-    return leaf.load is leaf.source and len(spans) == 1
+    return self._is_stored and len(spans) == 1
+
+  @property
+  def _is_stored(self) -> bool:
+    """Whether the tensor lies in a file as it is."""
+    return self.leaf.part is not None and self.leaf.load is self.leaf.source
 
   def __call__(self, region: Region) -> Any:
     """Returns a region."""
+    if self._is_stored and not self._is_rows(region):
+      # A view of the whole would keep all pages of the file in memory.
+      return self._gathered(region)
     if self.direct or math.prod(self.shape) == 0:
       return self.leaf.load()[region]
+    if self.leaf.region is not None:
+      return self.leaf.region(region)
     return self._assembled(region)
 
   def take(self, region: Region, axis: int, places: np.ndarray) -> Any:
@@ -126,10 +137,24 @@ class Reader:
       return self(cut)
     low, high = int(places.min()), int(places.max()) + 1
     cut = (*region[:axis], slice(low, high), *region[axis + 1 :])
+    follow = high - low == len(places) and bool(np.all(np.diff(places) == 1))
+    if self._is_stored and not follow:
+      return self._gathered(cut, axis, places)
+    if self.leaf.region is not None and high - low > 4 * len(places):
+      return self._runs(region, axis, places)
     found = self(cut)
     if high - low == len(places) and bool(np.all(np.diff(places) == 1)):
       return found
     return namespace(found).take(found, places - low, axis=axis)
+
+  def _runs(self, region: Region, axis: int, places: np.ndarray) -> Any:
+    """Returns places that are few and far between, those in a row at once."""
+    ends = np.flatnonzero(np.diff(places) != 1) + 1
+    pieces = []
+    for run in np.split(places, ends):
+      cut = slice(int(run[0]), int(run[-1]) + 1)
+      pieces.append(self((*region[:axis], cut, *region[axis + 1 :])))
+    return namespace(*pieces).concatenate(pieces, axis=axis)
 
   def flat(self, start: int, stop: int) -> Any:
     """Returns elements of the tensor in C order, `(stop - start,)`."""
@@ -162,14 +187,32 @@ class Reader:
 
   def _assembled(self, region: Region) -> Any:
     """Returns a region of a tensor that is computed in blocks."""
-    assert self.leaf.dtype is not None
     if not self._is_rows(region) and self.leaf.nbytes <= _HELD:
       # Each block would be computed for each region.
       held = self.leaf.load() if self._held is None else self._held
       last = all(s.stop == n for s, n in zip(region, self.shape, strict=True))
       self._held = None if last else held
       return held[region].copy()
-    result = np.empty(sizes(region), dtype_of(self.leaf.dtype))
+    return self._gathered(region)
+
+  def _gathered(
+    self,
+    region: Region,
+    axis: int | None = None,
+    places: np.ndarray | None = None,
+  ) -> Any:
+    """Returns a region, put together from blocks, of which one is there.
+
+    Args:
+      region: the region.
+      axis: an axis of which only some places are wanted.
+      places: these, in any order, all of them in the region.
+    """
+    assert self.leaf.dtype is not None
+    counts = list(sizes(region))
+    if axis is not None and places is not None:
+      counts[axis] = len(places)
+    result = np.empty(counts, dtype_of(self.leaf.dtype))
     for index in grid(self.shape):
       block = full(index, self.shape)
       met = [
@@ -186,7 +229,17 @@ class Reader:
         slice(s.start - b.start, s.stop - b.start)
         for s, b in zip(met, block, strict=True)
       )
-      result[to] = self._block(index)[of]
+      if axis is None or places is None:
+        result[to] = self._block(index)[of]
+        continue
+      here = np.flatnonzero(
+        (places >= met[axis].start) & (places < met[axis].stop)
+      )
+      if len(here):
+        inner = places[here] - block[axis].start
+        front, behind = slice(None, axis), slice(axis + 1, None)
+        target: Any = (*to[front], here, *to[behind])
+        result[target] = self._block(index)[(*of[front], inner, *of[behind])]
     return result
 
 
@@ -212,6 +265,8 @@ def computed(
   sources: Sequence[Leaf],
   dtype: str | None = None,
   cut: bool = False,
+  anywhere: bool = True,
+  scattered: bool = False,
 ) -> Leaf:
   """Returns a tensor that is computed when it is asked for.
 
@@ -223,6 +278,9 @@ def computed(
       blocks.
     dtype: name of its dtype; that of `like` by default.
     cut: whether it is cut into blocks even then, because bits depend on that.
+    anywhere: whether `block` returns any region, not only blocks.
+    scattered: whether a block is made of elements that lie far apart in the
+      sources.
 
   Raises:
     QuantisedError: if a source holds codes of a quantised weight.
@@ -235,27 +293,115 @@ def computed(
     and all(leaf.part is None and leaf.source is None for leaf in sources)
   )
 
+  kind = dtype or like.dtype
+  assert kind is not None
+  scattered = scattered or any(leaf.scattered for leaf in sources)
+  region = block if anywhere and not cut and not held else None
+  boxes = None
+  if region is not None and scattered:
+    boxes = _Boxes(block, shape, itemsize(kind))
+
+  def part(index: Index) -> Any:
+    return block(full(index, shape)) if boxes is None else boxes.part(index)
+
   def load() -> Any:
     blocks = list(grid(shape))
     if held or len(blocks) == 1:
       return block(whole(shape))
-    name = dtype or like.dtype
-    assert name is not None
-    result = np.empty(shape, dtype_of(name))
+    result = np.empty(shape, dtype_of(kind))
     for index in blocks:
-      result[index] = block(full(index, shape))
+      result[index] = part(index)
     return result
-
-  def part(index: Index) -> Any:
-    return block(full(index, shape))
 
   return like.replace(
     load=load,
     part=None if held else part,
+    region=region,
+    scattered=boxes is not None,
+    memory=_memory(shape, kind, sources, boxes),
     shape=shape,
-    dtype=dtype or like.dtype,
+    dtype=kind,
     scalar=False,
   )
+
+
+def _memory(
+  shape: Shape, dtype: str, sources: Sequence[Leaf], boxes: _Boxes | None
+) -> int | None:
+  """Returns bytes that computing takes, if its blocks alone do not tell."""
+  inner = max((leaf.memory or 0 for leaf in sources), default=0)
+  if not inner and boxes is None:
+    return None
+  own = 4 * min(math.prod(shape), BLOCK) * max(4, itemsize(dtype))
+  if boxes is not None:
+    # The result, and of the sources what it is made of: as much of each as of
+    # the result, or of all together.
+    size = max(1, math.prod(shape) * itemsize(dtype))
+    share = -(-sum(leaf.nbytes for leaf in sources) // size)
+    own += boxes.nbytes * (1 + min(len(sources), share))
+  return inner + own
+
+
+class _Boxes:
+  """Blocks that are computed many at a time, and given one by one.
+
+  A block of a transposed matrix takes a few elements of each row. Computed
+  alone it would read each row of the file, and so would the next. So as many
+  blocks as `_HELD` allows are computed together, from longer pieces of rows.
+
+  Args:
+    block: returns any region.
+    shape: shape of the tensor.
+    size: bytes an element.
+  """
+
+  def __init__(
+    self, block: Callable[[Region], Any], shape: Shape, size: int
+  ) -> None:
+    self._block = block
+    self._shape = shape
+    first = full(next(iter(grid(shape))), shape)
+    self._most = max(math.prod(sizes(first)), _HELD // size)
+    self.nbytes = min(math.prod(shape), self._most) * size
+    self._held: tuple[Region, Any] | None = None
+
+  def _box(self, region: Region) -> Region:
+    """Returns the region that is computed for one of the grid's blocks."""
+    shape, most = self._shape, self._most
+    if math.prod(shape) <= most:
+      return whole(shape)
+    # The first axis of which several places are computed together.
+    axis = next(
+      k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most
+    )
+    inner = math.prod(shape[axis + 1 :])
+    # A block is in one box: their ends are ends of blocks.
+    first = next(iter(grid(shape)))
+    rows = 1
+    if len(first) == axis + 1:
+      rows = first[axis].stop - first[axis].start
+    step = max(rows, most // max(1, inner) // rows * rows)
+    start = region[axis].start // step * step
+    cut = slice(start, min(start + step, shape[axis]))
+    return (*region[:axis], cut, *whole(shape)[axis + 1 :])
+
+  def part(self, index: Index) -> Any:
+    """Returns a block; see `Leaf.part`."""
+    region = full(index, self._shape)
+    box = self._box(region)
+    held = self._held
+    if held is None or held[0] != box:
+      # The old one is given back before the new one is made.
+      self._held = held = None
+      held = self._held = (box, self._block(box))
+    inner = tuple(
+      slice(r.start - b.start, r.stop - b.start)
+      for r, b in zip(region, box, strict=True)
+    )
+    last = all(r.stop == b.stop for r, b in zip(region, box, strict=True))
+    if last:
+      self._held = None
+    return held[1][inner]
 
 
 def start_of(region: Region, shape: Shape) -> int:

@@ -68,7 +68,7 @@ def _reshaped(leaf: Leaf, shape: Shape) -> Leaf:
     start = regions.start_of(region, shape)
     return reader.flat(start, start + math.prod(sizes)).reshape(sizes)
 
-  return regions.computed(leaf, shape, block, [leaf])
+  return regions.computed(leaf, shape, block, [leaf], anywhere=False)
 
 
 def transpose(
@@ -126,7 +126,8 @@ def transposed(leaf: Leaf, order: Sequence[int]) -> Leaf:
   def block(region: Region) -> Any:
     return reader(tuple(region[k] for k in back)).transpose(order)
 
-  return regions.computed(leaf, shape, block, [leaf])
+  turned = list(order) != sorted(order)
+  return regions.computed(leaf, shape, block, [leaf], scattered=turned)
 
 
 def pad(

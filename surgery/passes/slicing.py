@@ -77,7 +77,8 @@ def taken(leaf: Leaf, axis: int, wanted: Sequence[int]) -> Leaf:
   def block(region: Region) -> Any:
     return reader.take(region, axis, index[region[axis]])
 
-  return regions.computed(leaf, shape, block, [leaf])
+  mixed = bool(np.any(np.diff(index) < 0))
+  return regions.computed(leaf, shape, block, [leaf], scattered=mixed)
 
 
 def _groups(size: int, of: int | None, path: Path, verb: str) -> int:
