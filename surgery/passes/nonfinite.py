@@ -27,7 +27,12 @@ def within(block: np.ndarray, dtype: str) -> bool:
   """
   if not block.size:
     return True
-  if block.dtype.kind == 'c' or not rounding.is_float(dtype):
+  if dtype in ('complex64', 'complex128'):
+    # The real and the imaginary numbers, one behind the other.
+    flat = np.ascontiguousarray(block).reshape(-1)
+    block = flat.view(flat.real.dtype) if flat.dtype.kind == 'c' else flat
+    dtype = {'complex64': 'float32', 'complex128': 'float64'}[dtype]
+  if not rounding.is_float(dtype):
     return bool(np.isfinite(block).all())
   if block.dtype.kind != 'f':
     block = block.astype(np.float32)  # 16 bits and fewer, of ml_dtypes.

@@ -76,6 +76,19 @@ def test_what_is_too_large_is_named(tmp_path, verb, dtype, elements):
   assert not out.exists()
 
 
+@pytest.mark.parametrize('step', ['add', 'scale'])
+def test_complex_numbers_are_too_large_likewise(step):
+  value = np.asarray([1 + 1j, 1 + 3e38j], 'complex64')
+  options = {'add': 'b -> a', 'scale': {'select': 'a', 'by': 2}}[step]
+  recipe = surgery.Recipe([{step: options}])
+  with pytest.raises(
+    surgery.CastError, match=r'a: the result at index \[1\] is .*complex64'
+  ):
+    values(recipe.apply(held({'a': value, 'b': value})))
+  small = {'a': value[:1], 'b': value[:1]}
+  assert 2 + 2j == values(recipe.apply(held(small)))['a'][0]
+
+
 @pytest.mark.parametrize('verb', STEPS)
 def test_it_is_written_where_it_is_allowed(verb):
   make, options, path = STEPS[verb]
