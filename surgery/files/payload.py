@@ -17,6 +17,7 @@ from surgery.core import errors, paths
 from surgery.core.checkpoint import Index, Leaf, grid
 from surgery.core.paths import Path
 from surgery.files import arrays
+from surgery.files import source as sources
 from surgery.files.digest import Digester
 from surgery.files.output import Output
 from surgery.files.source import Source
@@ -83,6 +84,7 @@ class Computed(Payload):
     dtype: name of its dtype.
     blocks: what `arrays.little` returned for its blocks, in C order.
     scalar: whether it is a numpy scalar.
+    mark: what `source.mark` returned before anything was read for it.
   """
 
   def __init__(
@@ -91,8 +93,10 @@ class Computed(Payload):
     dtype: str,
     blocks: Iterable[np.ndarray],
     scalar: bool = False,
+    mark: int | None = None,
   ) -> None:
     super().__init__(shape, dtype, scalar)
+    self._mark = mark
     self._blocks = iter(blocks)
     self._block = memoryview(b'')
     self._digester = Digester()
@@ -109,8 +113,15 @@ class Computed(Payload):
         output.write(piece)
 
   def digest(self, known: str | None) -> str | None:
-    """Returns the digest of what was written."""
+    """Returns the digest of what was written.
+
+    Raises:
+      FormatError: if it was computed from a tensor that is not what its own
+        digest says.
+    """
     del known
+    if self._mark is not None:
+      sources.settle(self._mark)
     return self._digester.digest()
 
 
@@ -136,6 +147,7 @@ def of(leaf: Leaf, path: Path) -> Payload | Any:
   Raises:
     FormatError: if a file cannot hold it, or it is not what it said.
   """
+  mark = sources.mark()
   found = source(leaf)
   if found is not None:
     return Copied(found, leaf.scalar)
@@ -143,11 +155,11 @@ def of(leaf: Leaf, path: Path) -> Payload | Any:
     cells = list(grid(leaf.shape))
     if len(cells) > 1 and not leaf.scalar:
       blocks = _ahead(_checked(leaf, index, path) for index in cells)
-      return Computed(leaf.shape, leaf.dtype, blocks)
-  return _whole(leaf, path)
+      return Computed(leaf.shape, leaf.dtype, blocks, mark=mark)
+  return _whole(leaf, path, mark)
 
 
-def _whole(leaf: Leaf, path: Path) -> Payload | Any:
+def _whole(leaf: Leaf, path: Path, mark: int) -> Payload | Any:
   """Returns the bytes of a leaf that is loaded in one piece."""
   value = leaf.load()
   try:
@@ -164,7 +176,7 @@ def _whole(leaf: Leaf, path: Path) -> Payload | Any:
     _check(leaf, leaf.shape, array, str(value.dtype))
   except errors.FormatError as error:
     raise errors.FormatError(f'{paths.show(path)}: {error}') from None
-  return Computed(array.shape, array.dtype.name, (array,), scalar)
+  return Computed(array.shape, array.dtype.name, (array,), scalar, mark)
 
 
 def _checked(leaf: Leaf, index: Index, path: Path) -> np.ndarray:

@@ -22,7 +22,7 @@ from surgery.core.paths import Path
 from surgery.files import atomic, atomic_sets, notes, strict_json
 from surgery.files.output import Output
 from surgery.files.progress import Told
-from surgery.files.source import MappedFile
+from surgery.files.source import MappedFile, Source
 
 _NOTHING = LeafNote()
 _AGAIN = 'Fetch it again, or write the set again.'
@@ -421,6 +421,8 @@ def _check_size(
 def _noted(leaf: Leaf, note: LeafNote | None) -> Leaf:
   if note is None:
     return leaf
+  if isinstance(leaf.source, Source):
+    leaf.source.digest = note.digest
   return leaf.replace(
     trainable=note.trainable,
     metadata=note.metadata,

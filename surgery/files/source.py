@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import math
 import mmap
 import os
 import stat
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +18,18 @@ from typing import Any
 import numpy as np
 
 from surgery.core import errors, paths
-from surgery.core.checkpoint import Index
+from surgery.core.checkpoint import Index, Leaf
 from surgery.core.paths import Path
 from surgery.files import arrays
+from surgery.files.digest import Digester
 
 Span = tuple[int, int]
+
+# Sources of which some blocks were read and hashed, and not yet all. A writer
+# settles those that its tensors began; see `settle`.
+_UNFINISHED: weakref.WeakSet[Source] = weakref.WeakSet()
+_COUNT = itertools.count(1)
+_LOCK = threading.RLock()
 
 # Pages of a tensor of at least that many bytes are dropped after use.
 _LARGE = 1 << 20
@@ -112,6 +121,11 @@ class Source:
   pass put something else in the place of `load`: only a leaf of which
   `leaf.load is leaf.source` is copied unread.
 
+  What is read is held against the digest on record: blocks in order on their
+  way, without a second reading; anything else makes the whole tensor be hashed
+  once, before it is given. So nothing is ever computed from a tensor that
+  contradicts its digest, and no result gets a fresh one.
+
   Attributes:
     file: the file.
     path: the tensor's name, for messages.
@@ -120,9 +134,23 @@ class Source:
     scalar: whether it is a numpy scalar, not a 0-d array.
     spans: where its bytes lie, as (start, stop) in C order; one span, or one a
       chunk.
+    digest: the digest on record, if there is one.
   """
 
-  __slots__ = ('dtype', 'file', 'path', 'scalar', 'shape', 'spans')
+  __slots__ = (
+    '__weakref__',
+    '_hashed',
+    '_hashing',
+    '_number',
+    '_sound',
+    'digest',
+    'dtype',
+    'file',
+    'path',
+    'scalar',
+    'shape',
+    'spans',
+  )
 
   def __init__(
     self,
@@ -132,7 +160,14 @@ class Source:
     dtype: str,
     spans: tuple[Span, ...],
     scalar: bool = False,
+    digest: str | None = None,
   ) -> None:
+    self.digest = digest
+    self._sound = False
+    # What has been hashed so far, and how many bytes that were.
+    self._hashing: Digester | None = None
+    self._hashed = 0
+    self._number = 0
     self.file = file
     self.path = path
     self.shape = shape
@@ -161,8 +196,10 @@ class Source:
     copy that is. A tensor in chunks is a copy.
 
     Raises:
-      FormatError: for a boolean that is neither 0 nor 1.
+      FormatError: for a boolean that is neither 0 nor 1, and if the tensor is
+        not what its digest says.
     """
+    self.settle()
     dtype = arrays.DTYPES[self.dtype]
     if len(self.spans) == 1:
       flat = self._view(*self.spans[0])
@@ -181,7 +218,8 @@ class Source:
     """Returns a part of the tensor, one of the blocks of its `grid`.
 
     Raises:
-      FormatError: for a boolean that is neither 0 nor 1.
+      FormatError: for a boolean that is neither 0 nor 1; and, with the last
+        part at the latest, if the tensor is not what its digest says.
     """
     if not index:
       return np.asarray(self())
@@ -196,10 +234,81 @@ class Source:
     ranges = list(self.ranges(start, stop))
     views = [self._view(*r) for r in ranges]
     flat = views[0] if len(views) == 1 else np.concatenate(views)
+    self._follow(start, flat)
     self._check(flat, ranges[0][0])
     array = flat.view(dtype).reshape((*sizes, *rest))
     array.setflags(write=False)
     return array
+
+  def unchecked(self) -> Source:
+    """Returns it as it is, whatever its digest says."""
+    return Source(
+      self.file, self.path, self.shape, self.dtype, self.spans, self.scalar
+    )
+
+  def _follow(self, start: int, flat: np.ndarray) -> None:
+    """Hashes a part on its way, or the whole if it comes out of order.
+
+    Args:
+      start: at which byte of the tensor the part starts.
+      flat: its bytes.
+    """
+    if self.digest is None or self._sound:
+      return
+    with _LOCK:
+      if start != self._hashed:
+        self._settle()
+        return
+      self._take(flat.data)
+      if self._hashed == self.nbytes:
+        self._finish()
+
+  def settle(self) -> None:
+    """Hashes what has not been hashed yet, and compares.
+
+    Raises:
+      FormatError: if the tensor is not what its digest says.
+    """
+    if self.digest is not None and not self._sound:
+      with _LOCK:
+        self._settle()
+
+  def _settle(self) -> None:
+    if self._sound:
+      return
+    while self._hashed < self.nbytes:
+      stop = min(self._hashed + _LARGE, self.nbytes)
+      for first, last in self.ranges(self._hashed, stop):
+        self._take(self._view(first, last).data)
+    self._finish()
+
+  def _take(self, data: memoryview) -> None:
+    if self._hashing is None:
+      self._hashing = Digester()
+      self._number = next(_COUNT)
+      _UNFINISHED.add(self)
+    for piece in arrays.blocks(data):
+      self._hashing.update(piece)
+    self._hashed += len(data)
+
+  def _finish(self) -> None:
+    """Compares the digest; of a tensor that differs nothing is remembered."""
+    hashing = self._hashing or Digester()
+    self._hashing, self._hashed = None, 0
+    _UNFINISHED.discard(self)
+    found = hashing.digest()
+    kind = found.partition(':')[0]
+    # A digest of another kind cannot be compared.
+    if self.digest not in (None, found) and self.digest.startswith(kind):
+      raise errors.FormatError(
+        f'{self.file.name}: {paths.show(self.path)}: expected the digest on '
+        f'record, {self.digest}, found {found}. The tensor is damaged, so '
+        'nothing is computed from it: fetch or save the file again. If it was '
+        'changed on purpose, write a copy without digests first '
+        '(--no-manifest, manifest=False).',
+        self.spans[0][0],
+      )
+    self._sound = True
 
   def _check(self, flat: np.ndarray, offset: int) -> None:
     """Raises if bytes of the tensor cannot be what its dtype says."""
@@ -218,3 +327,33 @@ class Source:
       done = weakref.finalize(view, self.file.forget, start, stop)
       done.atexit = False
     return view
+
+
+def mark() -> int:
+  """Returns a mark for `settle`, before something is computed."""
+  return next(_COUNT)
+
+
+def settle(since: int) -> None:
+  """Holds against their digests the tensors of which only some was read.
+
+  Args:
+    since: what `mark` returned before they were.
+
+  Raises:
+    FormatError: if one is not what its digest says.
+  """
+  for source in list(_UNFINISHED):
+    if source._number > since:
+      source.settle()
+
+
+def unchecked(leaf: Leaf) -> Leaf:
+  """Returns a leaf whose values are read whatever its digest says."""
+  found = leaf.source
+  if not isinstance(found, Source) or leaf.load is not found:
+    return leaf
+  raw = found.unchecked()
+  return leaf.replace(
+    load=raw, part=raw.part, source=raw, digest=leaf.digest, codes=leaf.codes
+  )

@@ -20,7 +20,7 @@ from surgery.core.layers import LayerTypes
 from surgery.core.manifest import Manifest
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
-from surgery.files import arrays
+from surgery.files import arrays, source
 from surgery.passes import choosing
 
 # Figures are computed of pieces that, as float64, a processor's cache holds,
@@ -169,6 +169,8 @@ def diff(
 def _compared(path: Path, a: Leaf | None, b: Leaf | None) -> TensorDiff:
   if a is None or b is None:
     return TensorDiff(path, a, b)
+  # What differs is to be seen, damaged or not.
+  a, b = source.unchecked(a), source.unchecked(b)
   notes = tuple(_notes(a, b))
   if a.shape != b.shape:
     return TensorDiff(path, a, b, notes)

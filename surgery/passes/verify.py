@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from surgery.core import errors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.paths import Path
-from surgery.files import arrays
+from surgery.files import arrays, source
 from surgery.files.digest import Digester
 
 OK, DIFFERS, MISSING = 'ok', 'differs', 'missing'
@@ -40,7 +40,7 @@ def computed(leaf: Leaf) -> str:
     FormatError: if it cannot be read.
   """
   digester = Digester()
-  for block in leaf.parts():
+  for block in source.unchecked(leaf).parts():
     for data in arrays.blocks(arrays.payload(arrays.little(block))):
       digester.update(data)
   return digester.digest()

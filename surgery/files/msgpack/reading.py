@@ -48,6 +48,7 @@ def open_file(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _leaf(entry: Entry, note: LeafNote) -> Leaf:
   if isinstance(entry, Source):
+    entry.digest = note.digest
     return Leaf(
       entry,
       entry.shape,

@@ -149,6 +149,7 @@ def _in_order(
 
 def _leaf(value: Source | extras.Value, note: LeafNote) -> Leaf:
   if isinstance(value, Source):
+    value.digest = note.digest
     leaf = Leaf(
       value,
       value.shape,
