@@ -32,12 +32,18 @@ from surgery.cli.command import Command
   is_flag=True,
   help='Let finite values become infinite or NaN.',
 )
+@click.option(
+  '--allow-underflow',
+  is_flag=True,
+  help="Let most of a tensor's numbers become zero.",
+)
 @writing.writes
 def command(
   file: pathlib.Path,
   to: str,
   keep: tuple[str, ...],
   allow_overflow: bool,
+  allow_underflow: bool,
   output: writing.Output,
 ) -> None:
   r"""Cast floating tensors to another dtype, rounding once.
@@ -50,4 +56,6 @@ def command(
     value['keep'] = shared.short(keep)
   if allow_overflow:
     value['overflow'] = True
+  if allow_underflow:
+    value['underflow'] = True
   writing.carry_out(output, [{'cast': value}], shared.opened(file))

@@ -50,6 +50,19 @@ def summary(report: dict[str, Any]) -> str:
   return ', '.join(parts) or 'no tensors'
 
 
+def found(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """Yields what was found out while tensors were written, a line a kind."""
+  for text in dict.fromkeys(row['text'] for row in rows):
+    own = [row for row in rows if row['text'] == text]
+    share = sum(r['count'] for r in own) / sum(r['of'] for r in own)
+    most = ', '.join(f'{r["path"]} {r["share"]:.2%}' for r in own[:3])
+    more = f' and {len(own) - 3} more' if len(own) > 3 else ''
+    yield (
+      f'{share:.2%} of the numbers that were not zero {text}, in {len(own)} '
+      f'tensor{"s"[: len(own) > 1]}: {most}{more}.'
+    )
+
+
 def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
   """Prints a plan: what is to be done, or what was done."""
   if dry_run:

@@ -235,6 +235,9 @@ def run(
   if quiet:
     return
   report = plan.report()
+  for one in [report, *report.get('saved', [])]:
+    for line in showing.found(one.get('found', [])):
+      click.echo(line, err=True)
   if output.as_json:
     click.echo(json.dumps(report))
     return

@@ -230,6 +230,25 @@ class Check:
   run: Callable[[], None] = dataclasses.field(compare=False, repr=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What a pass finds out of a tensor while it is computed.
+
+  Attributes:
+    path: the tensor, as the pass knew it.
+    what: what is counted, e.g. `underflow`.
+    count: returns how many elements, and of how many, once it was computed.
+    text: what it means, for people: `became zero in float8_e4m3fn`.
+  """
+
+  path: Path
+  what: str
+  count: Callable[[], tuple[int, int]] = dataclasses.field(
+    compare=False, repr=False
+  )
+  text: str
+
+
 class Checkpoint(Mapping[Path, Leaf]):
   """Leaves by path, in order, and what is known beside them.
 
@@ -240,6 +259,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     origin: where it came from, for error messages.
     checks: what has to hold before it is written.
     seen: the `Beneath.model` of its leaves, if they are as layers get them.
+    findings: what is found out while it is written.
 
   Example:
     ckpt = surgery.open('m.msgpack')
@@ -256,6 +276,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     origin: str = '',
     checks: tuple[Check, ...] = (),
     seen: object | None = None,
+    findings: tuple[Finding, ...] = (),
   ) -> None:
     self._leaves = dict(leaves)
     self.manifest = manifest
@@ -263,6 +284,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     self.origin = origin
     self.checks = checks
     self.seen = seen
+    self.findings = findings
 
   def __getitem__(self, path: Path) -> Leaf:
     try:
@@ -303,6 +325,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     records: Records | None = None,
     checks: tuple[Check, ...] | None = None,
     seen: object | None = None,
+    findings: tuple[Finding, ...] | None = None,
   ) -> Checkpoint:
     """Returns a checkpoint with some parts changed."""
     return Checkpoint(
@@ -312,6 +335,7 @@ class Checkpoint(Mapping[Path, Leaf]):
       self.origin,
       self.checks if checks is None else checks,
       self.seen if seen is None else seen,
+      self.findings if findings is None else findings,
     )
 
   def check(self) -> None:

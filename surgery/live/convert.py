@@ -8,6 +8,7 @@ goes to the manifest; a PRNG key becomes the array of its data.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,8 +93,26 @@ def to_params(
       data[path] = old
     else:
       data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
+  _warn(checkpoint)
   notes = {} if like is None else _noted(checkpoint, records, like)
   return live.make(data, checkpoint.manifest.locked, records, notes)
+
+
+# Share of a model's numbers of which it is told that they became zero.
+_TOLD = 0.01
+
+
+def _warn(checkpoint: Checkpoint) -> None:
+  """Warns of what was found out while values were computed."""
+  for text in dict.fromkeys(one.text for one in checkpoint.findings):
+    counts = [one.count() for one in checkpoint.findings if one.text == text]
+    count, of = (sum(column) for column in zip(*counts, strict=True))
+    if count > _TOLD * of:
+      warnings.warn(
+        f'{count / of:.2%} of the numbers that were not zero {text}.',
+        RuntimeWarning,
+        stacklevel=2,
+      )
 
 
 def _noted(

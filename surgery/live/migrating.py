@@ -213,8 +213,29 @@ class _Masked(_New):
     self.value = value
 
 
+class _Whole(_New):
+  """Stands for moments of another shape than their parameter's.
+
+  Adafactor has a row and a column of a matrix, and one number where it has
+  none. They follow a parameter that only gets another name or place.
+  """
+
+  def __init__(self, leaf: Leaf, path: Path, value: Any) -> None:
+    super().__init__(leaf)
+    self._path = path
+    self.value = value
+
+  def __call__(self) -> Any:
+    raise errors.SurgeryError(
+      f'migrate: {paths.show(self._path)}: moments of shape '
+      f'{tuple(np.shape(self.value))} for a parameter of shape {self._shape} '
+      'cannot be placed, as it was computed anew. Begin anew: tx.init(after).'
+    )
+
+
 def _new(leaf: Leaf, dtype: str) -> Leaf:
-  return leaf.replace(load=_New(leaf), dtype=dtype, key=None)
+  load = _New(leaf)
+  return leaf.replace(load=load, dtype=dtype, key=None, codes=leaf.codes)
 
 
 class _Moving:
@@ -320,11 +341,9 @@ class _Moving:
         continue
       shape = getattr(value, 'shape', None)
       if shape is not None and tuple(shape) != tuple(np.shape(own)):
-        raise errors.SurgeryError(
-          f'migrate: {paths.show(path)}: moments of shape {tuple(shape)} for a '
-          f'parameter of shape {tuple(np.shape(own))} cannot be placed. Begin '
-          'anew: tx.init(after).'
-        )
+        like = Leaf(lineage.unknown, tuple(np.shape(own)), str(value.dtype))
+        leaves[path] = like.replace(load=_Whole(like, path, value))
+        continue
       leaves[path] = Leaf(
         functools.partial(_same, value),
         None if shape is None else tuple(shape),
@@ -356,9 +375,11 @@ class _Moving:
 
   def _as(self, leaf: Leaf, moment: Leaf, dtype: str) -> Leaf:
     """Returns a parameter's leaf with its moments for values."""
-    if isinstance(moment.load, _Masked):
-      return leaf.replace(load=moment.load, dtype=dtype, key=None)
-    return leaf.replace(load=moment.load, dtype=moment.dtype, key=None)
+    if not isinstance(moment.load, _Masked):
+      dtype = str(moment.dtype) if moment.dtype else dtype
+    return leaf.replace(
+      load=moment.load, dtype=dtype, key=None, codes=leaf.codes
+    )
 
   def _matched(self, moments: Mapping[Path, Leaf]) -> Mapping[Path, Leaf]:
     """Returns moments by the paths of `after`, of which nothing is known.
@@ -427,6 +448,8 @@ class _Moving:
     if leaf is not None and isinstance(leaf.load, _Masked):
       # Only who has the optimizer can say that it is not masked any more.
       return leaf.load.value if fresh is _NONE else begin()
+    if leaf is not None and isinstance(leaf.load, _Whole):
+      return leaf.load.value
     if leaf is None or isinstance(leaf.load, _New):
       return begin()
     value = leaf.load()
@@ -565,7 +588,9 @@ def _replaced(
       leaves[path] = _new(leaf, dtype)
     elif leaf.shape == now[path].shape:
       old = now[path]
-      leaves[path] = leaf.replace(load=old.load, part=old.part, dtype=old.dtype)
+      leaves[path] = leaf.replace(
+        load=old.load, part=old.part, dtype=old.dtype, codes=leaf.codes
+      )
     else:
       raise errors.SurgeryError(
         f'migrate: {name} made {paths.show(path)} {leaf.shape} of '

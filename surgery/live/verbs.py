@@ -581,6 +581,7 @@ def cast(
   *,
   keep: Select | None = None,
   overflow: bool = False,
+  underflow: bool = False,
   checkify: bool = False,
   graph: bx.Graph | None = None,
   host: Host | None = None,
@@ -598,6 +599,8 @@ def cast(
     keep: what stays as it is, as selectors or a selection; `'SELECTOR=DTYPE'`
       is cast to that dtype instead.
     overflow: whether finite values may become infinite or NaN.
+    underflow: whether more than half of a parameter's numbers may become zero;
+      a `RuntimeWarning` says how many do if they are more than 1 %.
     checkify: whether that is checked of traced values too, by
       `jax.experimental.checkify`. The function that calls this has to be
       transformed by `checkify.checkify` then.
@@ -613,8 +616,9 @@ def cast(
     ConfigError: for a dtype that is unknown, or no floating-point one; for
       `checkify` with `overflow`.
     SelectorError: for a selector that matches nothing.
-    CastError: for a finite value that the dtype cannot hold; of a `Checkpoint`
-      when the tensor is asked for.
+    CastError: for a finite value that the dtype cannot hold, or if most of a
+      parameter would become zero; of a `Checkpoint` when the tensor is asked
+      for.
     SurgeryError: if there is nothing to cast.
 
   Example:
@@ -631,6 +635,7 @@ def cast(
       to,
       keep=keep,
       overflow=overflow,
+      underflow=underflow,
       layer_types=_layer_types(params, graph),
     )
   if checkify:

@@ -108,7 +108,8 @@ def _cut(kind: _Kind) -> cutting.Cut | None:
   if max(sizes, default=0) > checkpoint.BLOCK:
     return None
   axes = len(next(grid(kind.shape)))
-  return cutting.cut(kind.function, kind.arguments(), axes, _WHOLE)
+  with compute.precise(kind.base, kind.dtype):
+    return cutting.cut(kind.function, kind.arguments(), axes, _WHOLE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -227,7 +228,9 @@ class Blocks:
       self._links, self._operands, strict=True
     ):
       try:
-        value = _program(kind, sizes)(starts, value, *operands)
+        with compute.precise(kind.base, kind.dtype):
+          value = _program(kind, sizes)(starts, value, *operands)
+        value = compute.exact(value)
       except Exception as error:  # A plugin's code ran inside.
         raised = compute.failed(kind.who, record.site, 'apply', error)
         if raised is error:
@@ -348,6 +351,8 @@ def _answer(
     blocks = of(chain, path, shape, dtype, part, fetch, chains)
     if blocks is not None:
       parts = [blocks.part(index).reshape(-1) for index in grid(shape)]
+      if isinstance(parts[0], np.ndarray):
+        return np.concatenate(parts).reshape(shape)
       return jnp.concatenate(parts).reshape(shape)
   return compute.answer(chain, path, fetch, chains)
 

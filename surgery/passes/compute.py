@@ -66,6 +66,17 @@ def wide(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def precise(*dtypes: Any) -> contextlib.AbstractContextManager[Any]:
+  """Lets JAX compute in 64 bits while it is entered, if a dtype has them.
+
+  Files hold float64 whatever JAX's configuration is, and a result that was
+  narrowed would not be what the parameter is.
+  """
+  if any(str(dtype) in ('float64', 'complex128') for dtype in dtypes):
+    return jax.enable_x64(True)
+  return contextlib.nullcontext()
+
+
 def widened(value: Any) -> Any:
   """Returns an array for arithmetic; integers, such as counts, as they are."""
   return value.astype(arithmetic_dtype(value.dtype))
@@ -313,6 +324,14 @@ def weights_of(
   return weights
 
 
+def exact(value: Any) -> Any:
+  """Returns an array that JAX would narrow as one of numpy."""
+  if jaxcompat.is_traced(value):
+    return value
+  narrow = jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype
+  return np.asarray(value) if narrow else value
+
+
 def step(
   record: SiteRecord,
   shared: Mapping[str, WeightSpec],
@@ -351,9 +370,11 @@ def step(
     if len(site.params) > 1:
       for other in uses(who, site, name, kinds):
         bases[other] = base(other)
-    to = wide(own.dtype) if dtype is None else dtype
-    run = program(who, site, name, stack, shared_names, jnp.dtype(to))
-    return run(bases, weights)
+    with precise(*(base.dtype for base in bases.values())):
+      to = wide(own.dtype) if dtype is None else dtype
+      run = program(who, site, name, stack, shared_names, jnp.dtype(to))
+      value = run(bases, weights)
+    return exact(value)
 
   try:
     return anonymously(compute, site)
@@ -442,5 +463,7 @@ def finite(value: Any) -> bool:
   """Whether an array has no NaN and no infinity; True for tracers."""
   if jaxcompat.is_traced(value) or not jnp.issubdtype(value.dtype, jnp.inexact):
     return True
+  if isinstance(value, np.ndarray):
+    return bool(np.isfinite(value).all())  # JAX would narrow 64 bits.
   with devices.beside(value):
     return bool(jnp.isfinite(value).all())

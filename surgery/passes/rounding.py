@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -26,6 +28,8 @@ SHORT = {
   'f8_e5m2fnuz': 'float8_e5m2fnuz',
 }
 _WIDE = ('float32', 'float64')
+# Elements that are rounded at a time, for a processor's cache.
+_PIECE = 1 << 15
 _OF_NUMPY = ('float16', *_WIDE)
 
 
@@ -72,12 +76,54 @@ def rounded(block: np.ndarray, dtype: str) -> np.ndarray:
   """
   to = DTYPES[dtype]
   block = np.asarray(block)
+  if to.itemsize == 1:
+    with np.errstate(over='ignore', invalid='ignore', under='ignore'):
+      return _by_table(block, dtype)
   if block.dtype.name not in _OF_NUMPY and dtype not in _WIDE:
     block = block.astype(np.float32)  # Exact.
   with np.errstate(over='ignore', invalid='ignore', under='ignore'):
     if block.dtype.name == 'float64' and dtype not in _OF_NUMPY:
       block = _to_odd(block)
     return block.astype(to)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(source: str, dtype: str) -> np.ndarray:
+  """Returns the codes of all numbers of a 16-bit dtype in an 8-bit one."""
+  every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[source])
+  with np.errstate(over='ignore', invalid='ignore', under='ignore'):
+    return every.astype(np.float32).astype(DTYPES[dtype]).view(np.uint8)
+
+
+def _by_table(block: np.ndarray, dtype: str) -> np.ndarray:
+  """Returns an array in an 8-bit dtype, looked up instead of computed.
+
+  A table has all of bfloat16 and float16. Of float32 the upper half, with its
+  last bit set if anything is cut off, serves as a bfloat16: that is rounding to
+  odd to 8 bits of significand, and rounding that to nearest with at most 6 is
+  rounding once (Boldo & Melquiond 2008). 8-bit dtypes have at most 5.
+  """
+  flat = np.ascontiguousarray(block).reshape(-1)
+  name = flat.dtype.name
+  table = _table(name if name == 'float16' else 'bfloat16', dtype)
+  codes = np.empty(flat.size, np.uint8)
+  for start in range(0, flat.size, _PIECE):
+    index = _halves(flat[start : start + _PIECE])
+    # All indices are in the table; clipping spares the copy that raising takes.
+    table.take(index, out=codes[start : start + _PIECE], mode='clip')
+  return codes.view(DTYPES[dtype]).reshape(block.shape)
+
+
+def _halves(piece: np.ndarray) -> np.ndarray:
+  """Returns numbers as 16 bits: of float16, or of bfloat16 rounded to odd."""
+  name = piece.dtype.name
+  if name in ('bfloat16', 'float16'):
+    return piece.astype(DTYPES[name], copy=False).view(np.uint16)
+  wide = _to_odd(piece) if name == 'float64' else piece.astype(np.float32)
+  halves = wide.view(np.uint16)
+  high = sys.byteorder == 'little'
+  index: np.ndarray = halves[high::2] | (halves[1 - high :: 2] != 0)
+  return index
 
 
 def _to_odd(block: np.ndarray) -> np.ndarray:
@@ -112,6 +158,12 @@ def lost(block: np.ndarray, after: np.ndarray) -> np.ndarray | None:
     Boolean array that is True where a finite value became infinite or NaN;
     None if there is none.
   """
+  if after.dtype.itemsize == 1:
+    finite = _finite(after.dtype.name).take(after.view(np.uint8))
+    if finite.all():
+      return None
+    bad = ~finite & np.isfinite(block)
+    return bad if bad.any() else None
   most = largest(after.dtype.name)
   if largest(block.dtype.name) <= most or not block.size:
     return None
@@ -121,3 +173,34 @@ def lost(block: np.ndarray, after: np.ndarray) -> np.ndarray | None:
       return None
     bad = np.isfinite(block) & ~np.isfinite(after)
   return bad if bad.any() else None
+
+
+@functools.lru_cache(maxsize=16)
+def _finite(dtype: str) -> np.ndarray:
+  """Returns which codes of an 8-bit dtype are finite numbers."""
+  every = np.arange(1 << 8, dtype=np.uint8).view(DTYPES[dtype])
+  return np.isfinite(every.astype(np.float32))
+
+
+@functools.lru_cache(maxsize=16)
+def _nonzero(dtype: str) -> np.ndarray:
+  """Returns which codes of an 8-bit dtype are not zero."""
+  every = np.arange(1 << 8, dtype=np.uint8).view(DTYPES[dtype])
+  return every.astype(np.float32) != 0
+
+
+def nonzero(block: np.ndarray) -> int:
+  """Returns how many numbers of a floating-point array are not zero."""
+  name = block.dtype.name
+  if block.dtype.itemsize == 1:
+    return int(np.count_nonzero(_nonzero(name).take(block.view(np.uint8))))
+  if name == 'bfloat16':
+    # All bits but the sign; ml_dtypes compares one by one.
+    bits = np.ascontiguousarray(block).view(np.uint16)
+    return int(np.count_nonzero(bits & 0x7FFF))
+  return int(np.count_nonzero(block))
+
+
+def smallest(dtype: str) -> float:
+  """Returns the smallest positive number of a dtype."""
+  return float(ml_dtypes.finfo(DTYPES[dtype]).smallest_subnormal)

@@ -151,3 +151,27 @@ def report(
     'checks': list(checks),
     'tensors': rows,
   }
+
+
+def found(after: Checkpoint) -> list[dict[str, Any]]:
+  """Returns what was found out while tensors were written, as JSON data.
+
+  Returns:
+    For each finding `path` of the tensor, `what` was counted, its `count`, of
+    how many (`of`), their `share`, and its `text`; largest share first.
+  """
+  rows = []
+  for one in after.findings:
+    count, of = one.count()
+    if count:
+      rows.append(
+        {
+          'path': paths.show(one.path),
+          'what': one.what,
+          'count': count,
+          'of': of,
+          'share': count / of,
+          'text': one.text,
+        }
+      )
+  return sorted(rows, key=lambda row: -row['share'])

@@ -240,12 +240,14 @@ class Output:
 
   def report(self) -> dict[str, Any]:
     """Returns what happens as JSON data."""
-    return planning.report(
+    said = planning.report(
       self.rows(),
       self.shown.name,
       planning.needed(self.after),
       [one.text for one in self.after.checks],
     )
+    found = planning.found(self.after)
+    return {**said, 'found': found} if found else said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +271,7 @@ class Plan:
       `output`, a file's name; `memory`, about how many bytes it takes; `time`,
       the class of the slowest tensor; `checks`; and `tensors`, each with
       `path`, `what`, `shape`, `dtype`, `bytes`, `time` and what else there is.
+      After it was written also `found`: what became zero by a cast.
     """
     first, *others = [one.report() for one in self.outputs]
     return {**first, 'saved': others} if others else first

@@ -437,3 +437,58 @@ def test_lineage_leaves_params_as_they_are():
   del before
   gc.collect()
   assert value() is None
+
+
+def _factored(params):
+  tx = optax.adafactor(1e-2, min_dim_size_to_factor=4)
+  state = tx.init(params)
+  grads = jax.tree.map(
+    lambda x: jnp.sin(jnp.arange(x.size) + 1.0).reshape(x.shape), params
+  )
+  return tx, tx.update(grads, state, params)[1]
+
+
+def _matrices(**shapes):
+  params = bx.Params()
+  for name, shape in shapes.items():
+    params[name, 'kernel'] = bx.Param(jnp.ones(shape))
+    params[name, 'bias'] = bx.Param(jnp.ones(shape[-1]))
+  return params.locked()
+
+
+@pytest.mark.parametrize(
+  ('change', 'names'),
+  [
+    (lambda p: surgery.rename(p, 'a -> c'), {'a': 'c', 'b': 'b'}),
+    (lambda p: surgery.rename(p, ['a -> b', 'b -> a']), {'a': 'b', 'b': 'a'}),
+    (lambda p: surgery.drop(p, 'a'), {'b': 'b'}),
+    (lambda p: surgery.apply(p, [{'move': 'b -> z'}]), {'a': 'a', 'b': 'z'}),
+  ],
+  ids=['rename', 'swap', 'drop', 'move'],
+)
+def test_factored_moments_follow_what_only_moves(change, names):
+  before = _matrices(a=(8, 6), b=(5, 7))
+  _, state = _factored(before)
+
+  after = change(before)
+  moved = surgery.migrate(state, before, after)
+
+  for field in ('v_row', 'v_col', 'v'):
+    old, new = getattr(state[0], field), getattr(moved[0], field)
+    assert set(new.keys()) == set(after.keys())
+    for was, now in names.items():
+      for name in ('kernel', 'bias'):
+        expected, found = old[was, name].value, new[now, name].value
+        assert np.array_equal(expected, found)
+
+
+def test_factored_moments_do_not_follow_what_is_cut():
+  before = _matrices(a=(8, 6), b=(5, 7))
+  tx, state = _factored(before)
+  cut = {'slice': {'select': 'a/kernel', 'keep': '0:4'}}
+  after = surgery.apply(before, [cut])
+
+  with pytest.raises(
+    surgery.SurgeryError, match=r'a/kernel: moments of shape .* be placed'
+  ):
+    surgery.migrate(state, before, after, tx=tx)

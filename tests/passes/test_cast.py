@@ -53,6 +53,8 @@ def only(checkpoint):
 
 
 def casted(value, to, **options):
+  # Most of what rounding is tried on becomes zero.
+  options = {'underflow': True, **options}
   return only(cast(one(value), to, host=HOST, **options))
 
 
