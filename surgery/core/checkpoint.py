@@ -46,6 +46,12 @@ _SIZES = {
 _ITEMSIZE = {
   name: size for size, names in _SIZES.items() for name in names.split()
 }
+# Bits an element where elements share bytes. Such tensors are copied, not read.
+PACKED = {
+  'packed_float4_e2m1fn': 4,
+  'packed_float6_e2m3fn': 6,
+  'packed_float6_e3m2fn': 6,
+}
 # Kinds and bits of others, which only memory holds: `complex256`.
 _BITS = re.compile(r'(?:int|uint|float|complex|datetime|timedelta)(\d+)\b.*')
 
@@ -57,6 +63,13 @@ def itemsize(dtype: str) -> int:
     return _ITEMSIZE[dtype]
   bits = _BITS.fullmatch(dtype)
   return max(int(bits[1]) // 8, 1) if bits else 1
+
+
+def nbytes(dtype: str, size: int) -> int:
+  """Returns how many bytes elements of a dtype take as stored."""
+  if dtype in PACKED:
+    return -(-size * PACKED[dtype] // 8)
+  return size * itemsize(dtype)
 
 
 def grid(shape: tuple[int, ...], most: int = BLOCK) -> Iterator[Index]:
@@ -183,7 +196,7 @@ class Leaf:
   @property
   def nbytes(self) -> int:
     """Number of bytes as stored; 0 if it is no array."""
-    return 0 if self.dtype is None else self.size * itemsize(self.dtype)
+    return 0 if self.dtype is None else nbytes(self.dtype, self.size)
 
   def __str__(self) -> str:
     if self.shape is None:

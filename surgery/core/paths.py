@@ -16,6 +16,33 @@ Path = tuple[str, ...]
 _SPECIAL = re.compile(r'([\\/*?\[\]{},!:])')
 
 
+class Integer(str):
+  """A segment that is an integer where it was read, as `{3: …}` of msgpack.
+
+  It equals its text, so selectors and rules take it for one; only who writes
+  the format again tells it apart.
+  """
+
+  __slots__ = ()
+
+
+def kept(new: Path, old: Path) -> Path:
+  """Returns a new path in which integers of the old one are integers again.
+
+  Args:
+    new: the path, all of text.
+    old: the path that it was made of; what both end in is the same.
+  """
+  if not any(type(segment) is Integer for segment in old):
+    return new
+  segments = list(new)
+  for k in range(1, min(len(old), len(new)) + 1):
+    if old[-k] != new[-k]:
+      break
+    segments[-k] = old[-k]
+  return tuple(segments)
+
+
 @functools.lru_cache(maxsize=131072)
 def show(path: Path) -> str:
   r"""Returns `path` written down: `('net', 'a/b')` is `net/a\/b`."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from surgery.core import errors, paths
+from surgery.core import checkpoint, errors, paths
 from surgery.core.checkpoint import Index, Leaf, grid
 from surgery.core.paths import Path
 from surgery.files import arrays
@@ -41,7 +41,7 @@ class Payload:
     self.shape = shape
     self.dtype = dtype
     self.scalar = scalar
-    self.nbytes = math.prod(shape) * arrays.DTYPES[dtype].itemsize
+    self.nbytes = checkpoint.nbytes(dtype, math.prod(shape))
 
   def write(self, output: Output, count: int) -> None:
     """Writes the next `count` bytes."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from surgery.core import errors, paths
-from surgery.core.checkpoint import Index, Leaf
+from surgery.core.checkpoint import PACKED, Index, Leaf
 from surgery.core.paths import Path
 from surgery.files import arrays
 from surgery.files.digest import Digester
@@ -199,6 +199,13 @@ class Source:
       FormatError: for a boolean that is neither 0 nor 1, and if the tensor is
         not what its digest says.
     """
+    if self.dtype in PACKED:
+      raise errors.FormatError(
+        f'{self.file.name}: {paths.show(self.path)}: elements of {self.dtype} '
+        'share bytes, so the tensor can be copied, renamed and dropped, and '
+        'not read. Select other tensors, or dequantise the model first.',
+        self.spans[0][0],
+      )
     self.settle()
     dtype = arrays.DTYPES[self.dtype]
     if len(self.spans) == 1:
@@ -221,7 +228,7 @@ class Source:
       FormatError: for a boolean that is neither 0 nor 1; and, with the last
         part at the latest, if the tensor is not what its digest says.
     """
-    if not index:
+    if not index or self.dtype in PACKED:
       return np.asarray(self())
     dtype = arrays.DTYPES[self.dtype]
     sizes = [s.stop - s.start for s in index]
@@ -241,10 +248,11 @@ class Source:
     return array
 
   def unchecked(self) -> Source:
-    """Returns it as it is, whatever its digest says."""
-    return Source(
-      self.file, self.path, self.shape, self.dtype, self.spans, self.scalar
-    )
+    """Returns it as it is, whatever its digest says; packed ones as bytes."""
+    shape, dtype = self.shape, self.dtype
+    if dtype in PACKED:
+      shape, dtype = (self.nbytes,), 'uint8'
+    return Source(self.file, self.path, shape, dtype, self.spans, self.scalar)
 
   def _follow(self, start: int, flat: np.ndarray) -> None:
     """Hashes a part on its way, or the whole if it comes out of order.
@@ -355,5 +363,11 @@ def unchecked(leaf: Leaf) -> Leaf:
     return leaf
   raw = found.unchecked()
   return leaf.replace(
-    load=raw, part=raw.part, source=raw, digest=leaf.digest, codes=leaf.codes
+    load=raw,
+    part=raw.part,
+    source=raw,
+    shape=raw.shape,
+    dtype=raw.dtype,
+    digest=leaf.digest,
+    codes=leaf.codes,
   )

@@ -27,7 +27,7 @@ from surgery.core.records import Records
 from surgery.live import params as live
 from surgery.live import placing
 
-_SCALARS = (bool, int, float, complex, str)
+_SCALARS = (bool, int, float, complex, str, bytes)
 
 
 def _value(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from surgery.core import paths, selectors
-from surgery.core.checkpoint import Checkpoint, Index, Leaf, grid
+from surgery.core.checkpoint import PACKED, Checkpoint, Index, Leaf, grid
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.manifest import Manifest
@@ -169,19 +169,19 @@ def diff(
 def _compared(path: Path, a: Leaf | None, b: Leaf | None) -> TensorDiff:
   if a is None or b is None:
     return TensorDiff(path, a, b)
-  # What differs is to be seen, damaged or not.
-  a, b = source.unchecked(a), source.unchecked(b)
   notes = tuple(_notes(a, b))
   if a.shape != b.shape:
     return TensorDiff(path, a, b, notes)
   if a.shape is None:
     return TensorDiff(path, a, b, notes, equal=_same(a.load(), b.load()))
-  if _same_bytes(a, b):
+  # What differs is to be seen, damaged or not.
+  raw_a, raw_b = source.unchecked(a), source.unchecked(b)
+  if a.dtype == b.dtype and _same_bytes(raw_a, raw_b):
     # Norms would have to be read for the cosine; of equals it is 1, or none.
     return TensorDiff(path, a, b, notes, Figures(size=a.size), equal=True)
-  if a.codes or b.codes:
+  if a.codes or b.codes or {a.dtype, b.dtype} & PACKED.keys():
     return TensorDiff(path, a, b, notes)  # How far codes are apart is nothing.
-  figures = _figures(a, b)
+  figures = _figures(raw_a, raw_b)
   return TensorDiff(path, a, b, notes, figures, figures.changed == 0)
 
 

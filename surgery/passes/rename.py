@@ -148,7 +148,7 @@ def _leaves(
   """
   owned = records.owned
   where = {
-    p: p if p in owned and not names.decided(p) else names(p)
+    p: p if p in owned and not names.decided(p) else paths.kept(names(p), p)
     for p in checkpoint
   }
   renaming.check_targets(where)

@@ -8,12 +8,13 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 
 from surgery.core import errors
+from surgery.core.paths import Integer
 from surgery.files.msgpack import chunks
 from surgery.files.msgpack.values import COMPLEX
 
 # Lengths that an extension's header holds in its first byte.
 _FIXED = {1: 0xD4, 2: 0xD5, 4: 0xD6, 8: 0xD7, 16: 0xD8}
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 def map_header(count: int) -> bytes:
@@ -39,6 +40,11 @@ def plain(value: Any) -> bytes:
     return msgpack.packb(value)
   except (OverflowError, ValueError) as error:
     raise errors.FormatError(f'{value!r} cannot be saved: {error}.') from None
+
+
+def key(segment: str) -> bytes:
+  """Returns a key of a map, which may be an integer."""
+  return plain(int(segment) if type(segment) is Integer else segment)
 
 
 def array_header(

@@ -21,7 +21,7 @@ _NAMES = {name.encode(): name for name in arrays.DTYPES}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Value:
-  """What is no array: a number, text, None or an empty dict.
+  """What is no array: a number, text, bytes, None or an empty dict.
 
   Attributes:
     value: the value.
@@ -80,10 +80,13 @@ class Values:
     if length is not None:
       raw = self._headers.take(start, length)
       return Value(utf8(raw, start, 'text'), pos), start + length
+    if 0xC4 <= self._headers.byte(pos) <= 0xC6:
+      length, start = self._headers.binary(pos, 'bytes')
+      return Value(self._headers.take(start, length), pos), start + length
     value, end = self._headers.plain(
       pos,
-      'a map (as which flax writes a list, too), an array, a number, text or '
-      'nil',
+      'a map (as which flax writes a list, too), an array, a number, text, '
+      'bytes or nil',
     )
     return Value(value, pos), end
 

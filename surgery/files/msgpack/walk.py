@@ -79,6 +79,16 @@ def cost(above: int, key: str) -> int:
   return above + len(key) + 8
 
 
+def _take(key: str, taken: set[str], pos: int) -> None:
+  if key in taken:
+    raise Bad(
+      pos,
+      f'the key {_short(key)!r} occurs twice in one map',
+      'Nobody can tell which one is meant; save the file again',
+    )
+  taken.add(key)
+
+
 class _Walker:
   def __init__(self, file: MappedFile) -> None:
     self._size = file.size
@@ -137,7 +147,7 @@ class _Walker:
   def _key(self, pos: int, taken: set[str]) -> tuple[str, int]:
     length, start = self._headers.text(pos)
     if length is None:
-      self._headers.refuse(pos, 'text as a key')
+      return self._integer(pos, taken)
     if length > MAX_KEY:
       raise Bad(pos, f'a key of {length} bytes, more than {MAX_KEY}', _TOO_MUCH)
     raw = self._headers.take(start, length)
@@ -145,14 +155,17 @@ class _Walker:
     key = self._names.get(raw)
     if key is None:
       key = self._names[raw] = utf8(raw, start, 'a key')
-    if key in taken:
-      raise Bad(
-        pos,
-        f'the key {_short(key)!r} occurs twice in one map',
-        'Nobody can tell which one is meant; save the file again',
-      )
-    taken.add(key)
+    _take(key, taken, pos)
     return key, start + length
+
+  def _integer(self, pos: int, taken: set[str]) -> tuple[str, int]:
+    """Returns an integer that is a key, as flax reads it."""
+    value, end = self._headers.plain(pos, 'text or an integer as a key')
+    if type(value) is not int:
+      self._headers.refuse(pos, 'text or an integer as a key')
+    key = paths.Integer(value)
+    _take(key, taken, pos)
+    return key, end
 
   def _too_much(self, pos: int) -> NoReturn:
     """Raises because there is more in the file than any model has."""

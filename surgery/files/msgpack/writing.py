@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.core import errors, paths
 from surgery.core import manifest as manifests
-from surgery.core.checkpoint import Checkpoint, Leaf, nested
+from surgery.core.checkpoint import PACKED, Checkpoint, Leaf, nested
 from surgery.core.manifest import LeafNote
 from surgery.core.paths import Path
 from surgery.files import arrays, atomic, notes, payload
@@ -171,7 +171,7 @@ class _Writer:
     """Writes keys and values of a map."""
     for key, child in tree.items():
       here = (*path, key)
-      self._output.write(encoding.plain(key))
+      self._output.write(encoding.key(key))
       if isinstance(child, dict):
         self._output.write(encoding.map_header(len(child)))
         self.entries(child, here)
@@ -180,6 +180,11 @@ class _Writer:
 
   def _leaf(self, leaf: Leaf, path: Path) -> None:
     """Writes a leaf, and puts its digest right."""
+    if leaf.dtype in PACKED:
+      raise errors.FormatError(
+        f'{paths.show(path)}: flax msgpack has no {leaf.dtype}, whose elements '
+        'share bytes. Write safetensors, or drop the tensor.'
+      )
     value = payload.of(leaf, path)
     note, digest = self.notes[path], None
     if isinstance(value, payload.Payload):

@@ -11,8 +11,6 @@ import numpy as np
 from surgery.core import errors
 from surgery.files import arrays
 
-# Of elements that share bytes (F4, F6_E2M3, F6_E3M2) there is nothing here:
-# numpy has no such arrays.
 TAGS = {
   'bool': 'BOOL',
   'int8': 'I8',
@@ -34,7 +32,13 @@ TAGS = {
   'float8_e4m3fnuz': 'F8_E4M3FNUZ',
   'float8_e5m2fnuz': 'F8_E5M2FNUZ',
 }
-NAMES = {tag: name for name, tag in TAGS.items()}
+# Elements that share bytes: numpy has no such arrays, so they are copied only.
+PACKED = {
+  'packed_float4_e2m1fn': 'F4',
+  'packed_float6_e2m3fn': 'F6_E2M3',
+  'packed_float6_e3m2fn': 'F6_E3M2',
+}
+NAMES = {tag: name for name, tag in {**TAGS, **PACKED}.items()}
 BYTES = 'U8'
 
 
@@ -47,6 +51,8 @@ def canonical(dtype: str) -> str:
   Raises:
     FormatError: for one that no file can hold.
   """
+  if dtype in PACKED:
+    return dtype
   try:
     name = dtype if dtype in arrays.DTYPES else np.dtype(dtype).name
   except TypeError:
@@ -61,7 +67,7 @@ def canonical(dtype: str) -> str:
 
 def stored(shape: tuple[int, ...], dtype: str) -> tuple[str, tuple[int, ...]]:
   """Returns as what a file has an array: a tag, and a shape."""
-  if dtype in TAGS:
-    return TAGS[dtype], shape
+  if dtype in TAGS or dtype in PACKED:
+    return TAGS.get(dtype) or PACKED[dtype], shape
   itemsize = arrays.DTYPES[dtype].itemsize
   return BYTES, shape if itemsize == 1 else (*shape, itemsize)

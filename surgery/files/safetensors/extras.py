@@ -8,6 +8,7 @@ the file's `format` if nobody but we said it.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -105,6 +106,8 @@ def _read(data: Any) -> Extras:
 def _encode(value: Any, path: Path) -> Any:
   if type(value) is complex:
     return {'complex': [_encode(value.real, path), _encode(value.imag, path)]}
+  if type(value) is bytes:
+    return {'bytes': base64.b64encode(value).decode()}
   if type(value) is float and not math.isfinite(value):
     return {'float': repr(value)}
   if type(value) in _PLAIN or (type(value) is dict and not value):
@@ -128,4 +131,6 @@ def _decode(value: Any) -> Any:
     return complex(float(real), float(imag))
   if kind == 'float':
     return float(inner)
+  if kind == 'bytes':
+    return base64.b64decode(inner, validate=True)
   raise ValueError(f'unknown kind of value {kind!r:.80}')

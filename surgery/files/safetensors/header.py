@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from surgery.core import errors
+from surgery.core import checkpoint, errors
 from surgery.files import arrays, strict_json
 from surgery.files.safetensors import dtypes, names
 from surgery.files.source import MappedFile
@@ -128,7 +128,7 @@ def _entry(file: MappedFile, raw: bytes, name: str, data: Any) -> Entry:
   if not _sizes(at) or len(at) != 2:
     expected = 'expected where its bytes start and end'
     raise _wrong(file, raw, name, expected, repr(at))
-  nbytes = math.prod(shape) * arrays.DTYPES[dtypes.NAMES[tag]].itemsize
+  nbytes = checkpoint.nbytes(dtypes.NAMES[tag], math.prod(shape))
   if at[1] - at[0] != nbytes:
     expected = f'expected {nbytes} bytes for {tag}{shape}'
     raise _wrong(file, raw, name, expected, f'{at[1] - at[0]}')

@@ -8,12 +8,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from surgery.core import checkpoint as checkpoints
 from surgery.core import errors, paths
 from surgery.core import manifest as manifests
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import LeafNote, Manifest
 from surgery.core.paths import Path
-from surgery.files import arrays, atomic, digest, notes, payload
+from surgery.files import atomic, digest, notes, payload
 from surgery.files.output import Output
 from surgery.files.progress import Told
 from surgery.files.safetensors import (
@@ -139,7 +140,7 @@ class Layout:
       kinds[called[path]] = self._kind(path, leaf)
     self._extras.paths.update(names.odd(self._paths.items()))
     self._order = sorted(
-      kinds, key=lambda name: -arrays.DTYPES[kinds[name][1]].itemsize
+      kinds, key=lambda name: -checkpoints.itemsize(kinds[name][1])
     )
     self._entries = self._placed(kinds)
 
@@ -160,11 +161,11 @@ class Layout:
     start = 0
     for name in self._order:
       shape, dtype = kinds[name]
-      stop = start + math.prod(shape) * arrays.DTYPES[dtype].itemsize
+      stop = start + checkpoints.nbytes(dtype, math.prod(shape))
       tag, stored = dtypes.stored(shape, dtype)
       placed[name] = Entry(tag, stored, start, stop)
       start = stop
-      if dtype not in dtypes.TAGS:
+      if dtype not in dtypes.NAMES.values():
         self._extras.dtypes[name] = dtype
       tensor = self._checkpoint[self._paths[name]]
       if getattr(self.values.get(self._paths[name], tensor), 'scalar', False):

@@ -336,7 +336,7 @@ def test_what_could_not_be_read_is_not_written(
     (np.array(['x']), 'dtype <U1'),
     (np.zeros(2, 'f4,f4'), 'expected an array of numbers'),
     (np.str_('x'), 'expected an array of numbers'),
-    (b'bytes', 'a value of type bytes cannot be saved'),
+    (bytearray(b'bytes'), 'a value of type bytearray cannot be saved'),
     ([1], 'a value of type list'),
     ({'a': 1}, 'a value of type dict'),
     (range(3), 'a value of type range'),
