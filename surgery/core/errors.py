@@ -92,6 +92,14 @@ class UnreachedError(SurgeryError):
     self.paths = tuple(paths)
 
 
+class DenseFallbackWarning(UserWarning):
+  """A parameter whose adapter gave a low-rank value was computed dense.
+
+  Results are right, and cost as much as without `surgery.factored`. Each
+  parameter and reason is named once by a factored model.
+  """
+
+
 class PluginError(SurgeryError):
   """A plugin is broken, unknown or breaks the contract."""
 

@@ -275,16 +275,14 @@ class Probe:
 
   _numbers = itertools.count(1)
 
-  def __init__(self, tags: bool = False, reads: bool = False) -> None:
+  def __init__(self, reads: bool = False) -> None:
     """Initializes the probe.
 
     Args:
-      tags: whether what is answered says which parameter it is.
       reads: whether what adapters read of the base is marked as theirs.
     """
     self.number = next(self._numbers)
     self.asked: set[Path] = set()
-    self.tags = tags
     self.reads = reads
 
 

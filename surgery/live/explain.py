@@ -24,8 +24,10 @@ class Use:
 
   Attributes:
     factored: how often it is used and stays factored.
-    dense: because of what it is made dense, and how often: a primitive of JAX,
-      or `not low-rank` where the adapter's type gives no low-rank value.
+    dense: because of what it is made dense, and how often: a primitive of JAX
+      that the model applies to it, or one inside of the type's `apply`
+      (`tanh inside apply`); `not low-rank` where the type gives no low-rank
+      value; or what went wrong in the library (`failure of surgery: …`).
     asked: whether the call asks for it at all.
     raw: where its base is used without the adapter, as by a layer that reads
       `params[…].value`: the primitive of JAX; empty if nowhere.
@@ -130,7 +132,7 @@ def explain(
   records = live.records_of(params)
   if not records.adapters:
     raise errors.AdapterError('explain: no adapter is attached.')
-  probe = Probe(tags=True)
+  probe = Probe()
   probed = live.with_records(params, records.probed(probe))
   walk = walking.Walk()
   kept = factored.arguments(model, kwargs)
@@ -145,7 +147,7 @@ def explain(
       if found.model_raised:
         # If it is the model's own error, it is raised here.
         model(*given[0], **given[1])
-      reason = found.reason
+      reason = str(found.note)
     return 0
 
   arrays, static = _split(((probed, *args), kept))
@@ -155,10 +157,10 @@ def explain(
   for path, chain in records.chains.items():
     if not compute.enabled(chain):
       continue
-    notes = collections.Counter(walk.notes.get(path, ()))
+    notes = collections.Counter(map(str, walk.notes.get(path, ())))
     if reason or (path in probe.asked and path not in walk.notes):
       notes[reason or 'a call that is not traced again'] += 1
-    often = notes.pop(walking.FACTORED, 0)
+    often = notes.pop(str(walking.KEPT), 0)
     uses[path] = Use(
       often, dict(notes), path in probe.asked, str(raw.get(path, ''))
     )

@@ -13,10 +13,18 @@ import jax
 
 from surgery import jaxcompat
 from surgery.core import errors, expect, paths
+from surgery.live import fallback
 from surgery.live import params as live
 from surgery.live.stashed import Stash
 from surgery.live.views import Misrouted
-from surgery.live.walking import DropoutLost, Walk
+from surgery.live.walking import (
+  DropoutLost,
+  Kind,
+  Note,
+  Walk,
+  makes,
+)
+from surgery.passes import compute
 
 P = ParamSpec('P')
 R = TypeVar('R')
@@ -31,7 +39,7 @@ UNTRACEABLE = (
 )
 
 
-def factored(model: Callable[P, R]) -> Callable[P, R]:
+def factored(model: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
   """Returns a model in which low-rank parameters stay factored.
 
   A layer that asks for a parameter with LoRA gets `W + s·A·B`. Written out, it
@@ -40,6 +48,10 @@ def factored(model: Callable[P, R]) -> Callable[P, R]:
   uses the parameter in a way that can be followed, and the dense array for the
   rest. Put it around the model, or around the loss, before differentiating,
   like `jax.checkpoint`; its absence changes speed, never results.
+
+  Where a parameter ends up dense whose adapter gave a low-rank value, a
+  `surgery.DenseFallbackWarning` says why, once for each parameter and reason.
+  Types that give no low-rank value are dense by design, without a warning.
 
   A call of which nothing is traced (no jit, no grad) is the model's own.
 
@@ -51,12 +63,15 @@ def factored(model: Callable[P, R]) -> Callable[P, R]:
   Args:
     model: a module, one of its methods (`factored(module.attend)`), or any
       function of which an argument holds params.
+    strict: whether a parameter that would be warned of is an error.
 
   Returns:
     A function with the model's arguments and results, and none of its
     attributes.
 
   Raises:
+    AdapterError: when called, if it is strict and a parameter ends up dense
+      whose adapter gave a low-rank value.
     AdapterError: when called in training, if a parameter with dropout is used
       in a way that only a dense array can serve; likewise for routed params.
 
@@ -65,6 +80,7 @@ def factored(model: Callable[P, R]) -> Callable[P, R]:
     grads = jax.grad(lambda p, x: loss(fast(p, x)[0]))(params, x)
   """
   signature = inspect.signature(expect.model(model, factored))
+  seen: fallback.Seen = set()
 
   def call(*args: Any, **kwargs: Any) -> Any:
     drops = any(map(_counters, _all_params((args, kwargs))))
@@ -78,11 +94,15 @@ def factored(model: Callable[P, R]) -> Callable[P, R]:
         'factored: routed params have no dropout, and this call is in '
         'training. Call it with is_training=False, or attach with dropout=0.'
       )
+    lost: dict[paths.Path, list[Note]] = {}
+    own_error = False
     try:
       leaves, tree = _flattened((args, kwargs))
-      traced = any(jaxcompat.is_traced(v) for v in leaves)
+      traced = any(map(jaxcompat.is_traced, leaves))
       if traced or drops or routed:
-        result = walked(model, leaves, tree, Walk(training=drops))
+        walk = Walk(training=drops)
+        result = walked(model, leaves, tree, walk)
+        fallback.report(walk.losses(), strict=strict, seen=seen)
         return _counted(result) if drops else result
     except NotFollowed as found:
       if drops or routed:
@@ -94,19 +114,28 @@ def factored(model: Callable[P, R]) -> Callable[P, R]:
           f'factored: {found.reason}, so parameters would be dense, and a '
           f'dense parameter has no {what}.'
         ) from cause
-    except Misrouted as lost:
+      given = _all_params((args, kwargs))
+      lost = {path: [found.note] for p in given for path in _low_rank(p)}
+      own_error = found.model_raised
+    except Misrouted as mistaken:
       raise errors.AdapterError(
-        f'factored: {_named(lost.origin)} is routed, and {lost.reason}. Rows '
-        'have to be the leading axis of what a layer gets.'
+        f'factored: {_named(mistaken.origin)} is routed, and '
+        f'{mistaken.reason}. Rows have to be the leading axis of what a layer '
+        'gets.'
       ) from None
-    except DropoutLost as lost:
+    except DropoutLost as dropped:
       raise errors.AdapterError(
-        f'factored: {_named(lost.origin)} has dropout, and {lost.primitive!r} '
-        'needs the dense parameter, which has none. Attach elsewhere, or with '
-        'dropout=0 there by patterns.'
+        f'factored: {_named(dropped.origin)} has dropout, and '
+        f'{str(dropped.because)!r} needs the dense parameter, which has none. '
+        'Attach elsewhere, or with dropout=0 there by patterns.'
       ) from None
-    # What the model raises by itself is not told as if raised by the above.
-    return model(*args, **kwargs)
+    # What the model raises by itself is not told as if raised by the above,
+    # and comes first.
+    if lost and strict and not own_error:
+      fallback.report(lost, strict=True, seen=seen)
+    result = model(*args, **kwargs)
+    fallback.report(lost, strict=strict, seen=seen)
+    return result
 
   with contextlib.suppress(AttributeError, TypeError):
     functools.update_wrapper(call, model, updated=())
@@ -191,12 +220,16 @@ class NotFollowed(Exception):  # noqa: N818 - the dense way is taken.
   Attributes:
     reason: why.
     model_raised: whether the model raised what may be an error of its own.
+    note: the reason, as it is written down for parameters.
   """
 
-  def __init__(self, reason: str, model_raised: bool = False) -> None:
+  def __init__(
+    self, reason: str, model_raised: bool = False, failed: bool = False
+  ) -> None:
     super().__init__(reason)
     self.reason = reason
     self.model_raised = model_raised
+    self.note = Note(reason, Kind.FAILURE if failed else Kind.CALL)
 
 
 def walked(
@@ -255,9 +288,29 @@ def walked(
   except Exception as error:
     walk.notes.clear()  # What was kept factored till then will not be.
     what = f'{type(error).__name__}: {_line(error)}'
-    raise NotFollowed(f'the walk through it fails ({what})') from error
+    reason = f'the walk through it fails ({what})'
+    raise NotFollowed(reason, failed=True) from error
   whole = [next(computed) if v is None else v for v in results]
   return jax.tree.unflatten(trees[0], whole)
+
+
+def _low_rank(params: live.AdaptedParams) -> list[paths.Path]:
+  """Returns the traced parameters for which adapters give a low-rank value."""
+  if not any(map(jaxcompat.is_traced, jax.tree.leaves(params))):
+    return []
+  return [
+    path
+    for path, chain in params.records.chains.items()
+    if compute.enabled(chain) and _gives_low_rank(params, path)
+  ]
+
+
+def _gives_low_rank(params: live.AdaptedParams, path: paths.Path) -> bool:
+  try:
+    answer = lambda: params._answered(path, params._fetch(path))
+    return makes(jax.make_jaxpr(answer)().jaxpr)
+  except Exception:  # Its weights lie in another argument: nothing is known.
+    return False
 
 
 # Dropout.

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import errors, layers, paths, selectors
 from surgery.core.adapter import DEFAULT_PARAMS
 from surgery.core.checkpoint import Leaf
@@ -211,7 +212,8 @@ class AdaptedParams(bx.Params):
       value = routed.answer(on, path, fetch)
     else:
       value = blocks.answer(on, path, fetch, records.chains)
-    if probe is not None and probe.tags:
+    if jaxcompat.is_traced(value):
+      # So that `factored` can say which parameter lost its factors.
       value = primitives.tag_primitive().bind(value, path=path)
     return value
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core.adapter import Adapter
 from surgery.core.paths import Path
 from surgery.core.records import Records
@@ -80,7 +81,7 @@ def weight(
 
 
 def _is_placed(value: Any) -> bool:
-  return isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+  return isinstance(value, jax.Array) and not jaxcompat.is_traced(value)
 
 
 def _beside(
@@ -148,7 +149,7 @@ def _on_mesh(sharding: Any, axes: Axes) -> Any:
 
 def _put(value: Any, sharding: Any, base: Any) -> Any:
   """Returns a value with a sharding, committed to it if the base is."""
-  if isinstance(value, jax.core.Tracer):
+  if jaxcompat.is_traced(value):
     return value
   if sharding is None or _is_narrowed(value):
     return _usually(value)
@@ -169,7 +170,7 @@ def _put(value: Any, sharding: Any, base: Any) -> Any:
 
 def _usually(value: Any) -> Any:
   """Returns a value where JAX puts what lies nowhere yet."""
-  if isinstance(value, jax.core.Tracer) or _is_narrowed(value):
+  if jaxcompat.is_traced(value) or _is_narrowed(value):
     return value
   if isinstance(value, np.ndarray) or devices.is_elsewhere(value):
     return jax.device_put(np.asarray(value))

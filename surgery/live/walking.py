@@ -9,6 +9,7 @@ be traced again: `jit` is written out in place, `scan`, `while`, `cond`,
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import itertools
 import weakref
@@ -37,12 +38,66 @@ from surgery.live.views import (
 
 
 class DropoutLost(Exception):  # noqa: N818 - becomes an error with advice.
-  """A view with dropout would have been made dense."""
+  """A view with dropout would have been made dense.
 
-  def __init__(self, view: View, primitive: str) -> None:
-    super().__init__(primitive)
-    self.origin = view.origin
-    self.primitive = primitive
+  Attributes:
+    origin: paths of the parameters, where known.
+    because: what needs the dense array.
+  """
+
+  def __init__(self, origin: Sequence[Path], because: Note) -> None:
+    super().__init__(str(because))
+    self.origin = tuple(origin)
+    self.because = because
+
+
+class Kind(enum.Enum):
+  """What a note about an adapted parameter is about."""
+
+  FACTORED = 'a use that kept its factors'
+  PLAIN = 'a type that gives no low-rank value'
+  USE = 'a use by the model that needs the dense array'
+  APPLY = 'an operation inside of apply that needs the dense array'
+  CALL = 'a call that cannot be followed as a whole'
+  FAILURE = 'a failure of the walk itself'
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+  """What became of a use of an adapted parameter.
+
+  Attributes:
+    what: `factored`, or a primitive, or what else needs the dense array.
+    kind: what it is about.
+  """
+
+  what: str
+  kind: Kind = Kind.USE
+
+  def __str__(self) -> str:
+    """Returns it as `explain` shows it."""
+    if self.kind is Kind.APPLY:
+      return f'{self.what} inside apply'
+    if self.kind is Kind.FAILURE:
+      return f'failure of surgery: {self.what}'
+    return self.what
+
+  @property
+  def is_loss(self) -> bool:
+    """Whether factors that were there are lost."""
+    return self.kind not in (Kind.FACTORED, Kind.PLAIN)
+
+
+KEPT = Note('factored', Kind.FACTORED)
+NOT_LOW_RANK = Note('not low-rank', Kind.PLAIN)
+
+
+def _failure(name: str, error: Exception) -> Note:
+  """Returns the note for what went wrong in code of ours."""
+  if isinstance(error, jaxcompat.Unfamiliar):
+    return Note(str(error), Kind.FAILURE)
+  line = str(error).split('\n', 1)[0]
+  return Note(f'{name!r} raised {type(error).__name__}: {line}', Kind.FAILURE)
 
 
 @dataclasses.dataclass
@@ -51,24 +106,34 @@ class Walk:
 
   Attributes:
     training: whether dropout is on.
-    notes: for each adapted parameter what became of its uses: `factored`, or
-      the primitive that made it dense.
+    notes: for each adapted parameter what became of its uses.
+    lost: arrays that a view was made into before it was known which parameter
+      it is, inside of `apply`, and what was made of them; by their ids.
     ambient: the context (mesh, metadata) of equations that are made here;
       those of the model have the same, but for some.
   """
 
   training: bool = False
-  notes: dict[Path, list[str]] = dataclasses.field(default_factory=dict)
+  notes: dict[Path, list[Note]] = dataclasses.field(default_factory=dict)
+  lost: dict[int, tuple[Any, Note]] = dataclasses.field(default_factory=dict)
   ambient: Any = dataclasses.field(default_factory=jaxcompat.ambient)
 
   # What is written down for `explain`.
 
-  def note(self, view: View, what: str) -> None:
-    """Writes down what became of a use of a view."""
-    for path in view.origin:
-      self.notes.setdefault(path, []).append(what)
+  def note(self, paths: Sequence[Path], note: Note) -> None:
+    """Writes down what became of a use of parameters."""
+    for path in paths:
+      self.notes.setdefault(path, []).append(note)
 
-  def dense(self, value: Any, because: str) -> Any:
+  def losses(self) -> dict[Path, list[Note]]:
+    """Returns parameters whose factors were lost, and by what, each once."""
+    found = {
+      path: [*dict.fromkeys(n for n in notes if n.is_loss)]
+      for path, notes in self.notes.items()
+    }
+    return {path: notes for path, notes in found.items() if notes}
+
+  def dense(self, value: Any, because: Note | str) -> Any:
     """Returns an array for a view, made dense because of a primitive.
 
     Raises:
@@ -76,15 +141,31 @@ class Walk:
     """
     if not isinstance(value, View):
       return value
+    because = Note(because) if isinstance(because, str) else because
     if value.dropped:
-      raise DropoutLost(value, because)
+      raise DropoutLost(value.origin, because)
     if value.rows is not None:
-      raise Misrouted(value, f'{because!r} needs the dense parameter')
-    if value.origin:
-      self.note(value, because)
-    return value.dense()
+      raise Misrouted(value, f'{str(because)!r} needs the dense parameter')
+    self.note(value.origin, because)
+    made = value.dense()
+    if not value.origin:
+      self.lose([made], because)
+    return made
 
-  def whole(self, value: Any, because: str) -> Any:
+  def lose(self, values: Sequence[Any], because: Note) -> None:
+    """Remembers arrays in which factors are lost, until they are tagged."""
+    if because.kind is Kind.USE:
+      because = Note(because.what, Kind.APPLY)
+    self.lost.update((id(value), (value, because)) for value in values)
+
+  def lost_in(self, inputs: Sequence[Any]) -> Note | None:
+    """Returns by what factors were lost in what an equation is given."""
+    if not self.lost:
+      return None
+    found = (self.lost[id(i)] for i in inputs if id(i) in self.lost)
+    return next((note for _, note in found), None)
+
+  def whole(self, value: Any, because: Note | str) -> Any:
     """Returns a value as it is, an array for what is derived of a view."""
     return self.dense(value, because) if isinstance(value, Derived) else value
 
@@ -98,7 +179,7 @@ class Walk:
 
     def equation(eqn: Any, inputs: list[Any]) -> list[Any]:
       nonlocal viewed
-      if bases and eqn.outvars[0] in bases and _widens(eqn, inputs):
+      if bases.intersection(eqn.outvars) and _widens(eqn, inputs):
         # The base of a low-rank value stays in the dtype that it is stored in.
         (value,) = inputs
         viewed = True
@@ -127,7 +208,7 @@ class Walk:
       return [self.tagged(inputs[0], eqn.params['path'])]
     if viewed and any(isinstance(i, View) for i in inputs):
       return self.viewed(eqn, inputs)
-    if _reaches(eqn):
+    if any(map(makes, jaxcompat.inner(eqn))):
       return self.call(eqn, inputs)
     return self.bound(eqn, inputs)
 
@@ -139,15 +220,35 @@ class Walk:
       # A base may be narrower than what comes out.
       return view.like(view.terms, dtype=eqn.outvars[0].aval.dtype)
     except Decline:
-      base, *rest = inputs
-      rest = [self.dense(i, 'low_rank') for i in rest]
       if self.training and eqn.params['dropout']:
-        raise DropoutLost(plain(rest[0]), 'vmap') from None
-      return self.bound(eqn, [self.dense(base, 'low_rank'), *rest])[0]
+        raise DropoutLost((), Note('vmap')) from None
+      made = self.bound(eqn, [self.dense(i, 'low_rank') for i in inputs])
+      self.lose(made, Note('low_rank'))
+      return made[0]
 
   def bound(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Binds an equation's primitive as it stands."""
-    return jaxcompat.bind_again(eqn, inputs, self.ambient)
+    made = jaxcompat.bind_again(eqn, inputs, self.ambient)
+    because = self.lost_in(inputs)
+    if because is not None:
+      self.lose(made, because)
+    return made
+
+  def left(self, eqn: Any, inputs: Sequence[Any], because: Note) -> list[Any]:
+    """Binds an equation as it stands that has views, or makes them inside.
+
+    Raises:
+      DropoutLost: if a low-rank value that is made inside has dropout.
+    """
+    paths, drops = _inside(eqn)
+    if self.training and drops:
+      raise DropoutLost(paths, because)
+    made = self.bound(eqn, [self.dense(i, because) for i in inputs])
+    self.note(paths, because)
+    loses = any(isinstance(i, View) and not i.origin for i in inputs)
+    if loses or (not paths and any(map(makes, jaxcompat.inner(eqn)))):
+      self.lose(made, because)
+    return made
 
   def viewed(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Does an equation of which an operand is a view."""
@@ -156,8 +257,10 @@ class Walk:
       return self.call(eqn, inputs)
     views = [i for i in inputs if isinstance(i, View)]
     rule = rule_for(name, views)
+    because = Note(name)
     if rule is not None:
       try:
+        jaxcompat.check(name, eqn.params)
         if name in CONSUMERS:
           result = _compiled(rule, *inputs, **eqn.params)
         elif name in EACH:
@@ -166,6 +269,10 @@ class Walk:
           result = rule(*inputs, **eqn.params)
       except Decline:
         pass
+      except Misrouted:
+        raise
+      except Exception as error:  # Of ours: the dense way is still right.
+        because = _failure(name, error)
       else:
         results = result if eqn.primitive.multiple_results else [result]
         if all(map(_fits, results, eqn.outvars)):
@@ -175,34 +282,51 @@ class Walk:
               for r, v in zip(results, eqn.outvars, strict=True)
             ]
           return results
-    return self.bound(eqn, [self.dense(i, name) for i in inputs])
+    return self.left(eqn, inputs, because)
 
   def used(self, result: Any, views: Sequence[View], var: Any) -> Any:
     """Returns what a rule made that uses views up, or only a part of one."""
     if isinstance(result, View):
       return result.named(views[0].origin)
     for view in views:
-      self.note(view, FACTORED)
+      self.note(view.origin, KEPT)
     return cast(result, var.aval.dtype)
 
   def tagged(self, value: Any, path: Path) -> Any:
     """Returns a view that knows which parameter it is."""
-    if not isinstance(value, View) or isinstance(value, Squared):
-      self.notes.setdefault(path, []).append(NOT_LOW_RANK)
+    because = self.lost_in([value])
+    self.lost.clear()  # What follows is not inside of this `apply`.
+    if isinstance(value, Squared):
+      because = Note('square', Kind.APPLY)
+    if because is not None or not isinstance(value, View):
+      self.note([path], because or NOT_LOW_RANK)
       return value
     self.notes.setdefault(path, [])
     return value.named((path,))
 
   def call(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Does an equation that calls a jaxpr."""
-    called = jaxcompat.called(eqn, jaxcompat.CALLS)
-    if called is not None:
-      return self.closed(called, inputs)
     name = eqn.primitive.name
-    retraced = RETRACED.get(name)
-    if retraced is None:
-      return self.bound(eqn, [self.dense(i, name) for i in inputs])
-    return retraced(self, eqn, [self.whole(i, name) for i in inputs])
+    if name not in jaxcompat.CALLS and name not in RETRACED:
+      return self.left(eqn, inputs, Note(name))
+    before = {path: len(notes) for path, notes in self.notes.items()}
+    try:
+      jaxcompat.check(name, eqn.params)
+      called = jaxcompat.called(eqn, jaxcompat.CALLS)
+      if called is not None:
+        return self.closed(called, inputs)
+      made = RETRACED[name](self, eqn, [self.whole(i, name) for i in inputs])
+    except (DropoutLost, Misrouted):
+      raise
+    except Exception as error:  # Of ours: the dense way is still right.
+      # Nothing holds of what was written down inside.
+      for path, notes in self.notes.items():
+        del notes[before.get(path, 0) :]
+      return self.left(eqn, inputs, _failure(name, error))
+    because = self.lost_in(inputs)
+    if because is not None:
+      self.lose(made, because)
+    return made
 
   def inner(self, jaxpr: Any, because: str) -> Callable[..., list[Any]]:
     """Returns a function of arrays and views that gives arrays."""
@@ -216,10 +340,6 @@ class Walk:
       ]
 
     return function
-
-
-FACTORED = 'factored'
-NOT_LOW_RANK = 'not low-rank'
 
 
 def _compiled(rule: Rule, *operands: Any, **params: Any) -> Any:
@@ -278,12 +398,24 @@ def _bases(jaxpr: Any) -> set[Any]:
   }
 
 
-def _reaches(eqn: Any) -> bool:
-  """Whether a low-rank value is made somewhere inside of a call."""
-  name = eqn.primitive.name
-  if name not in jaxcompat.CALLS and name not in RETRACED:
-    return False
-  return any(map(makes, jaxcompat.inner(eqn)))
+def _inside(eqn: Any) -> tuple[list[Path], bool]:
+  """Returns which parameters are answered inside of an equation's jaxprs.
+
+  Returns:
+    Their paths, and whether a low-rank value there has dropout.
+  """
+  paths: list[Path] = []
+  drops = False
+  for inner in jaxcompat.inner(eqn):
+    for one in inner.eqns:
+      if one.primitive.name == TAG:
+        paths.append(one.params['path'])
+      if one.primitive is lowrank.primitive():
+        drops = drops or one.params['dropout'] > 0
+      below, dropped = _inside(one)
+      paths += below
+      drops = drops or dropped
+  return paths, drops
 
 
 def makes(jaxpr: Any) -> bool:

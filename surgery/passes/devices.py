@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import errors, platform
 
 
@@ -79,7 +80,7 @@ def drawing() -> contextlib.AbstractContextManager[None]:
 
 
 def _is_tracing() -> bool:
-  return isinstance(jax.numpy.zeros(()), jax.core.Tracer)
+  return jaxcompat.is_traced(jax.numpy.zeros(()))
 
 
 def on_cpu(value: Any) -> Any:
@@ -88,7 +89,7 @@ def on_cpu(value: Any) -> Any:
   Every process needs the whole of it: what is spread over several is gathered,
   which all of them have to take part in, as in any computation on it.
   """
-  if not isinstance(value, jax.Array) or isinstance(value, jax.core.Tracer):
+  if not isinstance(value, jax.Array) or jaxcompat.is_traced(value):
     return value
   if not (value.is_fully_addressable or value.is_fully_replicated):
     from jax.experimental import multihost_utils
@@ -112,7 +113,7 @@ def is_elsewhere(value: Any) -> bool:
 
 def is_of_host(value: Any) -> bool:
   """Whether a value lies in the host's memory, as those of files do."""
-  if isinstance(value, jax.core.Tracer):
+  if jaxcompat.is_traced(value):
     return False
   if not isinstance(value, jax.Array):
     return True

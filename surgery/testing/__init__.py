@@ -30,6 +30,8 @@ class AdapterConformance:
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged; what the type says by default.
     trains: whether it has weights that train; a mask has none.
+    factored: whether the low-rank values that it gives stay factored through
+      `surgery.factored`.
     unsupported: kinds of layers that it does not serve: `linear`, `no_bias`,
       `conv`, `embed`, `einsum`, `stacked`, `norm`.
     kinds: kinds of layers to look at, where a configuration does not suit all
@@ -44,6 +46,7 @@ class AdapterConformance:
   identity: ClassVar[bool] = True
   mergeable: ClassVar[bool | None] = None
   trains: ClassVar[bool] = True
+  factored: ClassVar[bool] = True
   unsupported: ClassVar[tuple[str, ...]] = ()
   kinds: ClassVar[tuple[str, ...] | None] = None
   too_large: ClassVar[Mapping[str, Any] | None] = None
@@ -56,6 +59,7 @@ class AdapterConformance:
       cls.identity,
       cls.mergeable,
       cls.trains,
+      cls.factored,
       cls.unsupported,
       cls.too_large,
     )
@@ -71,6 +75,7 @@ def _declared(
   identity: bool,
   mergeable: bool | None,
   trains: bool,
+  factored: bool,
   unsupported: Iterable[str],
   too_large: Mapping[str, Any] | None,
 ) -> Declared:
@@ -87,7 +92,9 @@ def _declared(
     )
   if mergeable is None:
     mergeable = type(adapter).mergeable
-  return Declared(identity, mergeable, trains, tuple(unsupported), too_large)
+  return Declared(
+    identity, mergeable, trains, factored, tuple(unsupported), too_large
+  )
 
 
 def check(
@@ -96,6 +103,7 @@ def check(
   identity: bool = True,
   mergeable: bool | None = None,
   trains: bool = True,
+  factored: bool = True,
   unsupported: Iterable[str] = (),
   too_large: Mapping[str, Any] | None = None,
   laws: Iterable[str] | None = None,
@@ -109,6 +117,7 @@ def check(
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged; what the type says by default.
     trains: whether it has weights that train.
+    factored: whether the low-rank values that it gives stay factored.
     unsupported: kinds of layers that it does not serve.
     too_large: options with values that no layer can have; a rank of 10,000 by
       default where the type has that option; `{}` if nothing bounds it.
@@ -120,7 +129,7 @@ def check(
     Broken: for the first law that is broken.
   """
   declared = _declared(
-    adapter, identity, mergeable, trains, unsupported, too_large
+    adapter, identity, mergeable, trains, factored, unsupported, too_large
   )
   for case in _laws.cases(
     adapter, declared, laws=laws, kinds=kinds, dtypes=dtypes

@@ -10,9 +10,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import blox as bx
@@ -20,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery import jaxcompat
 from surgery.core import config, errors, paths
 from surgery.core.adapter import Adapter
 from surgery.core.checkpoint import open_checkpoint
 from surgery.core.host import Host
 from surgery.live import explain as explaining
 from surgery.live import params as live
-from surgery.live import saving, verbs
+from surgery.live import saving, verbs, walking
 from surgery.live.factored import factored
 from surgery.testing import hurry, models
 
@@ -54,6 +57,7 @@ class Declared:
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged.
     trains: whether it has weights that train.
+    factored: whether its low-rank values stay factored.
     unsupported: kinds of layers that it does not serve.
     too_large: options with values that no layer can have; None for a rank of
       10,000 where the type has that option, empty if nothing bounds it.
@@ -62,6 +66,7 @@ class Declared:
   identity: bool = True
   mergeable: bool = True
   trains: bool = True
+  factored: bool = True
   unsupported: tuple[str, ...] = ()
   too_large: Mapping[str, Any] | None = None
 
@@ -676,11 +681,89 @@ def factored_gives_the_dense_result(case: Case) -> None:
   # Not in training: a dense parameter has no dropout.
   net = functools.partial(factored(model.net), is_training=False)
   fast = dataclasses.replace(model, net=net)
-  dense, kept = _both(model)(params), _both(fast)(params)
+  dense = _both(model)(params)
+  with _dense_is_no_matter():
+    kept = _both(fast)(params)
   case.close(dense[0], kept[0], 'outputs dense and factored')
   for path, gradient in kept[1].items():
     what = f'gradient of {paths.show(path)}, dense and factored'
     case.close(dense[1][path], gradient, what)
+
+
+@contextlib.contextmanager
+def _dense_is_no_matter() -> Iterator[None]:
+  """Within it, no parameter that ends up dense is warned of."""
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore', errors.DenseFallbackWarning)
+    yield
+
+
+# Layers so wide that nothing but a kernel is as large as one.
+_WIDE = 16
+# What makes a dense update, or the gradient of one.
+_PRODUCTS = ('dot_general', 'low_rank', 'scatter-add', 'scatter_add')
+
+
+@_law()
+def low_rank_values_stay_factored(case: Case) -> None:
+  """Through `surgery.factored`, no gradient as large as a kernel is made.
+
+  That is of types whose `apply` gives low-rank values, on layers that multiply
+  with a kernel or look up in it.
+  """
+  if case.kind not in ('linear', 'embed', 'einsum', 'stacked'):
+    return  # Others are like these, or may be dense.
+  if not case.declared.factored:
+    return
+  model = models.model(case.kind, case.dtype, _WIDE)
+
+  def attached(params: bx.Params) -> bx.Params:
+    return case.attached(dataclasses.replace(model, params=params))
+
+  # Shapes are enough: nothing is compiled.
+  params = jax.eval_shape(attached, model.params)
+  halves = verbs.freeze(params).split()
+
+  def loss(net: Any) -> Callable[[bx.Params, bx.Params], Any]:
+    return lambda half, rest: (net(half.merge(rest), model.x)[0] ** 2).sum()
+
+  if not walking.makes(jax.make_jaxpr(loss(model.net))(*halves).jaxpr):
+    return  # It gives none.
+  net = functools.partial(factored(model.net), is_training=False)
+  with _dense_is_no_matter():
+    made = _made_by(jax.make_jaxpr(jax.grad(loss(net)))(*halves).jaxpr)
+  records = live.records_of(params).chains.items()
+  specs = [(chain[0][1].site.param(path[-1])) for path, chain in records]
+  size = min(math.prod(s.in_shape + s.out_shape) for s in specs if s.in_shape)
+  large = [one for one in made if one[0] in _PRODUCTS and one[1] >= size]
+  if not large:
+    return
+  uses = explaining.explain(model.net, params, model.x)
+  dense = [f'{paths.show(p)}: {use}' for p, use in uses.items() if use.dense]
+  raise case.broken(
+    f'a step computes {len(large)} arrays as large as a kernel '
+    f'({", ".join(sorted({name for name, _ in large}))}), as without factored. '
+    f'surgery.explain says: {"; ".join(dense) or "all are factored"}. If that '
+    'is meant, say so: factored = False.'
+  )
+
+
+def _made_by(jaxpr: Any) -> list[tuple[str, int]]:
+  """Returns the primitives of a jaxpr, with the sizes of what they make."""
+  found = []
+  for eqn in jaxpr.eqns:
+    found.append(
+      (
+        eqn.primitive.name,
+        max(
+          (v.aval.size for v in eqn.outvars if hasattr(v.aval, 'size')),
+          default=0,
+        ),
+      )
+    )
+    for inner in jaxcompat.inner(eqn):
+      found += _made_by(inner)
+  return found
 
 
 @_law(kinds=False)

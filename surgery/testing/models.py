@@ -64,20 +64,23 @@ def _layer(h: Any, one: Any) -> Any:
 class _Net(bx.Module):
   """Two layers of a kind, the name of one being a part of the other's."""
 
-  def __init__(self, graph: bx.Graph, kind: str, rng: Any) -> None:
+  def __init__(
+    self, graph: bx.Graph, kind: str, rng: Any, scale: int = 1
+  ) -> None:
     super().__init__(graph)
     self.kind = kind
+    n = scale
     first, second = graph.child('query'), graph.child('query2')
     plain = {'use_bias': False} if kind == 'no_bias' else {}
     if kind == 'conv':
       self.query = bx.Conv(first, (3, 2), 5, rng)
       self.query2 = bx.Conv(second, 3, 4, rng)
     elif kind == 'embed':
-      self.query = bx.Embed(first, 7, 5, rng)
-      self.query2 = bx.Linear(second, 4, rng)
+      self.query = bx.Embed(first, 7 * n, 5 * n, rng)
+      self.query2 = bx.Linear(second, 4 * n, rng)
     elif kind == 'einsum':
-      self.query = _Heads(first, 2, 3, rng)
-      self.query2 = _Heads(second, 2, 2, rng)
+      self.query = _Heads(first, 2, 3 * n, rng)
+      self.query2 = _Heads(second, 2, 2 * n, rng)
     elif kind == 'stacked':
       self.query = _Stack(first, 3, rng)
       self.query2 = _Stack(second, 2, rng)
@@ -87,8 +90,8 @@ class _Net(bx.Module):
       self.query = bx.LayerNorm(first, scale_init=init, bias_init=init, rng=rng)
       self.query2 = bx.RMSNorm(second, scale_init=init, rng=rng)
     else:
-      self.query = bx.Linear(first, 5, rng, **plain)
-      self.query2 = bx.Linear(second, 4, rng, **plain)
+      self.query = bx.Linear(first, 5 * n, rng, **plain)
+      self.query2 = bx.Linear(second, 4 * n, rng, **plain)
 
   def __call__(self, params: bx.Params, x: Any) -> Any:
     h, params = self.query(params, x)
@@ -122,14 +125,15 @@ class Model:
     return self.net(params, self.x if x is None else x)[0]
 
 
-def model(kind: str, dtype: str = 'float32') -> Model:
+def model(kind: str, dtype: str = 'float32', scale: int = 1) -> Model:
   """Returns a model of a kind, with params that nobody else holds.
 
   Args:
     kind: one of `KINDS`.
     dtype: dtype of its parameters.
+    scale: how many times as wide its layers are, but for convolutions.
   """
-  made = _made(kind, dtype)
+  made = _made(kind, dtype, scale)
   params = bx.Params()
   for path, param in made.params.items():
     metadata = dict(param.metadata)
@@ -139,12 +143,12 @@ def model(kind: str, dtype: str = 'float32') -> Model:
 
 
 @functools.cache
-def _made(kind: str, dtype: str) -> Model:
+def _made(kind: str, dtype: str, scale: int) -> Model:
   graph = bx.Graph('net')
   rng = bx.Rng(graph.child('rng'))
-  net = _Net(graph.child('layers'), kind, rng)
+  net = _Net(graph.child('layers'), kind, rng, scale)
   numbers = np.random.default_rng(0)
-  x: Any = jnp.asarray(numbers.normal(size=(3, 6)), 'float32')
+  x: Any = jnp.asarray(numbers.normal(size=(3, 6 * scale)), 'float32')
   if kind == 'embed':
     x = jnp.asarray([[0, 3, 6], [1, 1, 5]])
   elif kind == 'conv':

@@ -287,6 +287,7 @@ DENSE = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings('ignore::surgery.DenseFallbackWarning')
 @pytest.mark.parametrize('name', DENSE)
 def test_what_nobody_rewrites_is_dense_and_right(name):
   use, shape, because = DENSE[name]

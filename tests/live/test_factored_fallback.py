@@ -17,6 +17,9 @@ from tests.live import models
 from tests.live.models import close, normal
 from tests.live.test_factored import Layer, X, both, layer, states
 
+# That it is said is in test_fallback.py.
+pytestmark = pytest.mark.filterwarnings('ignore::surgery.DenseFallbackWarning')
+
 # How a gradient is taken: compiled, or each operation by itself.
 COMPILED = pytest.mark.parametrize('compiled', [True, False])
 

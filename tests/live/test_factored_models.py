@@ -97,6 +97,7 @@ DENSE = {
 }
 
 
+@pytest.mark.filterwarnings('ignore::surgery.DenseFallbackWarning')
 @pytest.mark.parametrize('make', CASES, ids=lambda make: make.__name__)
 def test_an_awkward_model_is_the_same_and_stays_factored(make):
   case = make()
@@ -239,6 +240,7 @@ def test_types_of_adapters(name, make):
   assert 'factored' == str(kernel)
 
 
+@pytest.mark.filterwarnings('ignore::surgery.DenseFallbackWarning')
 def test_a_scale_of_inputs_stays_aside_where_they_are_not_taps():
   adapter = models.ScaleAside(inputs=True)
   for make, expected in (

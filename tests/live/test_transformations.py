@@ -434,6 +434,8 @@ def test_repr_works_while_traced(adapted):
   assert texts[0].startswith('AdaptedParams')
 
 
+# treescope looks at a class that numpy has deprecated.
+@pytest.mark.filterwarnings('ignore:The chararray class:DeprecationWarning')
 def test_display_shows_adapters_weights(net, adapted, monkeypatch):
   treescope = pytest.importorskip('treescope')
   shown = []

@@ -12,4 +12,11 @@ class TestLoHa(AdapterConformance):
 class TestLoKr(AdapterConformance):
   adapter = LoKr(rank=1)
   too_large = {}  # A large factor is then stored as a whole.
-  kinds = ('linear', 'conv', 'einsum')
+  kinds = ('linear', 'conv')
+
+
+class TestLoKrOnEinsumLayers(AdapterConformance):
+  adapter = LoKr(rank=1)
+  too_large = {}
+  kinds = ('einsum',)
+  factored = False  # Its factors divide the axes in another way.
