@@ -20,11 +20,14 @@ from surgery.cli.command import Command
   type=shared.FILE,
   help='Write the adapter to this file, too. It is written first.',
 )
+@extract.modules
 @writing.writes
 def command(
   file: pathlib.Path,
   names: tuple[str, ...],
   saved: pathlib.Path | None,
+  select: tuple[str, ...],
+  none: bool,
   output: writing.Output,
 ) -> None:
   r"""Take adapters off; the base is as it was.
@@ -33,6 +36,10 @@ def command(
   surgery detach adapted.msgpack -o base.msgpack
   surgery detach adapted.msgpack --save-adapter a.msgpack -o base.msgpack
   """
+  if saved is None and (select or none):
+    raise click.UsageError(
+      '--modules-to-save and --no-modules-to-save go with --save-adapter.'
+    )
   steps: list[object] = [{'detach': shared.short(names)}]
   others = {}
   if saved is not None:
@@ -40,6 +47,6 @@ def command(
     where.check()
     if saved.resolve() == output.path.resolve():
       raise click.UsageError('--save-adapter and -o name the same file.')
-    steps.insert(0, extract.step(names))
+    steps.insert(0, extract.step(names, select, none))
     others['saved'] = {'path': saved, 'of': 'adapter'}
   writing.carry_out(output, steps, shared.model(file), saved=others)

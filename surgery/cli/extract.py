@@ -4,38 +4,89 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import click
 
-from surgery.cli import shared, writing
+from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
 
+Decorated = TypeVar('Decorated', bound=Callable[..., object])
 
-def step(names: tuple[str, ...]) -> dict[str, object]:
+
+def modules(command: Decorated) -> Decorated:
+  """Adds the options that say what is saved along, as `select` and `none`."""
+  for option in (
+    click.option(
+      '--no-modules-to-save',
+      'none',
+      is_flag=True,
+      help='Save nothing but the adapter itself.',
+    ),
+    click.option(
+      '--modules-to-save',
+      'select',
+      multiple=True,
+      metavar='SELECTOR',
+      shell_complete=completion.selectors,
+      help='Layers or parameters to save along, e.g. a head; by default what '
+      'was trained with the adapter. May be repeated.',
+    ),
+  ):
+    command = option(command)
+  return command
+
+
+def step(
+  names: tuple[str, ...], select: tuple[str, ...], none: bool
+) -> dict[str, object]:
   """Returns the step that makes an adapter of its own, as `adapter`.
 
+  Args:
+    names: the adapter, or none for the only one.
+    select: what is saved along; by default what was trained with it.
+    none: whether nothing is saved along.
+
   Raises:
-    UsageError: if several adapters were named.
+    UsageError: if several adapters were named, or for options that do not go
+      together.
   """
+  if select and none:
+    raise click.UsageError(
+      '--modules-to-save does not go with --no-modules-to-save.'
+    )
   if len(names) > 1:
     raise click.UsageError(
       f'a file holds one adapter, found {len(names)}. Name one with --adapter.'
     )
-  return {'extract': names[0] if names else None, 'as': 'adapter'}
+  name = names[0] if names else None
+  if not select and not none:
+    return {'extract': name, 'as': 'adapter'}
+  value: dict[str, object] = {'modules-to-save': shared.short(select) or []}
+  if name is not None:
+    value['name'] = name
+  return {'extract': value, 'as': 'adapter'}
 
 
 @click.command(cls=Command)
 @shared.file
 @shared.adapters('The adapter; the only one by default.')
+@modules
 @writing.writes
 def command(
-  file: pathlib.Path, names: tuple[str, ...], output: writing.Output
+  file: pathlib.Path,
+  names: tuple[str, ...],
+  select: tuple[str, ...],
+  none: bool,
+  output: writing.Output,
 ) -> None:
   r"""Write an adapter to a file of its own, bound to its base by digests.
 
   \b
   surgery extract adapted.msgpack --adapter default -o a.msgpack
+  surgery extract adapted.msgpack --modules-to-save '**/head' -o a.msgpack
   """
   before = shared.model(file)
   output = dataclasses.replace(output, of='adapter')
-  writing.carry_out(output, [step(names)], before)
+  writing.carry_out(output, [step(names, select, none)], before)

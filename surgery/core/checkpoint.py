@@ -128,6 +128,8 @@ class Leaf:
       is put where the parameter lies that it belongs to.
     beneath: what is stored, where `load` gives what a layer gets of it; see
       `surgery.passes.beneath`.
+    base: whether it is known that training has not changed it since an adapter
+      was attached. What passes make of it is the base then.
   """
 
   load: Callable[[], Any]
@@ -153,6 +155,7 @@ class Leaf:
   beneath: Beneath | None = dataclasses.field(
     default=None, compare=False, repr=False
   )
+  base: bool = dataclasses.field(default=False, compare=False)
 
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.
@@ -402,20 +405,20 @@ class Checkpoint(Mapping[Path, Leaf]):
         would be rewritten again.
     """
     leaves = dict(self._leaves)
-    chains = self.records(host).chains
+    answered = self.records(host).answered
     origin = self.seen if seen is None else seen
     for path, leaf in self._leaves.items():
       one = leaf.beneath
-      if path in chains and (
+      if path in answered and (
         one is None or one.path != path or one.model is not origin
       ):
-        names = ' and '.join(repr(a.name) for a, _ in chains[path])
+        names = ' and '.join(map(repr, answered[path]))
         raise errors.AdapterError(
           f'{verb}: {paths.show(path)} is rewritten by adapter {names}, which '
           f'cannot follow. Merge or detach {names} first, or select other '
           'tensors.'
         )
-      if path in chains and one is not None:
+      if path in answered and one is not None:
         leaves[path] = one.leaf.replace(
           trainable=leaf.trainable, metadata=leaf.metadata
         )
@@ -433,6 +436,8 @@ class Checkpoint(Mapping[Path, Leaf]):
   def notes(self) -> dict[Path, manifest.LeafNote]:
     """Returns what the manifest says of each leaf."""
     told = quantised.found(self._leaves, self.manifest.metadata)
+    # A base is one of adapters.
+    adapted = bool(self.manifest.adapters)
     return {
       path: manifest.LeafNote(
         leaf.trainable,
@@ -441,6 +446,7 @@ class Checkpoint(Mapping[Path, Leaf]):
         leaf.digest,
         # What names tell need not be written down.
         None if leaf.codes == told.get(path) else leaf.codes,
+        leaf.base and adapted,
       )
       for path, leaf in self._leaves.items()
     }

@@ -67,6 +67,7 @@ class LeafNote:
     key: PRNG implementation, if the tensor holds the data of a key.
     digest: digest of the tensor's bytes, e.g. `xxh3:…`.
     codes: of which quantised weight it is a part, where its name does not tell.
+    base: whether it is what it was when an adapter was attached.
   """
 
   trainable: bool = True
@@ -74,6 +75,7 @@ class LeafNote:
   key: str | None = None
   digest: str | None = None
   codes: Codes | None = None
+  base: bool = False
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -145,6 +147,8 @@ def to_json(
       entry['digest'] = note.digest
     if note.codes is not None:
       entry['codes'] = [note.codes.kind, paths.show(note.codes.of)]
+    if note.base:
+      entry['base'] = True
     if entry:
       tensors[shown] = entry
   data: dict[str, Any] = {
@@ -280,6 +284,7 @@ def from_json(data: Any) -> tuple[Manifest, dict[Path, LeafNote]]:
         n.get('key'),
         n.get('digest'),
         _codes(n.get('codes')),
+        bool(n.get('base', False)),
       )
       for p, n in data.get('tensors', {}).items()
     }

@@ -51,6 +51,15 @@ def adapter_to_json(
       for r in record.sites.values()
     ],
     'shared': {n: spec.to_json() for n, spec in record.shared.items()},
+    **_saved_to_json(record),
+  }
+
+
+def _saved_to_json(record: records.AdapterRecord) -> dict[str, Any]:
+  if not record.saved:
+    return {}  # Most adapters have none, and older releases know of none.
+  return {
+    'saved': {paths.show(p): s.to_json() for p, s in record.saved.items()}
   }
 
 
@@ -104,8 +113,12 @@ def adapter_from_json(
     shared = {
       n: records.WeightSpec.from_json(w) for n, w in data['shared'].items()
     }
+    saved = {
+      paths.parse(p): records.WeightSpec.from_json(w)
+      for p, w in data.get('saved', {}).items()
+    }
     return records.AdapterRecord(
-      name, adapter, bool(data['enabled']), sites, shared
+      name, adapter, bool(data['enabled']), sites, shared, saved=saved
     )
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     if isinstance(error, errors.SurgeryError):
@@ -129,4 +142,8 @@ def describe(data: Mapping[str, Any]) -> str:
     for s in data.get('sites', [])
   ]
   state = '' if data.get('enabled', True) else ', disabled'
+  if data.get('beneath'):
+    state += f', over {", ".join(one["name"] for one in data["beneath"])}'
+  if data.get('saved'):
+    state += f', with {", ".join(data["saved"])}'
   return f'{data["name"]}: {data["type"]}({config}) on {len(sites)}{state}'

@@ -175,6 +175,8 @@ class AdapterRecord:
     shared: weights that its sites share, by name.
     seed: from which its weights derive; None once it is closed.
     pending: what it still looks for; None once it is closed.
+    saved: where it keeps its own values of parameters that it does not rewrite,
+      by path of the parameter; they stand in place of what is stored there.
   """
 
   name: str
@@ -184,6 +186,7 @@ class AdapterRecord:
   shared: Mapping[str, WeightSpec] = dataclasses.field(default_factory=dict)
   seed: int | None = None
   pending: Pending | None = None
+  saved: Mapping[Path, WeightSpec] = dataclasses.field(default_factory=dict)
   # The sum of the sites' digests; kept so that growing by one costs one.
   total: int | None = dataclasses.field(default=None, repr=False)
 
@@ -204,6 +207,10 @@ class AdapterRecord:
       len(self.sites),
       _weights(self.shared),
       waiting,
+      [
+        (path, spec.path, spec.shape, spec.dtype)
+        for path, spec in sorted(self.saved.items())
+      ],
     )
 
   def __reduce__(self) -> Any:
@@ -251,10 +258,14 @@ class AdapterRecord:
       )
 
   def weights(self) -> Iterator[tuple[str, WeightSpec]]:
-    """Yields all weights that the adapter added, with `init`'s names."""
+    """Yields all weights that the adapter added, with `init`'s names.
+
+    What it saves of other parameters has the name of the parameter.
+    """
     for record in self.sites.values():
       yield from record.weights.items()
     yield from self.shared.items()
+    yield from ((path[-1], spec) for path, spec in self.saved.items())
 
   def weight_paths(self) -> list[Path]:
     """Returns the paths of all weights that the adapter added."""
@@ -300,6 +311,7 @@ class Records:
     '_digest',
     '_idle',
     '_owned',
+    '_standing',
     'adapters',
     'probe',
   )
@@ -316,6 +328,7 @@ class Records:
   _owned: dict[Path, str] | None
   _idle: frozenset[Path] | None
   _chains: dict[Path, Chain] | None
+  _standing: dict[Path, Path] | None
 
   def __new__(
     cls, adapters: Iterable[AdapterRecord] = (), probe: Probe | None = None
@@ -331,6 +344,7 @@ class Records:
     self._owned = None
     self._idle = None
     self._chains = None
+    self._standing = None
     with cls._interning:
       known = cls._interned.get(digest)
       if known is not None and known._same(adapters):
@@ -432,6 +446,55 @@ class Records:
       self._chains = {path: tuple(chain) for path, chain in found.items()}
     return MappingProxyType(self._chains)
 
+  @property
+  def standing(self) -> Mapping[Path, Path]:
+    """Where the value of a parameter lies that an enabled adapter saved."""
+    if self._standing is None:
+      self._standing = {
+        path: spec.path
+        for adapter in self.adapters
+        if adapter.enabled
+        for path, spec in adapter.saved.items()
+      }
+    return MappingProxyType(self._standing)
+
+  @property
+  def answered(self) -> dict[Path, tuple[str, ...]]:
+    """Which adapters rewrite a parameter, or have a value of their own for it.
+
+    Disabled ones too, since they may be enabled again.
+    """
+    found: dict[Path, list[str]] = {}
+    for path, chain in self.chains.items():
+      found[path] = [adapter.name for adapter, _ in chain]
+    for adapter in self.adapters:
+      for path in adapter.saved:
+        names = found.setdefault(path, [])
+        if adapter.name not in names:
+          names.append(adapter.name)
+    return {path: tuple(names) for path, names in found.items()}
+
+  def stored(self, path: Path) -> Path:
+    """Returns where the value lies that the innermost adapter is given."""
+    return self.standing.get(path, path)
+
+  def check_standing(self) -> None:
+    """Raises if two enabled adapters saved the same parameter.
+
+    Raises:
+      AdapterError: naming the parameter and both.
+    """
+    found: dict[Path, str] = {}
+    for adapter in self.adapters:
+      for path in adapter.saved if adapter.enabled else ():
+        other = found.setdefault(path, adapter.name)
+        if other != adapter.name:
+          raise errors.AdapterError(
+            f'{paths.show(path)}: adapters {other!r} and {adapter.name!r} were '
+            'both saved with a value of their own for this parameter, so only '
+            'one of them can be enabled. Disable the other first.'
+          )
+
   # Changing: each returns new records.
 
   def replace(self, record: AdapterRecord) -> Records:
@@ -511,4 +574,6 @@ def unite(a: Records, b: Records) -> Records:
       merged.append(theirs.pop(0))
     merged += ours[:1]
     del ours[:1], theirs[:1]
-  return Records(merged, a.probe)
+  united = Records(merged, a.probe)
+  united.check_standing()
+  return united

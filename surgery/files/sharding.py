@@ -429,4 +429,5 @@ def _noted(leaf: Leaf, note: LeafNote | None) -> Leaf:
     key=note.key,
     digest=note.digest,
     codes=note.codes,
+    base=note.base,
   )

@@ -47,12 +47,13 @@ def check(
   probed = live.with_records(params, records.probed(probe))
   assert isinstance(probed, live.AdaptedParams)
   raw = reads.raw_reads(model, probed, args, kwargs)
-  missed = [p for p in records.chains if p not in probe.asked]
+  adapted = tuple(dict.fromkeys((*records.chains, *records.standing)))
+  missed = [p for p in adapted if p not in probe.asked]
   if missed:
     shown = ', '.join(paths.show(p) for p in missed[:10])
     more = f' and {len(missed) - 10} more' if len(missed) > 10 else ''
     raise errors.UnreachedError(
-      f'{len(missed)} of {len(records.chains)} adapted parameters were never '
+      f'{len(missed)} of {len(adapted)} adapted parameters were never '
       f'asked for through get_param: {shown}{more}. Either this call does not '
       'use them, or a layer reads params[…].value itself, which no adapter '
       'reaches: let it call get_param.',
@@ -62,10 +63,10 @@ def check(
     named = [f'{paths.show(path)} ({read})' for path, read in raw.items()]
     more = f' and {len(named) - 10} more' if len(named) > 10 else ''
     raise errors.UnreachedError(
-      f'{len(raw)} of {len(records.chains)} adapted parameters are read '
+      f'{len(raw)} of {len(adapted)} adapted parameters are read '
       f'without their adapter: {", ".join(named[:10])}{more}. There the call '
       'uses params[…].value, which is the base alone, so merged params would '
       'give another result. Let it call get_param.',
       raw,
     )
-  return tuple(records.chains)
+  return adapted

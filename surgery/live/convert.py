@@ -34,11 +34,20 @@ def _value(value: Any) -> Any:
   return value
 
 
-def leaf_of(param: bx.Param) -> Leaf:
-  """Returns a parameter in memory as a leaf."""
+def leaf_of(param: bx.Param, base: bool = False) -> Leaf:
+  """Returns a parameter in memory as a leaf.
+
+  Args:
+    param: the parameter.
+    base: whether it is known that training has not changed it.
+  """
   value = param.value
   load = functools.partial(_value, value)
-  flags = {'trainable': param.trainable, 'metadata': param.metadata}
+  flags: dict[str, Any] = {
+    'trainable': param.trainable,
+    'metadata': param.metadata,
+    'base': base,
+  }
   if live.is_key(value):
     return Leaf(load, key=_impl(value), **flags)
   shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
@@ -63,7 +72,10 @@ def to_checkpoint(params: bx.Params) -> Checkpoint:
   known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
   return quantised.marked(
     Checkpoint(
-      {path: leaf_of(param) for path, param in params.items()},
+      {
+        path: leaf_of(param, live.is_base(params, path))
+        for path, param in params.items()
+      },
       manifest.replace(locked=params.is_locked, adapters=tuple(known)),
       live.records_of(params),
       'params',
@@ -95,6 +107,9 @@ def to_params(
       data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
   _warn(checkpoint)
   notes = {} if like is None else _noted(checkpoint, records, like)
+  if records.adapters:
+    base = {p: data[p].value for p, leaf in checkpoint.items() if leaf.base}
+    notes = {**notes, 'base': live.remembered(base)}
   return live.make(data, checkpoint.manifest.locked, records, notes)
 
 
@@ -327,6 +342,7 @@ def from_tensors(checkpoint: Checkpoint, *, placed: bool = True) -> Checkpoint:
       functools.partial(_value, value),
       trainable=tree['trainable'],
       metadata=metadata,
+      base=first is not None and first.base,
     )
   return checkpoint.replace(
     leaves=leaves, manifest=checkpoint.manifest.replace(trees={})

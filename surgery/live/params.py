@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -176,6 +177,8 @@ class AdaptedParams(bx.Params):
           f'{names} rewrites it: what was read would be folded in again at '
           'every call. Attach elsewhere, or merge or disable the adapter.'
         )
+      # What the layer was given is an adapter's, so the adapter keeps it.
+      path = self._records.stored(path)
     return super()._set(path, value, trainable, metadata)
 
   def _refuse_owned(self, path: Path) -> None:
@@ -196,15 +199,18 @@ class AdaptedParams(bx.Params):
       without: an adapter that does not take part.
     """
     records = self._records
-    chain = records.chains.get(path)
-    if chain is None:
+    chain = records.chains.get(path, ())
+    stands = path in records.standing
+    if not chain and not stands:
       return value
     probe, fetch = records.probe, self._fetch
     if probe is not None:
       probe.asked.add(path)
-      if probe.reads:
-        fetch = functools.partial(_read, self._fetch, records.chains)
-        value = primitives.read_primitive().bind(value)
+    if stands:
+      value = self._fetch(path)
+    if probe is not None and probe.reads:
+      fetch = functools.partial(_read, self._fetch, records.chains)
+      value = primitives.read_primitive().bind(value)
     on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
     if not on:
       return value
@@ -218,6 +224,7 @@ class AdaptedParams(bx.Params):
     return value
 
   def _fetch(self, path: Path) -> Any:
+    path = self._records.stored(path)
     try:
       return self._data[path].value
     except KeyError:
@@ -228,6 +235,16 @@ class AdaptedParams(bx.Params):
         if owner
         else f'{paths.show(path)}: not in these params.'
       ) from None
+
+  def __getstate__(self) -> dict[str, Any]:
+    # References do not go to another process, nor from a copy to the original.
+    known = tuple(p for p in self._data if is_base(self, p))
+    return {**self.__dict__, '_notes': {**self._notes, 'base': known}}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    known = {p: state['_data'][p].value for p in state['_notes']['base']}
+    notes = {**state['_notes'], 'base': remembered(known)}
+    self.__dict__.update(state, _notes=notes)
 
   # Params' own methods.
 
@@ -364,8 +381,12 @@ def make(
 
 def _united(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what two params know of where their adapters came from."""
-  adapters = {**b.get('adapters', {}), **a.get('adapters', {})}
-  return {**b, **a, **({'adapters': adapters} if adapters else {})}
+  both = {
+    key: {**b.get(key, {}), **a.get(key, {})}
+    for key in ('adapters', 'base')
+    if key in a or key in b
+  }
+  return {**b, **a, **both}
 
 
 def records_of(params: bx.Params) -> Records:
@@ -420,6 +441,24 @@ def with_records(
   """Returns params with other adapters and the same arrays."""
   kept = notes_of(params) if notes is None else notes
   return make(params._data, params._locked, records, kept)
+
+
+def remembered(base: Mapping[Path, Any]) -> dict[Path, Callable[[], Any]]:
+  """Returns by path how to get at values, which are not kept alive by it."""
+  return {path: _reference(value) for path, value in base.items()}
+
+
+def _reference(value: Any) -> Callable[[], Any]:
+  try:
+    return weakref.ref(value)
+  except TypeError:  # Plain values, which are small.
+    return lambda: value
+
+
+def is_base(params: bx.Params, path: Path) -> bool:
+  """Whether a parameter is known to be what it was without adapters."""
+  known = notes_of(params).get('base', {}).get(path)
+  return known is not None and known() is params[path].value
 
 
 def is_key(value: Any) -> bool:
@@ -695,8 +734,14 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
     for a in params._records.adapters
     if a.pending is not None
   }
-  notes = params._notes
-  result._notes = {**notes, 'adapters': {**notes.get('adapters', {}), **known}}
+  notes = dict(params._notes)
+  notes['adapters'] = {**notes.get('adapters', {}), **known}
+  if all(a.pending is not None for a in params._records.adapters):
+    # Now that all parameters are there, these are the base.
+    owned = params._records.owned
+    base = {p: one.value for p, one in params.items() if p not in owned}
+    notes['base'] = remembered(base)
+  result._notes = notes
   result._records = params._records.closed()
   return result
 

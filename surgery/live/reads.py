@@ -77,9 +77,11 @@ def raw_reads(
   ]
   # The number of each leaf of the params, by path.
   numbers = jax.tree.unflatten(structure, range(len(own)))
+  records = params.records
+  adapted = tuple(dict.fromkeys((*records.chains, *records.standing)))
   bases = {
     number: path
-    for path in params.records.chains
+    for path in adapted
     if path in numbers
     for number in jax.tree.leaves(numbers[path].value)
   }
@@ -110,7 +112,7 @@ def raw_reads(
     for number in numbers_:
       if bases[number] != path:
         found[bases[number]] = flow.uses.get(number, RawRead())
-  return {path: found[path] for path in params.records.chains if path in found}
+  return {path: found[path] for path in adapted if path in found}
 
 
 def _results(tree: Any) -> list[tuple[Path | None, Any]]:

@@ -122,6 +122,13 @@ def _check_alike(
   """
   for name in chosen:
     record = first.records.get(name)
+    if record.saved:
+      shown = ', '.join(map(paths.show, record.saved))
+      raise errors.AdapterError(
+        f'stack_adapters: adapter {name!r} was saved with values of its own '
+        f'for {shown}, which rows cannot have of their own. Save it without '
+        'them (modules_to_save).'
+      )
     if record.shared:
       raise errors.AdapterError(
         f'stack_adapters: the sites of adapter {name!r} share weights, which '

@@ -8,10 +8,18 @@ from typing import Any
 
 import blox as bx
 
-from surgery.core import errors, expect, layers, manifest, recording
+from surgery.core import (
+  errors,
+  expect,
+  layers,
+  manifest,
+  recording,
+  selectors,
+)
 from surgery.core.aliases import Params
 from surgery.core.checkpoint import open_checkpoint
 from surgery.core.host import Host, default_host
+from surgery.core.selection import Selection
 from surgery.live import convert, designed
 from surgery.live import params as live
 from surgery.passes import devices, extract
@@ -104,9 +112,8 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
     a['name']: {k: a[k] for k in ('seed', 'to') if k in a}
     for a in checkpoint.manifest.adapters
   }
-  return live.with_records(
-    params, live.records_of(params), {'manifest': said, 'adapters': adapters}
-  )
+  notes = {**live.notes_of(params), 'manifest': said, 'adapters': adapters}
+  return live.with_records(params, live.records_of(params), notes)
 
 
 @devices.transfers()
@@ -115,20 +122,32 @@ def save_adapter(
   params: Params,
   name: str = 'default',
   *,
+  modules_to_save: selectors.Text | Selection | None = None,
+  graph: bx.Graph | None = None,
   overwrite: bool = True,
   host: Host | None = None,
 ) -> None:
   """Saves one adapter: weights and configuration, bound to its base.
 
+  What was trained with it and is none of its weights, as a head that was let
+  train or running statistics that moved, is saved along: what is another than
+  when the adapter was attached, and where that is not known, as after
+  `jax.jit`, all that `freeze` did not freeze. So freeze before training.
+
   Args:
     path: the file; its suffix tells the format.
     params: params with the adapter.
     name: the adapter's name.
+    modules_to_save: the layers or parameters that are saved along instead, as
+      selectors or a selection; `[]` for none.
+    graph: the model's graph, for `type:` selectors.
     overwrite: whether an existing file may be replaced.
     host: whose formats are known.
 
   Raises:
-    AdapterError: for an unknown name.
+    AdapterError: for an unknown name, or a value that was trained along and is
+      no array.
+    SelectorError: for a selector that matches nothing.
     FileExistsError: if the file exists and `overwrite` is False.
   """
   host = host or default_host()
@@ -136,7 +155,14 @@ def save_adapter(
   params = _settled(expect.params(params, save_adapter))
   checkpoint = convert.to_tensors(convert.to_checkpoint(params))
   said = live.notes_of(params).get('adapters', {}).get(name, {})
-  alone = extract.extract(checkpoint, name, host=host, known=said)
+  alone = extract.extract(
+    checkpoint,
+    name,
+    modules_to_save=modules_to_save,
+    layer_types=None if graph is None else layers.of_graph(graph),
+    host=host,
+    known=said,
+  )
   alone.write(path, overwrite=overwrite, host=host)
 
 
@@ -151,6 +177,10 @@ def load_adapter(
 ) -> live.AdaptedParams:
   """Attaches an adapter that `save_adapter` wrote.
 
+  What was trained along is put back: as long as the adapter is enabled it
+  stands in place of what the base has, which is kept, so that `detach` gives
+  the very base.
+
   Args:
     path: the file.
     params: the base; not changed.
@@ -162,7 +192,8 @@ def load_adapter(
   Raises:
     BaseMismatchError: if a parameter of the base has other values or another
       shape than the adapter was made for, or adapters beneath are missing.
-    AdapterError: if the name is taken.
+    AdapterError: if the name is taken, or an enabled adapter was saved with
+      another value of the same parameter.
     FormatError: if the file holds no adapter, or its tensors are not those that
       its configuration makes.
   """

@@ -54,6 +54,8 @@ class AdapterInfo:
     size: number of elements of its weights.
     nbytes: number of bytes of its weights.
     pending: whether it still looks for sites, until params are locked.
+    saved: paths of the parameters for which it has a value of its own, since
+      they were trained along before it was saved.
   """
 
   name: str
@@ -64,11 +66,14 @@ class AdapterInfo:
   size: int
   nbytes: int
   pending: bool
+  saved: tuple[Path, ...] = ()
 
   def __repr__(self) -> str:
     state = 'enabled' if self.enabled else 'disabled'
     state += ', looking for sites' if self.pending else ''
     config = ', '.join(f'{k}={v!r}' for k, v in self.config.items())
+    if self.saved:
+      state += f', saved with {len(self.saved)} parameters'
     return (
       f'AdapterInfo({self.name}: {self.type}({config}) on {len(self.sites)} '
       f'sites, {self.size:,} weights, {state})'
@@ -766,6 +771,7 @@ def adapters(
         sum(w.size for w in weights),
         sum(w.nbytes for w in weights),
         record.pending is not None,
+        tuple(record.saved),
       )
     )
   return infos

@@ -355,7 +355,7 @@ def attach(
   if waiting is None:
     check_frozen(record)
   leaves = inserted(
-    checkpoint,
+    marked(checkpoint, records),
     {**weight_leaves(checkpoint, records, record, seed, info), **shared_leaves},
   )
   return checkpoint.replace(
@@ -363,6 +363,23 @@ def attach(
     records=records.add(record),
     manifest=_remembering(checkpoint.manifest, name, seed, where),
   )
+
+
+def marked(checkpoint: Checkpoint, records: Records) -> dict[Path, Leaf]:
+  """Returns the leaves, known to be the base if no adapter is attached yet.
+
+  Args:
+    checkpoint: the model before an adapter is attached.
+    records: the adapters that it has.
+  """
+  # What unlocked params will have is not there yet, and could not be told from
+  # what changed.
+  if records.adapters or not checkpoint.manifest.locked:
+    return dict(checkpoint)
+  return {
+    path: leaf if leaf.base else leaf.replace(base=True)
+    for path, leaf in checkpoint.items()
+  }
 
 
 def _remembering(
@@ -482,9 +499,10 @@ def weight_leaves(
   def base(site: Site, name: str) -> Any:
     path = (*site.layer, name)
     chain = compute.enabled(inner.chains.get(path, ()))
+    fetch = lambda p: leaves[inner.stored(p)].load()
     if not chain:
-      return leaves[path].load()
-    return blocks.answer(chain, path, lambda p: leaves[p].load(), inner.chains)
+      return fetch(path)
+    return blocks.answer(chain, path, fetch, inner.chains)
 
   groups: dict[Any, list[SiteRecord]] = {}
   for one in record.sites.values():

@@ -145,7 +145,8 @@ def seen(
     return checkpoint
   model = object() if model is None else model
   leaves = dict(checkpoint)
-  for path, chain in records.chains.items():
+  for path in records.answered:
+    chain = records.chains.get(path, ())
     leaf = leaves.get(path)
     if leaf is not None and leaf.beneath is None:
       beneath = Beneath(path, leaf, model)
@@ -163,6 +164,15 @@ def _seen(
   """Returns a parameter as its layer gets it."""
   leaf = beneath.leaf
   enabled = tuple(link for link in chain if link[0].enabled)
+  saved = records.standing.get(beneath.path)
+  if not enabled and saved is not None and saved in checkpoint:
+    # What was trained along and saved with an adapter is given as it is.
+    return checkpoint[saved].replace(
+      trainable=leaf.trainable,
+      metadata=leaf.metadata,
+      base=leaf.base,
+      beneath=beneath,
+    )
   if not enabled or leaf.codes is not None:
     # Of codes nothing can be computed; that is refused where it is tried.
     return leaf.replace(beneath=beneath)

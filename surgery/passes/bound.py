@@ -9,7 +9,7 @@ that it is attached to.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,20 +52,26 @@ def rewritten(record: AdapterRecord) -> list[Path]:
 
 
 def said_of(
-  checkpoint: Checkpoint, record: AdapterRecord, host: Host
+  checkpoint: Checkpoint,
+  record: AdapterRecord,
+  along: Collection[Path],
+  host: Host,
 ) -> dict[str, Any]:
   """Returns what the file of an adapter says of what it was trained on.
 
   Args:
     checkpoint: the model.
     record: the adapter, which is attached to it.
+    along: parameters that the file holds itself, as they were trained along.
     host: whose hooks are asked.
   """
   records = checkpoint.records(host)
   inner = _beneath(records, record.name)
   return {
     BASE: {
-      paths.show(path): digest(checkpoint[path]) for path in rewritten(record)
+      paths.show(path): digest(checkpoint[path])
+      for path in rewritten(record)
+      if path not in along
     },
     BENEATH: [_described(checkpoint, one) for one in inner],
     GIVEN: _given(checkpoint, inner, _changed(inner), host) if inner else {},
@@ -93,6 +99,9 @@ def _described(checkpoint: Checkpoint, record: AdapterRecord) -> dict[str, Any]:
   for name, spec in record.shared.items():
     if spec.path in checkpoint:
       weights[f':{name}'] = digest(checkpoint[spec.path])
+  for path, spec in record.saved.items():
+    if spec.path in checkpoint:
+      weights[paths.show(path)] = digest(checkpoint[spec.path])
   return {
     'name': record.name,
     'type': record.adapter.name,
@@ -102,8 +111,8 @@ def _described(checkpoint: Checkpoint, record: AdapterRecord) -> dict[str, Any]:
 
 
 def _changed(inner: Iterable[AdapterRecord]) -> list[Path]:
-  """Returns the parameters that some adapters rewrite."""
-  return sorted({path for one in inner for path in rewritten(one)})
+  """Returns the parameters that some adapters rewrite or replace."""
+  return sorted({p for one in inner for p in (*rewritten(one), *one.saved)})
 
 
 def _given(
@@ -137,7 +146,7 @@ def check(
   record: AdapterRecord,
   said: Mapping[str, Any],
   host: Host,
-) -> None:
+) -> list[str]:
   """Raises unless a model is the one that an adapter was trained on.
 
   The adapters beneath must be attached and enabled, in their order. Where they
@@ -151,23 +160,30 @@ def check(
     said: what its file says of it.
     host: whose hooks are asked.
 
+  Returns:
+    The names of the attached adapters that it was trained over.
+
   Raises:
     BaseMismatchError: naming the parameters or adapters that differ.
   """
   _check_entry(record, said)
   given: Mapping[str, str] = {}
+  found: list[AdapterRecord] | None = None
   if BENEATH in said:  # Files of older releases do not say it.
     expected = said[BENEATH]
     attached = [one for one in checkpoint.records(host).adapters if one.enabled]
-    found = _matched(checkpoint, expected, attached)
+    # What the new one has a value of its own for is not what was beneath.
+    own = {paths.show(path) for path in record.saved}
+    found = _matched(checkpoint, expected, attached, own)
     if found is None:
       given = said.get(GIVEN, {})
       where = [paths.parse(shown) for shown in given]
       if not given or given != _given(checkpoint, attached, where, host):
-        raise _beneath_differs(checkpoint, record, expected, host)
+        raise _beneath_differs(checkpoint, record, expected, own, host)
     else:
       _check_others(record, [one for one in attached if one not in found])
   _check_values(checkpoint, record, said.get(BASE, {}), given)
+  return [one.name for one in found or ()]
 
 
 def _check_entry(record: AdapterRecord, said: Mapping[str, Any]) -> None:
@@ -211,8 +227,8 @@ def _check_values(
   wrong = []
   for path in rewritten(record):
     shown = paths.show(path)
-    if shown in given:
-      continue
+    if shown in given or (path in record.saved and shown not in expected):
+      continue  # The file has the parameter itself.
     want, found = expected.get(shown), digest(checkpoint[path])
     if want != found:
       wrong.append((shown, want, found))
@@ -233,6 +249,7 @@ def _matched(
   checkpoint: Checkpoint,
   expected: Sequence[Mapping[str, Any]],
   attached: Sequence[AdapterRecord],
+  own: Collection[str],
 ) -> list[AdapterRecord] | None:
   """Returns the attached adapters that were recorded; None if not all are.
 
@@ -240,6 +257,7 @@ def _matched(
     checkpoint: the model.
     expected: what was recorded of the adapters, innermost first.
     attached: the adapters that take part, innermost first.
+    own: weights that are not compared.
   """
   if not expected:
     return []
@@ -247,7 +265,10 @@ def _matched(
   for one in expected:
     # Others may lie between, so each search goes on behind the last find.
     match = next(
-      (a for a in rest if _same(one, _described(checkpoint, a))), None
+      (
+        a for a in rest if not _differences(one, _described(checkpoint, a), own)
+      ),
+      None,
     )
     if match is None:
       return None
@@ -255,22 +276,29 @@ def _matched(
   return found
 
 
-def _same(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-  """Whether two adapters do the same, whatever they are called."""
-  return not _differences(expected, found)
-
-
 def _differences(
-  expected: Mapping[str, Any], found: Mapping[str, Any]
+  expected: Mapping[str, Any], found: Mapping[str, Any], own: Collection[str]
 ) -> list[str]:
-  """Returns what differs between an adapter on record and one that is there."""
+  """Returns what differs between an adapter on record and one that is there.
+
+  What they are called does not matter.
+
+  Args:
+    expected: the one on record.
+    found: the one that is there.
+    own: weights that are not compared.
+  """
   differ = [
     f'another {what} ({found[key]}, expected {expected.get(key)})'
     for key, what in (('type', 'type'), ('config', 'configuration'))
     if _plain(found[key]) != _plain(expected.get(key))
   ]
   want, has = expected.get('weights', {}), found['weights']
-  names = [n for n in dict.fromkeys((*want, *has)) if want.get(n) != has.get(n)]
+  names = [
+    name
+    for name in dict.fromkeys((*want, *has))
+    if name not in own and want.get(name) != has.get(name)
+  ]
   if names:
     differ.append(f'other weights ({", ".join(names)})')
   return differ
@@ -285,6 +313,7 @@ def _beneath_differs(
   checkpoint: Checkpoint,
   record: AdapterRecord,
   expected: Sequence[Mapping[str, Any]],
+  own: Collection[str],
   host: Host,
 ) -> errors.BaseMismatchError:
   """Returns the error for adapters beneath that are not as they were."""
@@ -293,7 +322,7 @@ def _beneath_differs(
   ]
   problems = []
   for one in expected:
-    match = next((a for a, said in here if _same(one, said)), None)
+    match = next((a for a, s in here if not _differences(one, s, own)), None)
     if match is not None and not match.enabled:
       problems.append(f'{match.name!r} is disabled here')
     elif match is None:
@@ -301,7 +330,7 @@ def _beneath_differs(
       what = (
         'is not attached'
         if named is None
-        else f'has {" and ".join(_differences(one, named))}'
+        else f'has {" and ".join(_differences(one, named, own))}'
       )
       problems.append(f'{one["name"]!r} {what} here')
   shown = ', '.join(f'{o["name"]!r} ({o["type"]})' for o in expected)

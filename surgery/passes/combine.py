@@ -126,6 +126,13 @@ def _checked(record: AdapterRecord) -> AdapterRecord:
       'add something to its base that does not depend on it, so there is no '
       'update to combine. Merge it instead.'
     )
+  if record.saved:
+    shown = ', '.join(map(paths.show, record.saved))
+    raise errors.AdapterError(
+      f'combine: adapter {record.name!r} was saved with values of its own for '
+      f'{shown}, which are no update to combine. Merge it instead, or save it '
+      'without them (modules_to_save).'
+    )
   for path, site in record.sites.items():
     if len(site.site.params) > 1:
       raise errors.AdapterError(

@@ -19,6 +19,8 @@ def detach(
 ) -> Checkpoint:
   """Takes adapters off; the stored base was never touched.
 
+  What an adapter was saved with, as a head that was trained along, goes too.
+
   Args:
     checkpoint: the model.
     names: an adapter, several, or None for all.

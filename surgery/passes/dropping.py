@@ -136,14 +136,25 @@ def _left(
       raise _half(record, lost[0], kept, verb)
     else:
       sites[path] = site
+  saved = {}
+  for path, spec in record.saved.items():
+    if path in gone:
+      more.add(spec.path)
+    elif spec.path in gone:
+      raise _half(record, spec.path, path, verb)
+    else:
+      saved[path] = spec
   shared = {spec.path for spec in record.shared.values()}
-  if not sites:
+  if not sites and not saved:
     return None, more | shared
   for path in shared & gone:
-    raise _half(record, path, next(iter(sites)), verb)
-  if len(sites) == len(record.sites):
+    raise _half(record, path, next(iter((*sites, *saved))), verb)
+  if (len(sites), len(saved)) == (len(record.sites), len(record.saved)):
     return record, more
-  return dataclasses.replace(record, sites=sites, total=None), more
+  return (
+    dataclasses.replace(record, sites=sites, saved=saved, total=None),
+    more,
+  )
 
 
 def _half(

@@ -148,6 +148,8 @@ def _owned(
     for site in record.sites.values():
       for path in following.base_of(site):
         found.setdefault(path, (record.name, 'is rewritten by'))
+    for path in record.saved:
+      found.setdefault(path, (record.name, 'is saved with'))
   return found
 
 

@@ -18,12 +18,14 @@ def switched(
   """Returns records in which adapters are on or off.
 
   Raises:
-    AdapterError: for an unknown name.
+    AdapterError: for an unknown name, or if two that are on would replace the
+      same parameter.
   """
   for name in names_of(records, names):
     record = records.get(name)
     if record.enabled != enabled:
       records = records.replace(dataclasses.replace(record, enabled=enabled))
+  records.check_standing()
   return records
 
 

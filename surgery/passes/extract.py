@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.core import errors, manifest, recording
+from surgery.core import errors, manifest, paths, recording, selectors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
+from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, SiteRecord, WeightSpec
-from surgery.passes import attach, bound, fitting
+from surgery.core.selection import Selection
+from surgery.passes import attach, bound, fitting, trained
 from surgery.passes.beneath import handles_adapters
 
 
@@ -20,22 +22,33 @@ def extract(
   checkpoint: Checkpoint,
   name: str | None = None,
   *,
+  modules_to_save: selectors.Text | Selection | None = None,
+  layer_types: LayerTypes | None = None,
   host: Host,
   known: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
   """Returns an adapter without its base.
 
+  What was trained with it and is none of its weights goes along: what differs
+  from the base, where it is known what that was, and otherwise all that
+  `freeze` did not freeze.
+
   Args:
     checkpoint: the model.
     name: the adapter's name; None for the only one.
+    modules_to_save: what goes along instead; `[]` for nothing.
+    layer_types: types of layers; by default those of the checkpoint.
     host: knows the adapter's type.
     known: seed and selector, where they are known.
 
   Raises:
-    AdapterError: for an unknown name, or if there is not only one.
+    AdapterError: for an unknown name, if there is not only one, or for a value
+      that was trained along and is no array.
+    SelectorError: for a selector that matches nothing.
 
   Example:
     extract: default
+    extract: {name: default, modules-to-save: '**/head'}
   """
   names = checkpoint.records(host).names
   if name is None and not names:
@@ -47,16 +60,25 @@ def extract(
     )
   name = names[0] if name is None else name
   record = checkpoint.records(host).get(name)
+  _check_whole(checkpoint, record)
   said = next(
     (a for a in checkpoint.manifest.adapters if a['name'] == name), {}
   )
+  types = (
+    checkpoint.manifest.layer_types if layer_types is None else layer_types
+  )
+  along = trained.chosen(checkpoint, record, modules_to_save, types, host)
+  record, fresh = trained.added(checkpoint, record, along)
   entry = recording.adapter_to_json(record, host, {**said, **(known or {})})
-  entry |= bound.said_of(checkpoint, record, host)
+  entry |= bound.said_of(checkpoint, record, along, host)
   many = fitting.many_of(checkpoint, record)
   if many is not None:
     entry[fitting.MANY] = many
   return Checkpoint(
-    {path: checkpoint[path] for path in record.weight_paths()},
+    {
+      path: fresh[path] if path in fresh else checkpoint[path]
+      for path in record.weight_paths()
+    },
     manifest.Manifest(
       kind=manifest.ADAPTER,
       locked=True,
@@ -65,6 +87,21 @@ def extract(
     ),
     origin=f'adapter {name!r}',
   )
+
+
+def _check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
+  """Raises unless an adapter's weights and its base are there.
+
+  Raises:
+    AdapterError: naming all that is missing.
+  """
+  needed = (*bound.rewritten(record), *record.saved, *record.weight_paths())
+  missing = [paths.show(path) for path in needed if path not in checkpoint]
+  if missing:
+    raise errors.AdapterError(
+      f'{", ".join(missing)}: adapter {record.name!r} cannot be saved without '
+      'it. Put the halves that split() made together first: a.merge(b).'
+    )
 
 
 def _only(alone: Checkpoint) -> Mapping[str, Any]:
@@ -85,8 +122,11 @@ def _renamed(
   record: AdapterRecord, name: str, checkpoint: Checkpoint
 ) -> tuple[AdapterRecord, dict[Path, Path]]:
   """Returns the record under another name, and where its weights go."""
-  taken = checkpoint.__contains__
   moved: dict[Path, Path] = {}
+
+  def taken(path: Path) -> bool:
+    return path in checkpoint or path in moved.values()
+
   sites = {}
   for path, one in record.sites.items():
     weights = {}
@@ -102,9 +142,14 @@ def _renamed(
     to = attach.shared_path(weight, name)
     moved[spec.path] = to
     shared[weight] = dataclasses.replace(spec, path=to)
+  saved: dict[Path, WeightSpec] = {}
+  for path, spec in record.saved.items():
+    to = attach.weight_path(path[:-1], path[-1], trained.WEIGHT, name, taken)
+    moved[spec.path] = to
+    saved[path] = dataclasses.replace(spec, path=to)
   return (
     dataclasses.replace(
-      record, name=name, sites=sites, shared=shared, total=None
+      record, name=name, sites=sites, shared=shared, saved=saved, total=None
     ),
     moved,
   )
@@ -131,7 +176,8 @@ def insert(
 
   Raises:
     BaseMismatchError: if the base is another one.
-    AdapterError: if the name is taken.
+    AdapterError: if the name is taken, or an enabled adapter was saved with
+      another value of the same parameter.
     FormatError: if `alone` is no adapter, or its tensors are not those that its
       configuration makes.
   """
@@ -141,19 +187,22 @@ def insert(
   attach.check_name(name, checkpoint.records(host))
   fitting.check_base(checkpoint, record)
   fitting.check_file(alone, record, checkpoint, said.get(fitting.MANY))
-  if check_base:
-    bound.check(checkpoint, record, said, host)
+  beneath = bound.check(checkpoint, record, said, host) if check_base else []
+  record = trained.settled(
+    checkpoint, alone, record, beneath, bound.digest, host
+  )
   renamed, moved = _renamed(record, name, checkpoint)
   new: dict[Path, Leaf] = {}
   for source, target in moved.items():
     leaf = alone[source]
     metadata = {**leaf.metadata, 'adapter': name}
     new[target] = leaf.replace(metadata=metadata)
-  leaves = attach.inserted(checkpoint, new)
+  records = checkpoint.records(host)
+  leaves = attach.inserted(attach.marked(checkpoint, records), new)
   known = {k: said[k] for k in ('seed', 'to') if k in said}
   return checkpoint.replace(
     leaves=leaves,
-    records=checkpoint.records(host).add(renamed),
+    records=records.add(renamed),
     manifest=checkpoint.manifest.replace(
       adapters=(*checkpoint.manifest.adapters, {'name': name, **known})
     ),

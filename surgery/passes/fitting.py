@@ -71,6 +71,14 @@ def check_base(checkpoint: Checkpoint, record: AdapterRecord) -> None:
     if len(set(stacks.values())) > 1:
       shown = ', '.join(f'{paths.show(p)} {s}' for p, s in stacks.items())
       problems.append(f'the axes stacked in front differ: {shown}')
+  for path, saved in record.saved.items():
+    if path not in checkpoint:
+      problems.append(f'{paths.show(path)}: there is no such parameter')
+    elif checkpoint[path].shape != saved.shape:
+      problems.append(
+        f'{paths.show(path)}: expected shape {saved.shape}, found '
+        f'{checkpoint[path].shape}'
+      )
   if problems:
     raise errors.BaseMismatchError(
       f'adapter {record.name!r} was made for another base. '
@@ -126,6 +134,12 @@ def check_file(
     made = _made_shared(record)
     problems += _wrong_names('shared', shared, made)
     problems += _wrong_shapes(alone, shared, made, (), record.adapter)
+  for spec in record.saved.values():
+    if spec.path in alone and alone[spec.path].shape != spec.shape:
+      problems.append(
+        f'{paths.show(spec.path)}: expected shape {spec.shape}, found '
+        f'{alone[spec.path].shape}'
+      )
   if problems:
     raise errors.FormatError(
       f'{alone.origin or "the file"}: the tensors are not those of adapter '

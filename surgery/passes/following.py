@@ -112,8 +112,11 @@ def recast(records: Records, dtypes: Mapping[Path, str], host: Host) -> Records:
       weights = {n: spec(w) for n, w in one.weights.items()}
       sites[path] = SiteRecord(site, weights, interceptor(record, site, host))
     shared = {n: spec(w) for n, w in record.shared.items()}
+    saved = {p: spec(w) for p, w in record.saved.items()}
     records = records.replace(
-      dataclasses.replace(record, sites=sites, shared=shared, total=None)
+      dataclasses.replace(
+        record, sites=sites, shared=shared, saved=saved, total=None
+      )
     )
   return records
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgery.core import errors, paths, selectors
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
@@ -15,14 +17,34 @@ from surgery.passes.beneath import handles_adapters
 
 # Metadata of what `freeze` froze, so that `unfreeze` restores that alone.
 MARK, OURS = 'frozen', 'surgery'
+# The same of what may have been trained before, together with an adapter.
+ALONG = 'surgery, trained along'
 
 ADAPTERS = 'adapters'
 
 
-def _frozen(leaf: Leaf) -> Leaf:
+def _frozen(leaf: Leaf, mark: str = OURS) -> Leaf:
   if not leaf.trainable:
     return leaf
-  return leaf.replace(trainable=False, metadata={**leaf.metadata, MARK: OURS})
+  return leaf.replace(trainable=False, metadata={**leaf.metadata, MARK: mark})
+
+
+def _marks(checkpoint: Checkpoint, host: Host) -> Callable[[Path], str]:
+  """Returns with which mark a parameter is frozen.
+
+  If adapters are attached and other parameters of the base are frozen, what
+  trains of the base has been let train with the adapters.
+  """
+  owned = checkpoint.records(host).owned
+  begun = bool(owned) and any(
+    is_ours(leaf) for path, leaf in checkpoint.items() if path not in owned
+  )
+
+  def mark(path: Path) -> str:
+    known = path in owned or checkpoint[path].base
+    return ALONG if begun and not known else OURS
+
+  return mark
 
 
 def _thawed(leaf: Leaf) -> Leaf:
@@ -32,7 +54,12 @@ def _thawed(leaf: Leaf) -> Leaf:
 
 def is_ours(leaf: Leaf) -> bool:
   """Whether `freeze` froze the parameter."""
-  return leaf.metadata.get(MARK) == OURS
+  return leaf.metadata.get(MARK) in (OURS, ALONG)
+
+
+def may_have_trained(leaf: Leaf) -> bool:
+  """Whether a parameter may have changed while an adapter was attached."""
+  return leaf.metadata.get(MARK) != OURS
 
 
 def _site(path: Path, name: str, leaf: Leaf, types: LayerTypes) -> Site:
@@ -89,10 +116,11 @@ def freeze(
   types = (
     checkpoint.manifest.layer_types if layer_types is None else layer_types
   )
+  mark = _marks(checkpoint, host)
   if select is not None:
     chosen = set(choosing.chosen(checkpoint, select, types, host))
     leaves = {
-      path: _frozen(leaf) if path in chosen else leaf
+      path: _frozen(leaf, mark(path)) if path in chosen else leaf
       for path, leaf in checkpoint.items()
     }
     return checkpoint.replace(leaves=leaves)
@@ -110,7 +138,7 @@ def freeze(
     owner, name = owners.get(path, (None, path[-1]))
     trains = _trains(_site(path, name, leaf, types), owner, policy, host)
     known = known or trains is not None
-    leaves[path] = _frozen(leaf) if trains is False else leaf
+    leaves[path] = _frozen(leaf, mark(path)) if trains is False else leaf
   if not known:
     raise errors.PluginError(
       f'freeze: no plugin knows the policy {policy!r}. `surgery plugins` lists '

@@ -47,6 +47,16 @@ def check_order(records: Records, names: Sequence[str]) -> None:
   Raises:
     OrderError: naming the adapter that is in the way.
   """
+  for other in records.adapters:
+    for path in other.saved if other.name not in names else ():
+      for adapter, _ in records.chains.get(path, ()):
+        if adapter.name in names:
+          raise errors.OrderError(
+            f'{paths.show(path)}: adapter {other.name!r} was saved with a '
+            f'value of its own for this parameter, which {adapter.name!r} '
+            'rewrites. '
+            f'Merge {other.name!r} first, or both together.'
+          )
   for path, chain in records.chains.items():
     inside: list[AdapterRecord] = []
     for adapter, _ in chain:
@@ -75,7 +85,7 @@ def check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
     for one in record.sites.values()
     for spec in one.site.params
   ]
-  for path in (*rewritten, *record.weight_paths()):
+  for path in (*rewritten, *record.saved, *record.weight_paths()):
     if path not in checkpoint:
       raise errors.AdapterError(
         f'{paths.show(path)}: adapter {record.name!r} cannot be merged without '
@@ -133,6 +143,7 @@ def merge(
     names = checkpoint.records(host).names[-1]
   records = checkpoint.records(host)
   merged = names_of(records, names)
+  stood = {p: s.path for n in merged for p, s in records.get(n).saved.items()}
   for name in merged:
     if not records.get(name).enabled:
       raise errors.AdapterError(
@@ -151,13 +162,23 @@ def merge(
     chain = tuple(
       link for link in records.chains.get(path, ()) if link[0].name in merged
     )
+    if path in stood:
+      leaf = _replaced(leaf, checkpoint[stood[path]])
     if chain:
       answer = Merged(checkpoint, chain, path, records, check_finite)
       stored = encode.get(path, ())
       load = functools.partial(answer.load, stored)
-      leaf = leaf.replace(load=load, part=None if stored else answer.part)
+      leaf = leaf.replace(
+        load=load, part=None if stored else answer.part, base=True
+      )
     leaves[path] = leaf
   return checkpoint.replace(leaves=leaves, records=records.remove(merged))
+
+
+def _replaced(leaf: Leaf, by: Leaf) -> Leaf:
+  """Returns a parameter of the base with the value that an adapter saved."""
+  # Of the other all but what says whose it is.
+  return by.replace(trainable=leaf.trainable, metadata=leaf.metadata, base=True)
 
 
 def _asked(
@@ -207,8 +228,9 @@ class Merged:
     self._chain = chain
     self._path = path
     self._chains = records.chains
+    self._stored = records.stored
     self._check_finite = check_finite
-    leaf = leaves[path]
+    leaf = leaves[records.stored(path)]
     self._blocks = None
     if leaf.part is not None and leaf.shape is not None and leaf.dtype:
       self._blocks = blocks.of(
@@ -223,7 +245,7 @@ class Merged:
     self.part = None if self._blocks is None else self._part
 
   def _fetch(self, path: Path) -> Any:
-    return self._leaves[path].load()
+    return self._leaves[self._stored(path)].load()
 
   def _part(self, index: Index) -> Any:
     assert self._blocks is not None

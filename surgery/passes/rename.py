@@ -259,12 +259,15 @@ def _moved(record: AdapterRecord, names: _Names, host: Host) -> AdapterRecord:
   targets = {
     path: _target(record, one, names) for path, one in record.sites.items()
   }
+  saved = _saved(record, names)
   moved = [one.site for one in targets.values()]
   stayed = [one.site for one in record.sites.values()]
   if moved == stayed and all(
     targets[p].weights == one.weights for p, one in record.sites.items()
   ):
-    return record
+    if saved == record.saved:
+      return record
+    return dataclasses.replace(record, saved=saved)
   patterns = _patterns(record.adapter, stayed, moved, names)
   adapter = dataclasses.replace(record.adapter, patterns=patterns)  # type: ignore[type-var]
   record = dataclasses.replace(record, adapter=adapter)
@@ -275,7 +278,18 @@ def _moved(record: AdapterRecord, names: _Names, host: Host) -> AdapterRecord:
       _check_same(record, record.sites[path], one.site, who)
       one = dataclasses.replace(one, interceptor=who)
     sites[one.site.path] = one
-  return dataclasses.replace(record, sites=sites, total=None)
+  return dataclasses.replace(record, sites=sites, saved=saved, total=None)
+
+
+def _saved(record: AdapterRecord, names: _Names) -> dict[Path, WeightSpec]:
+  """Returns what was saved with an adapter, which goes where its layer goes."""
+  saved = {}
+  for path, spec in record.saved.items():
+    new = names(path)
+    if not names.decided(spec.path):
+      names.follow(spec.path, (*new[:-1], spec.path[-1]))
+    saved[new] = dataclasses.replace(spec, path=names(spec.path))
+  return saved
 
 
 def _target(

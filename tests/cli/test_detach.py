@@ -114,3 +114,30 @@ def test_an_unknown_adapter_is_refused(adapted, out, surgery_cli):
   result = surgery_cli('detach', adapted, '--adapter', 'x', '-o', out)
   assert 3 == result.code
   assert "there is no adapter 'x'" in result.err
+
+
+def test_what_was_trained_along_is_saved_with_the_adapter(
+  model, adapted, tmp_path, out, surgery_cli
+):
+  params = surgery.load(adapted).unlocked()
+  path = ('model', 'net', 'value', 'bias')
+  params[path] = params[path].replace(value=params[path].value + 1)
+  trained, alone = tmp_path / 'trained.msgpack', tmp_path / 'a.msgpack'
+  surgery.save(trained, params.locked())
+  args = ('detach', trained, '--save-adapter', alone, '-o', out, '--force')
+  assert 0 == surgery_cli(*args).code
+  assert (*path[:-1], 'saved.default.bias') in surgery.open(alone)
+  again = tmp_path / 'again.msgpack'
+  surgery_cli('attach', model.file, '--from', alone, '-o', again)
+  assert 0 == surgery_cli('detach', again, '-o', out, '--force').code
+  assert_same(values(model.file), values(out))
+  assert 0 == surgery_cli(*args, '--no-modules-to-save').code
+  assert 4 == len(surgery.open(alone))
+
+
+def test_what_is_saved_is_said_of_a_file_only(adapted, out, surgery_cli):
+  result = surgery_cli(
+    'detach', adapted, '--modules-to-save', '**/value', '-o', out
+  )
+  assert 2 == result.code
+  assert 'go with --save-adapter' in result.err

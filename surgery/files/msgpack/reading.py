@@ -61,6 +61,7 @@ def _leaf(entry: Entry, note: LeafNote) -> Leaf:
       entry,
       entry.part,
       codes=note.codes,
+      base=note.base,
     )
   # Of these only an empty dict could be changed by who gets it.
   load = functools.partial(copy.copy, entry.value)
@@ -71,6 +72,7 @@ def _leaf(entry: Entry, note: LeafNote) -> Leaf:
     key=note.key,
     digest=note.digest,
     codes=note.codes,
+    base=note.base,
   )
 
 

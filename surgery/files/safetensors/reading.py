@@ -168,4 +168,5 @@ def _leaf(value: Source | extras.Value, note: LeafNote) -> Leaf:
     key=note.key,
     digest=note.digest,
     codes=note.codes,
+    base=note.base,
   )
