@@ -14,7 +14,7 @@ import click
 from surgery.cli import completion, platform
 from surgery.cli.codes import BUG, FAILED, INTERRUPTED, PLUGIN
 from surgery.cli.command import Group
-from surgery.core import errors
+from surgery.core import errors, foreign
 
 # Name → (where the command lives, summary). Static, so that `--help` imports
 # nothing: Click asks for every command to print the list.
@@ -182,7 +182,9 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
     return completion.answer(cli, instruction)
   try:
     obj = _OWN if own else None
-    result = cli.main(arguments, 'surgery', standalone_mode=False, obj=obj)
+    # What plugins print is no result.
+    with foreign.product():
+      result = cli.main(arguments, 'surgery', standalone_mode=False, obj=obj)
     sys.stdout.flush()
     return result if isinstance(result, int) else 0
   except click.ClickException as error:

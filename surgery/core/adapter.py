@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from surgery.core import config, errors, hookspecs, selectors
@@ -29,17 +31,85 @@ class _Configured:
     super().__init_subclass__(**kwargs)
     # Equality and hash are by configuration, see Adapter.
     dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
-    made = cls.__init__
+    made: Any = cls.__init__
 
+    # What is checked is checked here, around whatever a subclass writes: a
+    # `__post_init__` that forgets `super()` must not switch it off.
     @functools.wraps(made)
     def checked(self: Any, **given: Any) -> None:
-      cls = type(self)
+      cls: Any = type(self)
+      if not isinstance(cls.name, str) or not cls.name:
+        raise errors.PluginError(
+          f'{cls.__module__}.{cls.__qualname__} has no name. Set the class '
+          "attribute `name`, e.g. name = 'mine'."
+        )
       options = {k: v for k, v in given.items() if k != 'patterns'}
       config.check_keys(cls, options)
       config.check_required(cls, given)
-      made(self, **given)
+      _check_class(cls)
+      options = {k: config.check(cls, k, v) for k, v in options.items()}
+      patterns = _patterns(cls, given.get('patterns', ()))
+      with _foreign(cls, '__post_init__'):
+        made(self, **options, patterns=patterns)
+      for key in config.options(cls):
+        value = getattr(self, key)
+        # Defaults, and what `__post_init__` has set.
+        if key not in options or value is not options[key]:
+          object.__setattr__(self, key, config.check(cls, key, value))
+      base: Any
+      for base in reversed(cls.__mro__):
+        # Of each class, so that one without `super()` takes nothing away.
+        if 'check' not in vars(base):
+          continue
+        with _foreign(cls, 'check'):
+          answer = base.check(self)
+        if answer is not None:
+          raise errors.PluginError(
+            f"adapter type '{cls.name}': check returned {answer!r}, expected "
+            'None. It raises surgery.ConfigError for options that do not go '
+            'together.'
+          )
+      for selector, values in self.patterns:
+        try:
+          dataclasses.replace(self, patterns=(), **dict(values))
+        except errors.ConfigError as error:
+          raise errors.reworded(
+            error, f'patterns, {selector!r}: {error}'
+          ) from error
 
     cls.__init__ = checked  # type: ignore
+
+
+def _patterns(cls: Any, given: Any) -> tuple[Any, ...]:
+  """Returns options by selector as nested tuples, each of them checked."""
+  patterns = []
+  for selector, values in config.freeze(given):
+    selectors.parse(selector)
+    config.check_keys(cls, dict(values))
+    checked = tuple((k, config.check(cls, k, v)) for k, v in values)
+    patterns.append((selector, checked))
+  return tuple(patterns)
+
+
+@contextlib.contextmanager
+def _foreign(cls: Any, method: str) -> Iterator[None]:
+  """Says of what a type's own code raises whose it is.
+
+  Raises:
+    ConfigError: for a `ValueError`, which is about the options.
+    PluginError: for anything else that is no `SurgeryError`.
+  """
+  try:
+    yield
+  except errors.SurgeryError:
+    raise
+  except ValueError as error:
+    raise errors.ConfigError(f"adapter type '{cls.name}': {error}") from error
+  except Exception as error:
+    raise errors.PluginError(
+      f"adapter type '{cls.name}': {method} failed: {type(error).__name__}: "
+      f'{error}'
+    ) from error
 
 
 class Adapter(_Configured):
@@ -88,23 +158,7 @@ class Adapter(_Configured):
   patterns: Any = dataclasses.field(default=(), repr=False)
 
   def __post_init__(self) -> None:
-    cls = type(self)
-    if not cls.name:
-      raise errors.PluginError(
-        f'{cls.__module__}.{cls.__qualname__} has no name. Set the class '
-        "attribute `name`, e.g. name = 'mine'."
-      )
-    _check_class(cls)  # type: ignore[arg-type]
-    for key in config.options(cls):
-      value = config.check(cls, key, getattr(self, key))
-      object.__setattr__(self, key, value)
-    patterns = []
-    for selector, values in config.freeze(self.patterns):
-      selectors.parse(selector)
-      config.check_keys(cls, dict(values))
-      checked = tuple((k, config.check(cls, k, v)) for k, v in values)
-      patterns.append((selector, checked))
-    object.__setattr__(self, 'patterns', tuple(patterns))
+    """Does nothing; it is there for subclasses that call `super()`."""
 
   # The two functions.
 
@@ -159,6 +213,19 @@ class Adapter(_Configured):
     return {}
 
   # What a type may say beyond them.
+
+  def check(self) -> None:
+    """Raises if options do not go together; by default they all do.
+
+    Called whenever an instance is made, after each option has been checked by
+    itself: in Python, from a file, from `--set`, and for the options that
+    `patterns` give to some sites. What base classes check is checked first,
+    with `super()` and without.
+
+    Raises:
+      ConfigError: saying what was expected, found, and what to do. A
+        `ValueError` becomes one.
+    """
 
   def serves(self, site: Site) -> str | None:
     """Returns why this type cannot serve a site, or None if it can.
@@ -283,6 +350,13 @@ def _check_class(cls: type[Adapter]) -> None:
         'contract and cannot be an option. Give the option another name; class '
         "attributes are set without annotation, e.g. name = 'mine'."
       )
+  for flag in ('adds', 'mergeable'):
+    if not isinstance(getattr(cls, flag), bool):
+      raise errors.PluginError(
+        f"adapter type '{cls.name}': {flag}: expected True or False, found "
+        f'{getattr(cls, flag)!r}.'
+      )
+  _check_spelling(cls)
   for said in ('rewrites', 'frozen', 'counters'):
     names = getattr(cls, said)
     if isinstance(names, str) or not all(isinstance(n, str) for n in names):
@@ -301,6 +375,39 @@ def _check_class(cls: type[Adapter]) -> None:
       if getattr(cls, method) is getattr(Adapter, method):
         raise errors.PluginError(
           f"adapter type '{cls.name}' has no method `{method}`."
+        )
+
+
+# What a class may say of a type and need not, so that a misspelt one would be
+# taken for the author's own. Shorter names have too many neighbours.
+_OPTIONAL = (
+  'counters',
+  'frozen',
+  'init_shared',
+  'mergeable',
+  'rewrites',
+  'serves',
+  'sharding',
+)
+
+
+def _check_spelling(cls: type[Adapter]) -> None:
+  """Raises for a class attribute that is almost one of the contract's.
+
+  Raises:
+    PluginError: naming both.
+  """
+  options = config.options(cls)
+  for base in cls.__mro__[: cls.__mro__.index(Adapter)]:
+    for name in vars(base):
+      if name in options or name.startswith('_') or hasattr(Adapter, name):
+        continue
+      close = difflib.get_close_matches(name, _OPTIONAL, n=1, cutoff=0.85)
+      if close:
+        raise errors.PluginError(
+          f"adapter type '{cls.name}': {name!r} is no part of the contract, "
+          f'and would have no effect. Did you mean {close[0]!r}? If it is '
+          "something of the type's own, begin its name with an underscore."
         )
 
 

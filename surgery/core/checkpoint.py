@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from surgery.core import errors, expect, manifest, paths, quantised
+from surgery.core import errors, expect, foreign, manifest, paths, quantised
 from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
 from surgery.core.records import Records
@@ -182,6 +182,31 @@ class Leaf:
 
   def __reduce__(self) -> Any:
     raise TypeError(_UNPICKLED.format('Leaf'))
+
+  def mismatch(self, value: Any, index: Index = ()) -> str | None:
+    """Returns in what a value is not what this leaf says; None if it is.
+
+    Plans and headers are made by what leaves say, so it has to hold for files
+    and for params alike.
+
+    Args:
+      value: what `load`, or `part` for the index, returned.
+      index: the block; the whole by default.
+    """
+    if self.shape is None:
+      return None
+    shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+    sizes = tuple(cut.stop - cut.start for cut in index)
+    expected = (*sizes, *self.shape[len(index) :])
+    said = dataclasses.replace(self, shape=expected)
+    if shape is None or dtype is None:
+      return f'expected {said}, found a value of type {type(value).__name__}.'
+    # The name leaves the order of bytes out, the text may be JAX's own.
+    names = (str(getattr(dtype, 'name', dtype)), str(dtype))
+    if tuple(shape) != expected or self.dtype not in names:
+      found = Leaf(self.load, tuple(shape), names[0])
+      return f'expected {said}, found {found}.'
+    return None
 
   def parts(self) -> Iterator[Any]:
     """Returns an array's values in blocks, as `grid` has them, or in one."""
@@ -376,6 +401,11 @@ class Checkpoint(Mapping[Path, Leaf]):
       self._records = recording.from_json(self.manifest.adapters, host)
     return self._records
 
+  @property
+  def known_records(self) -> Records | None:
+    """The adapters, if nobody has to be asked for their types any more."""
+    return self._records
+
   def resolved(self, host: Host) -> manifest.Manifest:
     """Returns the manifest with the adapters as they are now, for writing."""
     from surgery.core import recording
@@ -510,7 +540,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     whole = whole.replace(manifest=said)
     taken = _taken(form, path, options)
     self.check()
-    form.write(whole, path, overwrite=overwrite, **taken)
+    _of_format(form, host, 'write', whole, path, overwrite=overwrite, **taken)
 
 
 def _taken(
@@ -537,6 +567,20 @@ def _taken(
   return {name: options[name] for name in options if name in parameters}
 
 
+def _of_format(
+  form: Any, host: Host, method: str, *args: Any, **options: Any
+) -> Any:
+  """Calls a method of a format; of a plugin's, says whose it is if it fails."""
+  called = host.format_called(form)
+  run = getattr(form, method)
+  if ' of ' not in called:
+    return run(*args, **options)
+  # What the system says of a file it says best, and so does Python of a file
+  # that exists already.
+  with foreign.code(f'{method} of {called}', (OSError,)):
+    return run(*args, **options)
+
+
 def open_checkpoint(
   path: str | os.PathLike[str],
   *,
@@ -561,8 +605,14 @@ def open_checkpoint(
   expect.path(path, open_checkpoint)
   host = host or default_host()
   form, found = host.located(path, format)
+  opened = _of_format(form, host, 'open', found)
+  if not isinstance(opened, Checkpoint):
+    raise errors.PluginError(
+      f'{found}: open of {host.format_called(form)} returned '
+      f'{type(opened).__name__}, expected a surgery.Checkpoint.'
+    )
   config = quantised.config_of(pathlib.Path(os.fsdecode(found)))
-  return quantised.marked(form.open(found), config)
+  return quantised.marked(opened, config)
 
 
 def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:

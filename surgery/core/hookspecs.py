@@ -9,7 +9,7 @@ add arguments, never take one away.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -124,8 +124,12 @@ def surgery_passes() -> Mapping[str, Callable[..., Any]]:
   Return: by name, functions from a `Checkpoint` and keyword arguments to a
   `Checkpoint`. In a recipe they are given parameters as layers get them, with
   enabled adapters, and may not change those that an adapter rewrites; one that
-  knows about adapters is marked by `surgery.handles_adapters`.
-  May raise: no.
+  knows about adapters is marked by `surgery.handles_adapters`. After each step
+  it is seen to that all leaves are `Leaf`s, that no adapter has lost a part (a
+  weight, its parameter, or its record), and, when a leaf is computed, that it
+  has the shape and the dtype that it said: for params and for files alike.
+  May raise: no. The functions may: a `SurgeryError` to refuse; anything else is
+  a failure of the plugin, which is named with the step.
   Since: 0.1.
   """
 
@@ -184,3 +188,58 @@ def surgery_finished(event: Event) -> None:
   May raise: no; what it raises is reported as a failure of the plugin.
   Since: 0.1.
   """
+
+
+# What implementations return: whether an answer is of the kind, and the kind in
+# words. An answer of another kind would be taken for something, `'no'` for yes.
+
+
+def _is_bool(value: Any) -> bool:
+  # A comparison of numpy's numbers gives numpy's own.
+  kind = type(value)
+  return kind is bool or (
+    kind.__module__ == 'numpy' and kind.__name__ in ('bool', 'bool_')
+  )
+
+
+def _is_interceptor(value: Any) -> bool:
+  return (
+    callable(getattr(value, 'init', None))
+    and callable(getattr(value, 'apply', None))
+    and type(value).__hash__ is not None
+    and not isinstance(value, type)
+  )
+
+
+def _is_format(value: Any) -> bool:
+  suffixes = getattr(value, 'suffixes', None)
+  return (
+    isinstance(suffixes, Sequence)
+    and not isinstance(suffixes, str)
+    and all(isinstance(one, str) for one in suffixes)
+  )
+
+
+Kind = tuple[Callable[[Any], bool], str]
+RETURNS: dict[str, Kind] = {
+  'surgery_match_layer': (_is_bool, 'True, False or None'),
+  'surgery_intercept_param': (
+    _is_interceptor,
+    'a hashable object with init(site, key) and apply(site, name, base, '
+    'weights), or None',
+  ),
+  'surgery_freeze_param': (_is_bool, 'True, False or None'),
+  'surgery_merge_param': (
+    lambda value: isinstance(value, Refusal) or callable(value),
+    'surgery.Refusal(reason), a function from array to array, or None',
+  ),
+}
+# And what each thing is that an implementation offers by name.
+OFFERS: dict[str, Kind] = {
+  'surgery_passes': (callable, 'a function from a Checkpoint to a Checkpoint'),
+  'surgery_formats': (
+    _is_format,
+    'an object with suffixes (a tuple of text), open and write',
+  ),
+  'surgery_methods': (callable, 'a function from a list of arrays to an array'),
+}

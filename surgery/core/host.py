@@ -30,7 +30,15 @@ from typing import Any
 
 import pluggy
 
-from surgery.core import errors, hookspecs, location, once, paths, version
+from surgery.core import (
+  errors,
+  foreign,
+  hookspecs,
+  location,
+  once,
+  paths,
+  version,
+)
 from surgery.core.adapter import Adapter
 from surgery.core.site import Site
 
@@ -130,8 +138,9 @@ class Host:
     block: names of plugins that must not be loaded.
     only: names of the plugins of other distributions that may be loaded; all
       by default. What comes with the library is always there, unless blocked.
-    prefer: where two distributions offer one name, or a distribution offers
-      one that comes with the library: the distribution that is meant, by name.
+    prefer: where two offer one name, or one offers a name that comes with the
+      library: by name the distribution that is meant, or the class of a type
+      that is given in `plugins`.
     strict: whether a broken plugin is an error, not a warning.
     trace: is told of each call of a hook, in a line.
 
@@ -161,6 +170,7 @@ class Host:
     self._manager: pluggy.PluginManager | None = None
     self._given: list[Any] = []
     self._types: dict[str, type[Adapter]] = {}
+    self._providers: dict[tuple[str, str], Any] = {}
     for plugin in plugins:
       self.register(plugin)
 
@@ -267,7 +277,10 @@ class Host:
         return entry
       assert entry.entry_point is not None
       try:
-        value = entry.entry_point.load()
+        with foreign.printing():
+          value = entry.entry_point.load()
+          if entry.info.kind == 'plugin':
+            value = _object(value, entry.info.name)
         if entry.info.kind == 'adapter':
           _check_type(value, entry.info.name)
         entry.value = value
@@ -305,15 +318,41 @@ class Host:
             f"adapter type '{plugin.name}' is registered already, as "
             f'{self._types[plugin.name].__qualname__}.'
           )
-        self._types[plugin.name] = plugin
+        if self._is_meant(plugin):
+          self._types[plugin.name] = plugin
         return
-      if inspect.isclass(plugin):
-        plugin = _made(plugin)
+      with foreign.printing():
+        plugin = _object(plugin, None)
       # What is wrong with it is said now, not when a hook is first called.
       _register(_without_plugins(), plugin, None)
       self._given.append(plugin)
       if self._manager is not None:
         _register(self._manager, plugin, None)
+
+  def _is_meant(self, cls: type[Adapter]) -> bool:
+    """Whether a type that is given is the one of its name.
+
+    Raises:
+      PluginError: if a distribution offers another type of that name, and it
+        is not said which is meant.
+    """
+    others = [
+      entry.info
+      for entry in self._adapters.get(cls.name, ())
+      if not self._blocked(entry.info) and not _is_entry(cls, entry)
+    ]
+    wanted = self._prefer.get(cls.name)
+    if not others or wanted == cls.__name__:
+      return True
+    if wanted in [info.distribution for info in others]:
+      return False
+    origin = others[0].origin
+    raise errors.PluginError(
+      f"adapter type '{cls.name}' is offered by {origin}, and "
+      f'{cls.__module__}.{cls.__qualname__}, which is given to the host, has '
+      'the same name. Give it another one, or say which is meant: '
+      f'Host(prefer={{{cls.name!r}: {cls.__name__!r}}}).'
+    )
 
   @once.attribute
   def _plugin_entries(self) -> list[_Entry]:
@@ -424,19 +463,54 @@ class Host:
     caller = getattr(self.manager.hook, hook)
     extra = getattr(of, hook, None)
     try:
-      if extra is None:
-        return caller(**arguments)
-      if not caller.get_hookimpls() and self._trace is None:
-        # Nobody else has a say: a model of ten thousand layers asks often.
-        return extra(**{n: arguments[n] for n in _names(extra.__func__)})
-      return caller.call_extra([extra], arguments)
+      with foreign.printing():
+        if extra is None:
+          result = caller(**arguments)
+        elif not caller.get_hookimpls() and self._trace is None:
+          # Nobody else has a say: a model of ten thousand layers asks often.
+          result = extra(**{n: arguments[n] for n in _names(extra.__func__)})
+        else:
+          result = caller.call_extra([extra], arguments)
     except errors.SurgeryError:
       raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       owner = self._owner(caller, extra, error)
       raise errors.PluginError(
         f'{owner} failed in {hook}: {type(error).__name__}: {error}'
       ) from error
+    if result is not None and hook in hookspecs.RETURNS:
+      fits, expected = hookspecs.RETURNS[hook]
+      if not fits(result):
+        owner = self._answerer(caller, extra, arguments, fits)
+        raise errors.PluginError(
+          f'{owner} returned {_short(result)} in {hook}, expected {expected}.'
+        )
+    return result
+
+  def _answerer(
+    self,
+    caller: Any,
+    extra: Any,
+    arguments: Mapping[str, Any],
+    fits: Callable[[Any], bool],
+  ) -> str:
+    """Returns which plugin gave an answer that does not fit.
+
+    pluggy does not tell whose the first answer was, so they are asked again,
+    in its order.
+    """
+    if extra is not None:
+      answer = extra(**{n: arguments[n] for n in _names(extra.__func__)})
+      if answer is not None and not fits(answer):
+        return self._type_called(extra)
+    for impl in reversed(caller.get_hookimpls()):
+      if impl.wrapper or impl.hookwrapper:
+        continue
+      answer = impl.function(*(arguments[name] for name in impl.argnames))
+      if answer is not None and not fits(answer):
+        return self._called(impl)
+    wrappers = [i for i in caller.get_hookimpls() if i.wrapper or i.hookwrapper]
+    return self._called(wrappers[-1]) if wrappers else 'a plugin'
 
   def _owner(self, caller: Any, extra: Any, error: BaseException) -> str:
     """Returns which plugin it was whose implementation raised."""
@@ -446,8 +520,11 @@ class Host:
     for impl in caller.get_hookimpls():
       if getattr(impl.function, '__code__', None) in codes:
         return self._called(impl)
-    owner = getattr(extra, '__self__', None)
-    name = getattr(owner, 'name', '?')
+    return 'a plugin' if extra is None else self._type_called(extra)
+
+  def _type_called(self, method: Any) -> str:
+    """Returns an adapter's type, and the distribution it is of."""
+    name = getattr(getattr(method, '__self__', None), 'name', '?')
     if origin := self.distribution(name):
       return f"adapter type '{name}' of {origin}"
     return f"adapter type '{name}'"
@@ -506,13 +583,9 @@ class Host:
   def _offers(self, hook: str) -> dict[str, Any]:
     found: dict[str, tuple[str, Any]] = {}
     for impl in getattr(self.manager.hook, hook).get_hookimpls():
-      try:
+      with foreign.code(f'{self._called(impl)}: {hook}'):
         offered = impl.function()
-      except Exception as error:
-        raise errors.PluginError(
-          f'{self._called(impl)} failed in {hook}: {type(error).__name__}: '
-          f'{error}'
-        ) from error
+      self._check_offer(impl, hook, offered)
       if self._trace is not None:
         names = _short(list(offered or ()))
         self._trace(f'{hook}() asked of {impl.plugin_name} → {names}')
@@ -530,7 +603,49 @@ class Host:
           if wanted == found[name][0]:
             continue
         found[name] = (impl.plugin_name, value)
+        self._providers[hook, name] = impl
     return {name: value for name, (_, value) in sorted(found.items())}
+
+  def _check_offer(self, impl: Any, hook: str, offered: Any) -> None:
+    """Raises unless a plugin offers what the hook is for, by name."""
+    if offered is None:
+      return
+    fits, expected = hookspecs.OFFERS[hook]
+    if not isinstance(offered, Mapping):
+      raise errors.PluginError(
+        f'{self._called(impl)} returned {_short(offered)} in {hook}, expected '
+        'a mapping by name.'
+      )
+    for name, value in offered.items():
+      if not isinstance(name, str) or not fits(value):
+        raise errors.PluginError(
+          f'{self._called(impl)} offers {_short(value)} as {name!r} in {hook}, '
+          f'expected {expected}.'
+        )
+
+  def offered_by(self, hook: str, name: str) -> str | None:
+    """Returns the plugin that offers something by name; None if we do.
+
+    Args:
+      hook: `surgery_passes` or another that offers things.
+      name: the name.
+    """
+    impl = self._providers.get((hook, name))
+    if impl is None:
+      return None
+    for entry in self._plugin_entries:
+      own = entry.info.distribution == DISTRIBUTION
+      if own and entry.value is not None and entry.value is impl.plugin:
+        return None
+    return self._called(impl)
+
+  def format_called(self, form: Any) -> str:
+    """Returns a format's name, and the plugin that offers it if not we do."""
+    for name, known in self.formats.items():
+      if known is form:
+        owner = self.offered_by('surgery_formats', name)
+        return f'format {name!r}' + (f' of {owner}' if owner else '')
+    return f'format {type(form).__name__!r}'
 
   @once.attribute
   def formats(self) -> Mapping[str, Any]:
@@ -675,17 +790,41 @@ def _without_plugins() -> pluggy.PluginManager:
   return manager
 
 
-def _made(plugin: type) -> Any:
-  """Returns a plugin of a class.
+def _is_entry(cls: type[Adapter], entry: _Entry) -> bool:
+  """Whether a type is the one that an entry point names, without importing."""
+  point = entry.entry_point
+  if point is None or entry.value is cls:
+    return entry.value is cls
+  if (point.module, point.attr) == (cls.__module__, cls.__qualname__):
+    return True
+  # It may be named by a module that only passes it on.
+  return getattr(sys.modules.get(point.module), point.attr, None) is cls
+
+
+def _object(plugin: Any, name: str | None) -> Any:
+  """Returns a plugin; of a class, an object of it.
 
   Raises:
-    PluginError: if it cannot be made without arguments.
+    PluginError: if it is an adapter type, or cannot be made without arguments.
   """
+  kind = plugin if inspect.isclass(plugin) else type(plugin)
+  if issubclass(kind, Adapter):
+    raise errors.PluginError(
+      f"plugin '{name or kind.__name__}' is an adapter type. Its entry point "
+      "goes into the group 'surgery.adapters'."
+    )
+  if not inspect.isclass(plugin):
+    return plugin
   try:
     return plugin()
-  except TypeError as error:
+  except errors.SurgeryError:
+    raise
+  except (Exception, SystemExit) as error:
+    hint = ' Give an object of the class.'
+    said = f'{type(error).__name__}: {error}.'
     raise errors.PluginError(
-      f"plugin '{plugin.__name__}': {error}. Give an object of the class."
+      f"plugin '{name or plugin.__name__}': {said}"
+      f'{hint if isinstance(error, TypeError) else ""}'
     ) from error
 
 
@@ -693,14 +832,6 @@ def _register(
   manager: pluggy.PluginManager, plugin: Any, name: str | None
 ) -> None:
   """Registers an object with hooks, or raises and leaves nothing behind."""
-  kind = plugin if inspect.isclass(plugin) else type(plugin)
-  if issubclass(kind, Adapter):
-    raise errors.PluginError(
-      f"plugin '{name or kind.__name__}' is an adapter type. Its entry point "
-      "goes into the group 'surgery.adapters'."
-    )
-  if inspect.isclass(plugin):
-    plugin = _made(plugin)
   if manager.is_registered(plugin):
     return  # Given to the host, and known by name too.
   shown = str(name or getattr(plugin, '__name__', type(plugin).__name__))

@@ -164,16 +164,13 @@ def _whole(leaf: Leaf, path: Path, mark: int) -> Payload | Any:
   value = leaf.load()
   try:
     if not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
-      if leaf.shape is not None:
-        raise errors.FormatError(
-          f'expected {leaf}, found a value of type {type(value).__name__}.'
-        )
+      _check(leaf, value)
       return value
     scalar = leaf.scalar
     if leaf.shape is None:
       scalar = isinstance(value, np.generic)
     array = arrays.little(value)
-    _check(leaf, leaf.shape, array, str(value.dtype))
+    _check(leaf, value)
   except errors.FormatError as error:
     raise errors.FormatError(f'{paths.show(path)}: {error}') from None
   return Computed(array.shape, array.dtype.name, (array,), scalar, mark)
@@ -183,28 +180,21 @@ def _checked(leaf: Leaf, index: Index, path: Path) -> np.ndarray:
   """Returns a block of a leaf as a file holds it."""
   assert leaf.part is not None and leaf.shape is not None
   value = leaf.part(index)
-  sizes = tuple(cut.stop - cut.start for cut in index)
   try:
     array = arrays.little(value)
-    shape = (*sizes, *leaf.shape[len(index) :])
-    _check(leaf, shape, array, str(value.dtype))
+    _check(leaf, value, index)
   except errors.FormatError as error:
     raise errors.FormatError(f'{paths.show(path)}: {error}') from None
   return array
 
 
-def _check(
-  leaf: Leaf, shape: tuple[int, ...] | None, array: np.ndarray, dtype: str
-) -> None:
+def _check(leaf: Leaf, value: Any, index: Index = ()) -> None:
   """Raises unless a leaf gives what it said; plans were made by that."""
-  if leaf.shape is None:
-    return
-  found = Leaf(leaf.load, array.shape, array.dtype.name)
-  if found.shape != shape or leaf.dtype not in (found.dtype, dtype):
-    expected = leaf.replace(shape=shape)
-    raise errors.FormatError(f'expected {expected}, found {found}.')
-  if leaf.scalar and leaf.shape:
-    raise errors.FormatError(f'expected a numpy scalar, found {found}.')
+  wrong = leaf.mismatch(value, index)
+  if wrong is None and leaf.scalar and leaf.shape:
+    wrong = f'expected a numpy scalar, found {leaf}.'
+  if wrong is not None:
+    raise errors.FormatError(wrong)
 
 
 def _ahead(items: Iterator[_T]) -> Iterator[_T]:

@@ -92,6 +92,9 @@ def to_params(
     checkpoint: the checkpoint.
     host: knows the adapters' types.
     like: the params that it came from, of which unchanged parts are kept.
+
+  Raises:
+    PluginError: if a leaf gives something else than it says.
   """
   data = {}
   values = {path: leaf.load() for path, leaf in checkpoint.items()}
@@ -104,6 +107,11 @@ def to_params(
     if old is not None and _unchanged(old, leaf, value):
       data[path] = old
     else:
+      # Of a key a file holds the data, and params the key.
+      wrong = None if leaf.key is not None else leaf.mismatch(value)
+      if wrong is not None:
+        # As when a file is written: a pass or a hook computed something else.
+        raise errors.PluginError(f'{paths.show(path)}: {wrong}')
       data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
   _warn(checkpoint)
   notes = {} if like is None else _noted(checkpoint, records, like)

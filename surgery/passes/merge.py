@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, expect, hookspecs, paths
+from surgery.core import errors, expect, foreign, hookspecs, paths
 from surgery.core.checkpoint import Checkpoint, Index, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
@@ -259,12 +259,14 @@ class Merged:
       blocks.answer(self._chain, self._path, self._fetch, self._chains), ()
     )
     for one in encode:
-      stored = one(value)
-      if stored.shape != value.shape or stored.dtype != value.dtype:
+      where = f'{paths.show(self._path)}: what surgery_merge_param returned'
+      with foreign.code(where):
+        stored = one(value)
+      said = Leaf(lambda: None, value.shape, str(value.dtype))
+      wrong = said.mismatch(stored)
+      if wrong is not None:
         raise errors.PluginError(
-          f'{paths.show(self._path)}: a plugin re-encoded the merged parameter '
-          f'as {stored.dtype}{stored.shape}, expected {value.dtype}'
-          f'{value.shape}.'
+          f'{where} re-encodes the merged parameter as something else: {wrong}'
         )
       value = stored
     return value

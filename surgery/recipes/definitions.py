@@ -387,7 +387,15 @@ def find(name: str, host: Host) -> Definition:
     raise errors.RecipeError(
       f'no step is called {name!r}.{errors.suggest(name, known)}'
     )
-  return _cached(name, known[name])
+  try:
+    return _cached(name, known[name])
+  except (TypeError, ValueError) as error:
+    owner = host.offered_by('surgery_passes', name)
+    raise errors.PluginError(
+      f'pass {name!r} of {owner or "the library"} cannot be a step: its '
+      f'signature cannot be read ({error}). It is a function from a Checkpoint '
+      'and named arguments to a Checkpoint.'
+    ) from error
 
 
 @functools.lru_cache(maxsize=256)

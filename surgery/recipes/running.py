@@ -17,7 +17,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.core import checkpoint as checkpoints
-from surgery.core import errors, html, location, manifest, selectors
+from surgery.core import (
+  errors,
+  html,
+  location,
+  manifest,
+  performing,
+  selectors,
+)
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.files import strict_json
@@ -162,15 +169,14 @@ def _done(
   if 'host' in definition.given:
     given['host'] = host
   with host.observed(definition.name, _told(arguments)):
-    result = beneath.performed(
-      definition.function, definition.name, models[alias], given, host
+    return performing.performed(
+      definition.name,
+      definition.function,
+      models[alias],
+      host,
+      given,
+      run=beneath.performed,
     )
-  if not isinstance(result, Checkpoint):
-    raise errors.PluginError(
-      f'the pass {definition.name!r} returned {type(result).__name__}, '
-      'expected a Checkpoint.'
-    )
-  return result
 
 
 def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ class OrthogonalLoRA(surgery.LoRA):
 
   name = 'lora-orthogonal'
 
-  def __post_init__(self) -> None:
-    super().__post_init__()
+  def check(self) -> None:
+    """Checks options that depend on each other."""
     if self.rank % 2:
       raise surgery.ConfigError(
         f"adapter type '{self.name}', option 'rank': expected an even number, "

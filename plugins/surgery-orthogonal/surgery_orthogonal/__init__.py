@@ -107,8 +107,8 @@ class BOFT(surgery.Adapter):
     default=1, ge=1, doc='Number of butterfly factors; 1 is OFT with a scale.'
   )
 
-  def __post_init__(self) -> None:
-    super().__post_init__()
+  def check(self) -> None:
+    """Checks options that depend on each other."""
     if self.block_size is not None and self.blocks is not None:
       raise surgery.ConfigError(
         "adapter type 'boft': expected one of the options block_size and "
@@ -202,8 +202,8 @@ class HRA(surgery.Adapter):
 
   rank: int = surgery.field(default=8, ge=2, doc='Number of reflections; even.')
 
-  def __post_init__(self) -> None:
-    super().__post_init__()
+  def check(self) -> None:
+    """Checks options that depend on each other."""
     if self.rank % 2:
       raise surgery.ConfigError(
         f"adapter type 'hra', option 'rank': expected an even number, found "

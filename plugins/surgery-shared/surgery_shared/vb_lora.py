@@ -49,8 +49,8 @@ class VBLoRA(surgery.Adapter):
     default=0.1, gt=0, doc='Standard deviation of the logits at the start.'
   )
 
-  def __post_init__(self) -> None:
-    super().__post_init__()
+  def check(self) -> None:
+    """Checks options that depend on each other."""
     refuse_patterns(self, 'num_vectors', 'vector_length', 'bank_bound')
     if self.topk > self.num_vectors:
       raise surgery.ConfigError(

@@ -35,8 +35,8 @@ class VeRA(surgery.Adapter):
     default=0.1, doc='Value of lambda_d at the start.'
   )
 
-  def __post_init__(self) -> None:
-    super().__post_init__()
+  def check(self) -> None:
+    """Checks options that depend on each other."""
     refuse_patterns(self, 'rank')
 
   def init_shared(
