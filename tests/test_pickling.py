@@ -101,6 +101,7 @@ def objects(tmp_path):
     'Recipe': surgery.Recipe([{'drop': '**/bias'}], inputs={'model': 'a'}),
     'Refusal': surgery.Refusal('it has no inverse'),
     'Selection': surgery.select(adapted, '**/kernel'),
+    'SiteWarning': surgery.SiteWarning('left out'),
     'Site': surgery.Site(('net', 'layer'), (spec,), ('Linear',)),
   }
 

@@ -70,5 +70,7 @@ def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
       click.echo(f'check     {check}')
     for line in lines(report['tensors']):
       click.echo(line)
+    for one in report.get('left_out', ()):
+      click.echo(f'left out  {one["path"]}  {one["why"]}')
   verb = 'would write' if dry_run else 'wrote'
   click.echo(f'{verb} {where}: {summary(report)}', err=not dry_run)

@@ -231,7 +231,14 @@ class Adapter(_Configured):
     """Returns why this type cannot serve a site, or None if it can.
 
     By default it serves floating-point parameters that have an input and an
-    output axis.
+    output axis. A layer that is not served is an error where a selector names
+    it, and left out where a pattern or a wildcard matches it, with a
+    `SiteWarning` or a line in the plan. For options that do not fit a layer
+    raise `SiteError` in `init`, which is an error always.
+
+    Returns:
+      The reason, without a full stop: `it has 7 outputs, at most 4 can be
+      served`.
     """
     if not site.dtype.startswith(('float', 'bfloat')):
       return f'its dtype is {site.dtype}, a floating-point one is needed'

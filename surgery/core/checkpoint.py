@@ -290,6 +290,32 @@ class Finding:
   text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+  """A layer that a selector matched and an adapter leaves as it is.
+
+  Attributes:
+    path: path of the layer.
+    adapter: name of the adapter.
+    reason: why its type cannot serve it, without a full stop.
+    named: whether the selector says something of its name, by more than a
+      wildcard.
+  """
+
+  path: Path
+  adapter: str
+  reason: str
+  named: bool
+
+  def to_json(self) -> dict[str, str]:
+    """Returns it as a plan shows it."""
+    return {
+      'path': paths.show(self.path),
+      'adapter': self.adapter,
+      'why': self.reason,
+    }
+
+
 class Checkpoint(Mapping[Path, Leaf]):
   """Leaves by path, in order, and what is known beside them.
 
@@ -301,6 +327,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     checks: what has to hold before it is written.
     seen: the `Beneath.model` of its leaves, if they are as layers get them.
     findings: what is found out while it is written.
+    left_out: layers that were to have an adapter and cannot have it.
 
   Example:
     ckpt = surgery.open('m.msgpack')
@@ -318,6 +345,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     checks: tuple[Check, ...] = (),
     seen: object | None = None,
     findings: tuple[Finding, ...] = (),
+    left_out: tuple[LeftOut, ...] = (),
   ) -> None:
     self._leaves = dict(leaves)
     self.manifest = manifest
@@ -326,6 +354,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     self.checks = checks
     self.seen = seen
     self.findings = findings
+    self.left_out = left_out
 
   def __getitem__(self, path: Path) -> Leaf:
     try:
@@ -367,6 +396,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     checks: tuple[Check, ...] | None = None,
     seen: object | None = None,
     findings: tuple[Finding, ...] | None = None,
+    left_out: tuple[LeftOut, ...] | None = None,
   ) -> Checkpoint:
     """Returns a checkpoint with some parts changed."""
     return Checkpoint(
@@ -377,6 +407,7 @@ class Checkpoint(Mapping[Path, Leaf]):
       self.checks if checks is None else checks,
       self.seen if seen is None else seen,
       self.findings if findings is None else findings,
+      self.left_out if left_out is None else left_out,
     )
 
   def check(self) -> None:

@@ -52,6 +52,10 @@ class SiteError(SurgeryError, ValueError):
   """An adapter cannot serve a parameter: wrong dtype, rank or shape."""
 
 
+class SiteWarning(UserWarning):
+  """A layer that a selector names is left out: a type cannot serve it."""
+
+
 class CastError(SurgeryError, ValueError):
   """A dtype cannot hold a value that is to be cast to it."""
 

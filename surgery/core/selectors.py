@@ -255,6 +255,20 @@ def _class(segment: str, start: int, whole: str) -> tuple[str, int]:
 _BENEATH = '(?:[^\0]*\0)*'
 
 
+def _pattern(one: str, whole: str) -> tuple[str, bool]:
+  """Returns a regex for a glob without braces, and whether it ends wild."""
+  regex, wild = [], False
+  for segment in _segments(one):
+    if segment == '**':
+      regex.append(_BENEATH)
+      wild = True
+    else:
+      _check_stars(segment, whole)
+      part, wild = segment_regex(segment, whole)
+      regex.append(part + '\0')
+  return ''.join(regex), wild
+
+
 def _glob(text: str) -> tuple[re.Pattern[str], bool, tuple[Choice, ...]]:
   r"""Returns a regex over `a\0b\0`, whether it is literal, and alternatives.
 
@@ -264,17 +278,9 @@ def _glob(text: str) -> tuple[re.Pattern[str], bool, tuple[Choice, ...]]:
   patterns, literal = [], True
   sources: dict[tuple[int, int, int, int], list[str]] = {}
   for one in _braces(text, text):
-    regex = []
-    for segment in _segments(one.text):
-      if segment == '**':
-        regex.append(_BENEATH)
-        wild = True
-      else:
-        _check_stars(segment, text)
-        part, wild = segment_regex(segment, text)
-        regex.append(part + '\0')
+    regex, wild = _pattern(one.text, text)
     literal = literal and not wild
-    source = f'(?:{"".join(regex)})'
+    source = f'(?:{regex})'
     patterns.append(source)
     for place in one.chosen:
       sources.setdefault(place, []).append(source)
@@ -466,6 +472,51 @@ class Item:
       return False
     assert self.regex is not None
     return self.regex.fullmatch(_joined((name,))) is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def _alternatives(text: str) -> tuple[tuple[re.Pattern[str], str], ...]:
+  """Returns the patterns that a glob's braces stand for, with how each names.
+
+  See `naming` for the words.
+  """
+  found = []
+  for one in _braces(text, text):
+    regex, wild = _pattern(one.text, text)
+    said = _segments(one.text)[-1].strip('*?')
+    how = 'name' if not wild else 'part' if said else 'any'
+    found.append((re.compile(regex), how))
+  return tuple(found)
+
+
+def naming(
+  item: Item, layer: Path, types: Types = _no_types, term: Term | None = None
+) -> str:
+  """Returns how an item names a layer itself, not one that it lies in.
+
+  Args:
+    item: the item.
+    layer: path of the layer.
+    types: names of a layer's class and bases.
+    term: answers terms of plugins for a layer.
+
+  Returns:
+    `name` if its last segment is written out, alone or in braces; `part` if it
+    is a pattern with some text, a regular expression, a type or a term; `any`
+    if it is a wildcard alone; empty if the item does not match the layer.
+  """
+  if item.kind == 'glob':
+    text = _joined(layer)
+    hows = [h for regex, h in _alternatives(item.text) if regex.fullmatch(text)]
+    return next((h for h in ('name', 'part', 'any') if h in hows), '')
+  if item.kind == ALL:
+    return 'any'
+  if item.kind == 're':
+    assert item.regex is not None
+    return 'part' if item.regex.fullmatch(paths.show(layer)) else ''
+  if item.kind == 'type':
+    return 'part' if item.text[5:] in types(layer) else ''
+  return 'part' if term is not None and term(item.text, layer) else ''
 
 
 def _item(text: str) -> Item:

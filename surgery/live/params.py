@@ -560,7 +560,11 @@ def _adopted_by(
   if path not in info:
     return params
   finder = _finder(record, layer)
-  found = finding.sites(finder, pending.selector, info, missing='pass')
+  refused: list[finding.Refused] = []
+  found = finding.sites(
+    finder, pending.selector, info, missing='pass', left=refused
+  )
+  attach.warn(record.adapter, attach.left_out(record.name, refused))
   for site, met in found:
     old = record.sites.get(site.path)
     if old is not None and old.site.params == site.params:

@@ -245,7 +245,8 @@ def attach(
 
   Raises:
     SelectorError: if a selector or pattern matches nothing.
-    SiteError: if a parameter cannot be served.
+    SiteError: if a parameter or layer that is named cannot be served; one that
+      a pattern names in part is left out with a `SiteWarning`.
     ConfigError: for a wrong configuration.
     AdapterError: if the name is taken, or params hold weights of an adapter
       without its record.

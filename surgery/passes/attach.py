@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from surgery.core import errors, paths, quantised, selectors
 from surgery.core.adapter import Adapter
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.core.checkpoint import Checkpoint, Leaf, LeftOut
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.manifest import Manifest
@@ -309,9 +310,14 @@ def attach(
   waiting = None
   if pending and isinstance(where, selectors.Selector) and not shares:
     waiting = _pending(adapter, where, finder, graph, host)
+  refused: list[finding.Refused] = []
   try:
     found = finding.sites(
-      finder, where, info, missing='pass' if waiting else 'error'
+      finder,
+      where,
+      info,
+      missing='pass' if waiting else 'error',
+      left=refused,
     )
   except errors.SelectorError as error:
     if not (pending and shares):
@@ -358,10 +364,46 @@ def attach(
     marked(checkpoint, records),
     {**weight_leaves(checkpoint, records, record, seed, info), **shared_leaves},
   )
+  left = left_out(name, refused)
+  warn(adapter, left)
   return checkpoint.replace(
     leaves=leaves,
     records=records.add(record),
     manifest=_remembering(checkpoint.manifest, name, seed, where),
+    left_out=(*checkpoint.left_out, *left),
+  )
+
+
+def left_out(name: str, refused: Iterable[finding.Refused]) -> list[LeftOut]:
+  """Returns the layers that an adapter leaves out, each once.
+
+  Args:
+    name: the adapter's name.
+    refused: what finding was told, by each item of a selector.
+  """
+  found: dict[Path, LeftOut] = {}
+  for one in refused:
+    named = one.how != 'any'
+    if one.layer not in found or named:
+      found[one.layer] = LeftOut(one.layer, name, one.reason, named)
+  return list(found.values())
+
+
+def warn(adapter: Adapter, left: Iterable[LeftOut]) -> None:
+  """Warns of layers that a selector names in part and that are left out."""
+  left = [one for one in left if one.named]
+  if not left:
+    return
+  shown = '; '.join(
+    f'{paths.show(one.path)} ({one.reason})' for one in left[:5]
+  )
+  more = f'; and {len(left) - 5} more' if len(left) > 5 else ''
+  warnings.warn(
+    f"attach: adapter type '{adapter.name}' cannot serve {len(left)} of the "
+    f'layers that the selector matches, and leaves them as they are: {shown}'
+    f"{more}. To say that this is meant, take them out with '!'.",
+    errors.SiteWarning,
+    stacklevel=2,
   )
 
 

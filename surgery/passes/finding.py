@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from surgery.core import errors, paths, selectors
@@ -254,6 +254,7 @@ def sites(
   info: Mapping[Path, Info],
   *,
   missing: str = 'error',
+  left: list[Refused] | None = None,
 ) -> list[tuple[Site, frozenset[int]]]:
   """Finds the sites that a selector means.
 
@@ -266,17 +267,18 @@ def sites(
     info: all parameters that may be rewritten.
     missing: `'error'` raises for an item, or an alternative of one, that
       yields no site; `'pass'` does not.
+    left: is told of the layers that are matched and yield no site.
 
   Returns:
     Sites, each with the indices of the selector's items that mean it.
 
   Raises:
     SelectorError: for an item that matches nothing.
-    SiteError: for a named parameter that cannot be served.
+    SiteError: for a named parameter or layer that cannot be served.
   """
   layers = by_layer(info)
   if isinstance(to, Selection):
-    return _of_selection(finder, to, layers)
+    return _of_selection(finder, to, layers, left)
   types = finder.names
   match = selectors.resolve(
     to, info, types, finder.term(layers), missing=missing
@@ -284,6 +286,7 @@ def sites(
   items = list(to.positive)
   found: dict[Path, tuple[Site, set[int]]] = {}
   reasons: dict[Path, str] = {}
+  refused: dict[Path, str] = {}
   defaults = {
     layer: finder.defaults(layer, params)
     for layer, params in layers.items()
@@ -301,8 +304,10 @@ def sites(
         continue
       site = finder.site(layer, name, layers[layer], usual)
       if not finder.serves(site):
-        why = finder.adapter.at(site).serves(site) or 'a plugin refused it'
+        why = _why(finder, site)
         reasons.setdefault(path, f'{paths.show(path)}: {why}')
+        if at_layer:
+          refused.setdefault(layer, f'{name}: {why}')
         if not at_layer and item.literal:
           raise errors.SiteError(
             f"{paths.show(path)}: adapter type '{finder.adapter.name}' cannot "
@@ -322,11 +327,85 @@ def sites(
         there = [p for p in match.by_item[item] if choice.meets(p)]
         what = f'{item.written!r}: its alternative {choice.text!r}'
         raise _no_site(finder, what, there, _reason(reasons, there))
+  for item in items:
+    for one in _unserved(finder, item, match, found, refused, layers, missing):
+      if one.how == 'name':
+        raise errors.SiteError(
+          f'{paths.show(one.layer)}: selector {item.written!r} names this '
+          f"layer, and adapter type '{finder.adapter.name}' cannot serve it: "
+          f'{one.reason}. Leave it out of the selector, or add '
+          f'{"!" + paths.literal(one.layer)!r}.'
+        )
+      if left is not None:
+        left.append(one)
   return [(site, frozenset(ids)) for site, ids in found.values()]
 
 
+@dataclasses.dataclass(frozen=True)
+class Refused:
+  """A layer that a selector matches and that yields no site.
+
+  Attributes:
+    layer: its path.
+    reason: why, without a full stop.
+    how: how the selector names it, see `selectors.naming`.
+  """
+
+  layer: Path
+  reason: str
+  how: str
+
+
+def _unserved(
+  finder: Finder,
+  item: selectors.Item,
+  match: selectors.Match,
+  found: Iterable[Path],
+  refused: Mapping[Path, str],
+  layers: Mapping[Path, Mapping[str, Info]],
+  missing: str,
+) -> Iterator[Refused]:
+  """Yields the layers that an item matches and that yield no site.
+
+  One that others lie in is served if one of these is. A layer beneath the one
+  that was named is nobody's wish: a norm in an encoder.
+
+  Args:
+    finder: knows the adapter.
+    item: the item.
+    match: what the selector means.
+    found: paths of the sites.
+    refused: why layers were refused that have a parameter to rewrite.
+    layers: all layers.
+    missing: `'pass'` if layers may be incomplete as yet; then only those are
+      told of that were refused.
+  """
+  if item.kind == selectors.ALL:
+    return  # It means what can be served.
+  served = {path[:n] for path in found for n in range(len(path))}
+  met = {path[:-1] for path in match.by_item[item]}
+  places = dict.fromkeys(
+    layer[:n] for layer in met for n in range(1, len(layer) + 1)
+  )
+  term = finder.term(layers)
+  for place in places:
+    if place in served or (missing == 'pass' and place not in refused):
+      continue
+    how = selectors.naming(item, place, finder.names, term)
+    if not how or (place not in layers and how != 'name'):
+      continue
+    first = finder.adapter.rewrites[0]
+    names = ', '.join(layers.get(place, ()))
+    lacks = f'it has no {first!r}, which the type rewrites, only {names}'
+    why = lacks if names else 'nothing beneath it can be served'
+    yield Refused(place, refused.get(place, why), how)
+
+
 def _of_selection(
-  finder: Finder, chosen: Selection, layers: Mapping[Path, Mapping[str, Info]]
+  finder: Finder,
+  chosen: Selection,
+  layers: Mapping[Path, Mapping[str, Info]],
+  left: list[Refused] | None,
 ) -> list[tuple[Site, frozenset[int]]]:
   """The default sites among the parameters of a selection."""
   found = []
@@ -336,6 +415,8 @@ def _of_selection(
         site = finder.site(layer, name, params, True)
         if finder.serves(site):
           found.append((site, frozenset({0})))
+        elif left is not None:
+          left.append(Refused(layer, _why(finder, site), 'part'))
   if not found:
     raise errors.SelectorError(
       f"adapter type '{finder.adapter.name}' can serve none of the "
@@ -348,6 +429,12 @@ def _of_selection(
 def _reason(reasons: Mapping[Path, str], met: Iterable[Path]) -> str | None:
   """Returns why the first of some parameters cannot be served, if so."""
   return next((reasons[p] for p in met if p in reasons), None)
+
+
+def _why(finder: Finder, site: Site) -> str:
+  """Returns why a site is not served."""
+  reason = finder.adapter.at(site).serves(site) or 'a plugin refused it'
+  return reason.rstrip('.')
 
 
 def _no_site(

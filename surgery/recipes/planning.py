@@ -138,7 +138,11 @@ def needed(after: Checkpoint) -> int:
 
 
 def report(
-  rows: list[dict[str, Any]], name: str, memory: int, checks: Sequence[str]
+  rows: list[dict[str, Any]],
+  name: str,
+  memory: int,
+  checks: Sequence[str],
+  left_out: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
   """Returns a plan as JSON data."""
   order = ('copy', 'compute', 'heavy')
@@ -150,6 +154,8 @@ def report(
     'time': slowest,
     'checks': list(checks),
     'tensors': rows,
+    # Layers that a selector matched and an adapter leaves as they are.
+    **({'left_out': list(left_out)} if left_out else {}),
   }
 
 

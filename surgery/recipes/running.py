@@ -251,6 +251,7 @@ class Output:
       self.shown.name,
       planning.needed(self.after),
       [one.text for one in self.after.checks],
+      [one.to_json() for one in self.after.left_out],
     )
     found = planning.found(self.after)
     return {**said, 'found': found} if found else said
@@ -275,9 +276,11 @@ class Plan:
 
     Returns:
       `output`, a file's name; `memory`, about how many bytes it takes; `time`,
-      the class of the slowest tensor; `checks`; and `tensors`, each with
-      `path`, `what`, `shape`, `dtype`, `bytes`, `time` and what else there is.
-      After it was written also `found`: what became zero by a cast.
+      the class of the slowest tensor; `checks`; `tensors`, each with `path`,
+      `what`, `shape`, `dtype`, `bytes`, `time` and what else there is; and
+      `left_out`, if there are any: layers that an adapter cannot serve, with
+      `path`, `adapter` and `why`. After it was written also `found`: what
+      became zero by a cast.
     """
     first, *others = [one.report() for one in self.outputs]
     return {**first, 'saved': others} if others else first
