@@ -146,6 +146,27 @@ def _checked(
   return value
 
 
+def _check_counter(who: Interceptor, value: Any, weights: Arrays) -> None:
+  """Raises if dropout has no weight that counts calls.
+
+  Its masks would be the same at each step, and nothing would show it.
+
+  Raises:
+    PluginError: saying what `counters` should name.
+  """
+  named = getattr(who, 'counters', None)
+  if not isinstance(value, LowRank) or not value.dropout or named is None:
+    return
+  whole = [n for n, w in weights.items() if jnp.issubdtype(w.dtype, np.integer)]
+  if not any(n in whole and weights[n].ndim for n in named):
+    raise errors.PluginError(
+      f'apply of {called(who)!r} returned a LowRank with dropout, and '
+      f'`counters`, {tuple(named)!r}, names no vector of integers, so its mask '
+      'would be the same at each step. Weights of integers: '
+      f'{", ".join(whole) or "none"}.'
+    )
+
+
 def _is_complex(value: Any) -> bool:
   return bool(jnp.issubdtype(value.dtype, jnp.complexfloating))
 
@@ -205,13 +226,10 @@ def uses(
       used.add(asked)
       return bases[asked]
 
-    return _checked(
-      who,
-      name,
-      answered(who, site.bind(base), name, bases[name], weights),
-      _whole_shape(site.param(name)),
-      bases[name],
-    )
+    value = answered(who, site.bind(base), name, bases[name], weights)
+    _check_counter(who, value, weights)
+    shape = _whole_shape(site.param(name))
+    return _checked(who, name, value, shape, bases[name])
 
   bases = {
     p.name: jax.ShapeDtypeStruct(_whole_shape(p), wide(p.dtype))

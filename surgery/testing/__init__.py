@@ -26,7 +26,7 @@ class AdapterConformance:
   """A test class for pytest; derive from it and set `adapter`.
 
   Attributes:
-    adapter: the adapter, with a configuration that suits layers of width 4.
+    adapter: the adapter, with a configuration that suits the layers below.
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged; what the type says by default.
     trains: whether it has weights that train; a mask has none.
@@ -40,6 +40,23 @@ class AdapterConformance:
     too_large: options with values that no layer can have, which have to be
       refused, e.g. `{'block_size': 10_000}`; a rank of 10,000 by default where
       the type has that option; `{}` if nothing bounds it.
+    seeded: whether weights that look drawn differ from seed to seed; False if
+      they are computed, as a cosine basis is.
+    multiple_of: what divides the numbers of inputs and outputs of all layers;
+      a type that works in blocks of 4 says 4.
+
+  The layers, with numbers of inputs × outputs; there are two of each kind:
+
+  | kind | first | second |
+  | --- | --- | --- |
+  | `linear`, `no_bias` | 6 × 5 | 5 × 4 |
+  | `conv` | (3, 2, 3) × 5 | (3, 5) × 4 |
+  | `embed` | 7 × 5 | a linear one, 5 × 4 |
+  | `einsum` | 6 × (2, 3) | 6 × (2, 2) |
+  | `stacked` | 3 of 6 × 6 | 2 of 6 × 6 |
+  | `norm` | a scale and a bias of 6 | a scale of 6 |
+
+  `multiple_of` multiplies the last number on each side of each `×`.
   """
 
   adapter: ClassVar[Adapter]
@@ -50,6 +67,8 @@ class AdapterConformance:
   unsupported: ClassVar[tuple[str, ...]] = ()
   kinds: ClassVar[tuple[str, ...] | None] = None
   too_large: ClassVar[Mapping[str, Any] | None] = None
+  seeded: ClassVar[bool] = True
+  multiple_of: ClassVar[int] = 1
 
   @classmethod
   def cases(cls) -> list[Case]:
@@ -62,6 +81,8 @@ class AdapterConformance:
       cls.factored,
       cls.unsupported,
       cls.too_large,
+      cls.seeded,
+      cls.multiple_of,
     )
     return _laws.cases(cls.adapter, declared, kinds=cls.kinds)
 
@@ -78,11 +99,13 @@ def _declared(
   factored: bool,
   unsupported: Iterable[str],
   too_large: Mapping[str, Any] | None,
+  seeded: bool,
+  multiple_of: int,
 ) -> Declared:
   """Returns what is said of an adapter.
 
   Raises:
-    ConfigError: if it is something else, as its type.
+    ConfigError: if it is something else, as its type, or a size is none.
   """
   if not isinstance(adapter, Adapter):
     shown = getattr(adapter, '__name__', type(adapter).__name__)
@@ -92,8 +115,21 @@ def _declared(
     )
   if mergeable is None:
     mergeable = type(adapter).mergeable
+  whole = isinstance(multiple_of, int) and not isinstance(multiple_of, bool)
+  if not whole or multiple_of < 1:
+    raise errors.ConfigError(
+      f'multiple_of: expected a whole number of at least 1, found '
+      f'{multiple_of!r}.'
+    )
   return Declared(
-    identity, mergeable, trains, factored, tuple(unsupported), too_large
+    identity,
+    mergeable,
+    trains,
+    factored,
+    tuple(unsupported),
+    too_large,
+    seeded,
+    multiple_of,
   )
 
 
@@ -106,6 +142,8 @@ def check(
   factored: bool = True,
   unsupported: Iterable[str] = (),
   too_large: Mapping[str, Any] | None = None,
+  seeded: bool = True,
+  multiple_of: int = 1,
   laws: Iterable[str] | None = None,
   kinds: Iterable[str] | None = None,
   dtypes: Iterable[str] | None = None,
@@ -121,6 +159,8 @@ def check(
     unsupported: kinds of layers that it does not serve.
     too_large: options with values that no layer can have; a rank of 10,000 by
       default where the type has that option; `{}` if nothing bounds it.
+    seeded: whether weights that look drawn differ from seed to seed.
+    multiple_of: what divides the numbers of inputs and outputs of all layers.
     laws: names of the laws to look at; all by default.
     kinds: kinds of layers to look at; all but `norm` by default.
     dtypes: dtypes to look at; all by default.
@@ -129,7 +169,15 @@ def check(
     Broken: for the first law that is broken.
   """
   declared = _declared(
-    adapter, identity, mergeable, trains, factored, unsupported, too_large
+    adapter,
+    identity,
+    mergeable,
+    trains,
+    factored,
+    unsupported,
+    too_large,
+    seeded,
+    multiple_of,
   )
   for case in _laws.cases(
     adapter, declared, laws=laws, kinds=kinds, dtypes=dtypes

@@ -31,6 +31,7 @@ from surgery.live import explain as explaining
 from surgery.live import params as live
 from surgery.live import saving, verbs, walking
 from surgery.live.factored import factored
+from surgery.passes import drawing
 from surgery.testing import hurry, models
 
 # How far outputs may differ where programs are compiled otherwise.
@@ -61,6 +62,8 @@ class Declared:
     unsupported: kinds of layers that it does not serve.
     too_large: options with values that no layer can have; None for a rank of
       10,000 where the type has that option, empty if nothing bounds it.
+    seeded: whether what looks drawn differs from seed to seed.
+    multiple_of: what divides the numbers of inputs and outputs of layers.
   """
 
   identity: bool = True
@@ -69,6 +72,8 @@ class Declared:
   factored: bool = True
   unsupported: tuple[str, ...] = ()
   too_large: Mapping[str, Any] | None = None
+  seeded: bool = True
+  multiple_of: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +116,9 @@ class Case:
 
   def model(self) -> models.Model:
     """Returns the model."""
-    return models.model(self.kind, self.dtype)
+    return models.model(
+      self.kind, self.dtype, multiple_of=self.declared.multiple_of
+    )
 
   def attached(self, of: models.Model, **options: Any) -> bx.Params:
     """Returns the model's params with the adapter, as it begins."""
@@ -168,7 +175,8 @@ class Case:
       if isinstance(error, errors.SiteError):
         hint = (
           ' If the type is not meant for such layers, say so: unsupported = '
-          f'({self.kind!r},).'
+          f'({self.kind!r},). If it is meant for other sizes, say which: '
+          'multiple_of = 4 makes all numbers of inputs and outputs multiples.'
         )
       raise self.broken(f'{type(error).__name__}: {error}{hint}') from error
 
@@ -341,6 +349,75 @@ def seeds_decide_the_weights(case: Case) -> None:
   case.same_params(one, two, 'weights of one seed')
   rest = one.split(lambda path, p: not models.is_weight(p))[0]
   case.same_params(model.params, _as_plain(rest), 'the base after attaching')
+
+
+@_law(kinds=False)
+def what_is_drawn_depends_on_the_seed(case: Case) -> None:
+  """Weights that look drawn at random differ from seed to seed."""
+  model = case.model()
+  one, two = case.attached(model, seed=3), case.attached(model, seed=4)
+  [record] = live.records_of(one).adapters
+  # What is computed from the base is the same for all seeds, and may be.
+  derived = {
+    spec.path
+    for site in record.sites.values()
+    if drawing.site_shapes(site.interceptor, site.site)[1]
+    for spec in site.weights.values()
+  }
+  for name, spec in record.weights():
+    a, b = _plain(one[spec.path].value), _plain(two[spec.path].value)
+    same = a.tobytes() == b.tobytes()
+    if not case.declared.seeded and not same:
+      raise case.broken(
+        f'{name!r} is another for another seed, and it is declared that '
+        'nothing is (seeded = False).',
+        paths.show(spec.path),
+      )
+    looks_drawn = len(np.unique(a)) > max(3, a.size // 2)
+    if (
+      case.declared.seeded
+      and same
+      and looks_drawn
+      and (spec.path not in derived)
+    ):
+      raise case.broken(
+        f'{name!r} has the same numbers for every seed. Draw them from the '
+        "key that init is given: surgery.named_key(key, 'name'). Declare "
+        'seeded = False if they are not drawn but computed.',
+        paths.show(spec.path),
+      )
+
+
+@_law(kinds=False)
+def how_axes_are_stored_does_not_matter(case: Case) -> None:
+  """On a kernel that is stored as (outputs, inputs) it does the same."""
+  model, host = case.model(), case.host
+  kernels = [
+    path
+    for path, param in model.params.items()
+    if path[-1] == 'kernel' and np.ndim(param.value) == 2
+  ]
+  if not kernels or model.options.get('layout'):
+    return
+  params = model.params.unlocked()
+  for path in kernels:
+    params[path] = params[path].replace(value=params[path].value.T)
+  turned = dataclasses.replace(
+    model,
+    params=params.locked(),
+    options={**model.options, 'layout': {'**/kernel': 'oi'}},
+  )
+  straight, other = case.trained(model, seed=3), case.trained(turned, seed=3)
+  for path, param in straight.items():
+    if models.is_weight(param):
+      what = f"{paths.show(path)}, drawn for a kernel of layout 'io' and 'oi'"
+      case.close(_plain(param.value), _plain(other[path].value), what)
+  if not case.declared.mergeable:
+    return
+  one, two = verbs.merge(straight, host=host), verbs.merge(other, host=host)
+  for path in kernels:
+    what = f"{paths.show(path)}, merged with layout 'io' and 'oi'"
+    case.close(one[path].value, two[path].value.T, what)
 
 
 def _as_plain(params: bx.Params) -> bx.Params:
@@ -715,7 +792,7 @@ def low_rank_values_stay_factored(case: Case) -> None:
     return  # Others are like these, or may be dense.
   if not case.declared.factored:
     return
-  model = models.model(case.kind, case.dtype, _WIDE)
+  model = models.model(case.kind, case.dtype, _WIDE, case.declared.multiple_of)
 
   def attached(params: bx.Params) -> bx.Params:
     return case.attached(dataclasses.replace(model, params=params))

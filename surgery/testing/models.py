@@ -65,16 +65,21 @@ class _Net(bx.Module):
   """Two layers of a kind, the name of one being a part of the other's."""
 
   def __init__(
-    self, graph: bx.Graph, kind: str, rng: Any, scale: int = 1
+    self,
+    graph: bx.Graph,
+    kind: str,
+    rng: Any,
+    scale: int = 1,
+    times: int = 1,
   ) -> None:
     super().__init__(graph)
     self.kind = kind
-    n = scale
+    n = scale * times
     first, second = graph.child('query'), graph.child('query2')
     plain = {'use_bias': False} if kind == 'no_bias' else {}
     if kind == 'conv':
-      self.query = bx.Conv(first, (3, 2), 5, rng)
-      self.query2 = bx.Conv(second, 3, 4, rng)
+      self.query = bx.Conv(first, (3, 2), 5 * times, rng)
+      self.query2 = bx.Conv(second, 3, 4 * times, rng)
     elif kind == 'embed':
       self.query = bx.Embed(first, 7 * n, 5 * n, rng)
       self.query2 = bx.Linear(second, 4 * n, rng)
@@ -125,15 +130,18 @@ class Model:
     return self.net(params, self.x if x is None else x)[0]
 
 
-def model(kind: str, dtype: str = 'float32', scale: int = 1) -> Model:
+def model(
+  kind: str, dtype: str = 'float32', scale: int = 1, multiple_of: int = 1
+) -> Model:
   """Returns a model of a kind, with params that nobody else holds.
 
   Args:
     kind: one of `KINDS`.
     dtype: dtype of its parameters.
     scale: how many times as wide its layers are, but for convolutions.
+    multiple_of: what divides the numbers of inputs and outputs of its layers.
   """
-  made = _made(kind, dtype, scale)
+  made = _made(kind, dtype, scale, multiple_of)
   params = bx.Params()
   for path, param in made.params.items():
     metadata = dict(param.metadata)
@@ -143,16 +151,16 @@ def model(kind: str, dtype: str = 'float32', scale: int = 1) -> Model:
 
 
 @functools.cache
-def _made(kind: str, dtype: str, scale: int) -> Model:
+def _made(kind: str, dtype: str, scale: int, times: int) -> Model:
   graph = bx.Graph('net')
   rng = bx.Rng(graph.child('rng'))
-  net = _Net(graph.child('layers'), kind, rng, scale)
+  net = _Net(graph.child('layers'), kind, rng, scale, times)
   numbers = np.random.default_rng(0)
-  x: Any = jnp.asarray(numbers.normal(size=(3, 6 * scale)), 'float32')
+  x: Any = jnp.asarray(numbers.normal(size=(3, 6 * scale * times)), 'float32')
   if kind == 'embed':
     x = jnp.asarray([[0, 3, 6], [1, 1, 5]])
   elif kind == 'conv':
-    x = jnp.asarray(numbers.normal(size=(2, 6, 5, 3)), 'float32')
+    x = jnp.asarray(numbers.normal(size=(2, 6, 5, 3 * times)), 'float32')
   params = _filled(rng.seed(bx.Params(), seed=0), net, x, numbers).locked()
   if dtype != 'float32':
     params = verbs.cast(params, dtype)

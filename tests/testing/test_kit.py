@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,14 @@ import pytest
 
 import surgery
 from surgery import testing
+from surgery.testing import models
 
 # What each of them does right: a scale of outputs, on layers with a bias too.
 
 
 class _Scale(surgery.Adapter):
   name = 'scale'
-  rewrites = ('kernel', 'bias')
+  rewrites: ClassVar[tuple[str, ...]] = ('kernel', 'bias')
 
   def init(self, site, key):
     return {'s': jnp.ones(site.out_shape)}
@@ -188,6 +189,94 @@ class Greedy(_Scale):
   name = 'greedy'
 
 
+class IgnoresItsKey(_Scale):
+  """It draws the same numbers for each seed and each site."""
+
+  name = 'ignores_its_key'
+
+  def init(self, site, key):
+    noise = jax.random.normal(jax.random.key(0), site.out_shape)
+    return {'s': 1 + 0.1 * noise}
+
+
+class DrawnOnce(_Scale):
+  """As numpy draws, with a seed of its own."""
+
+  name = 'drawn_once'
+
+  def init(self, site, key):
+    numbers = np.random.default_rng(0)
+    return {'s': 1 + numbers.normal(size=site.out_shape).astype('float32')}
+
+
+class Cosine(_Scale):
+  """Its numbers are computed, and look drawn."""
+
+  name = 'cosine'
+
+  def init(self, site, key):
+    return {'s': 1 + jnp.cos(jnp.arange(site.out_size)).reshape(site.out_shape)}
+
+
+class Stored(_Scale):
+  """Takes the shape as it is stored for inputs and outputs."""
+
+  name = 'stored'
+  rewrites = ('kernel',)
+
+  def init(self, site, key):
+    return {'s': jnp.ones(site.primary.shape)}
+
+
+class StoredSide(_Scale):
+  """Is wrong where a kernel is turned, and fails nowhere."""
+
+  name = 'stored_side'
+  rewrites = ('kernel',)
+
+  def apply(self, site, name, base, weights):
+    return base * weights['s'] + (weights['s'] - 1) * site.primary.shape[0]
+
+
+class Blocks(_Scale):
+  """Scales blocks of four outputs."""
+
+  name = 'blocks'
+  rewrites = ('kernel',)
+
+  def init(self, site, key):
+    if site.out_size % 4:
+      raise surgery.SiteError(
+        f'{"/".join(site.path)}: blocks of 4 do not divide {site.out_size}.'
+      )
+    return {'s': jnp.ones(site.out_size // 4)}
+
+  def apply(self, site, name, base, weights):
+    return base * jnp.repeat(weights['s'], 4).reshape(site.out_shape)
+
+
+class Dropped(surgery.Adapter):
+  """LoRA of rank one with dropout, which counts or does not."""
+
+  name = 'dropped'
+  adds = True
+
+  def init(self, site, key):
+    words = jax.random.bits(surgery.named_key(key, 'key'), (2,), 'uint32')
+    a = jax.random.normal(surgery.named_key(key, 'a'), (*site.in_shape, 1))
+    return {
+      'a': a,
+      'b': jnp.zeros((1, *site.out_shape)),
+      'key': jnp.append(words, jnp.uint32(0)),
+    }
+
+  def apply(self, site, name, base, weights):
+    *words, count = weights['key']
+    key = jax.random.wrap_key_data(jnp.stack(words), impl='threefry2x32')
+    key = jax.random.fold_in(key, count)
+    return surgery.LowRank(base, weights['a'], weights['b'], 1.0, 0.1, key)
+
+
 SAVING = {
   'saved_is_loaded',
   'an_adapter_is_saved_alone',
@@ -259,6 +348,117 @@ BROKEN: dict[str, Any] = {
   ),
   'forgetful': (Forgetful(power=2.0), {}, {'configuration_is_data', *SAVING}),
 }
+
+
+BROKEN |= {
+  'ignores its key': (
+    IgnoresItsKey(),
+    {'identity': False},
+    {'what_is_drawn_depends_on_the_seed'},
+  ),
+  'drawn once': (
+    DrawnOnce(),
+    {'identity': False},
+    {'what_is_drawn_depends_on_the_seed'},
+  ),
+  'computed, and it is not said': (
+    Cosine(),
+    {'identity': False},
+    {'what_is_drawn_depends_on_the_seed'},
+  ),
+  'drawn, and declared to be computed': (
+    surgery.LoRA(rank=2),
+    {'seeded': False},
+    {'what_is_drawn_depends_on_the_seed'},
+  ),
+  'as stored': (Stored(), {}, {'how_axes_are_stored_does_not_matter'}),
+  'a side as stored': (
+    StoredSide(),
+    {},
+    {'how_axes_are_stored_does_not_matter'},
+  ),
+}
+
+
+def test_what_is_computed_may_be_declared():
+  testing.check(
+    Cosine(), identity=False, seeded=False,
+    laws=['what_is_drawn_depends_on_the_seed'],
+  )  # fmt: skip
+
+
+def test_a_type_says_which_sizes_it_needs():
+  laws = ['identity_at_start', 'random_weights_do_something']
+  laws += ['how_axes_are_stored_does_not_matter']
+  testing.check(Blocks(), multiple_of=4, laws=laws, dtypes=['float32'])
+  with pytest.raises(
+    testing.Broken, match=r'blocks of 4 do not divide 5.*multiple_of = 4 makes'
+  ) as caught:
+    testing.check(Blocks(), laws=laws)
+  with pytest.raises(testing.Broken, match='multiple_of=2'):
+    testing.check(Blocks(), multiple_of=2, laws=laws)
+  assert 'multiple_of' not in str(caught.value).partition('Reproduce')[2]
+  wrongs: list[Any] = [0, -1, 2.0, True]
+  for wrong in wrongs:
+    with pytest.raises(surgery.ConfigError, match='multiple_of: expected a'):
+      testing.check(Blocks(), multiple_of=wrong)
+
+
+@pytest.mark.parametrize('kind', models.KINDS)
+def test_all_numbers_of_inputs_and_outputs_are_multiples(kind):
+  for times in (1, 3):
+    known = []
+
+    class Looks(surgery.Adapter):
+      name = 'looks'
+      rewrites = ('scale',) if kind == 'norm' else ('kernel',)
+
+      def serves(self, site):
+        known.append((site.in_size, site.out_size))  # noqa: B023
+        return None
+
+      def init(self, site, key):
+        return {}
+
+      def apply(self, site, name, base, weights):
+        return base
+
+    model = models.model(kind, multiple_of=times)
+    host = surgery.Host(plugins=[Looks], only=())
+    models.attached(model, Looks(), host)
+    assert known
+    for inputs, outputs in known:
+      assert kind == 'norm' or 0 == inputs % times
+      assert 0 == outputs % times
+    if kind in ('linear', 'no_bias', 'conv', 'embed'):
+      # Mistaking one side for the other must show.
+      assert all(inputs != outputs for inputs, outputs in known)
+
+
+def test_block_wise_types_conform_by_their_test_class():
+  class Test(testing.AdapterConformance):
+    adapter = Blocks()
+    multiple_of = 4
+
+  assert {4} == {case.declared.multiple_of for case in Test.cases()}
+
+
+@pytest.mark.parametrize(
+  ('counters', 'said'),
+  [((), r'\(\)'), (('keys',), "'keys'"), (('a',), "'a'")],
+)
+def test_dropout_without_a_counter_is_refused(counters, said):
+  type_ = type('Wrong', (Dropped,), {'name': 'wrong', 'counters': counters})
+  with pytest.raises(
+    testing.Broken,
+    match=rf'`counters`, .*{said}.*, names no vector of integers.*: key\.',
+  ):
+    testing.check(type_(), laws=['identity_at_start'])
+
+
+def test_dropout_with_a_counter_is_right():
+  type_ = type('Right', (Dropped,), {'name': 'right', 'counters': ('key',)})
+  testing.check(type_(), kinds=['linear'], dtypes=['float32'])
 
 
 def test_what_is_right_is_right():
