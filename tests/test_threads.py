@@ -166,6 +166,7 @@ def test_an_attribute_is_made_once_for_each_object():
 VALUES = {
   'core/records.py': {'digest'},
   'core/renaming.py': {'_words'},
+  'core/selectors.py': {'_regex'},
   'core/site.py': {'anonymous'},
   'passes/plugin.py': {'__wrapped__'},
   'testing/laws.py': {'host'},

@@ -84,12 +84,14 @@ def sites(model):
 
 WIDE = r'kernel: it has 7 outputs, at most 4 can be served'
 NAMED = {
-  '**/{h0,out}': f"net/out: selector '.*' names this layer, .*: {WIDE}",
-  'net/{h0,out}': 'net/out: .*Leave it out of the selector, or add .!net/out',
-  '{net/h0,net/out}': 'net/out: ',
-  '**/{h*,out}': 'net/out: ',
-  '**/{h0,norm}': "net/norm: .* it has no 'kernel', which the type .* scale",
-  'net/{h0,dec}': 'net/dec: .*nothing beneath it can be served',
+  '**/{h0,out}': f"its alternative 'out': .* net/out/{WIDE}",
+  'net/{h0,out}': "its alternative 'out'",
+  '{net/h0,net/out}': "its alternative 'net/out'",
+  '**/{h*,out}': "its alternative 'out'",
+  'net/{h,o}*': "its alternative 'o'",
+  're:net/(h0|out)': "its alternative 'out'",
+  '**/{h0,norm}': "its alternative 'norm': .* default site",
+  'net/{h0,dec}': "its alternative 'dec'",
 }
 
 
@@ -97,15 +99,31 @@ NAMED = {
 @pytest.mark.parametrize('kind', ['params', 'file'])
 def test_a_layer_that_is_named_is_not_skipped(to, kind, tmp_path):
   model = params() if kind == 'params' else surgery.open(saved(tmp_path))
-  with pytest.raises(surgery.SiteError, match=NAMED[to]):
+  with pytest.raises(surgery.SurgeryError, match=NAMED[to]):
     attached(to, model)
+
+
+@pytest.mark.parametrize('to', ['**/x', '**/{x,h0}', ['**/x', 'net/h0']])
+def test_each_layer_of_a_name_is_served(to):
+  model = params(locked=False)
+  for name, outputs in (('a', 4), ('b', 9)):
+    value = jnp.ones((4, outputs))
+    model['net', name, 'x', 'kernel'] = bx.Param(value)
+  with pytest.raises(
+    surgery.SiteError,
+    match=r"net/b/x: selector '.*' names this layer, .* cannot serve it: "
+    r'kernel: it has 9 outputs, at most 4 .*Leave it out .* .!net/b/x',
+  ):
+    attached(to, model.locked())
+  some = [to] if isinstance(to, str) else to
+  assert 'a/x' in sites(attached([*some, '!net/b/x'], model.locked()))
 
 
 def test_a_list_and_braces_mean_the_same():
   for to in ('**/{h0,out}', ['**/h0', '**/out']):
     with pytest.raises(surgery.SiteError, match='net/out'):
       attached(to)
-  assert {'h0'} == sites(attached(['**/{h0,out}', '!net/out']))
+  assert {'h0', 'h1'} == sites(attached('**/{h0,h1}'))
 
 
 @pytest.mark.parametrize(
@@ -113,8 +131,8 @@ def test_a_list_and_braces_mean_the_same():
   [
     ('**/*h*', {'h0', 'h1', 'enc/h2'}, []),
     ('net/[ho]*', {'h0', 'h1'}, ['net/out']),
-    ('net/{h,o}*', {'h0', 'h1'}, ['net/out']),
-    ('re:net/(h0|out)', {'h0'}, ['net/out']),
+    ('net/{h,[ho]}*', {'h0', 'h1'}, ['net/out']),
+    ('re:net/[ho].*', {'h0', 'h1'}, ['net/out']),
     ('**/[hn]*', {'h0', 'h1', 'enc/h2'}, ['net/norm']),
   ],
 )
@@ -210,7 +228,7 @@ def test_the_shell_says_it_on_stderr_and_in_the_plan(tmp_path, surgery_cli):
   assert "left out  net/norm  it has no 'kernel', which" in done.out
   done = surgery_cli(*arguments, '--to', '**/{h0,norm}', '-o', out)
   assert 3 == done.code and not out.exists()
-  assert "error: net/norm: selector '**/{h0,norm}' names this layer" in done.err
+  assert "error: selector '**/{h0,norm}': its alternative 'norm'" in done.err
 
 
 @pytest.mark.parametrize(
