@@ -18,7 +18,6 @@ from surgery.core.checkpoint import Check, Checkpoint, Index, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 
-
 Run = Callable[
   [Callable[..., Any], str, Checkpoint, Mapping[str, Any], Host], Any
 ]

@@ -26,7 +26,8 @@ def model(**options):
 
 
 PARAMS = model()
-KERNEL, A, B = (('net', 'layer', n) for n in ('kernel', 'lora_a', 'lora_b'))
+NAMES = ('kernel', 'bias', 'lora_a', 'lora_b')
+KERNEL, BIAS, A, B = (('net', 'layer', name) for name in NAMES)
 
 
 def offering(function, name='mine'):
@@ -134,8 +135,8 @@ def test_a_pass_that_returns_something_else_is_named(change, message, tmp_path):
 
 def computing(load, part=None, **said):
   def mine(checkpoint):
-    leaf = checkpoint[KERNEL].replace(load=load, part=part, **said)
-    return checkpoint.replace(leaves={**checkpoint, KERNEL: leaf})
+    leaf = checkpoint[BIAS].replace(load=load, part=part, **said)
+    return checkpoint.replace(leaves={**checkpoint, BIAS: leaf})
 
   return mine
 
@@ -144,11 +145,11 @@ def computing(load, part=None, **said):
   ('load', 'message'),
   [
     (
-      lambda: np.ones((3, 4), np.float32),
-      r'float32\[4,3\], found float32\[3,4',
+      lambda: np.ones(4, np.float32),
+      r'float32\[3\], found float32\[4',
     ),
-    (lambda: np.ones((4, 3)), r'expected float32\[4,3\], found float64\[4,3\]'),
-    (lambda: 3, r'expected float32\[4,3\], found a value of type int'),
+    (lambda: np.ones(3), r'expected float32\[3\], found float64\[3\]'),
+    (lambda: 3, r'expected float32\[3\], found a value of type int'),
     (lambda: 1 / 0, 'failed: ZeroDivisionError'),
   ],
 )
@@ -157,7 +158,7 @@ def test_what_a_pass_computes_is_what_it_says_on_params_and_files(
 ):
   for run in both(computing(load), tmp_path):
     with pytest.raises(
-      surgery.PluginError, match=f"net/layer/kernel: pass 'mine' .*{message}"
+      surgery.PluginError, match=f"net/layer/bias: pass 'mine' .*{message}"
     ):
       run()
 
@@ -190,20 +191,20 @@ def test_a_check_that_cannot_run_is_the_plugins(tmp_path):
 
 def test_what_a_pass_leaves_alone_is_copied_unread(tmp_path):
   def mine(checkpoint):
-    leaf = checkpoint[KERNEL]
-    new = leaf.replace(load=lambda: 2 * leaf.load())
-    return checkpoint.replace(leaves={**checkpoint, KERNEL: new})
+    leaf = checkpoint[BIAS]
+    new = leaf.replace(load=lambda: 2 + leaf.load())
+    return checkpoint.replace(leaves={**checkpoint, BIAS: new})
 
   plan = Recipe(['mine']).plan(
     model=saved(tmp_path), out=tmp_path / 'o.msgpack', host=offering(mine)
   )
   rows = {row['path']: row['what'] for row in plan.report()['tensors']}
-  assert 'computed' == rows.pop('net/layer/kernel')
+  assert 'computed' == rows.pop('net/layer/bias')
   assert {'copied'} == set(rows.values())
   plan.write()
-  doubled = surgery.load(tmp_path / 'o.msgpack')
+  moved = surgery.load(tmp_path / 'o.msgpack')
   np.testing.assert_array_equal(
-    2 * np.asarray(PARAMS[KERNEL].value), doubled[KERNEL].value
+    2 + np.asarray(PARAMS[BIAS].value), moved[BIAS].value
   )
 
 
@@ -267,7 +268,11 @@ def test_a_pass_of_anybody_that_leaves_half_an_adapter_is_refused(
   change, tmp_path
 ):
   function, message = HALVES[change]
+  # One that says nothing of adapters may not even change what they rewrite.
   for run in both(function, tmp_path):
+    with pytest.raises(surgery.SurgeryError, match='half of adapter|rewritten'):
+      run()
+  for run in both(surgery.handles_adapters(function), tmp_path):
     with pytest.raises(surgery.SurgeryError, match=message) as caught:
       run()
     said = str(caught.value)
@@ -595,7 +600,9 @@ LOUD = """
         def load(leaf=leaf):
           print('loading')
           return leaf.load()
-        leaves[path] = leaf.replace(load=load)
+        if path[-1] == 'bias':
+          leaf = leaf.replace(load=load)
+        leaves[path] = leaf
       return checkpoint.replace(leaves=leaves)
 
   class Fails:
