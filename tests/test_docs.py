@@ -246,6 +246,8 @@ def test_the_page_on_factored_names_every_rule_and_its_examples_run():
   code = '\n'.join(lines('factored.md', 'python'))
   exec(code, names)  # The page's own code.
   assert (7, 3) == names['y'].shape
+  counts = names['rest']['net', 'mlp', 'hidden0', 'lora_dropout'].value
+  assert 2 == int(counts[2])  # A call each, from which keys derive.
 
 
 def test_each_guarantee_names_a_test_that_exists():

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import blox as bx
+import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import surgery
@@ -43,9 +45,25 @@ def test_the_python_example_runs(model, tmp_path, monkeypatch):
   assert 4 == len(model['base'])
 
 
+def test_the_training_of_the_readme_counts_and_moves_what_trains(model):
+  adapter = surgery.LoRA(rank=4, dropout=0.3)
+  params = surgery.attach(model['params'], adapter, to='**/hidden*')
+  params = surgery.freeze(params)
+  names = {**model, 'params': params, 'jax': jax, 'optax': optax}
+  names['surgery'] = surgery
+  code = blocks('python')[1]
+  exec(code, names)
+  exec(code.split('state = tx.init')[1].split('\n', 1)[1], names)
+  assert 2 == int(names['params']['net', 'hidden0', 'lora_dropout'].value[2])
+  for path, param in params.items():
+    if path[-1] in ('kernel', 'bias', 'lora_b'):
+      same = jnp.array_equal(param.value, names['params'][path].value)
+      assert same == (path[-1] != 'lora_b'), path
+
+
 def test_the_adapter_of_the_readme_works(model):
   namespace = {}
-  exec(blocks('python')[1], namespace)
+  exec(blocks('python')[2], namespace)
   host = surgery.Host(plugins=[namespace['IA3']], entry_points=False)
   params = surgery.attach(
     model['params'], namespace['IA3'](), to='**', host=host

@@ -103,7 +103,7 @@ class LowRank:
       a,
       b,
       *keys,
-      axes=(NONE if base is None else whole, *factors),
+      axes=(NONE if base is None else whole, *factors, *((),) * len(keys)),
       scale=float(scale),
       dropout=float(self.dropout),
     )
@@ -170,13 +170,11 @@ def spread(value: Any, axes: Sequence[int], shape: Sequence[int]) -> Any:
   return jax.lax.broadcast_in_dim(value, tuple(shape), sorted(axes))
 
 
-def shape_of(
-  values: Sequence[Any], axes: tuple[Axes, Axes, Axes]
-) -> tuple[int, ...]:
+def shape_of(values: Sequence[Any], axes: tuple[Axes, ...]) -> tuple[int, ...]:
   """Returns the shape of a result, given what owns its axes."""
   sizes = {
     axis: size
-    for value, owned in zip(values, axes, strict=True)
+    for value, owned in zip(values, axes, strict=False)  # Not a key's.
     if owned != NONE
     for axis, size in zip(owned, value.shape, strict=True)
   }
@@ -188,7 +186,7 @@ def dense(
   a: Any,
   b: Any,
   *key: Any,
-  axes: tuple[Axes, Axes, Axes],
+  axes: tuple[Axes, ...],
   scale: float,
   dropout: float = 0.0,
 ) -> Any:
@@ -199,8 +197,8 @@ def dense(
     a: array with a rank axis.
     b: array with a rank axis.
     *key: not used.
-    axes: for each of the three the axes of the result that it owns; `NONE` for
-      a base that is not there.
+    axes: for each of the three, and a key, the axes of the result that it
+      owns; `NONE` for a base that is not there.
     scale: factor of the product.
     dropout: not used.
   """
@@ -262,7 +260,7 @@ def primitive() -> Any:
     # A mapped axis is one that each factor owns in which it is mapped.
     axes = params.pop('axes')
     moved, owned = [], []
-    for value, dim, old in zip(operands, dims, axes, strict=False):
+    for value, dim, old in zip(operands, dims, axes, strict=True):
       new = [x + 1 if x >= 0 else x for x in old]
       if dim is not None and old != NONE:
         new.insert(dim, 0)
@@ -275,8 +273,6 @@ def primitive() -> Any:
       }
       moved[1] = jax.numpy.broadcast_to(moved[1], (count, *moved[1].shape))
       owned[1] = (0, *owned[1])
-    for value, dim in zip(operands[3:], dims[3:], strict=True):
-      moved.append(value if dim is None else jax.numpy.moveaxis(value, dim, 0))
     return low_rank.bind(*moved, axes=tuple(owned), **params), 0
 
   low_rank = jaxcompat.primitive(

@@ -31,12 +31,17 @@ class Use:
     asked: whether the call asks for it at all.
     raw: where its base is used without the adapter, as by a layer that reads
       `params[…].value`: the primitive of JAX; empty if nowhere.
+    dtypes: the dtypes in which its factors are used.
+    stored: the dtype in which its base is stored, to which the model by itself
+      rounds the parameter.
   """
 
   factored: int = 0
   dense: Mapping[str, int] = dataclasses.field(default_factory=dict)
   asked: bool = True
   raw: str = ''
+  dtypes: tuple[str, ...] = ()
+  stored: str = ''
 
   @property
   def state(self) -> str:
@@ -50,7 +55,16 @@ class Use:
   def __str__(self) -> str:
     raw = f', read without its adapter by {self.raw}' if self.raw else ''
     dense = f' ({", ".join(self.dense)})' if self.dense else ''
-    return f'{self.state}{dense}{raw}'
+    return f'{self.state}{dense}{self._rounding()}{raw}'
+
+  def _rounding(self) -> str:
+    """Returns in what its factors are used, where precision may be lost."""
+    if not self.dtypes or {*self.dtypes, self.stored} == {'float32'}:
+      return ''
+    stored = (
+      '' if {self.stored} == {*self.dtypes} else f', stored in {self.stored}'
+    )
+    return f' in {" and ".join(self.dtypes)}{stored}'
 
 
 class Explanation(Mapping[Path, Use]):
@@ -99,6 +113,7 @@ class Explanation(Mapping[Path, Use]):
         'state': use.state,
         'factored': use.factored,
         'dense': dict(use.dense),
+        **({'dtypes': list(use.dtypes)} if use.dtypes != ('float32',) else {}),
         **({'raw': use.raw} if use.raw else {}),
       }
       for path, use in self.items()
@@ -162,9 +177,19 @@ def explain(
       notes[reason or 'a call that is not traced again'] += 1
     often = notes.pop(str(walking.KEPT), 0)
     uses[path] = Use(
-      often, dict(notes), path in probe.asked, str(raw.get(path, ''))
+      often,
+      dict(notes),
+      path in probe.asked,
+      str(raw.get(path, '')),
+      tuple(sorted(walk.dtypes.get(path, ()))) if often else (),
+      _stored(params, path),
     )
   return Explanation(uses)
+
+
+def _stored(params: Any, path: Path) -> str:
+  """Returns the dtype of a stored parameter, where it is in these params."""
+  return str(params[path].value.dtype) if path in params else ''
 
 
 def _raw(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 
 from surgery import jaxcompat
 from surgery.core import errors, expect, paths
@@ -47,18 +48,28 @@ def factored(model: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
   that is returned computes `x·W + s·(x·A)·B` in its place, for any code that
   uses the parameter in a way that can be followed, and the dense array for the
   rest. Put it around the model, or around the loss, before differentiating,
-  like `jax.checkpoint`; its absence changes speed, never results.
+  like `jax.checkpoint`. With a base in float32 its absence changes speed, and
+  results by rounding alone.
+
+  With a base in fewer bits the model by itself gives other results: it gets
+  `W + s·A·B` rounded to the dtype in which `W` is stored, as a merge stores it,
+  and most of a small update is lost. Here casts round `W` alone; factors are
+  used as they are stored, or in the dtype in which the layer multiplies, or in
+  float32 if that has 8 bits.
 
   Where a parameter ends up dense whose adapter gave a low-rank value, a
   `surgery.DenseFallbackWarning` says why, once for each parameter and reason.
   Types that give no low-rank value are dense by design, without a warning.
 
-  A call of which nothing is traced (no jit, no grad) is the model's own.
+  A call of which nothing is traced (no jit, no grad) is the model's own, where
+  bases are in float32 and nothing is dropped or routed.
 
   Dropout of adapters takes part where a call is in training: where the model's
   argument `is_training` is true, by its default if it is not given. A model
   that has no such argument may be called with it, and is in training by
-  default, as blox's layers are.
+  default, as blox's layers are. What is dropped derives from the number of
+  calls, which the params count that are returned: go on with these, or each
+  step drops the same. A traced call warns where they are thrown away.
 
   Args:
     model: a module, one of its methods (`factored(module.attend)`), or any
@@ -99,11 +110,11 @@ def factored(model: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
     try:
       leaves, tree = _flattened((args, kwargs))
       traced = any(map(jaxcompat.is_traced, leaves))
-      if traced or drops or routed:
+      if traced or drops or routed or _narrow((args, kwargs)):
         walk = Walk(training=drops)
         result = walked(model, leaves, tree, walk)
         fallback.report(walk.losses(), strict=strict, seen=seen)
-        return _counted(result) if drops else result
+        return _counted(result, traced) if drops else result
     except NotFollowed as found:
       if drops or routed:
         cause = found.__cause__
@@ -164,6 +175,17 @@ def _named(origin: Sequence[paths.Path]) -> str:
 
 def _is_routed(params: live.AdaptedParams) -> bool:
   return any(a.enabled and a.route for a in params.records.adapters)
+
+
+def _narrow(tree: Any) -> bool:
+  """Whether the model by itself would round what adapters make of a base."""
+  return any(
+    compute.enabled(chain)
+    and path in params
+    and getattr(params[path].value, 'dtype', np.dtype('f4')).itemsize < 4
+    for params in _all_params(tree)
+    for path, chain in params.records.chains.items()
+  )
 
 
 def _takes(signature: inspect.Signature, name: str) -> bool:
@@ -338,8 +360,24 @@ def _counters(params: live.AdaptedParams) -> list[paths.Path]:
   ]
 
 
-def _counted(tree: Any) -> Any:
-  """Returns results in which params have counted one more call in training."""
+# Without the count, each step would drop the same elements.
+_UNCOUNTED = (
+  'factored: a call in training counted in the params that it returned, and '
+  'these were thrown away: the next call drops the same elements as this one. '
+  'Return them from the loss and go on with them, as in y, params = '
+  'fast(params, x); return loss(y), params.split()[1] under jax.grad(…, '
+  'has_aux=True). Where a call is no training, say is_training=False.'
+)
+
+
+def _counted(tree: Any, traced: bool) -> Any:
+  """Returns results in which params have counted one more call in training.
+
+  Args:
+    tree: the results.
+    traced: whether it is a part of a program, as training steps are. Then it
+      is a mistake to throw the params away.
+  """
 
   def count(params: Any) -> Any:
     if not isinstance(params, live.AdaptedParams):
@@ -347,9 +385,10 @@ def _counted(tree: Any) -> Any:
     values = {
       path: params[path].value for path in _counters(params) if path in params
     }
-    return live.with_values(
+    after = live.with_values(
       params, {p: v.at[..., -1].add(1) for p, v in values.items()}
     )
+    return live.watched(after, _UNCOUNTED) if traced and values else after
 
   is_params = lambda value: isinstance(value, live.AdaptedParams)
   return jax.tree.map(count, tree, is_leaf=is_params)

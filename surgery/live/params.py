@@ -39,6 +39,7 @@ from surgery.core.records import (
 )
 from surgery.core.site import Site
 from surgery.live import placing, primitives, routed
+from surgery.live.unread import Unread
 from surgery.passes import attach, blocks, compute, finding
 
 _EMPTY = Records()
@@ -125,6 +126,8 @@ class AdaptedParams(bx.Params):
   # What is known beside the arrays (where adapters came from). It is no part of
   # the pytree, so a transformation drops it rather than return another's.
   _notes: Mapping[str, Any]
+  # Is told when these params are read; only what `watched` made has one.
+  _unread: Unread | None = None
 
   def __init__(self) -> None:
     super().__init__()
@@ -135,6 +138,18 @@ class AdaptedParams(bx.Params):
   def records(self) -> Records:
     """The adapters, innermost first."""
     return self._records
+
+  # Whatever is done with params begins with this attribute of blox's.
+
+  @property
+  def _data(self) -> dict[Path, bx.Param]:
+    if self._unread is not None:
+      self._unread.read = True
+    return self.__dict__['_data']  # type: ignore[no-any-return]
+
+  @_data.setter
+  def _data(self, data: dict[Path, bx.Param]) -> None:
+    self.__dict__['_data'] = data
 
   # What blox calls.
 
@@ -423,6 +438,13 @@ def with_values(
   result = params._clone()
   for path, value in values.items():
     result._data[path] = params._data[path].replace(value=value)
+  return result
+
+
+def watched(params: AdaptedParams, message: str) -> AdaptedParams:
+  """Returns params that warn if they are thrown away unread."""
+  result = params._clone()
+  result._unread = Unread(message)
   return result
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from surgery.core import lowrank
 from surgery.core.lowrank import RANK, ROW
+from surgery.passes import compute
 
 Shape = tuple[int, ...]
 Labels = tuple[Hashable, ...]
@@ -75,16 +76,36 @@ class Dropout:
 
   Attributes:
     rate: probability with which elements are dropped.
-    key: typed PRNG key of shape `()`.
+    key: typed PRNG keys: one, or one for each element along axes of the view,
+      as the layers of a stack and the members of an ensemble have them.
   """
 
   rate: float
-  key: Any
+  key: Factor
 
-  def __call__(self, x: Any) -> Any:
-    """Returns an array with elements dropped, the others made larger."""
+  def mapped(self, change: Callable[[Factor], Factor]) -> Dropout:
+    """Returns it for a view that was changed along axes."""
+    return dataclasses.replace(self, key=change(self.key))
+
+  def __call__(
+    self, x: Any, labels: Labels, names: Mapping[int, Hashable]
+  ) -> Any:
+    """Returns an array with elements dropped, the others made larger.
+
+    Args:
+      x: the array.
+      labels: labels of its axes, those of all the axes that keys own.
+      names: labels of the view's axes.
+    """
     keep = 1.0 - self.rate
-    mask = jax.random.bernoulli(self.key, keep, x.shape)
+    own = [labels.index(names[i]) for i in self.key.axes]
+    front = [x.shape[i] for i in own]
+    shape = [n for i, n in enumerate(x.shape) if i not in own]
+    draw = lambda key: jax.random.bernoulli(key, keep, shape)
+    for _ in own:
+      draw = jax.vmap(draw)
+    # Each key draws what it would for its part of the input alone.
+    mask = jnp.moveaxis(draw(self.key.value), range(len(front)), own)
     return jnp.where(
       mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype)
     )
@@ -106,12 +127,18 @@ class Term:
   spreads: tuple[Factor, ...] = ()
   dropout: Dropout | None = None
 
+  def parts(self) -> tuple[Factor, ...]:
+    """Returns all that owns axes, in the order of `mapped`."""
+    keys = () if self.dropout is None else (self.dropout.key,)
+    return (*self.factors, *self.spreads, *keys)
+
   def mapped(self, change: Callable[[Factor], Factor]) -> Term:
-    """Returns it with each factor changed."""
+    """Returns it with each factor changed; keys of dropout go along."""
     return dataclasses.replace(
       self,
       factors=tuple(map(change, self.factors)),
       spreads=tuple(map(change, self.spreads)),
+      dropout=None if self.dropout is None else self.dropout.mapped(change),
     )
 
   def scaled(self, by: Any) -> Term:
@@ -128,7 +155,8 @@ class View:
 
   Attributes:
     shape: its shape.
-    dtype: its dtype; factors may be stored in another, and are cast when used.
+    dtype: its dtype; factors may be stored in another, and are cast when used,
+      see `arithmetic`.
     terms: its summands.
     origin: paths of the parameters that it was made from, where known.
     dropped: whether a term has dropout, which no dense array can do.
@@ -156,6 +184,15 @@ class View:
   def size(self) -> int:
     """Number of elements."""
     return math.prod(self.shape)
+
+  @property
+  def arithmetic(self) -> Any:
+    """The dtype in which factors are used.
+
+    That of the view. In 8 bits a small update would be nothing at all, so there
+    it is float32.
+    """
+    return compute.wide(self.dtype) if self.dtype.itemsize == 1 else self.dtype
 
   @property
   def dropped(self) -> bool:
@@ -266,7 +303,7 @@ def _flatten(view: View) -> Any:
       t.scale if isinstance(t.scale, float) else None,
       None if isinstance(t.scale, float) else number(t.scale),
       tuple(map(factor, t.spreads)),
-      t.dropout and (t.dropout.rate, number(t.dropout.key)),
+      t.dropout and (t.dropout.rate, factor(t.dropout.key)),
     )
     for t in view.terms
   )
@@ -287,7 +324,7 @@ def _unflatten(aux: Any, leaves: Any) -> View:
         factors(pairs),
         leaves[at] if scale is None else scale,
         factors(spreads),
-        drop and Dropout(drop[0], leaves[drop[1]]),
+        drop and Dropout(drop[0], factors(drop[1:])[0]),
       )
       for pairs, scale, at, spreads, drop in terms
     ],
@@ -337,6 +374,34 @@ class Folded(Derived):
     return jax.lax.reshape(self.view.dense(), self.shape)
 
 
+class Looked(Derived):
+  """Rows that were looked up in a view, as long as nobody has used them.
+
+  Where they are used in a wider dtype, they are summed in that: an embedding's
+  update is not rounded to the dtype in which the table is stored.
+
+  Attributes:
+    computed: computes the array of a view, in its arithmetic.
+  """
+
+  def __init__(self, view: View, computed: Callable[[View], Any]) -> None:
+    super().__init__(view, view.shape)
+    self.computed = computed
+
+  def of(self, view: View) -> Looked:
+    """Returns the rows of another view."""
+    return Looked(view, self.computed)
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    return cast(self.computed(self.view), self.dtype)
+
+
+jax.tree_util.register_pytree_node(
+  Looked,
+  lambda one: ((one.view,), one.computed),
+  lambda computed, views: Looked(*views, computed),
+)
 jax.tree_util.register_pytree_node(
   Squared, lambda one: ((one.view,), None), lambda _, views: Squared(*views)
 )
@@ -387,7 +452,7 @@ def times(value: Any, scale: Any) -> Any:
 
 
 def _dense(view: View) -> Any:
-  wide = jnp.promote_types(view.dtype, jnp.float32)
+  wide = compute.wide(view.dtype)
   total = None
   for number, term in enumerate(view.terms):
     if _is_low_rank(view, number):

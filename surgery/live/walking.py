@@ -28,6 +28,7 @@ from surgery.live.views import (
   Decline,
   Derived,
   Factor,
+  Looked,
   Misrouted,
   Squared,
   View,
@@ -109,6 +110,7 @@ class Walk:
     notes: for each adapted parameter what became of its uses.
     lost: arrays that a view was made into before it was known which parameter
       it is, inside of `apply`, and what was made of them; by their ids.
+    dtypes: for each of them the dtypes in which its factors are used.
     ambient: the context (mesh, metadata) of equations that are made here;
       those of the model have the same, but for some.
   """
@@ -116,6 +118,7 @@ class Walk:
   training: bool = False
   notes: dict[Path, list[Note]] = dataclasses.field(default_factory=dict)
   lost: dict[int, tuple[Any, Note]] = dataclasses.field(default_factory=dict)
+  dtypes: dict[Path, set[str]] = dataclasses.field(default_factory=dict)
   ambient: Any = dataclasses.field(default_factory=jaxcompat.ambient)
 
   # What is written down for `explain`.
@@ -124,6 +127,11 @@ class Walk:
     """Writes down what became of a use of parameters."""
     for path in paths:
       self.notes.setdefault(path, []).append(note)
+
+  def computed(self, view: View, dtype: Any) -> None:
+    """Writes down in which dtype the factors of a view are used."""
+    for path in view.origin:
+      self.dtypes.setdefault(path, set()).add(str(dtype))
 
   def losses(self) -> dict[Path, list[Note]]:
     """Returns parameters whose factors were lost, and by what, each once."""
@@ -141,6 +149,9 @@ class Walk:
     """
     if not isinstance(value, View):
       return value
+    if isinstance(value, Looked):
+      self.computed(value, value.arithmetic)
+      return value.dense()
     because = Note(because) if isinstance(because, str) else because
     if value.dropped:
       raise DropoutLost(value.origin, because)
@@ -281,15 +292,21 @@ class Walk:
               self.used(r, views, v)
               for r, v in zip(results, eqn.outvars, strict=True)
             ]
+          for view in views:
+            if isinstance(view, Looked):
+              self.computed(view, results[0].dtype)
           return results
     return self.left(eqn, inputs, because)
 
   def used(self, result: Any, views: Sequence[View], var: Any) -> Any:
     """Returns what a rule made that uses views up, or only a part of one."""
     if isinstance(result, View):
+      if isinstance(result, Looked):
+        self.note(views[0].origin, KEPT)
       return result.named(views[0].origin)
     for view in views:
       self.note(view.origin, KEPT)
+      self.computed(view, view.arithmetic)
     return cast(result, var.aval.dtype)
 
   def tagged(self, value: Any, path: Path) -> Any:
@@ -461,13 +478,13 @@ def _stacked(walk: Walk, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
   scanned: list[Any] = []
   held: list[Any] = []
   for x in xs:
-    if not isinstance(x, View) or isinstance(x, Derived) or x.dropped:
+    if not isinstance(x, View) or isinstance(x, Derived) or _one_key(x):
       scanned.append(walk.dense(x, 'scan'))
       held.append(None)
       continue
     leaves: list[Any] = []
     for term in x.terms:
-      for factor in (*term.factors, *term.spreads):
+      for factor in term.parts():
         if factor.owns(0):
           at = factor.axes.index(0)
           leaves.append(jnp.moveaxis(factor.value, at, 0))
@@ -476,6 +493,15 @@ def _stacked(walk: Walk, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     scanned.append(leaves)
     held.append(x)
   return scanned, held
+
+
+def _one_key(view: View) -> bool:
+  """Whether all rows of a view would drop the same elements."""
+  return any(
+    not term.dropout.key.owns(0)
+    for term in view.terms
+    if term.dropout is not None
+  )
 
 
 def _row(leaves: Sequence[Any], stack: View) -> View:
@@ -584,7 +610,7 @@ def _specs(operand: Any, spec: Any, leaves: Sequence[Any]) -> list[Any]:
   part = jax.sharding.PartitionSpec
   known: dict[int, Any] = {}
   for term in operand.terms:
-    for factor in (*term.factors, *term.spreads):
+    for factor in term.parts():
       where = [None if x < 0 else names[x] for x in factor.axes]
       known[id(factor.value)] = part(*where)
   return [known.get(id(v), part()) for v in leaves]

@@ -1,6 +1,8 @@
 """Dropout on the input of an adapter's branch."""
 
+import copy
 import operator
+import pickle
 
 import blox as bx
 import jax
@@ -145,8 +147,13 @@ def test_gradients_are_those_of_the_same_masks():
   model, params = linear()
   fast = surgery.factored(model)
   half, rest = surgery.freeze(params).split()
-  loss = lambda h: (fast(h.merge(rest), X)[0] ** 2).sum()
-  gradients = jax.jit(jax.grad(loss))(half)
+
+  def counted(h):
+    y, after = fast(h.merge(rest), X)
+    return (y**2).sum(), after.split()[1]
+
+  gradients, _ = jax.jit(jax.grad(counted, has_aux=True))(half)
+  loss = lambda h: counted(h)[0]
   path = ('net', 'layer', 'lora_b')
   step = 1e-2
   for at in ((0, 0), (1, 3)):
@@ -246,3 +253,214 @@ def test_adapters_merge_and_detach_as_without():
   merged = surgery.merge(params)
   assert np.array_equal(model(params, X)[0], model(merged, X)[0])
   assert [('net', 'layer', 'kernel')] == list(surgery.detach(params).keys())
+
+
+# Params that are thrown away.
+
+
+def thrown_away(fast, params):
+  half, rest = surgery.freeze(params).split()
+  loss = lambda h: (fast(h.merge(rest), X)[0] ** 2).sum()
+  return jax.grad(loss)(half)
+
+
+def named(fast, params):
+  @jax.jit
+  def loss(params):
+    y, after = fast(params, X)
+    del after
+    return (y**2).sum()
+
+  return loss(params)
+
+
+@pytest.mark.parametrize('use', [thrown_away, named])
+def test_a_count_that_is_thrown_away_is_told(use, capsys):
+  model, params = linear()
+  fast = surgery.factored(model)
+  with pytest.warns(UserWarning, match='thrown away.*has_aux=True') as found:
+    use(fast, params)
+  assert [__file__] == [w.filename for w in found]
+
+
+def kept(fast, params):
+  def loss(params):
+    y, after = fast(params, X)
+    return (y**2).sum(), after
+
+  return jax.grad(loss, has_aux=True, allow_int=True)(params)
+
+
+def scanned(fast, params):
+  def step(params, _):
+    y, params = fast(params, X)
+    return params, y
+
+  return jax.lax.scan(step, params, None, length=2)
+
+
+@pytest.mark.parametrize(
+  'use',
+  [
+    kept,
+    scanned,
+    lambda fast, params: jax.jit(fast)(params, X)[0],
+    lambda fast, params: jax.jit(
+      lambda p: fast(p, X, is_training=False)[0]
+    )(params),
+    lambda fast, params: fast(params, X)[0],  # A call to look at.
+    lambda fast, params: jax.jit(
+      lambda p: fast(fast(p, X)[1], X)
+    )(params),
+    lambda fast, params: jax.jit(
+      lambda p: fast(p, X)[1]['net', 'layer', 'lora_dropout'].value
+    )(params),
+  ],
+)  # fmt: skip
+def test_nothing_is_told_where_the_count_goes_on(use):
+  model, params = linear()
+  use(surgery.factored(model), params)
+
+
+def test_nothing_is_told_where_nothing_is_dropped():
+  model, params = layer(lambda k, x: x @ k, (6, 5))
+  thrown_away(surgery.factored(model), params)
+
+
+def test_params_that_are_watched_are_copied_and_pickled():
+  model, params = linear()
+  held = []
+
+  @jax.jit
+  def call(p):
+    _, after = surgery.factored(model)(p, X)
+    held.append(copy.deepcopy(after._unread))
+    held.append(pickle.loads(pickle.dumps(after._unread)))
+    return after
+
+  call(params)
+  assert [True, True] == [one.read for one in held]
+
+
+# Stacked layers.
+
+
+SCANNED = lambda k, x: jax.lax.scan(lambda h, w: (h @ w, None), x, k)[0]
+USES = {
+  'scan': SCANNED,
+  'turned': lambda k, x: jax.lax.scan(
+    lambda h, w: (h @ w.T, None), x, k.swapaxes(1, 2)
+  )[0],
+  'remat': lambda k, x: jax.lax.scan(
+    jax.checkpoint(lambda h, w: (h @ w, None)), x, k
+  )[0],
+  'unrolled': lambda k, x: x @ k[0] @ k[1] @ k[2],
+  'indexed': lambda k, x: jax.lax.fori_loop(0, 3, lambda i, h: h @ k[i], x),
+  'carried': lambda k, x: jax.lax.scan(
+    lambda h, i: (h @ k[i], None), x, jnp.arange(3)
+  )[0],
+}
+
+
+def stack(use, adapter=DROP, count=3):
+  model, params = layer(use, (count, 6, 6), adapter=adapter, stacked=1)
+  path = ('net', 'layer', 'lora_dropout')
+  words = jnp.arange(3 * count, dtype='uint32').reshape(count, 3)
+  changed = params.unlocked()
+  changed[path] = params[path].replace(value=words.at[:, 2].set(0))
+  return model, changed.locked()
+
+
+def members(params):
+  """Returns the params of each layer of a stack."""
+  count = params['net', 'layer', 'kernel'].value.shape[0]
+  model, one = layer(lambda k, x: x @ k, (6, 6), adapter=DROP)
+  found = []
+  for number in range(count):
+    each = one.unlocked()
+    for path, param in params.items():
+      each[path] = one[path].replace(value=param.value[number])
+    found.append(each.locked())
+  return model, found
+
+
+@pytest.mark.parametrize('use', USES)
+def test_layers_of_a_stack_drop_what_each_would_alone(use):
+  model, params = stack(USES[use])
+  alone, each = members(params)
+  expected = X
+  for one in each:
+    expected, _ = surgery.factored(alone)(one, expected)
+  y, after = jax.jit(surgery.factored(model))(params, X)
+  close(expected, y, 1e-3)
+  assert not np.allclose(model(params, X)[0], y)
+  count = after['net', 'layer', 'lora_dropout'].value[:, 2]
+  assert np.array_equal([1, 1, 1], count)
+  if use != 'indexed':  # A loop that may end at any time has no gradient.
+    single = lambda many: sum_alone(alone, many)
+    half, rest = surgery.freeze(params).split()
+    found = jax.jit(jax.grad(lambda h: sum_alone(model, [h.merge(rest)])))(half)
+    halves = [surgery.freeze(one).split() for one in each]
+    rests = [one[1] for one in halves]
+    wanted = jax.grad(
+      lambda many: single(
+        [h.merge(r) for h, r in zip(many, rests, strict=True)]
+      )
+    )([one[0] for one in halves])
+    for path in half.keys():
+      stacked = jnp.stack([one[path].value for one in wanted])
+      size = np.abs(stacked).max()
+      close(stacked / size, found[path].value / size, 1e-4)
+
+
+def sum_alone(model, each):
+  y = X
+  for one in each:
+    y, after = surgery.factored(model)(one, y)
+    assert len(after)
+  return (y**2).sum()
+
+
+@pytest.mark.parametrize(
+  ('use', 'shared'),
+  [
+    (lambda k, x: jax.vmap(jnp.dot)(x, k), False),
+    (lambda k, x: jax.vmap(jnp.dot, (0, 0), 1)(x, k).swapaxes(0, 1), False),
+    (lambda k, x: jnp.einsum('ebi,eij->ebj', x, k), False),
+    (lambda k, x: jax.vmap(jnp.dot, (None, 0))(x, k), True),
+    (lambda k, x: jnp.einsum('bi,eij->ebj', x, k), True),
+  ],
+)
+def test_members_of_an_ensemble_drop_what_each_would_alone(use, shared):
+  model, params = stack(use)
+  alone, each = members(params)
+  x = X if shared else normal(5, (3, 40, 6))
+  y, _ = jax.jit(surgery.factored(model))(params, x)
+  for number, one in enumerate(each):
+    given = x if shared else x[number]
+    close(surgery.factored(alone)(one, given)[0], y[number], 1e-4)
+
+
+def test_a_part_of_a_parameter_that_is_looked_up_has_dropout_too():
+  # One key for all heads: the part has it.
+  use = lambda k, x: jax.lax.fori_loop(1, 2, lambda i, _: x @ k[i], x[:, :5])
+  model, params = layer(use, (2, 6, 5), adapter=DROP)
+  dense = model(params, X)[0]
+  y, _ = surgery.factored(model)(params, X)
+  assert not np.allclose(dense, y)
+
+
+def test_a_scan_over_rows_that_would_all_drop_the_same_is_refused():
+  use = lambda k, x: jax.lax.scan(lambda c, w: (c, x[:, :5] * w), 0, k)[1]
+  model, params = layer(use, (6, 5), adapter=DROP)
+  with pytest.raises(surgery.AdapterError, match="'scan' needs the dense"):
+    surgery.factored(model)(params, X)
+
+
+def test_convolutions_of_members_are_refused():
+  from tests.live.test_factored import IMAGE, conv
+
+  use = lambda k, x: jax.vmap(conv, (0, None))(k, x)
+  model, params = layer(use, (2, 3, 2, 4, 5), adapter=DROP, stacked=1)
+  with pytest.raises(surgery.AdapterError, match='needs the dense'):
+    surgery.factored(model)(params, IMAGE)

@@ -94,6 +94,7 @@ def becomes(call, params):
 DENSE = {
   'custom_vjp_over_the_kernel': {'dense (custom_vjp_call)'},
   'gru': {'factored'},
+  'bfloat16': {'factored in bfloat16'},
 }
 
 

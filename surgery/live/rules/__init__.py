@@ -24,7 +24,7 @@ from surgery.live.rules import (
 )
 from surgery.live.rules.moves import EACH
 from surgery.live.rules.table import Rule
-from surgery.live.views import Folded, Squared, View
+from surgery.live.views import Folded, Looked, Squared, View
 
 # Primitives that use a view up: what they make is an array.
 CONSUMERS: dict[str, Rule] = {**lookups.RULES, **norms.RULES, **products.RULES}
@@ -37,6 +37,8 @@ def rule_for(name: str, views: Sequence[View]) -> Rule | None:
   """Returns the rule for a primitive and views; none if they are made dense."""
   if any(isinstance(view, Squared) for view in views):
     return norms.RULES.get(name)
+  if any(isinstance(view, Looked) for view in views):
+    return lookups.LOOKED.get(name)
   if any(isinstance(view, Folded) for view in views):
     return folded.RULES.get(name)
   return None if name in norms.RULES else RULES.get(name)

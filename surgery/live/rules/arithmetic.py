@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -53,10 +54,7 @@ def low_rank(
       view = view.mapped(lambda f: f.renamed(names))
   drop = None
   if dropout and training:
-    (one,) = key
-    if one.ndim:
-      raise Decline  # A key for each member of an ensemble.
-    drop = Dropout(dropout, one)
+    drop = Dropout(dropout, Factor(key[0], axes[3]))
   terms = [*view.terms]
   if a.shape[axes[1].index(RANK)]:
     product = (Factor(a, axes[1]), Factor(b, axes[2]))
@@ -68,18 +66,26 @@ def low_rank(
 
 @rule('convert_element_type')
 def convert(view: View, *, new_dtype: Any, **_: Any) -> View:
-  """Casts factors when they are used, where that rounds no other way."""
+  """Rounds the base where the cast does; factors stay as they are stored.
+
+  They are cast when they are used, to the dtype of that arithmetic. Rounding
+  them here would round them to the dtype in which the base is stored, since the
+  answer to a layer ends with that cast, and a small update would be lost.
+  """
   new = jnp.dtype(new_dtype)
   if not jnp.issubdtype(new, jnp.floating):
     raise Decline
+  return view.like([_rounded(t, new) for t in view.terms], dtype=new)
 
-  def change(factor: Factor) -> Factor:
-    value = factor.value
-    if widens(value.dtype, new):
-      return factor
-    return Factor(cast(value, new), factor.axes)
 
-  return view.like([t.mapped(change) for t in view.terms], dtype=new)
+def _rounded(term: Term, dtype: Any) -> Term:
+  if len(term.factors) > 1:
+    return term
+  (base,) = term.factors
+  if widens(base.value.dtype, dtype):
+    return term
+  base = Factor(cast(base.value, dtype), base.axes)
+  return dataclasses.replace(term, factors=(base,))
 
 
 @rule('neg')
@@ -109,7 +115,7 @@ def div(x: Any, y: Any, **_: Any) -> View:
     known = _spread(y)
     if known is None:
       raise Decline
-    inverse = Factor(1 / cast(known.value, y.dtype), known.axes)
+    inverse = Factor(1 / cast(known.value, y.arithmetic), known.axes)
     return x.like([t.spread(inverse) for t in x.terms])
   return _multiplied(x, 1 / y)
 
@@ -130,7 +136,7 @@ def _multiplied(view: View, other: Any) -> View:
     factor = _spread(other)
     if factor is None:
       raise Decline
-    factor = Factor(cast(factor.value, other.dtype), factor.axes)
+    factor = Factor(cast(factor.value, other.arithmetic), factor.axes)
   elif np.ndim(other) == 0 and not isinstance(other, jax.Array):
     return view.like([t.scaled(float(other)) for t in view.terms])
   else:

@@ -16,11 +16,13 @@ from surgery.live.rules.table import Table, only, ordered
 from surgery.live.views import (
   Decline,
   Factor,
+  Looked,
   View,
   cast,
   multiplied,
   product,
   times,
+  widens,
 )
 
 RULES = Table()
@@ -93,6 +95,9 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
     f.owns(axis) for t in view.terms for f in t.spreads
   ):
     raise Decline
+  if places:
+    # Rows have no input to drop; one row is a smaller parameter, which has.
+    rest = [dataclasses.replace(t, dropout=None) for t in rest]
   terms = [
     base.mapped(lambda f: taken(f, fill)),
     *(t.mapped(lambda f: taken(f, 0)) for t in rest),
@@ -109,22 +114,21 @@ def gather(view: Any, indices: Any, **params: Any) -> Any:
   for i in others:
     shape[names[i]] = view.shape[i]
   result = view.like(
-    [
-      dataclasses.replace(t.mapped(lambda f: f.renamed(names)), dropout=None)
-      for t in terms
-    ],
-    shape,
+    [t.mapped(lambda f: f.renamed(names)) for t in terms], shape
   )
-  # Rows of activations are computed; one row is a smaller parameter.
-  return computed(result) if places else result
+  if not places:
+    return result  # One row is a smaller parameter.
+  # Rows of activations are computed, in what they are cast to if they are next.
+  narrow = result.dtype.itemsize < 4
+  return Looked(result, computed) if narrow else computed(result)
 
 
 def computed(view: View) -> Any:
-  """Returns a view of activations as an array, in its own dtype."""
+  """Returns a view of activations as an array, in its own arithmetic."""
   whole = tuple(range(view.ndim))
   total = None
-  for term in joined(view.terms, view.dtype):
-    values = [cast(f.value, view.dtype) for f in term.factors]
+  for term in joined(view.terms, view.arithmetic):
+    values = [cast(f.value, view.arithmetic) for f in term.factors]
     owned = term.factors[0].axes
     if len(values) == 1:
       made = values[0]
@@ -137,6 +141,20 @@ def computed(view: View) -> Any:
       made = multiplied(made, whole, f, f.axes)
     total = made if total is None else jax.lax.add(total, made)
   return total
+
+
+# What is known of rows that nobody has used.
+LOOKED = Table()
+
+
+@LOOKED.rule('convert_element_type')
+def converted(looked: Looked, *, new_dtype: Any, **_: Any) -> Any:
+  """Sums rows in the dtype that they are cast to, if it is a wider one."""
+  new = np.dtype(new_dtype)
+  if not widens(looked.dtype, new):
+    raise Decline
+  view = looked.view
+  return computed(view.like(view.terms, dtype=new))
 
 
 # Names for the axes of indices while a gather is put together.

@@ -48,6 +48,7 @@ def _each(name: str) -> None:
       dataclasses.replace(
         t.mapped(change),
         scale=bind(t.scale) if isinstance(t.scale, jax.Array) else t.scale,
+        dropout=t.dropout,  # Keys are no numbers.
       )
       for t in only([view]).terms
     ]
@@ -161,7 +162,7 @@ def _torn(view: View, axes: Sequence[int]) -> bool:
   return any(
     not real <= set(factor.axes) and any(map(factor.owns, axes))
     for term in view.terms
-    for factor in (*term.factors, *term.spreads)
+    for factor in term.parts()
   )
 
 
@@ -344,6 +345,6 @@ def _padded(term: Term, axis: int, before: int, behind: int) -> Term:
 
   if not any(f.owns(axis) for f in term.factors):
     raise Decline
-  if any(f.owns(axis) for f in term.spreads):
+  if any(f.owns(axis) for f in term.parts() if f not in term.factors):
     raise Decline
   return term.mapped(lambda f: f.along(axis, pad) if f.owns(axis) else f)

@@ -24,7 +24,7 @@ def reduce_sum(squared: Squared, *, axes: Sequence[int], **_: Any) -> Any:
   s²·ΣB∘(AᵀA)B` over axes that A owns and B does not, or the other way round.
   """
   view, summed = squared.view, set(axes)
-  terms = joined(view.terms, view.dtype)
+  terms = joined(view.terms, view.arithmetic)
   if len(terms) != 2 or any(t.spreads for t in terms):
     raise Decline
   base, low = terms
@@ -39,7 +39,7 @@ def reduce_sum(squared: Squared, *, axes: Sequence[int], **_: Any) -> Any:
   if not summed <= set(a.axes) or summed & set(b.axes):
     raise Decline
   kept = tuple(i for i in whole if i not in summed)
-  cast_to = lambda f: cast(f.value, view.dtype)
+  cast_to = lambda f: cast(f.value, view.arithmetic)
   w, w_axes = cast_to(base.factors[0]), base.factors[0].axes
   fa, fb = cast_to(a), cast_to(b)
   scale = low.scale

@@ -143,21 +143,27 @@ def sum_of(
   """
   sums: dict[Any, tuple[Any, list[Factor]]] = {}
   inputs: dict[Any, Any] = {}
-  for term in joined(view.terms, view.dtype):
+  if view.arithmetic != view.dtype:
+    # The base is used as it is, all else in the wider arithmetic.
+    dtype = view.arithmetic if dtype is None else dtype
+  for term in joined(view.terms, view.arithmetic):
     inner = [
       f for f in term.spreads if all(names[i] in x_labels for i in f.axes)
     ]
     outer = [f for f in term.spreads if f not in inner]
     if any(names[i] not in out for f in outer for i in f.axes):
       raise Decline  # It owns axes that are summed over and others.
-    kind = tuple((id(f.value), f.axes) for f in inner)
+    wide = _is_wide(term, view)
+    kind = (wide, *((id(f.value), f.axes) for f in inner))
     if kind not in inputs:
-      value = x
+      value = cast(x, view.arithmetic) if wide else x
       for f in inner:
         labels = tuple(names[i] for i in f.axes)
         value = multiplied(value, x_labels, f, labels)
       inputs[kind] = value
-    made = _term(term, view, inputs[kind], x_labels, names, out, params, dtype)
+    # Parameters that are for 8 bits, as an algorithm, are not for more.
+    how = EXACT if wide else params
+    made = _term(term, view, inputs[kind], x_labels, names, out, how, dtype)
     key = tuple((id(f.value), f.axes) for f in outer)
     known = sums.get(key)
     sums[key] = (made if known is None else jax.lax.add(known[0], made), outer)
@@ -167,6 +173,21 @@ def sum_of(
       value = multiplied(value, out, f, tuple(names[i] for i in f.axes))
     total = value if total is None else jax.lax.add(total, value)
   return total
+
+
+def _is_wide(term: Term, view: View) -> bool:
+  """Whether a term is used in a wider dtype than the view's.
+
+  A base in 8 bits is multiplied as it is, as the layer would; an update, or a
+  scale, would lose all its digits.
+  """
+  alone = len(term.factors) == 1 and not term.spreads
+  return not alone and view.arithmetic != view.dtype
+
+
+def _used(term: Term, view: View) -> Any:
+  """Returns the dtype in which the factors of a term are used."""
+  return view.arithmetic if _is_wide(term, view) else view.dtype
 
 
 def _term(
@@ -179,7 +200,7 @@ def _term(
   params: Any,
   dtype: Any,
 ) -> Any:
-  values = [cast(f.value, view.dtype) for f in term.factors]
+  values = [cast(f.value, _used(term, view)) for f in term.factors]
   labels = [
     tuple('rank' if i == RANK else names[i] for i in f.axes)
     for f in term.factors
@@ -195,7 +216,13 @@ def _term(
     made = product(x, x_labels, values[0], labels[0], out, params, dtype)
     return times(made, term.scale)
   if term.dropout is not None:
-    x = term.dropout(x)
+    for i in term.dropout.key.axes:
+      if names[i] not in x_labels:
+        # Each member of an ensemble drops elements of an input of its own.
+        size = view.shape[i]
+        x = jnp.broadcast_to(x, (size, *x.shape))
+        x_labels = (names[i], *x_labels)
+    x = term.dropout(x, x_labels, names)
   summed = [name for name in x_labels if name not in out]
   if not any(name in labels[0] for name in summed):
     values, labels = values[::-1], labels[::-1]
@@ -226,7 +253,8 @@ def conv_general_dilated(x: Any, view: Any, **params: Any) -> Any:
   A kernel is small beside what it is moved over, so the sum costs nothing, and
   the gradient of the input is one convolution too. Those of the factors are a
   convolution with A, then B at each place, differentiated. Dropout, rows with
-  factors of their own, and scales of rows or columns need that at once.
+  factors of their own, and scales of rows or columns need that at once, and so
+  does a dtype to which the sum would be rounded: a small update would be lost.
   """
   if isinstance(x, View) or params['batch_group_count'] != 1:
     raise Decline
@@ -234,8 +262,10 @@ def conv_general_dilated(x: Any, view: Any, **params: Any) -> Any:
     raise Decline
   for term in view.terms:
     _divided(term, view, params)
-  routed = view.rows is not None
-  if routed or view.dropped or any(t.spreads for t in view.terms):
+    if term.dropout is not None and term.dropout.key.axes:
+      raise Decline  # Keys for parts of a kernel, as members have.
+  apart = view.rows is not None or view.dropped or view.dtype.itemsize < 4
+  if apart or any(t.spreads for t in view.terms):
     return _conv_terms(x, view, params)
   return _conv_sum(x, view, params)
 
@@ -292,8 +322,11 @@ def _conv_terms(x: Any, view: View, params: Any) -> Any:
   out_axis, in_axis = numbers.rhs_spec[:2]
   feature = numbers.out_spec[1]
   total = None
-  for term in joined(view.terms, view.dtype):
-    value = x
+  made_as = params['preferred_element_type']
+  if view.arithmetic != view.dtype and made_as is None:
+    params = {**params, 'preferred_element_type': view.arithmetic}
+  for term in joined(view.terms, view.arithmetic):
+    value = cast(x, _used(term, view))
     outer = []
     for f in term.spreads:
       if f.axes == (out_axis,):
@@ -346,15 +379,15 @@ def _conv_term(term: Term, view: View, x: Any, params: Any) -> Any:
   numbers, groups = params['dimension_numbers'], params['feature_group_count']
   a, b, axis = _divided(term, view, params)
   if b is None:
-    kernel = ordered(cast(a.value, view.dtype), a.axes, range(view.ndim))
+    kernel = ordered(cast(a.value, _used(term, view)), a.axes, range(view.ndim))
     return times(conv(x, kernel, **params), term.scale)
   if a.owns(ROW):
     return _conv_rows(term, view, x, params)
   if term.dropout is not None:
-    x = term.dropout(x)
+    x = term.dropout(x, tuple(range(x.ndim)), {})
   rank = a.value.shape[a.axes.index(RANK)]
   names = tuple(axis if i == RANK else i for i in a.axes)
-  kernel = cast(a.value, view.dtype)
+  kernel = cast(a.value, view.arithmetic)
   present = [i for i in range(view.ndim) if i in names]
   kernel = ordered(kernel, names, present).reshape(
     [
@@ -362,7 +395,7 @@ def _conv_term(term: Term, view: View, x: Any, params: Any) -> Any:
       for i in range(view.ndim)
     ]
   )
-  second = ordered(cast(b.value, view.dtype), b.axes, (RANK, axis))
+  second = ordered(cast(b.value, view.arithmetic), b.axes, (RANK, axis))
   if axis == numbers.rhs_spec[1]:
     # Inputs to ranks at each place, then a convolution.
     channel = numbers.lhs_spec[1]
