@@ -68,9 +68,8 @@ def test_the_rank_is_even_everywhere():
     match=r"'lora-orthogonal', option 'rank': expected an even .* found 3\.",
   ):
     OrthogonalLoRA(rank=3)
-  adapter = OrthogonalLoRA(rank=2, patterns={'**/h': {'rank': 5}})
   with pytest.raises(surgery.ConfigError, match=r'even number.* found 5\.'):
-    surgery.attach(network(6, 6), adapter, to='**')
+    OrthogonalLoRA(rank=2, patterns={'**/h': {'rank': 5}})
   with pytest.raises(surgery.SiteError, match=r'net/h/kernel: rank 4 exceeds'):
     surgery.attach(network(6, 3), OrthogonalLoRA(rank=4), to='**')
 
