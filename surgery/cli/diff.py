@@ -38,34 +38,37 @@ if TYPE_CHECKING:
 @click.option(
   '--tolerance',
   type=click.FloatRange(0),
-  default=0.0,
   metavar='T',
   help='Largest relative error ‖a-b‖/‖a‖ of a tensor that is let pass; its '
-  'dtype may differ then. By default every bit counts.',
+  'dtype may differ then. 0 asks for equal values. By default every bit and '
+  'the dtype count.',
 )
+@shared.quiet_option
 @shared.json_option
 def command(
   a: pathlib.Path,
   b: pathlib.Path,
   selectors: tuple[str, ...],
   top: int | None,
-  tolerance: float,
+  tolerance: float | None,
+  quiet: bool,
   as_json: bool,
 ) -> int:
   r"""Compare two files, tensor by tensor; exit with 1 if they differ.
 
-  With selectors, only those tensors are compared. Histories are not.
+  With selectors, only those tensors are compared. Histories are not. With
+  --quiet nothing is printed; the exit code tells.
 
   \b
   surgery diff base.msgpack merged.msgpack --top 5
   surgery diff base.msgpack half.msgpack '**/kernel' --tolerance 1e-2
   """
-  if math.isnan(tolerance):
+  if tolerance is not None and math.isnan(tolerance):
     raise click.UsageError('--tolerance: expected a number, found nan.')
   first, second = shared.opened(a), shared.opened(b)
   said = [] if selectors else _manifests(first, second)
   count, different = 0, []
-  for one in _compared(first, second, selectors):
+  for one in _compared(first, second, selectors, quiet):
     count += 1
     if one.differs(tolerance):
       different.append(one)
@@ -73,8 +76,8 @@ def command(
   shown = _top(different, top)
   if as_json:
     data = {
-      'a': a.name,
-      'b': b.name,
+      'a': str(a),
+      'b': str(b),
       'equal': equal,
       'compared': count,
       'differing': len(different),
@@ -82,7 +85,7 @@ def command(
       'tensors': [_data(one) for one in shown],
     }
     click.echo(json.dumps(data, default=str))
-  else:
+  elif not quiet:
     for line in (*map(str, said), *_lines(shown)):
       click.echo(line)
     click.echo(_summary(count, different, len(said), tolerance))
@@ -96,13 +99,13 @@ def _manifests(a: Checkpoint, b: Checkpoint) -> list[Difference]:
 
 
 def _compared(
-  a: Checkpoint, b: Checkpoint, selectors: tuple[str, ...]
+  a: Checkpoint, b: Checkpoint, selectors: tuple[str, ...], quiet: bool
 ) -> Iterator[TensorDiff]:
   """Yields the results, telling how far it has come."""
   from surgery.passes import diff
 
   chosen = list(selectors) or None
-  with progress.shown(({**b, **a}).values()) as told:
+  with progress.shown(({**b, **a}).values(), quiet) as told:
     for one in diff.diff(a, b, chosen, host=default_host()):
       yield one
       if told is not None:
@@ -180,6 +183,8 @@ def _figures(one: TensorDiff) -> str:
     parts.insert(0, 'codes of a quantised weight differ')
   elif figures is None and not one.equal:
     parts.insert(0, f'{one.a.load()!r} → {one.b.load()!r}')
+  elif figures is not None and one.a.dtype != one.b.dtype and one.equal:
+    parts.insert(0, 'equal values')
   elif figures is not None and figures.changed:
     cosine = '-' if figures.cosine is None else f'{figures.cosine:.6f}'
     parts.insert(
@@ -197,7 +202,7 @@ def _percent(share: float) -> str:
 
 
 def _summary(
-  count: int, different: list[TensorDiff], said: int, tolerance: float
+  count: int, different: list[TensorDiff], said: int, tolerance: float | None
 ) -> str:
   parts = []
   if different:
@@ -207,5 +212,5 @@ def _summary(
       parts.append(f'{only} of them only in {side}')
   if said:
     parts.append(f'{said} difference{"s"[: said > 1]} beside tensors')
-  within = f' within {tolerance:g}' if tolerance else ''
+  within = '' if tolerance is None else f' within {tolerance:g}'
   return ', '.join(parts) or f'equal{within}: {count} tensors'

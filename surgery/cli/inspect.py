@@ -38,13 +38,44 @@ def _flags(leaf: Leaf) -> list[str]:
 @shared.json_option
 def command(
   file: pathlib.Path, selectors: tuple[str, ...], history: bool, as_json: bool
-) -> None:
+) -> int:
   r"""Show the tensors, flags and adapters of FILE, without reading tensors.
+
+  Selectors that name existing files are further files.
 
   \b
   surgery inspect adapted.msgpack
   surgery inspect adapted.msgpack '**/lora_*' --json
+  surgery inspect base.msgpack adapted.msgpack '**/query'
   """
+  further = [pathlib.Path(text) for text in selectors]
+  further = [path for path in further if path.exists()]
+  chosen = [text for text in selectors if not pathlib.Path(text).exists()]
+  files = [file, *further]
+  several: list[Any] = []
+
+  def one(file: pathlib.Path) -> int:
+    shown = _shown(file, chosen, history, as_json)
+    if as_json:
+      several.append({'file': str(file), **shown} if not history else shown)
+    elif len(files) == 1:
+      if shown:
+        click.echo(shown)
+    else:
+      between = '' if file == files[0] else '\n'
+      click.echo(f'{between}{file}:\n{shown}')
+    return 0
+
+  code = shared.each(files, one)
+  if as_json:
+    click.echo(json.dumps(several if further else several[0]))
+  return code
+
+
+def _shown(
+  file: pathlib.Path, selectors: list[str], history: bool, as_json: bool
+) -> Any:
+  """Returns what is shown of a file, as text or as JSON data."""
   from surgery.passes import choosing
 
   opened = shared.opened(file)
@@ -53,26 +84,19 @@ def command(
     chosen = choosing.select(opened, *selectors)
   chosen = list(chosen)
   if history:
-    _show_history(file, opened, as_json)
-  elif as_json:
-    click.echo(json.dumps(_data(opened, chosen)))
-  else:
-    click.echo('\n'.join(_lines(opened, chosen)))
+    return _history(file, opened, as_json)
+  return _data(opened, chosen) if as_json else '\n'.join(_lines(opened, chosen))
 
 
-def _show_history(
-  file: pathlib.Path, opened: Checkpoint, as_json: bool
-) -> None:
+def _history(file: pathlib.Path, opened: Checkpoint, as_json: bool) -> Any:
   from surgery.recipes import history as histories
 
   said = opened.manifest.history
   if as_json:
-    click.echo(json.dumps(said))
-    return
-  for line in histories.lines(said, file.name, default_host()):
-    click.echo(line)
+    return list(said)
   if not said:
-    click.echo('no history is recorded.', err=True)
+    click.echo(f'{file}: no history is recorded.', err=True)
+  return '\n'.join(histories.lines(said, file.name, default_host()))
 
 
 def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:

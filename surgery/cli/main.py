@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from surgery.cli import completion, platform
+from surgery.cli import completion, platform, process, wording
 from surgery.cli.codes import BUG, FAILED, INTERRUPTED, PLUGIN
 from surgery.cli.command import Group
 from surgery.core import errors, foreign
@@ -155,16 +155,6 @@ def _code(error: BaseException) -> int:
   return FAILED
 
 
-def _line(error: BaseException) -> str:
-  if isinstance(error, OSError) and error.strerror:
-    where = f'{error.filename}: ' if error.filename else ''
-    return f'{where}{error.strerror}.'
-  if isinstance(error, errors.BaseMismatchError):
-    # The library names its argument; here it is an option.
-    return str(error).replace('check_base=False', '--no-check-base')
-  return str(error)
-
-
 def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
   """Runs the command and returns its exit code.
 
@@ -176,7 +166,7 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
 
   Returns:
     0 fine, 1 differs, 2 usage, 3 an error, 4 a plugin's failure, 70 a bug of
-    this library, 130 interrupted.
+    this library, 130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM.
   """
   if instruction := os.environ.get(completion.VARIABLE):
     return completion.answer(cli, instruction)
@@ -192,6 +182,8 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
     return error.exit_code
   except (click.Abort, KeyboardInterrupt):
     return INTERRUPTED
+  except process.Ended as ended:
+    return ended.code
   except (BrokenPipeError, SystemExit):
     # Whoever read our output has seen enough (Click answers that by exiting
     # with 1, which means something else here). Say nothing at exit either.
@@ -199,7 +191,7 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
     return 0
   except (errors.SurgeryError, OSError) as error:
     _trace()
-    click.echo(f'error: {_line(error)}', err=True)
+    click.echo(f'error: {wording.line(error)}', err=True)
     _flush()
     return _code(error)
   except Exception as error:
@@ -239,5 +231,6 @@ def _warn(message: Warning | str, *about: Any) -> None:
 
 def main() -> None:
   """Runs the command and exits."""
+  process.prepare()
   warnings.showwarning = _warn  # type: ignore[assignment]
   sys.exit(run(own=True))

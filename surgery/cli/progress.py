@@ -60,17 +60,18 @@ class _Line:
 
 
 @contextlib.contextmanager
-def shown(leaves: Iterable[Leaf]) -> Iterator[Told | None]:
+def shown(leaves: Iterable[Leaf], quiet: bool = False) -> Iterator[Told | None]:
   """Yields what is to be told of tensors and bytes that are done.
 
   Args:
     leaves: what there is to do.
+    quiet: whether nothing is shown.
 
   Yields:
     A function of a number of tensors and of bytes; None if stderr is no
     terminal.
   """
-  if not sys.stderr.isatty():
+  if quiet or not sys.stderr.isatty():
     yield None
     return
   leaves = list(leaves)

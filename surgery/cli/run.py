@@ -9,7 +9,6 @@ import click
 
 from surgery.cli import shared, writing
 from surgery.cli.command import Command
-from surgery.core import errors
 
 
 @click.command(cls=Command)
@@ -18,17 +17,20 @@ from surgery.core import errors
 @click.option('--force', is_flag=True, help='Replace existing files.')
 @click.option('--dry-run', is_flag=True, help='Show the plan, write nothing.')
 @click.option('--json', 'as_json', is_flag=True, help='Print the plan as JSON.')
+@shared.quiet_option
 def command(
   file: pathlib.Path,
   values: tuple[str, ...],
   force: bool,
   dry_run: bool,
   as_json: bool,
+  quiet: bool,
 ) -> None:
   r"""Do the steps of RECIPE, a file of YAML, in one pass.
 
   KEY is the name of an input, an output or a variable of the recipe. All of it
-  is checked before the first tensor is read.
+  is checked before the first tensor is read. A recipe that only asserts needs
+  no output.
 
   \b
   surgery run recipe.yaml model=base.msgpack out=out.msgpack
@@ -47,15 +49,7 @@ def command(
       raise click.UsageError(f'{key}: given twice.')
     given[key] = value if key not in recipe.vars else text.scalar(value)
   recipe = recipe.bound(**given)
-  first = next(iter(recipe.outputs.values()), None)
-  if first is None or first.path is None:
-    name = next(iter(recipe.outputs), None)
-    raise errors.RecipeError(
-      f'{file}: expected an output.'
-      if name is None
-      else f'{file}: output {name!r} has no file. Give {name}=FILE.'
-    )
-  output = writing.Output(
-    first.path, force=force, dry_run=dry_run, as_json=as_json
+  manner = writing.Manner(
+    force=force, dry_run=dry_run, as_json=as_json, quiet=quiet
   )
-  writing.run(recipe, output)
+  writing.run(recipe, manner)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import completion
+from surgery.cli import codes, completion, wording
 from surgery.core import errors, manifest
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ def adapters(text: str) -> Callable[..., Any]:
   )
 
 
+quiet_option = click.option(
+  '-q', '--quiet', is_flag=True, help='Say nothing of progress and results.'
+)
+
 json_option = click.option(
   '--json', 'as_json', is_flag=True, help='Print JSON.'
 )
@@ -98,6 +102,26 @@ def model(path: pathlib.Path) -> Checkpoint:
       'this file by --from or --with.'
     )
   return found
+
+
+def each(
+  files: Sequence[pathlib.Path], function: Callable[[pathlib.Path], int]
+) -> int:
+  """Does something with each of several files; returns the worst exit code.
+
+  An error of one of several is told of, and the others are gone on with.
+  """
+  if len(files) == 1:
+    return function(files[0])
+  worst = 0
+  for one in files:
+    try:
+      code = function(one)
+    except (errors.SurgeryError, OSError) as error:
+      click.echo(f'error: {wording.line(error)}', err=True)
+      code = codes.FAILED
+    worst = max(worst, code)
+  return worst
 
 
 def size(count: int) -> str:

@@ -63,6 +63,19 @@ def found(rows: list[dict[str, Any]]) -> Iterator[str]:
     )
 
 
+def checks(texts: list[str], dry_run: bool) -> None:
+  """Prints what a recipe asserts that writes nothing."""
+  if dry_run:
+    for text in texts:
+      click.echo(f'check     {text}')
+  what = 'would check' if dry_run else 'checked'
+  click.echo(
+    f'{what} {len(texts)} assertion{"s"[: len(texts) != 1]} on values; names, '
+    'shapes and dtypes hold.',
+    err=not dry_run,
+  )
+
+
 def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
   """Prints a plan: what is to be done, or what was done."""
   if dry_run:

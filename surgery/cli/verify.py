@@ -20,49 +20,85 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@shared.file
+@click.argument(
+  'files', nargs=-1, required=True, metavar='FILE…', type=shared.FILE
+)
 @click.option(
   '--write',
   is_flag=True,
   help='Add the digests that are missing, replacing FILE.',
 )
+@shared.quiet_option
 @shared.json_option
-def command(file: pathlib.Path, write: bool, as_json: bool) -> int:
+def command(
+  files: tuple[pathlib.Path, ...], write: bool, quiet: bool, as_json: bool
+) -> int:
   r"""Recompute the digests of tensors; exit with 1 if one differs.
+
+  Of several files all are looked at. With --quiet the exit code tells.
 
   \b
   surgery verify base.msgpack
+  surgery verify *.safetensors
   surgery verify from_flax.msgpack --write
   """
+  reports: list[dict[str, object]] = []
+
+  def one(file: pathlib.Path) -> int:
+    # The tensors of several files are told apart by the names of the files.
+    prefix = f'{file}: ' if len(files) > 1 else ''
+    code, report = _verify(file, prefix, write, quiet, as_json)
+    reports.append(report)
+    return code
+
+  if not as_json:
+    return shared.each(files, one)
+  code = 0
+  try:
+    code = shared.each(files, one)
+  finally:
+    # What was found before an error is a result, too.
+    if reports:
+      click.echo(json.dumps(reports[0] if len(files) == 1 else reports))
+  return code
+
+
+def _verify(
+  file: pathlib.Path, prefix: str, write: bool, quiet: bool, as_json: bool
+) -> tuple[int, dict[str, object]]:
+  """Verifies one file; returns its exit code, and what is found as JSON."""
   opened = shared.opened(file)
   if not write and all(leaf.digest is None for leaf in opened.values()):
     raise errors.SurgeryError(
       f'{file}: no tensor has a digest, so there is nothing to compare with. '
       'Give --write to add the digests of what is there now.'
     )
-  found = _verified(opened)
+  found = _verified(opened, quiet)
   states = collections.Counter(one.state for one in found)
   wrong = [one for one in found if one.state == 'differs']
   added = states['missing'] if write and not wrong else 0
   if added:
-    _complete(file, opened, found)
-  if as_json:
-    click.echo(json.dumps(_data(file, found, states, added)))
-  for one in wrong:
-    text = f'{paths.show(one.path)}: {_reason(one)}'
-    click.echo(text, err=as_json)
-  click.echo(_summary(file, states, added), err=True)
-  if wrong and write:
-    click.echo('no digest was added: first see to what differs.', err=True)
-  return codes.DIFFERS if wrong else 0
+    _complete(file, opened, found, quiet)
+  if not quiet:
+    for tensor in wrong:
+      click.echo(
+        f'{prefix}{paths.show(tensor.path)}: {_reason(tensor)}', err=as_json
+      )
+    click.echo(_summary(file, states, added), err=True)
+    if wrong and write:
+      click.echo(
+        f'{file}: no digest was added: first see to what differs.', err=True
+      )
+  code = codes.DIFFERS if wrong else 0
+  return code, _data(file, found, states, added)
 
 
-def _verified(opened: Checkpoint) -> list[Verified]:
+def _verified(opened: Checkpoint, quiet: bool) -> list[Verified]:
   from surgery.passes import verify
 
   found = []
   tensors = [leaf for leaf in opened.values() if leaf.shape is not None]
-  with progress.shown(tensors) as told:
+  with progress.shown(tensors, quiet) as told:
     for one in verify.verify(opened):
       found.append(one)
       if told is not None:
@@ -71,7 +107,10 @@ def _verified(opened: Checkpoint) -> list[Verified]:
 
 
 def _complete(
-  file: pathlib.Path, opened: Checkpoint, found: list[Verified]
+  file: pathlib.Path,
+  opened: Checkpoint,
+  found: list[Verified],
+  quiet: bool,
 ) -> None:
   """Writes the file anew, with all digests."""
   from surgery.passes import verify
@@ -91,7 +130,9 @@ def _complete(
     # Only the index changes; its files need not be written again.
     sharding.annotate(where, plan.outputs[0].after)
     return
-  plan.write(overwrite=True, watched=lambda one: progress.shown(one.values()))
+  plan.write(
+    overwrite=True, watched=lambda one: progress.shown(one.values(), quiet)
+  )
 
 
 def _reason(one: Verified) -> str:
@@ -119,7 +160,7 @@ def _data(
   added: int,
 ) -> dict[str, object]:
   return {
-    'file': file.name,
+    'file': str(file),
     'ok': states['ok'],
     'differs': states['differs'],
     'missing': states['missing'] - added,

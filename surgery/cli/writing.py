@@ -19,15 +19,29 @@ if TYPE_CHECKING:
   from surgery.recipes.recipe import Recipe
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manner:
+  """How a recipe is carried out, wherever it writes.
+
+  Attributes:
+    force: whether files may exist.
+    dry_run: whether only the plan is shown.
+    as_json: whether the plan is printed as JSON.
+    quiet: whether only what is lost is told of on stderr.
+  """
+
+  force: bool = False
+  dry_run: bool = False
+  as_json: bool = False
+  quiet: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output(Manner):
   """Where a verb writes, and how.
 
   Attributes:
     path: the file.
-    force: whether it may exist.
-    dry_run: whether only the plan is shown.
-    as_json: whether the plan is printed as JSON.
     shard_size: most bytes a file, if it becomes several.
     strict_flax: whether it is written without a manifest, as flax writes it.
     no_manifest: whether it is written without our manifest.
@@ -37,9 +51,6 @@ class Output:
   """
 
   path: pathlib.Path
-  force: bool = False
-  dry_run: bool = False
-  as_json: bool = False
   shard_size: int | None = None
   strict_flax: bool = False
   no_manifest: bool = False
@@ -76,6 +87,7 @@ def _options(target: Callable[..., Any]) -> Callable[..., Any]:
       click.option(
         '--json', 'as_json', is_flag=True, help='Print the plan as JSON.'
       ),
+      shared.quiet_option,
       click.option(
         '--shard-size',
         callback=shared.nbytes,
@@ -136,7 +148,8 @@ def _writing(
 
   @functools.wraps(function)
   def wrapped(*args: Any, target: pathlib.Path, **kwargs: Any) -> Any:
-    output = Output(target, **{name: kwargs.pop(name) for name in names})
+    options = {name: kwargs.pop(name) for name in names}
+    output = Output(path=target, **options)
     output.check()
     return function(*args, output=output, **kwargs)
 
@@ -206,7 +219,7 @@ def texts(items: Sequence[str]) -> dict[str, str]:
 
 def run(
   recipe: Recipe,
-  output: Output,
+  output: Manner,
   given: Mapping[str, Checkpoint] | None = None,
   quiet: bool = False,
 ) -> None:
@@ -228,7 +241,8 @@ def run(
     plan.check(overwrite=output.force)
   else:
     plan.write(
-      overwrite=output.force, watched=lambda one: progress.shown(one.values())
+      overwrite=output.force,
+      watched=lambda one: progress.shown(one.values(), output.quiet),
     )
   for line in running.lost(plan):
     click.echo(line, err=True)
@@ -240,6 +254,11 @@ def run(
       click.echo(line, err=True)
   if output.as_json:
     click.echo(json.dumps(report))
+    return
+  if output.quiet and not output.dry_run:
+    return
+  if not plan.outputs:
+    showing.checks(report['checks'], output.dry_run)
     return
   others = report.get('saved', [])
   reports = [report, *others]

@@ -635,6 +635,12 @@ def open_checkpoint(
   """
   expect.path(path, open_checkpoint)
   host = host or default_host()
+  where = pathlib.Path(os.fsdecode(path))
+  if not where.exists():
+    # Before its suffix is looked at, which may be as wrong as the rest.
+    raise FileNotFoundError(
+      errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path)
+    )
   form, found = host.located(path, format)
   opened = _of_format(form, host, 'open', found)
   if not isinstance(opened, Checkpoint):

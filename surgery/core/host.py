@@ -704,8 +704,9 @@ class Host:
     for form in forms:
       if suffix in form.suffixes:
         return form, path
+    what = f'for the suffix {suffix!r}' if suffix else 'for a name without one'
     raise errors.FormatError(
-      f"{path}: no format is known for the suffix '{suffix}'. Known: "
+      f'{path}: no format is known {what}. Known suffixes: '
       f'{", ".join(sorted(known)) or "none"}.'
     )
 

@@ -5,6 +5,11 @@ temporary names, take their names when all are complete and on the disk, and
 only then does the index take its own. Of a writer that was killed before, files
 without an index are left at most, and temporary files that the next writer
 removes.
+
+A set that replaces another has files of other names (`out.2-00001-of-00003`
+beside `out-00001-of-00003`), since no order of renames replaces several files
+at once. So the old set is whole until the index is replaced, which makes the
+new one, and the old files are removed after that.
 """
 
 from __future__ import annotations
@@ -12,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
+import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -27,7 +34,7 @@ class Writing:
     target: what the set is called, e.g. `out.msgpack`.
     shown: the same, for messages.
     count: number of its files beside the index.
-    overwrite: whether left-over files may be replaced.
+    overwrite: whether a set and left-over files may be replaced.
 
   Attributes:
     names: names of its files beside the index.
@@ -43,11 +50,11 @@ class Writing:
     self._overwrite = overwrite
     self._begun = 0
     self._inodes: list[tuple[int, int]] = []
-    self.names = [
-      location.shard(target, number, count) for number in range(1, count + 1)
-    ]
     self.index = target.with_name(target.name + location.INDEX)
     self._check()
+    # Files of the set that is replaced.
+    self._old = _named_by(self.index) if overwrite else set()
+    self.names = _free(target, count, self._old)
     atomic.clean(target)
     self.fd, self._temporary = atomic.create(target, None)
 
@@ -79,17 +86,26 @@ class Writing:
     with contextlib.suppress(OSError):
       fcntl.flock(folder, fcntl.LOCK_EX)
     self._check()
+    if self._overwrite and _named_by(self.index) != self._old:
+      # Its files may have the names that were free when this began.
+      raise FileExistsError(
+        errno.EEXIST,
+        'another set was written there meanwhile, and is not replaced',
+        f'{self._shown}{location.INDEX}',
+      )
     for number, name in enumerate(self.names, 1):
       atomic.publish(
         atomic.part(self._temporary, number), name, str(name), self._overwrite
       )
     atomic.sync_folder(folder)
-    atomic.publish(self._temporary, self.index, str(self.index), False)
+    atomic.publish(
+      self._temporary, self.index, str(self.index), self._overwrite
+    )
     atomic.sync_folder(folder)
 
   def tidy(self) -> None:
     """Removes what the set takes the place of."""
-    for path in [*self._left_over(), self._target]:
+    for path in [*self._left_over(), *sorted(self._old), self._target]:
       if path not in self.names:
         with contextlib.suppress(OSError):
           path.unlink()
@@ -126,15 +142,10 @@ class Writing:
 
   def _check(self) -> None:
     """Raises if something is there that must not be replaced."""
-    if os.path.lexists(self.index):
-      raise FileExistsError(
-        errno.EEXIST,
-        'the index of a set of files exists, and is never replaced. Remove the '
-        'set, or write elsewhere',
-        f'{self._shown}{location.INDEX}',
-      )
     if self._overwrite:
       return
+    if os.path.lexists(self.index):
+      raise atomic.exists(f'{self._shown}{location.INDEX}')
     if os.path.lexists(self._target):
       raise atomic.exists(self._shown)
     left = self._left_over()
@@ -145,6 +156,37 @@ class Writing:
         'index, not replaced unless overwrite=True (--force) is given',
         str(pathlib.Path(self._shown).with_name(left[0].name)),
       )
+
+
+def _named_by(index: pathlib.Path) -> set[pathlib.Path]:
+  """Returns the files of the set that has an index, as far as it can be read.
+
+  Those that look like shards and lie in its folder: what else an index names
+  may be somebody else's, and is not removed.
+  """
+  try:
+    data = json.loads(index.read_bytes())
+    names = set(data['weight_map'].values())
+  except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    # No set, or a damaged one: then none of its files is touched.
+    return set()
+  paths = [index.with_name(n) for n in names if n == pathlib.Path(n).name]
+  return {path for path in paths if location.shard_of(path) is not None}
+
+
+def _free(
+  target: pathlib.Path, count: int, taken: set[pathlib.Path]
+) -> list[pathlib.Path]:
+  """Returns names of a set's files none of which is taken."""
+  for generation in itertools.count(1):
+    stem = target.stem if generation == 1 else f'{target.stem}.{generation}'
+    called = target.with_name(stem + target.suffix)
+    names = [location.shard(called, k, count) for k in range(1, count + 1)]
+    # Files of another name may be those of somebody else's set.
+    theirs = generation > 1 and any(map(os.path.lexists, names))
+    if taken.isdisjoint(names) and not theirs:
+      return names
+  raise AssertionError('there is always another name')
 
 
 def _inode(status: os.stat_result) -> tuple[int, int]:
@@ -160,8 +202,8 @@ def writing(
   Args:
     path: what the set is called, e.g. `out.msgpack`.
     count: number of its files beside the index, `out.msgpack.index.json`.
-    overwrite: whether a file of that name, and files of a set without an index,
-      may be replaced. An index is never replaced.
+    overwrite: whether a file or a set of that name, and files of a set without
+      an index, may be replaced.
 
   Raises:
     FileExistsError: if there is a file that must not be replaced.

@@ -92,8 +92,8 @@ def write_set(
     path: what the set is called, e.g. `out.msgpack`.
     form: the format of its files.
     shard_size: most bytes a file; a tensor that is larger has its own.
-    overwrite: whether a file of that name, and files of a set without an index,
-      may be replaced. An index is never replaced.
+    overwrite: whether a file or a set of that name, and files of a set without
+      an index, may be replaced.
     manifest: whether flags, metadata, adapters and so on are written too.
     progress: is told of tensors and bytes that were written.
 

@@ -34,6 +34,9 @@ _LOCK = threading.RLock()
 # Pages of a tensor of at least that many bytes are dropped after use.
 _LARGE = 1 << 20
 
+# What a repository has in the place of a large file that was not fetched.
+_POINTER = b'version https://git-lfs.github.com/spec/'
+
 # As Linux has it; Python has no name for it.
 _POPULATE_READ = 22
 
@@ -82,6 +85,12 @@ class MappedFile:
         0,
       )
     self.data = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
+    if self.data[: len(_POINTER)] == _POINTER:
+      raise errors.FormatError(
+        f'{self.name}: expected a saved model, found a pointer of Git LFS, '
+        'which says where the model is. Fetch it with `git lfs pull`.',
+        0,
+      )
 
   @contextlib.contextmanager
   def scattered(self) -> Iterator[None]:

@@ -113,20 +113,24 @@ class TensorDiff:
       self.a is not None and self.b is not None and self.a.shape == self.b.shape
     )
 
-  def differs(self, tolerance: float = 0.0) -> bool:
+  def differs(self, tolerance: float | None = None) -> bool:
     """Whether it is different in the two.
 
     Args:
-      tolerance: the largest relative error that is let pass. 0 compares bits
-        and dtypes; with more, dtypes may differ and values decide.
+      tolerance: the largest relative error that is let pass; dtypes may differ
+        and values decide. 0 asks for equal values. None, the default, compares
+        bits and dtypes.
     """
     if not self.comparable or self.notes:
       return True
     assert self.a is not None and self.b is not None
-    if tolerance <= 0:
+    if tolerance is None:
       return not self.equal or self.a.dtype != self.b.dtype
     if self.figures is None:
       return not self.equal
+    if tolerance == 0:
+      # A relative error may be too small for a number, and its square is.
+      return self.figures.max_abs > 0
     return not self.figures.relative <= tolerance
 
 

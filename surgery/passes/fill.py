@@ -202,7 +202,8 @@ def random(
   """
   if not (math.isfinite(scale) and math.isfinite(mean) and scale >= 0):
     raise errors.SurgeryError(
-      f'random: expected finite numbers, found scale={scale}, mean={mean}.'
+      f'random: expected finite numbers, found the scale {scale} and the mean '
+      f'{mean}.'
     )
 
   def make(path: Path, sizes: Shape, name: str) -> Leaf:

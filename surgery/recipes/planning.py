@@ -139,7 +139,7 @@ def needed(after: Checkpoint) -> int:
 
 def report(
   rows: list[dict[str, Any]],
-  name: str,
+  name: str | None,
   memory: int,
   checks: Sequence[str],
   left_out: Sequence[Mapping[str, str]] = (),

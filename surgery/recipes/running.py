@@ -248,7 +248,7 @@ class Output:
     """Returns what happens as JSON data."""
     said = planning.report(
       self.rows(),
-      self.shown.name,
+      str(self.shown),
       planning.needed(self.after),
       [one.text for one in self.after.checks],
       [one.to_json() for one in self.after.left_out],
@@ -263,13 +263,16 @@ class Plan:
 
   Attributes:
     recipe: the recipe, with all files.
-    outputs: what is written, in the recipe's order.
+    outputs: what is written, in the recipe's order; nothing, where a recipe
+      only asserts.
     host: whose formats are known.
+    checks: what has to hold of values before anything is written.
   """
 
   recipe: Recipe
   outputs: tuple[Output, ...]
   host: Host
+  checks: tuple[checkpoints.Check, ...]
 
   def report(self) -> dict[str, Any]:
     """Returns it as JSON data: the first output, and others under `saved`.
@@ -282,6 +285,8 @@ class Plan:
       `path`, `adapter` and `why`. After it was written also `found`: what
       became zero by a cast.
     """
+    if not self.outputs:
+      return planning.report([], None, 0, [one.text for one in self.checks])
     first, *others = [one.report() for one in self.outputs]
     return {**first, 'saved': others} if others else first
 
@@ -332,10 +337,10 @@ class Plan:
       OSError: naming the file, if the system says no.
     """
     self.check(overwrite)
-    # Several outputs may have the same checks, which read tensors.
-    checks = {id(c): c for one in self.outputs for c in one.after.checks}
-    for check in checks.values():
+    for check in self.checks:
       check.run()
+    if not self.outputs:
+      return
     # The first is the main one: it appears last.
     order = list(reversed(self.outputs))
     with contextlib.ExitStack() as undo:
@@ -391,15 +396,12 @@ def check_target(target: Target, overwrite: bool) -> None:
   if not os.access(folder, os.W_OK | os.X_OK):
     raise errors.SurgeryError(f'{folder}: the folder is not writable.')
   index = path.with_name(path.name + location.INDEX)
-  if target.shard_size is not None and index.exists():
-    raise errors.SurgeryError(
-      f'{index}: exists already, and the index of a set of files is never '
-      'replaced. Remove the set, or write elsewhere.'
-    )
-  if path.exists() and not overwrite:
-    raise errors.SurgeryError(
-      f'{path}: exists already. Give --force (overwrite=True) to replace it.'
-    )
+  there = [path] if target.shard_size is None else [index, path]
+  for one in there:
+    if one.exists() and not overwrite:
+      raise errors.SurgeryError(
+        f'{one}: exists already. Give --force (overwrite=True) to replace it.'
+      )
 
 
 def plan(
@@ -412,9 +414,12 @@ def plan(
     host: whose passes and formats there are.
     given: inputs that have been opened already, by alias.
   """
-  if not recipe.outputs:
+  targets = recipe.outputs
+  if _only_asserts(recipe):
+    targets = {k: v for k, v in targets.items() if v.path is not None}
+  elif not targets:
     raise errors.RecipeError(f'{recipe.origin}: expected an output.')
-  for name, target in recipe.outputs.items():
+  for name, target in targets.items():
     if target.path is None:
       raise errors.RecipeError(
         f'{recipe.where("outputs", name)}: output {name!r} has no file. Give '
@@ -426,7 +431,7 @@ def plan(
   models = _Models(recipe, host, given or {})
   _performed(recipe, models, host)
   outputs = []
-  for name, target in recipe.outputs.items():
+  for name, target in targets.items():
     alias = target.of or next(iter(recipe.inputs))
     after = models[alias]
     main = _main_of(after, models)
@@ -435,7 +440,15 @@ def plan(
     if target.plain is not None:
       _check_plain(target, after, host)
     outputs.append(Output(name, target, dict(models.opened), main, after))
-  return Plan(recipe, tuple(outputs), host)
+  # Several outputs may have the same checks, which read tensors.
+  afters = [one.after for one in outputs] or [*models.now.values()]
+  checks = {id(c): c for after in afters for c in after.checks}
+  return Plan(recipe, tuple(outputs), host, tuple(checks.values()))
+
+
+def _only_asserts(recipe: Recipe) -> bool:
+  """Whether a recipe says what has to hold, and changes nothing."""
+  return bool(recipe.steps) and all(s.name == 'assert' for s in recipe.steps)
 
 
 def _main_of(after: Checkpoint, models: _Models) -> str:
@@ -504,31 +517,39 @@ def lost(plan: Plan) -> Iterator[str]:
 @contextlib.contextmanager
 def _restored(output: Output) -> Iterator[None]:
   """If what follows fails, a file is what it was before, or not there."""
-  path, old = output.shown, None
-  if path.exists():
-    path = path.resolve()
-    old = path.with_name(f'.{path.name[:180]}.{secrets.token_hex(4)}.old')
-    try:
-      os.link(path, old)
-    except OSError as error:
-      reason = os.strerror(error.errno or errno.EIO)
-      raise errors.SurgeryError(
-        f'{path}: cannot be kept until all is written ({reason}). Write to '
-        'another name.'
-      ) from error
+  kept: dict[pathlib.Path, pathlib.Path] = {}
   try:
-    yield
-  except BaseException:
-    if old is not None:
-      old.replace(path)
-    else:
-      for part in _parts(output):
+    # Parts before the index: while they are put back there is no half set.
+    for path in (*_parts(output), output.shown):
+      if path.exists():
+        _keep(path.resolve(), kept)
+    try:
+      yield
+    except BaseException:
+      for part in _parts(output) - kept.keys():
         part.unlink(missing_ok=True)
-      path.unlink(missing_ok=True)
-    raise
+      if not kept:
+        output.shown.unlink(missing_ok=True)
+      for path, old in kept.items():
+        old.replace(path)
+      raise
   finally:
-    if old is not None:
+    for old in kept.values():
       old.unlink(missing_ok=True)
+
+
+def _keep(path: pathlib.Path, kept: dict[pathlib.Path, pathlib.Path]) -> None:
+  """Gives a file a second name, under which it stays."""
+  old = path.with_name(f'.{path.name[:180]}.{secrets.token_hex(4)}.old')
+  try:
+    os.link(path, old)
+  except OSError as error:
+    reason = os.strerror(error.errno or errno.EIO)
+    raise errors.SurgeryError(
+      f'{path}: cannot be kept until all is written ({reason}). Write to '
+      'another name.'
+    ) from error
+  kept[path] = old
 
 
 def _parts(output: Output) -> set[pathlib.Path]:
@@ -536,4 +557,5 @@ def _parts(output: Output) -> set[pathlib.Path]:
   if output.target.shard_size is None or not output.shown.exists():
     return set()
   index = strict_json.loads(output.shown.read_bytes(), str(output.shown))
-  return {output.shown.with_name(n) for n in index['weight_map'].values()}
+  folder = output.shown.resolve().parent
+  return {folder / name for name in index['weight_map'].values()}

@@ -65,10 +65,12 @@ def test_files_of_a_size_and_back(adapted, tmp_path, out, surgery_cli):
   assert 0 == surgery_cli('diff', adapted, index).code
   assert 0 == surgery_cli('convert', index, out).code
   assert 0 == surgery_cli('diff', adapted, out).code
-  for more in ((), ('--force',), ('--dry-run',)):
+  for more in ((), ('--dry-run',)):
     result = surgery_cli(*args, *more)
     assert 3 == result.code
-    assert 'parts.msgpack.index.json' in result.err
+    assert 'parts.msgpack.index.json: exists already' in result.err
+  assert 0 == surgery_cli(*args, '--force').code
+  assert 0 == surgery_cli('diff', adapted, index).code
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Sets of files: what is written, and what is refused."""
 
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -12,6 +13,7 @@ import surgery
 from surgery.core import errors, location
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.manifest import KEY
+from surgery.files import atomic, atomic_sets
 from tests.files.trees import bits, checkpoint_of
 
 SUFFIXES = ('.msgpack', '.safetensors')
@@ -310,12 +312,63 @@ def test_a_folder_with_parts_only_asks_for_their_index(written):
 # What is there already.
 
 
-def test_an_index_is_never_replaced(written):
+def test_a_set_is_replaced_only_if_allowed(written):
   before = {p: p.read_bytes() for p in written.parent.iterdir()}
-  for overwrite in (False, True):
-    with pytest.raises(FileExistsError, match='never replaced'):
-      model().write(written, shard_size=1000, overwrite=overwrite)
+  with pytest.raises(FileExistsError, match='overwrite=True'):
+    model().write(written, shard_size=1000)
   assert before == {p: p.read_bytes() for p in written.parent.iterdir()}
+
+
+def test_a_set_that_replaces_another_leaves_its_own_files_only(written):
+  # With the same number of files three times: names are used in turn.
+  size = len(names(written.parent))
+  for _ in range(3):
+    before = set(listed(written)['weight_map'].values())
+    opened = surgery.open(index_of(written))
+    opened.write(written, shard_size=500, overwrite=True)
+    named = set(listed(written)['weight_map'].values())
+    assert not before & named or len(before) != len(named)
+    assert sorted({*named, index_of(written).name}) == names(written.parent)
+    assert_same(model(), surgery.open(written.parent))
+  assert size > 2
+
+
+def test_the_old_set_is_whole_until_the_index_is_replaced(written, monkeypatch):
+  whole = []
+  publish = atomic.publish
+
+  def watched(temporary, target, shown, overwrite):
+    whole.append(surgery.open(index_of(written)))
+    publish(temporary, target, shown, overwrite)
+
+  monkeypatch.setattr(atomic, 'publish', watched)
+  model().write(written, shard_size=500, overwrite=True)
+  for opened in whole:
+    assert_same(model(), opened)
+  assert len(whole) > 2
+
+
+def test_files_of_another_set_are_not_taken_for_old_ones(written):
+  other = written.with_name(f'{written.stem}.2{written.suffix}')
+  model().write(other, shard_size=500)
+  for _ in range(3):
+    model().write(written, shard_size=500, overwrite=True)
+  for set_ in (written, other):
+    assert_same(model(), surgery.open(index_of(set_)))
+
+
+def test_a_set_that_somebody_else_replaced_meanwhile_stays(written):
+  late = atomic_sets.writing(written, 1, overwrite=True)
+  files = late.__enter__()
+  with files.next() as fd:
+    os.write(fd, b'late')
+  model().write(written, shard_size=500, overwrite=True)
+  os.write(files.fd, b'{}')
+  with pytest.raises(FileExistsError, match='written there meanwhile'):
+    late.__exit__(None, None, None)
+  assert_same(model(), surgery.open(index_of(written)))
+  named = set(listed(written)['weight_map'].values())
+  assert sorted({*named, index_of(written).name}) == names(written.parent)
 
 
 def test_files_of_a_set_without_an_index_are_replaced_if_allowed(written):

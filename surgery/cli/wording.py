@@ -1,0 +1,40 @@
+"""Messages of the library, whose arguments are options here."""
+
+from __future__ import annotations
+
+import re
+
+# How the shell writes what the library's messages call an argument.
+OPTIONS = {
+  'overwrite=True (--force)': '--force',
+  '--force (overwrite=True)': '--force',
+  '(overwrite=True, --allow-overflow)': '(--allow-overflow)',
+  '(overflow=True, --allow-overflow)': '(--allow-overflow)',
+  'Give the graph (graph=), or save with it': (
+    'Save the model with its graph (surgery.save(…, graph=graph))'
+  ),
+  ' (check_finite=False)': '',
+  '(manifest=True)': '',
+  'check_base=False': '--no-check-base',
+  'overwrite=True': '--force',
+  'another name=': 'another --name',
+  'name=': '--name',
+  'stacked=': '--stacked',
+  'layout=': '--layout',
+  'without a shard_size': 'without --shard-size',
+  'keep= of cast': '--keep of cast',
+}
+_ANY = re.compile('|'.join(map(re.escape, OPTIONS)))
+
+
+def as_options(text: str) -> str:
+  """Returns a message with options in the place of arguments of Python."""
+  return _ANY.sub(lambda match: OPTIONS[match[0]], text)
+
+
+def line(error: BaseException) -> str:
+  """Returns what an error says, for people at a shell."""
+  if isinstance(error, OSError) and error.strerror:
+    where = f'{error.filename}: ' if error.filename else ''
+    return as_options(f'{where}{error.strerror}.')
+  return as_options(str(error))
