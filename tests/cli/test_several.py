@@ -89,9 +89,9 @@ def test_diff_within_0_asks_for_equal_values(files, surgery_cli, tmp_path):
   result = surgery_cli('diff', files[0], half, 'net', '--tolerance', 0)
   assert (0, 'equal within 0: 1 tensors\n') == (result.code, result.out)
   other = tmp_path / 'other.msgpack'
-  tree = {'net': {'kernel': np.ones((2, 3), 'float32')}, 'n': 3}
-  tree['net']['kernel'][0, 0] += 1e-7
-  checkpoint_of(tree).write(other)
+  kernel = np.ones((2, 3), 'float32')
+  kernel[0, 0] += 1e-7
+  checkpoint_of({'net': {'kernel': kernel}, 'n': 3}).write(other)
   assert 1 == surgery_cli('diff', files[0], other, '--tolerance', 0).code
 
 

@@ -52,5 +52,5 @@ def test_there_are_messages_to_look_at():
 def test_errors_of_the_system_are_a_line():
   error = FileExistsError(17, 'file exists', 'a.msgpack')
   assert 'a.msgpack: file exists.' == wording.line(error)
-  error = errors.BaseMismatchError('another base. Say check_base=False.')
-  assert 'another base. Say --no-check-base.' == wording.line(error)
+  other = errors.BaseMismatchError('another base. Say check_base=False.')
+  assert 'another base. Say --no-check-base.' == wording.line(other)
