@@ -13,11 +13,11 @@ import hashlib
 import itertools
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from surgery.core import errors, paths, selectors
+from surgery.core import errors, expect, paths, selectors
 from surgery.core.adapter import Adapter, Interceptor
 from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
@@ -415,6 +415,26 @@ class Records:
     raise errors.AdapterError(
       f'there is no adapter {name!r}.{errors.suggest(name, self.names)}'
     )
+
+  def chosen(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns names of adapters that are meant, in the order of attaching.
+
+    Args:
+      names: a name, several, or None for all.
+
+    Raises:
+      AdapterError: for an unknown name, or if there is no adapter at all.
+    """
+    if names is None:
+      if not self.names:
+        raise errors.AdapterError('no adapter is attached.')
+      return self.names
+    wanted = expect.names(names)
+    if not wanted:
+      raise errors.AdapterError('no adapter was named.')
+    for name in wanted:
+      self.get(name)
+    return tuple(n for n in self.names if n in wanted)
 
   @property
   def owned(self) -> Mapping[Path, str]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.passes.beneath import handles_adapters
-from surgery.passes.merge import names_of
 
 
 @handles_adapters
@@ -33,7 +32,7 @@ def detach(
     detach: default
   """
   records = checkpoint.records(host)
-  names = names_of(records, names)
+  names = records.chosen(names)
   gone = {p for n in names for p in records.get(n).weight_paths()}
   leaves = {p: leaf for p, leaf in checkpoint.items() if p not in gone}
   return checkpoint.replace(leaves=leaves, records=records.remove(names))

@@ -9,7 +9,6 @@ from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
 from surgery.core.records import Records
 from surgery.passes.beneath import handles_adapters
-from surgery.passes.merge import names_of
 
 
 def switched(
@@ -21,7 +20,7 @@ def switched(
     AdapterError: for an unknown name, or if two that are on would replace the
       same parameter.
   """
-  for name in names_of(records, names):
+  for name in records.chosen(names):
     record = records.get(name)
     if record.enabled != enabled:
       records = records.replace(dataclasses.replace(record, enabled=enabled))

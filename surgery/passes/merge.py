@@ -8,37 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, expect, foreign, hookspecs, paths
+from surgery.core import errors, foreign, hookspecs, paths
 from surgery.core.checkpoint import Checkpoint, Index, Leaf
 from surgery.core.host import Host
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, Chain, Records
 from surgery.passes import blocks, compute
 from surgery.passes.beneath import handles_adapters
-
-
-def names_of(
-  records: Records, names: str | Sequence[str] | None
-) -> tuple[str, ...]:
-  """Returns the adapters that are meant, in the order of attaching.
-
-  Args:
-    records: the adapters.
-    names: a name, several, or None for all.
-
-  Raises:
-    AdapterError: for an unknown name, or if there is no adapter at all.
-  """
-  if names is None:
-    if not records.names:
-      raise errors.AdapterError('no adapter is attached.')
-    return records.names
-  wanted = expect.names(names)
-  if not wanted:
-    raise errors.AdapterError('no adapter was named.')
-  for name in wanted:
-    records.get(name)
-  return tuple(n for n in records.names if n in wanted)
 
 
 def check_order(records: Records, names: Sequence[str]) -> None:
@@ -142,7 +118,7 @@ def merge(
     )
     names = checkpoint.records(host).names[-1]
   records = checkpoint.records(host)
-  merged = names_of(records, names)
+  merged = records.chosen(names)
   stood = {p: s.path for n in merged for p, s in records.get(n).saved.items()}
   for name in merged:
     if not records.get(name).enabled:

@@ -130,7 +130,7 @@ def test_a_recipe_that_only_asserts_needs_no_output(
 ):
   recipe = tmp_path / 'check.yaml'
   recipe.write_text(
-    '- assert: {finite: "**/kernel"}\n- assert: {dtype: {select: "**/kernel", is: f32}}\n'
+    '- assert: {finite: "**/kernel"}\n- assert: {dtype: {of: "**/kernel", is: f32}}\n'
   )
   before = sorted(tmp_path.iterdir())
   result = surgery_cli('run', recipe, f'model={files[0]}')
