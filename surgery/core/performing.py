@@ -249,7 +249,7 @@ def _needed_json(said: Mapping[str, Any]) -> Iterator[_Needed]:
   Whoever asks for its record gets an error that says what is wrong with it.
   """
   try:
-    weights = list(said['shared'].values())
+    weights = [*said['shared'].values(), *said.get('saved', {}).values()]
     for site in said['sites']:
       layer = paths.parse(site['layer'])
       for param in site['params']:
