@@ -179,7 +179,7 @@ def merged(params):
 class Dora(surgery.LoRA):
   """DoRA whose norm is differentiated too."""
 
-  name = 'dora'
+  name = 'dora-by-norm'
   adds = False
 
   def init(self, site, key):
