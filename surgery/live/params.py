@@ -582,11 +582,7 @@ def _adopted_by(
   if path not in info:
     return params
   finder = _finder(record, layer)
-  refused: list[finding.Refused] = []
-  found = finding.sites(
-    finder, pending.selector, info, missing='pass', left=refused
-  )
-  attach.warn(record.adapter, attach.left_out(record.name, refused))
+  found = finding.sites(finder, pending.selector, info, missing='pass')
   for site, met in found:
     old = record.sites.get(site.path)
     if old is not None and old.site.params == site.params:
@@ -716,12 +712,34 @@ class _Stored(Mapping[Path, Any]):
     return len(self._params._data)
 
 
+def _check_served(
+  params: AdaptedParams, record: AdapterRecord, finder: finding.Finder
+) -> None:
+  """Says which layers a pending adapter leaves out, now that all are there.
+
+  Raises:
+    SiteError: for one that the selector names.
+  """
+  assert record.pending is not None
+  known = {p: info_of(one) for p, one in params._data.items()}
+  info = {
+    path: one
+    for path, one in known.items()
+    if one is not None and path not in params._records.owned
+  }
+  refused: list[finding.Refused] = []
+  selector = record.pending.selector
+  finding.sites(finder, selector, info, missing='pass', left=refused)
+  attach.warn(record.adapter, attach.left_out(record.name, refused))
+
+
 def _closed(params: AdaptedParams) -> AdaptedParams:
   """Returns params in which no adapter looks for sites any more.
 
   Raises:
     SelectorError: if an item of a selector, or an alternative of one, has
       matched nothing.
+    SiteError: if a layer that a selector names cannot be served.
     PluginError: if a name that a type declares frozen is that of no weight.
   """
   for path in list(params._data):
@@ -750,6 +768,7 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
       finding.check_axes(finder, universe)
     except errors.SelectorError as error:
       raise errors.SelectorError(before + str(error)) from None
+    _check_served(params, record, finder)
     attach.check_patterns(
       record.adapter, [r.site for r in record.sites.values()]
     )

@@ -317,7 +317,7 @@ def attach(
       where,
       info,
       missing='pass' if waiting else 'error',
-      left=refused,
+      left=None if waiting else refused,
     )
   except errors.SelectorError as error:
     if not (pending and shares):

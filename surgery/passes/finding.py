@@ -267,7 +267,8 @@ def sites(
     info: all parameters that may be rewritten.
     missing: `'error'` raises for an item, or an alternative of one, that
       yields no site; `'pass'` does not.
-    left: is told of the layers that are matched and yield no site.
+    left: is told of the layers that are matched and yield no site; None where
+      layers may be incomplete as yet, so that nothing can be said of them.
 
   Returns:
     Sites, each with the indices of the selector's items that mean it.
@@ -327,8 +328,10 @@ def sites(
         there = [p for p in match.by_item[item] if choice.meets(p)]
         what = f'{item.written!r}: its alternative {choice.text!r}'
         raise _no_site(finder, what, there, _reason(reasons, there))
+  if left is None:
+    return [(site, frozenset(ids)) for site, ids in found.values()]
   for item in items:
-    for one in _unserved(finder, item, match, found, refused, layers, missing):
+    for one in _unserved(finder, item, match, found, refused, layers):
       if one.how == 'name':
         raise errors.SiteError(
           f'{paths.show(one.layer)}: selector {item.written!r} names this '
@@ -336,8 +339,7 @@ def sites(
           f'{one.reason}. Leave it out of the selector, or add '
           f'{"!" + paths.literal(one.layer)!r}.'
         )
-      if left is not None:
-        left.append(one)
+      left.append(one)
   return [(site, frozenset(ids)) for site, ids in found.values()]
 
 
@@ -363,7 +365,6 @@ def _unserved(
   found: Iterable[Path],
   refused: Mapping[Path, str],
   layers: Mapping[Path, Mapping[str, Info]],
-  missing: str,
 ) -> Iterator[Refused]:
   """Yields the layers that an item matches and that yield no site.
 
@@ -377,8 +378,6 @@ def _unserved(
     found: paths of the sites.
     refused: why layers were refused that have a parameter to rewrite.
     layers: all layers.
-    missing: `'pass'` if layers may be incomplete as yet; then only those are
-      told of that were refused.
   """
   if item.kind == selectors.ALL:
     return  # It means what can be served.
@@ -389,7 +388,7 @@ def _unserved(
   )
   term = finder.term(layers)
   for place in places:
-    if place in served or (missing == 'pass' and place not in refused):
+    if place in served:
       continue
     how = selectors.naming(item, place, finder.names, term)
     if not how or (place not in layers and how != 'name'):

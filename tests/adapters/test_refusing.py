@@ -189,11 +189,19 @@ def test_before_initialisation_a_named_layer_is_not_skipped_either():
       _, made = one(made, jnp.ones((1, 2)))
     return made.locked()
 
-  with pytest.raises(surgery.SiteError, match='net/l9: .* names this layer'):
+  with pytest.raises(surgery.SurgeryError, match="its alternative 'l9'"):
     init('**/{l3,l9}')
-  with pytest.warns(surgery.SiteWarning, match='net/l9'):
-    init('**/l*')
-  assert {'l3'} == sites(init('**'))
+  model = bx.Graph('net')
+  rng = bx.Rng(model.child('rng'))
+  layers = [
+    bx.Linear(model.child(part).child('x'), n, rng)
+    for part, n in (('a', 3), ('b', 9))
+  ]
+  with pytest.raises(surgery.SiteError, match='net/b/x: .* names this layer'):
+    init('**/x')
+  with pytest.warns(surgery.SiteWarning, match='net/b/x'):
+    init('**/x*')
+  assert {'a/x'} == sites(init('**'))
 
 
 def test_a_refusal_of_init_is_an_error_whatever_was_written():

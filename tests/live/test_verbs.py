@@ -100,7 +100,8 @@ def test_attach_by_layers_leaves_an_integer_kernel_alone(net):
   _, base, _ = net
   params = base.unlocked()
   params[(*LAYER, 'kernel')] = bx.Param(jnp.ones((4, 6), jnp.int8))
-  params = surgery.attach(params.locked(), LORA, to='**/hidden*')
+  with pytest.warns(surgery.SiteWarning, match=r'hidden0 \(kernel: .* int8'):
+    params = surgery.attach(params.locked(), LORA, to='**/hidden*')
   assert (('net', 'mlp', 'hidden1', 'kernel'),) == (
     surgery.adapters(params)[0].sites
   )

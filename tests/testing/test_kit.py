@@ -310,13 +310,22 @@ BROKEN: dict[str, Any] = {
   'drawn by itself': (
     DrawnByItself(),
     {'identity': False},
-    {'seeds_decide_the_weights', 'settings_of_jax_change_nothing'},
+    {
+      'seeds_decide_the_weights',
+      'what_is_drawn_depends_on_the_seed',
+      'how_axes_are_stored_does_not_matter',
+      'settings_of_jax_change_nothing',
+    },
   ),
   'fussy': (Fussy(), {}, {'settings_of_jax_change_nothing'}),
   'moody': (
     Moody(),
     {},
-    {'two_calls_give_the_same', 'shards_give_the_eager_result'},
+    {
+      'two_calls_give_the_same',
+      'how_axes_are_stored_does_not_matter',
+      'shards_give_the_eager_result',
+    },
   ),
   'hides NaN': (HidesNaN(), {}, {'what_is_not_finite_is_not_merged'}),
   'boundless': (Boundless(), {}, {'what_is_too_large_is_refused'}),
