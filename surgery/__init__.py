@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     trainable_mask,
     unfreeze,
   )
+  from surgery.live.weights import regulariser, weights, with_weights
   from surgery.passes.beneath import handles_adapters
   from surgery.passes.choosing import select
   from surgery.recipes.recipe import Recipe
@@ -133,6 +134,7 @@ _HOMES = {
     'trainable_mask',
     'unfreeze',
   ),
+  'live.weights': ('regulariser', 'weights', 'with_weights'),
   'passes.beneath': ('handles_adapters',),
   'passes.choosing': ('select',),
   'recipes.recipe': ('Recipe',),
@@ -203,6 +205,7 @@ __all__ = [
   'named_key',
   'open',
   'optimizer',
+  'regulariser',
   'rename',
   'route',
   'save',
@@ -211,6 +214,8 @@ __all__ = [
   'stack_adapters',
   'trainable_mask',
   'unfreeze',
+  'weights',
+  'with_weights',
 ]
 
 

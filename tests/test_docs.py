@@ -268,6 +268,24 @@ def test_each_guarantee_names_a_test_that_exists():
         assert re.search(rf'^ *(?:def|class) {name}\b', source, re.M), row
 
 
+def test_the_page_on_adapters_sets_weights_by_site():
+  from tests.live.models import mlp, stirred
+
+  text = (DOCS / 'adapters.md').read_text()
+  section = text[text.index('## Weights by site') : text.index('## LoRA by')]
+  [code] = re.findall(r'```python\n(.*?)```', section, re.DOTALL)
+  params = surgery.attach(mlp()[1], surgery.LoRA(rank=2), to='**/hidden*')
+  params = jax.tree.map(lambda w: w, stirred(params))
+  names: dict[str, Any] = {
+    'surgery': surgery, 'jax': jax, 'jnp': jnp, 'params': params
+  }  # fmt: skip
+  exec(code, names)
+  for path, site in surgery.weights(params).items():
+    for name, weight in site.items():
+      found = surgery.weights(names['params'])[path][name]
+      np.testing.assert_array_equal(np.clip(weight, -1, 1), found)
+
+
 def test_the_page_on_adapters_trains_what_trains_alone():
   import optax
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import functools
@@ -133,6 +134,11 @@ class Adapter(_Configured):
     counters: names of integer weights of a site whose last element counts the
       calls in training through `surgery.factored`, for keys of dropout.
     mergeable: False if `apply` is no parameter that could be stored.
+    rank_axes: which axis of a site's weight is its rank, by the weight's name,
+      e.g. `{'lora_a': -1, 'lora_b': 0}`, so that `surgery.prune_ranks` can cut
+      these weights together; `apply` takes the rank from their shapes then.
+    version: number of the type's options, at least 1, which files record; it
+      is raised when their names or meaning change, see `upgraded`.
     patterns: options for some sites only, by selector; the first selector that
       matches a site decides, e.g. `{'**/query': {'rank': 16}}`.
 
@@ -154,6 +160,8 @@ class Adapter(_Configured):
   adds: ClassVar[bool] = False
   counters: ClassVar[tuple[str, ...]] = ()
   mergeable: ClassVar[bool] = True
+  rank_axes: ClassVar[Mapping[str, int]] = {}
+  version: ClassVar[int] = 1
 
   patterns: Any = dataclasses.field(default=(), repr=False)
 
@@ -255,6 +263,52 @@ class Adapter(_Configured):
     """
     del site, weight
     return None
+
+  def regulariser(self, site: Site, weights: Weights) -> Array | None:
+    """Returns what a site adds to the loss, or None for nothing.
+
+    `surgery.regulariser(params)` sums it over all sites, and over the layers
+    that are stacked in one. Must be pure and written in JAX.
+
+    Args:
+      site: the parameters, with shapes and roles; `site.base()` has no values
+        here.
+      weights: as `apply` gets them, in float32 or wider.
+
+    Returns:
+      A real scalar.
+    """
+    del site, weights
+    return None
+
+  @classmethod
+  def upgraded(
+    cls, config: Mapping[str, Any], version: int
+  ) -> Mapping[str, Any]:
+    """Returns options of an older version as those of this `version`.
+
+    Called when a file is read whose adapter was made by an older version of
+    the type; one that was made by a newer one is refused. Called once for the
+    options of the adapter, and once for those that each of its `patterns`
+    gives to some sites, so any of them may be absent. A type whose `version`
+    is above 1 must have it. Weights keep their names and shapes.
+
+    Args:
+      config: options by name, as JSON data.
+      version: the version that wrote them, lower than `cls.version`.
+
+    Returns:
+      Options by name, as JSON data.
+
+    Example:
+      @classmethod
+      def upgraded(cls, config, version):
+        config = dict(config)
+        if version < 2 and 'scaling' in config:  # Version 2 renamed it.
+          config['alpha'] = config.pop('scaling')
+        return config
+    """
+    raise NotImplementedError
 
   # The four hooks, in terms of these.
 
@@ -363,6 +417,8 @@ def _check_class(cls: type[Adapter]) -> None:
         f"adapter type '{cls.name}': {flag}: expected True or False, found "
         f'{getattr(cls, flag)!r}.'
       )
+  _check_version(cls)
+  _check_rank_axes(cls)
   _check_spelling(cls)
   for said in ('rewrites', 'frozen', 'counters'):
     names = getattr(cls, said)
@@ -385,6 +441,96 @@ def _check_class(cls: type[Adapter]) -> None:
         )
 
 
+def _check_version(cls: type[Adapter]) -> None:
+  """Raises unless older configurations can be read.
+
+  Raises:
+    PluginError: for a version that is none, or that `upgraded` is lacking for.
+  """
+  whole = isinstance(cls.version, int) and not isinstance(cls.version, bool)
+  if not whole or cls.version < 1:
+    raise errors.PluginError(
+      f"adapter type '{cls.name}': version: expected a whole number of at "
+      f'least 1, found {cls.version!r}.'
+    )
+  # Of functions, as a classmethod is bound anew whenever it is looked up.
+  theirs: Any = cls.upgraded
+  if cls.version > 1 and theirs.__func__ is Adapter.upgraded.__func__:  # type: ignore[attr-defined]
+    raise errors.PluginError(
+      f"adapter type '{cls.name}': version {cls.version} needs a classmethod "
+      '`upgraded(cls, config, version)`, which makes options of this version '
+      'of older ones, since files that older versions wrote would be misread.'
+    )
+
+
+def _check_rank_axes(cls: type[Adapter]) -> None:
+  """Raises unless `rank_axes` names axes by weight.
+
+  Raises:
+    PluginError: with what it is instead.
+  """
+  said: Any = cls.rank_axes
+  if not isinstance(said, Mapping) or not all(
+    isinstance(name, str) and isinstance(axis, int) and axis is not True
+    for name, axis in said.items()
+  ):
+    raise errors.PluginError(
+      f"adapter type '{cls.name}': rank_axes: expected axes by the name of a "
+      f"weight, as {{'lora_a': -1, 'lora_b': 0}}, found {said!r}."
+    )
+
+
+def current(
+  cls: type[Adapter], data: Mapping[str, Any], version: Any, origin: str
+) -> Mapping[str, Any]:
+  """Returns a configuration from a file as one of the installed version.
+
+  Args:
+    cls: the type.
+    data: what `Adapter.config` returned when the file was written.
+    version: of the type that wrote it.
+    origin: the distribution that the type comes from, or an empty string.
+
+  Raises:
+    FormatError: for a version that is newer than the installed one, or none.
+    ConfigError: if `upgraded` raises a `ValueError`.
+    PluginError: if it fails otherwise, or returns something else than options.
+  """
+  whole = isinstance(version, int) and not isinstance(version, bool)
+  if not whole or version < 1:
+    raise errors.FormatError(
+      f"a configuration of type '{cls.name}': expected a version of at least "
+      f'1, found {version!r}.'
+    )
+  declared: Any = cls  # mypy takes the class for an instance, see __hash__.
+  _check_class(declared)
+  if version > cls.version:
+    raise errors.FormatError(
+      f"a configuration of type '{cls.name}' has version {version}, and the "
+      f'installed type reads versions up to {cls.version}. Update '
+      f'{origin or "the distribution that the type comes from"}.'
+    )
+  if version == cls.version:
+    return data
+
+  def one(options: Mapping[str, Any]) -> dict[str, Any]:
+    with _foreign(cls, 'upgraded'):
+      # A copy, since what the file says may be looked at again.
+      result: Any = cls.upgraded(copy.deepcopy(dict(options)), version)
+    if not isinstance(result, Mapping):
+      raise errors.PluginError(
+        f"adapter type '{cls.name}': upgraded returned {result!r}, expected "
+        'options by name.'
+      )
+    return dict(result)
+
+  options = {k: v for k, v in data.items() if k != 'patterns'}
+  found = one(options)
+  if 'patterns' in data:
+    found['patterns'] = {s: one(v) for s, v in data['patterns'].items()}
+  return found
+
+
 # What a class may say of a type and need not, so that a misspelt one would be
 # taken for the author's own. Shorter names have too many neighbours.
 _OPTIONAL = (
@@ -392,9 +538,12 @@ _OPTIONAL = (
   'frozen',
   'init_shared',
   'mergeable',
+  'rank_axes',
+  'regulariser',
   'rewrites',
   'serves',
   'sharding',
+  'upgraded',
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from surgery.core import adapter as adapters
 from surgery.core import errors, paths, records
 from surgery.core.site import Site
 
@@ -41,6 +42,7 @@ def adapter_to_json(
     'distribution': host.distribution(record.adapter.name)
     or known.get('distribution', ''),
     'config': record.adapter.config(),
+    **_version_to_json(record.adapter),
     'enabled': record.enabled,
     **kept,
     'sites': [
@@ -53,6 +55,12 @@ def adapter_to_json(
     'shared': {n: spec.to_json() for n, spec in record.shared.items()},
     **_saved_to_json(record),
   }
+
+
+def _version_to_json(adapter: adapters.Adapter) -> dict[str, Any]:
+  # Types are of version 1 where nothing is said, and older releases know of no
+  # versions.
+  return {} if adapter.version == 1 else {'version': adapter.version}
 
 
 def _saved_to_json(record: records.AdapterRecord) -> dict[str, Any]:
@@ -98,7 +106,14 @@ def adapter_from_json(
       f'adapter {name!r} needs its type, which came from {came}. {error}'
     ) from None
   try:
-    adapter = cls.from_config(data['config'])
+    origin = host.distribution(kind) or ''
+    try:
+      config = adapters.current(
+        cls, data['config'], data.get('version', 1), origin
+      )
+    except errors.SurgeryError as error:
+      raise errors.reworded(error, f'adapter {name!r}: {error}') from error
+    adapter = cls.from_config(config)
     sites = {}
     for entry in data['sites']:
       site = Site.from_json(entry)
