@@ -29,7 +29,8 @@ def clip(
     host: whose hooks are asked.
 
   Raises:
-    SurgeryError: for a bound that is not positive.
+    SurgeryError: for a bound that is not positive, or a tensor that has no
+      floating-point numbers.
 
   Example:
     clip: {select: '**/kernel', at: 0.5}
@@ -40,12 +41,24 @@ def clip(
   for path in surgery.select(checkpoint, select, host=host):
     leaf = leaves[path]
 
+    if leaf.dtype is None or 'float' not in leaf.dtype:
+      raise surgery.SurgeryError(
+        f'clip: {"/".join(path)}: expected a floating-point tensor, found '
+        f'{leaf}. Select others.'
+      )
+
+    def clipped(value: Any) -> np.ndarray:
+      # With a bfloat16 array and a number numpy computes in float32, and a
+      # leaf gives what it says: the bound is rounded to the tensor's dtype.
+      array = np.asarray(value)
+      return np.clip(array, -at, at).astype(array.dtype)
+
     def load(leaf: surgery.Leaf) -> Any:
-      return np.clip(np.asarray(leaf.load()), -at, at)
+      return clipped(leaf.load())
 
     def part(leaf: surgery.Leaf, index: Any) -> Any:
       assert leaf.part is not None
-      return np.clip(np.asarray(leaf.part(index)), -at, at)
+      return clipped(leaf.part(index))
 
     leaves[path] = leaf.replace(
       load=functools.partial(load, leaf),

@@ -7,6 +7,10 @@
 
 That is all of a test file. A type says what it does not do by class attributes,
 and the kit sees to it that it refuses. Without pytest: `check(Mine(rank=2))`.
+
+Passes, formats, freeze policies and terms of selectors have suites of the same
+kind: `PassConformance`, `FormatConformance`, `PolicyConformance` and
+`TermConformance`. `TestMine.broken()` says what is broken without pytest.
 """
 
 from __future__ import annotations
@@ -17,9 +21,23 @@ from typing import Any, ClassVar
 from surgery.core import errors
 from surgery.core.adapter import Adapter
 from surgery.testing import laws as _laws
+from surgery.testing.formats import FormatConformance
 from surgery.testing.laws import LAWS, Broken, Case, Declared
+from surgery.testing.passes import PassConformance
+from surgery.testing.policies import PolicyConformance, TermConformance
 
-__all__ = ['LAWS', 'AdapterConformance', 'Broken', 'Case', 'Declared', 'check']
+__all__ = [
+  'LAWS',
+  'AdapterConformance',
+  'Broken',
+  'Case',
+  'Declared',
+  'FormatConformance',
+  'PassConformance',
+  'PolicyConformance',
+  'TermConformance',
+  'check',
+]
 
 
 class AdapterConformance:
