@@ -95,6 +95,18 @@ def grid(shape: tuple[int, ...], most: int = BLOCK) -> Iterator[Index]:
       yield (*before, slice(start, min(start + rows, shape[axis])))
 
 
+@functools.lru_cache(maxsize=256)
+def dtype_name(dtype: Any) -> str:
+  """Returns a dtype's text; numpy makes it anew each time."""
+  return str(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _names(dtype: Any) -> tuple[str, str]:
+  # The name leaves the order of bytes out, the text may be JAX's own.
+  return str(getattr(dtype, 'name', dtype)), str(dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
   """One parameter or tensor, which may not have been read yet.
@@ -172,7 +184,20 @@ class Leaf:
         quantised.refuse(self)
       gone = ('part', 'region', 'source', 'digest', 'beneath')
       changes = {**dict.fromkeys(gone), 'scattered': False, **changes}
-    return dataclasses.replace(self, **changes)
+    return self.with_fields(**changes)
+
+  def with_fields(self, **changes: Any) -> Leaf:
+    """Returns a leaf with fields changed; what they mean is not looked at.
+
+    Raises:
+      TypeError: for a name that no field has.
+    """
+    if unknown := changes.keys() - self.__dict__.keys():
+      raise TypeError(f'Leaf has no field {min(unknown)!r}.')
+    # `dataclasses.replace` takes ten times as long, and models have many.
+    made = object.__new__(type(self))
+    made.__dict__.update(self.__dict__, **changes)
+    return made
 
   def __copy__(self) -> Leaf:
     return self
@@ -198,12 +223,12 @@ class Leaf:
     shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
     sizes = tuple(cut.stop - cut.start for cut in index)
     expected = (*sizes, *self.shape[len(index) :])
-    said = dataclasses.replace(self, shape=expected)
     if shape is None or dtype is None:
+      said = self.with_fields(shape=expected)
       return f'expected {said}, found a value of type {type(value).__name__}.'
-    # The name leaves the order of bytes out, the text may be JAX's own.
-    names = (str(getattr(dtype, 'name', dtype)), str(dtype))
+    names = _names(dtype)
     if tuple(shape) != expected or self.dtype not in names:
+      said = self.with_fields(shape=expected)
       found = Leaf(self.load, tuple(shape), names[0])
       return f'expected {said}, found {found}.'
     return None

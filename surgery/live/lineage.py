@@ -113,7 +113,7 @@ def remembered(
 def _emptied(checkpoint: Checkpoint, host: Host) -> Checkpoint:
   """Returns a checkpoint without values."""
   leaves = {
-    path: dataclasses.replace(leaf, load=unknown, part=None, source=None)
+    path: leaf.with_fields(load=unknown, part=None, source=None)
     for path, leaf in checkpoint.items()
   }
   records = checkpoint.records(host)

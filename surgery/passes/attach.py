@@ -11,7 +11,7 @@ from typing import Any
 
 from surgery.core import errors, paths, quantised, selectors
 from surgery.core.adapter import Adapter
-from surgery.core.checkpoint import Checkpoint, Leaf, LeftOut
+from surgery.core.checkpoint import Checkpoint, Leaf, LeftOut, dtype_name
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.manifest import Manifest
@@ -151,15 +151,15 @@ def site_record(
 ) -> SiteRecord:
   """Returns the record of a site, with the weights that `init` will return."""
   drawn, _ = drawing.site_shapes(who, site)
-  weights = {
-    weight: WeightSpec(
+  weights = {}
+  for weight, struct in drawn.items():
+    dtype = dtype_name(struct.dtype)
+    weights[weight] = WeightSpec(
       weight_path(site.layer, site.name, weight, name, taken),
       tuple(struct.shape),
-      str(struct.dtype),
-      trains(adapter, weight, str(struct.dtype)),
+      dtype,
+      trains(adapter, weight, dtype),
     )
-    for weight, struct in drawn.items()
-  }
   return SiteRecord(site, weights, who)
 
 
