@@ -90,6 +90,7 @@ def objects(tmp_path):
     'Adapter': surgery.LoRA(rank=2, patterns={'**/a': {'rank': 1}}),
     'AdapterInfo': surgery.adapters(adapted)[0],
     'Checkpoint': saved,
+    'DenseFallbackWarning': surgery.DenseFallbackWarning('dense'),
     'Explanation': surgery.explain(layer, adapted, x),
     'Host': surgery.Host(entry_points=False),
     'Leaf': saved['net', 'layer', 'kernel'],

@@ -8,8 +8,6 @@ import re
 OPTIONS = {
   'overwrite=True (--force)': '--force',
   '--force (overwrite=True)': '--force',
-  '(overwrite=True, --allow-overflow)': '(--allow-overflow)',
-  '(overflow=True, --allow-overflow)': '(--allow-overflow)',
   'Give the graph (graph=), or save with it': (
     'Save the model with its graph (surgery.save(…, graph=graph))'
   ),
@@ -24,11 +22,19 @@ OPTIONS = {
   'without a shard_size': 'without --shard-size',
   'keep= of cast': '--keep of cast',
 }
-_ANY = re.compile('|'.join(map(re.escape, OPTIONS)))
+# An argument without its value, `name=`, is not the beginning of one with it.
+_ANY = re.compile('|'.join(f"{re.escape(k)}(?![\\w'])" for k in OPTIONS))
+# Where a message has both, `(keep='a', --keep 'a')`.
+_BOTH = (
+  re.compile(r'\(\w+=[^,()]*, (--[^()]*)\)'),
+  re.compile(r'\((--[^,()]*), \w+=[^()]*\)'),
+)
 
 
 def as_options(text: str) -> str:
   """Returns a message with options in the place of arguments of Python."""
+  for both in _BOTH:
+    text = both.sub(r'(\1)', text)
   return _ANY.sub(lambda match: OPTIONS[match[0]], text)
 
 

@@ -168,8 +168,8 @@ def pad(
     behind = after if to is None else to - before - leaf.shape[at]
     if min(before, behind) < 0 or (to is not None and after):
       raise errors.SurgeryError(
-        f'{where}: expected places to add, found before={before}, '
-        f'after={after}, to={to} for an axis of {leaf.shape[at]}.'
+        f'{where}: expected places to add, found {before} before, {after} '
+        f'behind, and {to} in all, for an axis of {leaf.shape[at]}.'
       )
     if before + behind:
       changed[path] = padded(leaf, at, before, behind, value, where)

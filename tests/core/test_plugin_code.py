@@ -502,6 +502,7 @@ class Bytes:
 def test_a_format_that_fails_is_named(tmp_path):
   host = surgery.Host(plugins=[Bytes(functools.partial(dict.pop, {}, 'x'))])
   file = tmp_path / 'm.bytes'
+  file.write_bytes(b'data')
   with pytest.raises(
     surgery.PluginError,
     match="open of format 'bytes' of plugin 'Bytes' failed: KeyError: 'x'",
@@ -637,7 +638,7 @@ def test_what_plugins_print_is_no_result(loud, surgery_cli, tmp_path):
     'run', recipe, f'model={file}', f'out={tmp_path / "o.msgpack"}', '--json'
   )
   assert 0 == done.code, done.err
-  assert 'o.msgpack' == json.loads(done.out)['output']
+  assert str(tmp_path / 'o.msgpack') == json.loads(done.out)['output']
   for word in ('imported', 'made', 'started', 'running', 'loading'):
     assert word in done.err.split()
   done = surgery_cli('select', file, 'loud:')

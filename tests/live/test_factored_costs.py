@@ -133,7 +133,7 @@ def scaled(make, inputs):
   base = surgery.detach(adapted)
   adapter = models.ScaleAside(inputs=inputs)
   host = models.host(models.ScaleAside)
-  to = '**/{hidden0,output,layer}'
+  to = ['**/layer'] if make is not mlp else ['**/hidden0', '**/output']
   return model, surgery.attach(base, adapter, to=to, host=host), x
 
 
