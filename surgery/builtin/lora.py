@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from surgery.core import errors, paths
 from surgery.core.adapter import Adapter, named_key
@@ -30,6 +31,7 @@ class LoRA(Adapter):
   name = 'lora'
   adds = True
   counters = ('lora_dropout',)
+  rank_axes: ClassVar[Mapping[str, int]] = {'lora_a': -1, 'lora_b': 0}
 
   rank: int = field(default=8, ge=1, doc='Rank of the update.')
   alpha: float | None = field(

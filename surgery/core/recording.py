@@ -49,6 +49,8 @@ def adapter_to_json(
       {
         **r.site.to_json(),
         'weights': {name: spec.to_json() for name, spec in r.weights.items()},
+        # Most have all ranks, and older releases know of no others.
+        **({} if r.drawn_rank is None else {'drawn_rank': r.drawn_rank}),
       }
       for r in record.sites.values()
     ],
@@ -124,6 +126,7 @@ def adapter_from_json(
           for n, w in entry['weights'].items()
         },
         host.ask('surgery_intercept_param', of=adapter, site=site),
+        entry.get('drawn_rank'),
       )
     shared = {
       n: records.WeightSpec.from_json(w) for n, w in data['shared'].items()

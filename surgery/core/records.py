@@ -90,11 +90,14 @@ class SiteRecord:
     site: the parameters.
     weights: what the adapter added, by the name that `init` gave it.
     interceptor: does the work.
+    drawn_rank: the rank that `init` made, if ranks were pruned since; what an
+      adapter's file is checked by.
   """
 
   site: Site
   weights: Mapping[str, WeightSpec]
   interceptor: Interceptor
+  drawn_rank: int | None = None
 
   @functools.cached_property
   def digest(self) -> int:
@@ -106,11 +109,15 @@ class SiteRecord:
       (p.name, p.shape, p.dtype, p.layout, p.sharding) for p in self.site.params
     ]
     weights = _weights(self.weights)
-    return _hash(self.site.layer, self.site.types, params, weights, token)
+    pruned = [] if self.drawn_rank is None else [self.drawn_rank]
+    return _hash(
+      self.site.layer, self.site.types, params, weights, token, pruned
+    )
 
   def __reduce__(self) -> Any:
     # Without the digest: it may stand for an object of this process.
-    return SiteRecord, (self.site, self.weights, self.interceptor)
+    values = self.site, self.weights, self.interceptor, self.drawn_rank
+    return SiteRecord, values
 
 
 @dataclasses.dataclass(frozen=True)

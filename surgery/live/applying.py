@@ -76,7 +76,7 @@ def apply(
   if isinstance(model, Checkpoint):
     return after
   after.check()
-  params = _of_jax(convert.to_params(after, host, like=model), model)
+  params = of_jax(convert.to_params(after, host, like=model), model)
   return lineage.remembered(
     params, model, before, 'apply', steps, (), others, host
   )
@@ -95,7 +95,7 @@ def _opened(alias: str, value: Any, host: Host) -> Checkpoint:
   )
 
 
-def _of_jax(params: bx.Params, before: bx.Params) -> bx.Params:
+def of_jax(params: bx.Params, before: bx.Params) -> bx.Params:
   """Returns params of which what numpy computed is JAX's.
 
   64-bit arrays stay numpy's where JAX would narrow them, as do those that were.

@@ -35,6 +35,8 @@ _STRUCTURE = frozenset(
     'keep',
     'move',
     'permute',
+    'prune-ranks',
+    'prune_ranks',
     'rename',
     'renumber',
     'repeat',

@@ -19,7 +19,7 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host, default_host
 from surgery.core.paths import Path
 from surgery.core.selection import Selection
-from surgery.live import convert, designed, lineage, traced_checks
+from surgery.live import applying, convert, designed, lineage, traced_checks
 from surgery.live import params as live
 from surgery.live.dispatch import takes_checkpoints, told, types_of
 from surgery.passes import attach as attaching
@@ -32,6 +32,7 @@ from surgery.passes import finding
 from surgery.passes import freeze as freezing
 from surgery.passes import keep as keeping
 from surgery.passes import merge as merging
+from surgery.passes import prune_ranks as pruning
 from surgery.passes import rename as renaming
 
 Tree = TypeVar('Tree')
@@ -741,6 +742,49 @@ def keep(
       select,
       layer_types=_layer_types(params, graph),
     )
+
+
+@takes_checkpoints(pruning.prune_ranks)
+def prune_ranks(
+  params: Model,
+  keep: Mapping[Any, Any],
+  *,
+  name: str = 'default',
+  host: Host | None = None,
+) -> Model:
+  """Keeps some ranks of an adapter, site by site, and leaves out the others.
+
+  The adapter's type says which axes of its weights are the rank
+  (`Adapter.rank_axes`). Options stay as they are, so the scale `alpha / rank`
+  does, and each rank that is kept counts as it did. Give `surgery.migrate` the
+  params before and after, and an optimizer's state follows. Of layers that are
+  stacked in one parameter all keep the same ranks.
+
+  Args:
+    params: the model's params, or a `Checkpoint`; not changed. Under `jit` the
+      ranks that stay have to be known, since they decide shapes.
+    keep: by site, numbers of the ranks that stay, from 0, or a flag for each
+      rank; none leaves the site's base alone. A site is the path of the
+      parameter that is rewritten, as a tuple or as text; sites that are not
+      named keep all.
+    name: the adapter's name.
+    host: whose plugins are asked.
+
+  Raises:
+    AdapterError: for an unknown adapter, site or rank, or a type that does not
+      say what its rank is.
+    PluginError: if what the type says does not fit its weights.
+
+  Example:
+    after = surgery.prune_ranks(params, {'net/h0/query/kernel': [0, 3]})
+    opt_state = surgery.migrate(opt_state, params, after)
+  """
+  params = _params(params, prune_ranks)
+  with told(host, 'prune_ranks', name=name) as host:
+    result = _passed(
+      params, host, pruning.prune_ranks, pruning.plain(keep), name=name
+    )
+  return applying.of_jax(result, params)
 
 
 def adapters(

@@ -11,7 +11,7 @@ from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
 from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
-from surgery.core.records import AdapterRecord, SiteRecord, WeightSpec
+from surgery.core.records import AdapterRecord, WeightSpec
 from surgery.core.selection import Selection
 from surgery.passes import attach, bound, fitting, trained
 from surgery.passes.beneath import handles_adapters
@@ -136,7 +136,7 @@ def _renamed(
       )
       moved[spec.path] = to
       weights[weight] = dataclasses.replace(spec, path=to)
-    sites[path] = SiteRecord(one.site, weights, one.interceptor)
+    sites[path] = dataclasses.replace(one, weights=weights)
   shared: dict[str, WeightSpec] = {}
   for weight, spec in record.shared.items():
     to = attach.shared_path(weight, name)

@@ -110,7 +110,10 @@ def recast(records: Records, dtypes: Mapping[Path, str], host: Host) -> Records:
       )
       site = dataclasses.replace(one.site, params=params)
       weights = {n: spec(w) for n, w in one.weights.items()}
-      sites[path] = SiteRecord(site, weights, interceptor(record, site, host))
+      who = interceptor(record, site, host)
+      sites[path] = dataclasses.replace(
+        one, site=site, weights=weights, interceptor=who
+      )
     shared = {n: spec(w) for n, w in record.shared.items()}
     saved = {p: spec(w) for p, w in record.saved.items()}
     records = records.replace(

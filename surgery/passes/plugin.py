@@ -41,6 +41,7 @@ _HOMES = {
   'move': 'copy',
   'pad': 'reshape',
   'permute': 'slicing',
+  'prune-ranks': 'prune_ranks',
   'random': 'fill',
   'rename': 'rename',
   'renumber': 'renumber',

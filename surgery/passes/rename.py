@@ -326,7 +326,7 @@ def _target(
     for spec, path in zip(site.params, new, strict=True)
   )
   site = dataclasses.replace(site, layer=layer, params=params)
-  return SiteRecord(site, weights, one.interceptor)
+  return dataclasses.replace(one, site=site, weights=weights)
 
 
 def _apart(

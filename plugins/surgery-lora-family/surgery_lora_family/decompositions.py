@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,12 @@ class _Decomposed(surgery.Adapter):
 
   frozen = ('lora_a0', 'lora_b0')
   adds = True
+  rank_axes: ClassVar[Mapping[str, int]] = {
+    'lora_a': -1,
+    'lora_b': 0,
+    'lora_a0': -1,
+    'lora_b0': 0,
+  }
 
   rank: int = surgery.field(default=8, ge=1, doc='Rank of the update.')
 
@@ -63,8 +70,8 @@ class _Decomposed(surgery.Adapter):
     right = jnp.concatenate([b, b - b0], 0)
     return surgery.LowRank(
       base,
-      left.reshape(*site.in_shape, 2 * self.rank),
-      right.reshape(2 * self.rank, *site.out_shape),
+      left.reshape(*site.in_shape, left.shape[1]),
+      right.reshape(left.shape[1], *site.out_shape),
     )
 
 

@@ -70,3 +70,18 @@ def test_what_trained_is_what_changed(cls):
   with pytest.raises(surgery.SiteError, match='rank 7 exceeds the smaller'):
     surgery.attach(network(), cls(rank=7), to='**')
   assert jnp.float32 == moved['net', 'h0', 'lora_a'].value.dtype
+
+
+@pytest.mark.parametrize('adapter', [PiSSA(rank=3), OLoRA(rank=3)])
+def test_pruned_ranks_take_their_own_change_along(adapter):
+  params = bx.Params()
+  kernel = np.random.default_rng(0).normal(size=(6, 5)).astype('float32')
+  params['net', 'h', 'kernel'] = bx.Param(jnp.asarray(kernel))
+  params = surgery.attach(params.locked(), adapter, to='**')
+  [[path, w]] = surgery.weights(params).items()
+  moved = {'lora_a': w['lora_a'] + 0.5, 'lora_b': w['lora_b'] - 0.25}
+  params = surgery.with_weights(params, 'default', {path: moved})
+  found = surgery.merge(surgery.prune_ranks(params, {path: [0, 2]}))
+  first = np.asarray(w['lora_a'])[:, [0, 2]], np.asarray(w['lora_b'])[[0, 2]]
+  expected = kernel + (first[0] + 0.5) @ (first[1] - 0.25) - first[0] @ first[1]
+  np.testing.assert_allclose(found[path].value, expected, rtol=1e-4, atol=1e-5)
