@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import pathlib
 import re
 import shlex
 import string
+from typing import Any
 
 import click
 
-from surgery.cli import shared
+from surgery.cli import plugin_kinds, shared
 from surgery.cli.command import Command
 from surgery.core import errors, version
-from surgery.core.host import default_host
+from surgery.core.host import DISTRIBUTION, default_host
+from surgery.core.site import ParamSpec, Site
 
 _NAME = re.compile(r'[a-z][a-z0-9]*(_[a-z0-9]+)*')
 
@@ -191,15 +194,107 @@ dist/
 """
 
 
-def _class(name: str) -> str:
-  """Returns the name of a class that is no keyword, and nothing of ours."""
+# What the texts use under these names.
+_TAKEN = frozenset(
+  (
+    *('Any', 'Callable', 'Iterator', 'Mapping', 'Sequence'),
+    *('AdapterConformance', 'FormatConformance'),
+    *('annotations', 'functools', 'np', 'surgery', 'surgery_passes'),
+  )
+)
+
+
+def _named(name: str, ending: str) -> str:
+  """Returns a name of Python that is no keyword, and nothing that is used."""
+  taken = name in _TAKEN or keyword.iskeyword(name) or hasattr(builtins, name)
+  return f'{name}{ending}' if taken else name
+
+
+def _class(name: str, kind: str) -> str:
+  """Returns the name of a class."""
   words = ''.join(word.capitalize() for word in name.split('_'))
-  taken = words in ('Any', 'AdapterConformance') or keyword.iskeyword(words)
-  return f'{words}Adapter' if taken else words
+  return _named(words, kind.capitalize())
+
+
+class _Kind(click.Choice[str]):
+  """A kind of plugin that can be written."""
+
+  def convert(self, value: Any, param: Any, ctx: Any) -> str:
+    """Returns the kind; says of methods why there are none."""
+    if value == 'method':
+      self.fail(
+        'no verb or step asks for the methods of plugins (surgery_methods) '
+        'yet, so such a plugin would do nothing.',
+        param,
+        ctx,
+      )
+    kind: str = super().convert(value, param, ctx)
+    return kind
+
+
+def _origin(name: str, kind: str) -> str | None:
+  """Returns who has a name already; None if it is free."""
+  host = default_host()
+  if kind == 'adapter':
+    found = name in host.adapter_names()
+    return host.distribution(name) if found else None
+  for info in host.plugins():
+    if info.kind == 'plugin' and info.name == name:
+      return info.origin
+  hook = plugin_kinds.KINDS[kind].hook
+  site = Site(('net', 'layer'), (ParamSpec('kernel', (1, 1), 'float32', 'io'),))
+  if kind in ('policy', 'term'):
+    reserved = {'policy': ('adapters',), 'term': ('re', 'type', 'serves')}
+    if name in reserved[kind]:
+      return DISTRIBUTION
+    said = {'policy': name} if kind == 'policy' else {'term': f'{name}:1'}
+    try:
+      answer = host.ask(hook, site=site, **said)
+    except errors.SurgeryError:
+      answer = True  # It is somebody's, who makes no sense of it.
+    return None if answer is None else 'a plugin that is installed'
+  offered = host.passes if kind == 'pass' else host.formats
+  for other, one in offered.items():
+    if other == name or f'.{name}' in getattr(one, 'suffixes', ()):
+      return host.offered_by(hook, other) or DISTRIBUTION
+  return None
+
+
+def _texts(kind: str, said: dict[str, str]) -> dict[str, str]:
+  """Returns the texts of a distribution by file."""
+  if kind == 'adapter':
+    project, module, test, readme = _PYPROJECT, _MODULE, _TEST, _README
+  else:
+    one = plugin_kinds.KINDS[kind]
+    filled = {
+      name: string.Template(getattr(one, name)).substitute(said)
+      for name in ('imports', 'said', 'values', 'shell', 'python')
+    }
+    said = {**said, **filled, 'what': one.what, 'suite': one.suite}
+    project, module = plugin_kinds.PYPROJECT, one.module
+    test, readme = plugin_kinds.TEST, plugin_kinds.README
+  return {
+    path: string.Template(text).substitute(said)
+    for path, text in {
+      'pyproject.toml': project,
+      f'{said["package"]}/__init__.py': module,
+      f'tests/test_{said["name"]}.py': test,
+      'README.md': readme,
+      '.github/workflows/tests.yml': _CI,
+      '.gitignore': _IGNORED,
+    }.items()
+  }
 
 
 @click.command(cls=Command)
 @click.argument('name')
+@click.option(
+  '--kind',
+  type=_Kind(['adapter', *plugin_kinds.KINDS]),
+  default='adapter',
+  show_default=True,
+  help='What it offers.',
+)
 @click.option(
   '-o',
   '--output',
@@ -207,11 +302,15 @@ def _class(name: str) -> str:
   type=shared.FILE,
   help='The folder to make; surgery-NAME by default.',
 )
-def command(name: str, folder: pathlib.Path | None) -> None:
-  r"""Write a distribution with an adapter type that works at once.
+def command(name: str, kind: str, folder: pathlib.Path | None) -> None:
+  r"""Write a distribution with a plugin that works at once.
+
+  An adapter type, a pass, a file format, a freeze policy or a term of
+  selectors, with tests by all laws of its kind.
 
   \b
   surgery new-plugin mine
+  surgery new-plugin clip --kind pass
   pip install --editable './surgery-mine[test]'
   pytest surgery-mine
   """
@@ -223,10 +322,13 @@ def command(name: str, folder: pathlib.Path | None) -> None:
       f'{name!r}: expected lower-case letters, digits and single underscores '
       f'between them.{f" Write {better}." if good else ""}'
     )
-  if name in default_host().adapter_names():
-    origin = default_host().distribution(name)
+  origin = _origin(name, kind)
+  if origin is not None:
+    what = 'adapter type'
+    if kind != 'adapter':
+      what = plugin_kinds.KINDS[kind].what
     raise errors.SurgeryError(
-      f"adapter type '{name}' is there already, of {origin}. Take another name."
+      f"{what} '{name}' is there already, of {origin}. Take another name."
     )
   distribution = f'surgery-{name.replace("_", "-")}'
   folder = folder or pathlib.Path(distribution)
@@ -238,20 +340,14 @@ def command(name: str, folder: pathlib.Path | None) -> None:
     'name': name,
     'package': package,
     'distribution': distribution,
-    'class_': _class(name),
+    'class_': _class(name, kind),
+    'function': _named(name, '_pass'),
     'version': version.VERSION,
   }
-  for path, text in {
-    'pyproject.toml': _PYPROJECT,
-    f'{package}/__init__.py': _MODULE,
-    f'tests/test_{name}.py': _TEST,
-    'README.md': _README,
-    '.github/workflows/tests.yml': _CI,
-    '.gitignore': _IGNORED,
-  }.items():
+  for path, text in _texts(kind, said).items():
     file = folder / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(string.Template(text).substitute(said), encoding='utf-8')
+    file.write_text(text, encoding='utf-8')
     click.echo(str(file))
   there = folder if folder.is_absolute() else f'./{folder}'
   what, tests = shlex.quote(f'{there}[test]'), shlex.quote(str(folder))

@@ -12,8 +12,12 @@ import blox as bx
 import jax.numpy as jnp
 import pytest
 import yaml
+from click.testing import CliRunner
 
 import surgery
+from surgery import testing
+from surgery.cli.new_plugin import command
+from surgery.core import host
 
 
 @pytest.fixture(scope='module')
@@ -130,6 +134,17 @@ def test_it_is_used_live_in_the_shell_in_recipes_and_in_files(written):
     (('mine_',), 2, 'Write mine.'),
     (('9',), 2, 'underscores between them.\n'),
     (('lora',), 3, "adapter type 'lora' is there already, of blox-surgery"),
+    (('mine', '--kind', 'method'), 2, 'so such a plugin would do nothing.'),
+    (('mine', '--kind', 'x'), 2, "'term'"),
+    (
+      ('cast', '--kind', 'pass'),
+      3,
+      "pass 'cast' is there already, of blox-surgery",
+    ),
+    (('passes', '--kind', 'term'), 3, 'is there already, of blox-surgery'),
+    (('msgpack', '--kind', 'format'), 3, 'is there already'),
+    (('adapters', '--kind', 'policy'), 3, 'is there already'),
+    (('type', '--kind', 'term'), 3, 'is there already'),
     (('mine', '-o', '.'), 3, '.: exists already'),
     (('mine', '-o', 'no/mine'), 3, 'no: there is no such folder'),
   ],
@@ -156,3 +171,129 @@ def test_the_class_is_called_by_no_name_that_is_taken(
   exec((tmp_path / 'a b' / f'surgery_{name}' / '__init__.py').read_text(), made)
   [cls] = made['__all__']
   assert (True, name) == (cls.endswith('Adapter'), made[cls].name)
+
+
+KINDS = ('pass', 'format', 'policy', 'term')
+
+
+@pytest.fixture(scope='module')
+def hooks(tmp_path_factory):
+  """A folder with a new plugin of each other kind, and where they are."""
+  folder = tmp_path_factory.mktemp('hooks')
+  new = CliRunner()
+  for kind in KINDS:
+    where = str(folder / kind)
+    done = new.invoke(command, [f'my_{kind}', '--kind', kind, '-o', where])
+    assert 0 == done.exit_code, done.output
+  target = folder / 'site'
+  run(
+    folder, '-m', 'pip', 'install', '--quiet', '--no-deps',
+    '--no-build-isolation', '--target', str(target),
+    *(f'./{kind}' for kind in KINDS),
+  )  # fmt: skip
+  return folder, target
+
+
+def test_hook_plugins_have_all_that_a_distribution_needs(hooks):
+  for kind in KINDS:
+    folder = hooks[0] / kind
+    name = f'my_{kind}'
+    points = tomllib.loads((folder / 'pyproject.toml').read_text())['project'][
+      'entry-points'
+    ]
+    assert {'surgery.plugins': {name: f'surgery_{name}'}} == points
+    for path in (
+      'README.md',
+      f'surgery_{name}/__init__.py',
+      f'tests/test_{name}.py',
+    ):
+      assert '$' not in (folder / path).read_text(), path
+    jobs = yaml.safe_load((folder / '.github/workflows/tests.yml').read_text())
+    assert {'tests', 'build'} == jobs['jobs'].keys()
+
+
+def test_the_tests_of_hook_plugins_pass(hooks):
+  folder, target = hooks
+  out = run(
+    folder, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
+    *(f'{kind}/tests' for kind in KINDS), path=target,
+  )  # fmt: skip
+  # Those of all suites, and one of values each.
+  suites = (
+    testing.PassConformance,
+    testing.FormatConformance,
+    testing.PolicyConformance,
+    testing.TermConformance,
+  )
+  count = sum(len(suite.laws()) + 1 for suite in suites)
+  assert f'{count} passed' in out and 'failed' not in out
+
+
+def test_hook_plugins_are_found_when_they_are_installed(hooks):
+  folder, target = hooks
+  params = bx.Params()
+  params['net', 'layer', 'kernel'] = bx.Param(jnp.ones((2, 3)))
+  surgery.save(folder / 'base.msgpack', params.locked())
+  code = """
+import surgery
+model = surgery.open('base.msgpack')
+model = surgery.apply(model, {'my_pass': {'select': 'my_term:5', 'at': 0.5}})
+frozen = surgery.freeze(model, policy='my_policy')
+print([leaf.trainable for leaf in frozen.values()])
+model.write('out.my_format')
+print(surgery.open('out.my_format')['net', 'layer', 'kernel'].load().max())
+"""
+  assert '[False]\n0.5\n' == run(folder, '-c', code, path=target)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name', 'called'),
+  [
+    ('pass', 'dict', 'dict_pass'),
+    ('pass', 'np', 'np_pass'),
+    ('format', 'exception', 'ExceptionFormat'),
+  ],
+)
+def test_nothing_that_a_module_uses_is_hidden(tmp_path, kind, name, called):
+  where = tmp_path / 'new'
+  done = CliRunner().invoke(command, [name, '--kind', kind, '-o', str(where)])
+  assert 0 == done.exit_code, done.output
+  made: dict[str, Any] = {}
+  exec((where / f'surgery_{name}' / '__init__.py').read_text(), made)
+  assert [called] == made['__all__'] and callable(made[called])
+
+
+class Taken:
+  suffixes = ('.taken_suffix',)
+
+  @surgery.hookimpl
+  def surgery_formats(self):
+    return {'other': self}
+
+  @surgery.hookimpl
+  def surgery_freeze_param(self, policy):
+    return True if policy == 'taken_policy' else None
+
+  @surgery.hookimpl
+  def surgery_match_layer(self, term):
+    if term.startswith('taken_term:'):
+      raise surgery.SelectorError('taken_term: expected a letter.')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name'),
+  [
+    ('format', 'other'),
+    ('format', 'taken_suffix'),
+    ('policy', 'taken_policy'),
+    ('term', 'taken_term'),
+  ],
+)
+def test_what_another_plugin_offers_is_taken(tmp_path, kind, name):
+  where = tmp_path / 'new'
+  with host.used(surgery.Host(plugins=[Taken], only=())):
+    done = CliRunner().invoke(command, [name, '--kind', kind, '-o', str(where)])
+  assert 'plugin' in str(done.exception) and 'there already' in str(
+    done.exception
+  )
+  assert not where.exists()
