@@ -35,11 +35,13 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/dev-installed  ## The references of steps and of hooks.
+docs: $(VENV)/dev-installed  ## The references: steps, hooks, and all else.
 	$(BIN)/python -m surgery.recipes.reference > docs/steps.new
 	mv docs/steps.new docs/steps.md
 	$(BIN)/python -m surgery.core.reference > docs/plugins/hooks.new
 	mv docs/plugins/hooks.new docs/plugins/hooks.md
+	$(BIN)/python -m surgery.testing.reference > docs/reference.new
+	mv docs/reference.new docs/reference.md
 
 bench: $(VENV)/dev-installed  ## The figures in docs/performance.md.
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

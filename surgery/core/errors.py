@@ -69,7 +69,7 @@ class RenameError(SurgeryError, ValueError):
 
 
 class CheckError(SurgeryError):
-  """Something does not hold that was said to hold; nothing was written."""
+  """An assertion of a recipe or a pass failed; nothing was written."""
 
 
 class RecipeError(SurgeryError, ValueError):

@@ -80,9 +80,7 @@ def markdown() -> str:
   for title, objects in CHAPTERS.items():
     lines += [f'## {title}', '']
     for name, one in objects.items():
-      lines += _documented(name, one, '###')
-      if inspect.isclass(one):
-        lines += _members(name, one)
+      lines += documented(name, one)
   lines += ['## Hooks', '']
   for name in hooks():
     lines += _hook(getattr(hookspecs, name))
@@ -106,7 +104,11 @@ def _signature(name: str, it: Any) -> str:
   for argument in inspect.signature(it).parameters.values():
     if argument.kind is argument.KEYWORD_ONLY and '*' not in shown:
       shown.append('*')
-    stars = '**' if argument.kind is argument.VAR_KEYWORD else ''
+    stars = ''
+    if argument.kind is argument.VAR_POSITIONAL:
+      stars = '*'
+    elif argument.kind is argument.VAR_KEYWORD:
+      stars = '**'
     shown.append(stars + argument.name)
   return f'{name}({", ".join(n for n in shown if n != "self")})'
 
@@ -125,6 +127,21 @@ def _doc(name: str, it: Any) -> tuple[str, str]:
     raise ValueError(f'{name}: it has no docstring.')
   summary, _, rest = said.partition('\n')
   return summary, rest.strip()
+
+
+def documented(name: str, one: Any) -> Iterator[str]:
+  """Yields the lines about something: its docstring, and those of its members.
+
+  Args:
+    name: what it is called, as its heading.
+    one: a function or a class.
+
+  Raises:
+    ValueError: naming what is not documented.
+  """
+  yield from _documented(name, one, '###')
+  if inspect.isclass(one):
+    yield from _members(name, one)
 
 
 def _documented(name: str, it: Any, heading: str) -> Iterator[str]:
