@@ -148,21 +148,23 @@ def largest(dtype: str) -> float:
 
 
 def lost(block: np.ndarray, after: np.ndarray) -> np.ndarray | None:
-  """Finds finite values that a dtype cannot hold.
+  """Finds values that a dtype cannot hold: too large, or infinite.
 
   Args:
     block: floating-point array.
     after: the same in another dtype.
 
   Returns:
-    Boolean array that is True where a finite value became infinite or NaN;
-    None if there is none.
+    Boolean array that is True where a finite value became infinite or NaN, or
+    an infinite one NaN, since some dtypes have no infinity; None if there is
+    none.
   """
   if after.dtype.itemsize == 1:
     finite = _finite(after.dtype.name).take(after.view(np.uint8))
     if finite.all():
       return None
-    bad = ~finite & np.isfinite(block)
+    became_nan = np.isnan(after.astype(np.float32))
+    bad = ~finite & (np.isfinite(block) | (np.isinf(block) & became_nan))
     return bad if bad.any() else None
   most = largest(after.dtype.name)
   if largest(block.dtype.name) <= most or not block.size:
