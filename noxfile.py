@@ -64,7 +64,8 @@ def run_tests(session: nox.Session, *settings: str) -> None:
 @nox.session(python=FOUND.get(PYTHONS[0], PYTHONS[0]))
 def floor(session: nox.Session) -> None:
   """Each lower bound of pyproject.toml, installed exactly, oldest Python."""
-  constraints = pathlib.Path(session.create_tmp()) / 'floor.txt'
+  # Tests run pip from folders of their own.
+  constraints = pathlib.Path(session.create_tmp()).resolve() / 'floor.txt'
   constraints.write_text('\n'.join(floors()) + '\n')
   run_tests(session, f'PIP_CONSTRAINT={constraints}', f'TESTS={FLOOR_TESTS}')
 

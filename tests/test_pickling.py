@@ -113,7 +113,7 @@ REASONS = {
   'Leaf': r'surgery\.Leaf cannot be pickled: it reads .* Pass the path',
   'Host': r'surgery\.Host cannot be pickled: it holds plugins',
   # It is a module of blox's, whose modules hold functions without a name.
-  'LoraLinear': 'pickle local object',
+  'LoraLinear': '(pickle|get) local object',
 }
 
 

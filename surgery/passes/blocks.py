@@ -67,15 +67,11 @@ class _Kind:
     """Returns shape and dtype of what `function` takes."""
     sizes = lambda name: (*self.stack, *self.site.param(name).shape)
     return [
-      jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.base)),
+      compute.struct(self.shape, self.base),
+      *(compute.struct(sizes(name), dtype) for name, dtype in self.others),
       *(
-        jax.ShapeDtypeStruct(sizes(name), jnp.dtype(dtype))
-        for name, dtype in self.others
-      ),
-      *(
-        jax.ShapeDtypeStruct(
-          shape if name in self.shared else (*self.stack, *shape),
-          jnp.dtype(dtype),
+        compute.struct(
+          shape if name in self.shared else (*self.stack, *shape), dtype
         )
         for name, shape, dtype in self.weights
       ),

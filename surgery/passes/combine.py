@@ -340,10 +340,11 @@ def _rank(site: SiteRecord, adapter: AdapterRecord) -> int:
   """Returns the rank of what an adapter adds to a parameter."""
   kinds = compute.kinds_of(site, adapter.shared)
   structs = {
-    n: jax.ShapeDtypeStruct(shape, compute.arithmetic_dtype(dtype))
+    n: compute.struct(shape, compute.arithmetic_dtype(dtype))
     for n, shape, dtype in kinds
   }
-  with compute.as_written(one.dtype for one in structs.values()):
+  dtypes = [one.dtype for one in structs.values()]
+  with compute.precise(*dtypes), compute.as_written(dtypes):
     result = jax.eval_shape(functools.partial(_added, site), structs)
   if isinstance(result, tuple):
     return int(result[0].shape[-1])

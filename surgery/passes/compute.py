@@ -77,6 +77,15 @@ def precise(*dtypes: Any) -> contextlib.AbstractContextManager[Any]:
   return contextlib.nullcontext()
 
 
+def struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+  """Returns a shape and dtype to trace with, of 64 bits if it has them.
+
+  JAX makes a narrower one, and warns, where its 64-bit mode is off.
+  """
+  with precise(dtype):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
 def widened(value: Any) -> Any:
   """Returns an array for arithmetic; integers, such as counts, as they are."""
   return value.astype(arithmetic_dtype(value.dtype))
@@ -231,15 +240,12 @@ def uses(
     shape = _whole_shape(site.param(name))
     return _checked(who, name, value, shape, bases[name])
 
-  bases = {
-    p.name: jax.ShapeDtypeStruct(_whole_shape(p), wide(p.dtype))
-    for p in site.params
-  }
+  bases = {p.name: struct(_whole_shape(p), wide(p.dtype)) for p in site.params}
   structs = {
-    n: jax.ShapeDtypeStruct(shape, arithmetic_dtype(dtype))
-    for n, shape, dtype in weights
+    n: struct(shape, arithmetic_dtype(dtype)) for n, shape, dtype in weights
   }
-  with as_written(v.dtype for v in (*bases.values(), *structs.values())):
+  dtypes = [v.dtype for v in (*bases.values(), *structs.values())]
+  with precise(*dtypes), as_written(dtypes):
     jax.eval_shape(probe, bases, structs)
   return frozenset(used - {name})
 

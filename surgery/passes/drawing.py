@@ -30,6 +30,7 @@ from surgery.passes.compute import (
   called,
   canonical,
   failed,
+  struct,
   wide,
 )
 
@@ -129,8 +130,11 @@ def shapes(who: Interceptor, site: Site) -> tuple[Any, frozenset[str]]:
 
     return _initial(who, site, key, Asked(bases))
 
+  # As an array of it would be: JAX warns of 64 bits that it is not to have.
   bases = {
-    p.name: jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype))
+    p.name: jax.ShapeDtypeStruct(
+      p.shape, jax.dtypes.canonicalize_dtype(jnp.dtype(p.dtype))
+    )
     for p in site.params
   }
   key = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -170,7 +174,7 @@ def _drawing(
     key = jax.lax.optimization_barrier(key)
     return jax.lax.optimization_barrier(one(key, bases))
 
-  bases = {n: jax.ShapeDtypeStruct(shape, dtype) for n, shape, dtype in kinds}
+  bases = {n: struct(shape, dtype) for n, shape, dtype in kinds}
   return _PROGRAMS.get((who, site, stack, kinds), draw, _KEY, bases)
 
 

@@ -23,6 +23,7 @@ from surgery.builtin.lora import LoRA
 from surgery.core import errors, paths
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.host import Host
+from surgery.core.once import once
 from surgery.core.paths import Path
 from surgery.core.site import ParamSpec, Site, default_layout
 from surgery.live import convert, verbs
@@ -126,7 +127,7 @@ class Suite:
     return _model()
 
 
-@functools.cache
+@once
 def _model() -> bx.Params:
   numbers = np.random.default_rng(0)
 

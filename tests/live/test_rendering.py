@@ -8,6 +8,11 @@ import pytest
 
 import surgery
 
+# treescope asks numpy for a class that newer releases are rid of.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:The chararray class is deprecated:DeprecationWarning'
+)
+
 
 @pytest.fixture
 def params():

@@ -16,6 +16,12 @@ TREE = {
 }
 
 
+def restored(data):
+  """Reads as flax does; its older releases do not restore such keys."""
+  unpack = serialization._msgpack_ext_unpack
+  return msgpack.unpackb(data, ext_hook=unpack, raw=False, strict_map_key=False)
+
+
 @pytest.fixture
 def file(tmp_path):
   path = tmp_path / 'm.msgpack'
@@ -54,7 +60,7 @@ def test_passes_keep_integers(change, expected, file, tmp_path):
   out = tmp_path / 'out.msgpack'
   change(surgery.open(file)).write(out, manifest=False)
 
-  found = serialization.msgpack_restore(out.read_bytes())
+  found = restored(out.read_bytes())
 
   assert list(KEYS) == sorted(found[expected[0]], key=KEYS.index)
   assert {1: 2, 2: b'x', 3: {}} == found[expected[1]]
@@ -68,7 +74,7 @@ def test_sets_and_params_keep_them(file, tmp_path):
 
   for name in ('one', 'saved'):
     data = (tmp_path / f'{name}.msgpack').read_bytes()
-    found = serialization.msgpack_restore(data)
+    found = restored(data)
     assert set(KEYS) == set(found['net'])
     assert TREE['blob'] == found['blob']
 
