@@ -427,8 +427,14 @@ def _check_template(text: str, new: str) -> None:
     RenameError: naming the first character that was meant otherwise.
   """
   check_plain(text, new)
+  control = re.search(r'\\[0abfnrtv]', re.sub(r'\\\\', '', new))
+  if control is not None:
+    raise errors.RenameError(
+      f'rule {text!r}: {control[0]!r} is a control character on the right of a '
+      "regular expression. Write '\\g<0>' for all that matched."
+    )
   plain = re.sub(r'\\(?:g<\w+>|.)', '', new)
-  found = re.search(r'[*?\[{}]|<\s*[a-zA-Z_]', plain)
+  found = re.search(r'[*?\[{}]|<\s*[a-zA-Z_]|\$(?=[0-9&])', plain)
   if found is not None:
     raise errors.RenameError(
       f"rule {text!r}: '{found[0][0]}' means nothing on the right of a regular "

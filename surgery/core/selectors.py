@@ -25,7 +25,7 @@ import difflib
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from surgery.core import errors, paths
 from surgery.core.paths import Path
@@ -688,15 +688,12 @@ def resolve(
         layers[layer] = item.layer(layer, types, term)
       if layers[layer]:
         met[path] = True
-      elif item.param(path) or item.owned(owner(path)):
+      elif item.param(path) or (
+        item.kind == ADAPTER and item.owned(owner(path))
+      ):
         met[path] = False
     if missing == 'error':
-      # Alternatives of an adapter's name are compared with names.
-      named = _names if item.kind == ADAPTER else _same
-      there = named(universe, owner)
-      if not met and (item.kind != ALL or not universe):
-        raise nothing(item, there, types)
-      check_choices(item, named(met, owner), there)
+      _check_met(item, met, universe, types, owner)
     taken[item] = met
   levels: dict[Path, tuple[Item, bool]] = {}
   by_item: dict[Item, list[Path]] = {i: [] for i in selector.positive}
@@ -719,9 +716,24 @@ def _names(some: Iterable[Path], owner: Owner) -> list[Path]:
   return list(dict.fromkeys((name,) for name in names if name is not None))
 
 
-def _same(some: Iterable[Path], owner: Owner) -> list[Path]:
-  del owner
-  return list(some)
+def _check_met(
+  item: Item,
+  met: Iterable[Path],
+  universe: Sequence[Path],
+  types: Types,
+  owner: Owner,
+) -> None:
+  """Raises if an item, or an alternative of one, matches nothing.
+
+  Raises:
+    SelectorError: naming it, with near misses.
+  """
+  if item.kind == ADAPTER:
+    # It is compared with names of adapters.
+    universe, met = _names(universe, owner), _names(met, owner)
+  if not met and (item.kind != ALL or not universe):
+    raise nothing(item, universe, types)
+  check_choices(item, met, universe)
 
 
 def check_deciding(
@@ -743,25 +755,30 @@ def check_deciding(
       nothing; and for one of which all that it matches is decided before.
   """
   decided: dict[Path, str] = {}
-  every = list(universe)
+  left = dict(universe)
 
   def types(layer: Path) -> tuple[str, ...]:
     return next((t for p, t in universe.items() if p[:-1] == layer), ())
 
   for text in texts:
     read = parse(text)
-    met = [p for p, known in universe.items() if read.matches(p, known)]
+    new = [p for p, known in left.items() if read.matches(p, known)]
+    met = new
+    # There may be many that name one path each: look at all only where needed.
+    if not new or any(item.choices for item in read.items):
+      met = [p for p, known in universe.items() if read.matches(p, known)]
     try:
       if not met:
-        raise nothing(read.items[0], every, types)
+        raise nothing(read.items[0], list(universe), types)
       for item in read.items:
-        check_choices(item, every if item.negate else met, every)
+        check_choices(item, universe if item.negate else met, universe)
     except errors.SelectorError as error:
       raise errors.SelectorError(f'{what}: {error}') from None
-    new = [p for p in met if p not in decided]
     if not new:
       raise shadowed(text, met[0], decided[met[0]], what)
-    decided.update(dict.fromkeys(new, text))
+    for path in new:
+      decided[path] = text
+      del left[path]
 
 
 def shadowed(
@@ -782,7 +799,7 @@ def shadowed(
 
 
 def check_choices(
-  item: Item, met: Iterable[Path], universe: Sequence[Path]
+  item: Item, met: Iterable[Path], universe: Collection[Path]
 ) -> None:
   """Raises if an alternative of an item takes no part in what it matches.
 
@@ -795,7 +812,7 @@ def check_choices(
     SelectorError: naming the alternative and the nearest paths.
   """
   for choice in unmet(item.choices, met):
-    near = nearest(choice.alone, universe)
+    near = nearest(choice.alone, list(universe))
     kind = 'adapters' if item.kind == ADAPTER else 'parameters'
     raise errors.SelectorError(
       f'selector {item.written!r}: its alternative {choice.text!r} matches '

@@ -323,6 +323,8 @@ def sites(
         met_by = match.by_item[item]
         what = repr(item.written)
         raise _no_site(finder, what, met_by, _reason(reasons, met_by))
+      if not item.choices:
+        continue
       sites_of = [path for path, (_, ids) in found.items() if index in ids]
       for choice in selectors.unmet(item.choices, sites_of):
         there = [p for p in match.by_item[item] if choice.meets(p)]

@@ -139,6 +139,8 @@ def test_rules_hold_at_once():
     (r're:(.*)/a -> {\1,b}', "'{' means nothing on the right of a regular"),
     (r're:(.*)/a -> h<i>', "'<' means nothing on the right of a regular"),
     (r're:(.*)/a -> !\1', "rules are about paths, found '!"),
+    (r're:(.*)/a -> \0/b', r"is a control character.*'\\g<0>'"),
+    (r're:(.*)/a -> $1/b', r"'\$' means nothing on the right of a regular"),
     ('h[01] -> g[ab]', r"'\[01\]' on the left and '\[ab\]' on the right"),
     ('h[!01] -> g[01]', r"'\[!01\]' on the left and '\[01\]' on the right"),
     ('{a,a} -> {x,y}', 'braces on the left hold a name twice'),
