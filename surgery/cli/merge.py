@@ -32,12 +32,18 @@ if TYPE_CHECKING:
   is_flag=True,
   help='With --with: take a base with other values.',
 )
+@click.option(
+  '--no-check-finite',
+  is_flag=True,
+  help='Write a result that has NaN or infinity.',
+)
 @writing.writes
 def command(
   file: pathlib.Path,
   names: tuple[str, ...],
   sources: tuple[pathlib.Path, ...],
   no_check_base: bool,
+  no_check_finite: bool,
   output: writing.Output,
 ) -> None:
   r"""Fold adapters into the base; what layers got is what is stored.
@@ -57,23 +63,32 @@ def command(
     if source.resolve() in [one.resolve() for one in sources[:number]]:
       raise click.UsageError(f'--with {source}: given twice.')
   before = shared.model(file)
+  anyway = {'check-finite': False} if no_check_finite else {}
   if not sources:
-    writing.carry_out(output, [{'merge': shared.short(names)}], before)
+    step = {'merge': _meant(list(names), anyway)}
+    writing.carry_out(output, [step], before)
     return
   unchecked = {'check-base': False} if no_check_base else {}
   if len(sources) == 1:
     others = {'adapter': shared.opened(sources[0])}
-    steps = [{'merge': {'with': 'adapter', **unchecked}}]
+    steps = [{'merge': {'with': 'adapter', **unchecked, **anyway}}]
   else:
     # All are held against the base before one of them changes it.
-    steps, others = _together(before, sources, unchecked)
+    steps, others = _together(before, sources, unchecked, anyway)
   writing.carry_out(output, steps, before, others)
+
+
+def _meant(names: list[str], options: Mapping[str, Any]) -> Any:
+  """Returns a step's value: the names alone, where there are no options."""
+  short = shared.short(names)
+  return {'names': short, **options} if options else short
 
 
 def _together(
   before: Checkpoint,
   sources: Sequence[pathlib.Path],
   options: Mapping[str, Any],
+  merging: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[str, Checkpoint]]:
   """Returns steps that attach several adapters and merge them, and their files.
 
@@ -81,6 +96,7 @@ def _together(
     before: the model.
     sources: the adapters, the innermost first.
     options: further options of attaching.
+    merging: further options of merging.
   """
   steps: list[dict[str, Any]] = []
   taken = [one['name'] for one in before.manifest.adapters]
@@ -91,4 +107,4 @@ def _together(
     alias = f'adapter{number}'
     others[alias] = shared.opened(source)
     steps.append({'attach': {'from': alias, 'name': name, **options}})
-  return [*steps, {'merge': names}], others
+  return [*steps, {'merge': _meant(names, merging)}], others

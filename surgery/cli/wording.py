@@ -11,7 +11,9 @@ OPTIONS = {
   'Give the graph (graph=), or save with it': (
     'Save the model with its graph (surgery.save(…, graph=graph))'
   ),
-  ' (check_finite=False)': '',
+  'check-finite: false (check_finite=False)': (
+    '--no-check-finite (in a recipe check-finite: false)'
+  ),
   '(manifest=True)': '',
   'check_base=False': '--no-check-base',
   'overwrite=True': '--force',

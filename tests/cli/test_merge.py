@@ -185,3 +185,27 @@ def test_a_result_that_is_not_finite_is_refused(
   assert 3 == result.code
   assert 'model/net/query/kernel: the merged parameter has NaN' in result.err
   assert not out.exists()
+  assert '--no-check-finite' in result.err
+  only = ('--adapter', 'default', '--no-check-finite')
+  for more in (('--no-check-finite',), only):
+    result = surgery_cli('merge', file, *more, '-o', out, '--force')
+    assert 0 == result.code, result.err
+    merged = surgery.load(out)['model', 'net', 'query', 'kernel'].value
+    assert jnp.isnan(merged).all()
+
+
+def test_adapters_in_files_may_give_what_is_not_finite(
+  model, tmp_path, out, surgery_cli
+):
+  params = randomised(model.params).unlocked()
+  path = ('model', 'net', 'query', 'lora_b')
+  params[path] = params[path].replace(value=params[path].value * jnp.nan)
+  alone = tmp_path / 'a.msgpack'
+  surgery.save_adapter(alone, params.locked())
+  args = ('merge', model.file, '--with', alone, '-o', out)
+  result = surgery_cli(*args)
+  assert 3 == result.code
+  assert '--no-check-finite' in result.err
+  assert 0 == surgery_cli(*args, '--no-check-finite').code
+  merged = surgery.load(out)['model', 'net', 'query', 'kernel'].value
+  assert jnp.isnan(merged).all()
