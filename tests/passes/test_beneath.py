@@ -85,6 +85,7 @@ STEPS: dict[str, list[Any] | None] = {
     {'select': ONE, 'order': [*range(7, -1, -1)]},
     {'select': TWO, 'order': [*range(7, -1, -1)]},
   ],
+  'prune-ranks': None,
   'random': [ONE, TWO, 'net/a/bias'],
   'rename': ['net/a -> net/z', 'net/* -> *', f'{TWO} -> w'],
   'renumber': None,
