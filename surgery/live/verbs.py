@@ -561,7 +561,11 @@ def detach(
 
 @takes_checkpoints(detaching.detach)
 def detach(tree: Any, names: Names = None, *, host: Host | None = None) -> Any:
-  """Takes adapters off: their weights are gone, the base is as it was.
+  """Takes adapters off: their weights are gone, the base is as it is stored.
+
+  What was loaded with an adapter in the place of a parameter, as a head that
+  was trained along, goes too. A parameter of the base that was trained in place
+  (`unfreeze`) stays as it was trained: nothing else is known of it.
 
   Args:
     tree: params, a pytree that holds some, e.g. an optimizer state, or a

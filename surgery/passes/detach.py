@@ -16,9 +16,10 @@ def detach(
   *,
   host: Host,
 ) -> Checkpoint:
-  """Takes adapters off; the stored base was never touched.
+  """Takes adapters off; the base is as it is stored.
 
-  What an adapter was saved with, as a head that was trained along, goes too.
+  What an adapter was saved with, as a head that was trained along, goes too. A
+  parameter of the base that was trained in place stays as it was trained.
 
   Args:
     checkpoint: the model.
