@@ -214,11 +214,11 @@ class _Answer:
     Raises:
       AdapterError: if they cannot be.
     """
-    from surgery.passes import merge
+    from surgery.passes import merged
 
     for adapter, site in self._chain:
       adapter.check_met('merge')
-      merge.check_whole(self._checkpoint, adapter)
+      merged.check_whole(self._checkpoint, adapter)
       said = self._host.ask(
         'surgery_merge_param',
         of=adapter.adapter,
@@ -231,7 +231,7 @@ class _Answer:
           f'merged, so that no step can read what the layer gets: '
           f'{said.reason}. Detach it first, or select other tensors.'
         )
-    return merge.Merged(
+    return merged.Merged(
       self._checkpoint, self._chain, self._path, self._records, True
     )
 

@@ -21,7 +21,7 @@ from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, Records
 from surgery.files import arrays
 from surgery.files.digest import Digester
-from surgery.passes import following, merge
+from surgery.passes import following, merged
 
 # What the entry of an adapter in its own file says of what it was trained on.
 BASE = 'base'  # Digests of the stored parameters that it rewrites, by path.
@@ -132,7 +132,7 @@ def _given(
   alone = checkpoint.replace(records=only)
   try:
     if names:
-      alone = merge.merge(alone, names, check_finite=False, host=host)
+      alone = merged.fold(alone, names, check_finite=False, host=host)
     return {paths.show(p): digest(alone[p]) for p in where if p in alone}
   except errors.SurgeryError:
     return {}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from surgery.core.checkpoint import Checkpoint
 from surgery.core.host import Host
+from surgery.passes import dropping
 from surgery.passes.beneath import handles_adapters
 
 
@@ -32,8 +33,4 @@ def detach(
   Example:
     detach: default
   """
-  records = checkpoint.records(host)
-  names = records.chosen(names)
-  gone = {p for n in names for p in records.get(n).weight_paths()}
-  leaves = {p: leaf for p, leaf in checkpoint.items() if p not in gone}
-  return checkpoint.replace(leaves=leaves, records=records.remove(names))
+  return dropping.without_adapters(checkpoint, names, host)

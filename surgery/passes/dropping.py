@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery.core import errors, paths, quantised, selectors
@@ -13,7 +13,7 @@ from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord
 from surgery.core.selection import Selection
-from surgery.passes import choosing, detach, following
+from surgery.passes import choosing, following
 
 
 def chosen(
@@ -41,6 +41,17 @@ def chosen(
   return found
 
 
+def without_adapters(
+  checkpoint: Checkpoint, names: str | Sequence[str] | None, host: Host
+) -> Checkpoint:
+  """Returns the checkpoint without adapters and all of their weights."""
+  records = checkpoint.records(host)
+  names = records.chosen(names)
+  gone = {p for n in names for p in records.get(n).weight_paths()}
+  leaves = {p: leaf for p, leaf in checkpoint.items() if p not in gone}
+  return checkpoint.replace(leaves=leaves, records=records.remove(names))
+
+
 def detached(
   checkpoint: Checkpoint,
   gone: Collection[Path],
@@ -65,7 +76,7 @@ def detached(
     for one in records
     if any(i.owned(one.name) for i in named) and gone_whole(one, gone)
   ]
-  return detach.detach(checkpoint, names, host=host) if names else checkpoint
+  return without_adapters(checkpoint, names, host) if names else checkpoint
 
 
 def gone_whole(record: AdapterRecord, gone: Collection[Path]) -> bool:

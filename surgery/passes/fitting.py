@@ -13,7 +13,7 @@ from surgery.core import errors, paths, quantised
 from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.core.paths import Path
 from surgery.core.records import ROUTE, AdapterRecord, SiteRecord, WeightSpec
-from surgery.passes import drawing, following, prune_ranks
+from surgery.passes import drawing, following, ranks
 
 # What the entry of an adapter in its own file says of its weights: how many
 # adapters they are of, if `stack_adapters` made one of several.
@@ -122,7 +122,7 @@ def check_file(
     if many is not None:
       front = (*front, many)
     try:
-      made = prune_ranks.pruned_shapes(record, one, _made(one))
+      made = ranks.pruned_shapes(record, one, _made(one))
     except errors.SurgeryError as error:
       # The configuration is none that this site can have.
       problems.append(f'{str(error).rstrip(".")}; {_found(alone, one)}')

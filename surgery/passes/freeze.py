@@ -12,13 +12,9 @@ from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord
 from surgery.core.selection import Selection
 from surgery.core.site import ParamSpec, Site, default_layout
-from surgery.passes import choosing
+from surgery.passes import choosing, marks
 from surgery.passes.beneath import handles_adapters
-
-# Metadata of what `freeze` froze, so that `unfreeze` restores that alone.
-MARK, OURS = 'frozen', 'surgery'
-# The same of what may have been trained before, together with an adapter.
-ALONG = 'surgery, trained along'
+from surgery.passes.marks import ALONG, MARK, OURS
 
 ADAPTERS = 'adapters'
 
@@ -37,7 +33,9 @@ def _marks(checkpoint: Checkpoint, host: Host) -> Callable[[Path], str]:
   """
   owned = checkpoint.records(host).owned
   begun = bool(owned) and any(
-    is_ours(leaf) for path, leaf in checkpoint.items() if path not in owned
+    marks.is_ours(leaf)
+    for path, leaf in checkpoint.items()
+    if path not in owned
   )
 
   def mark(path: Path) -> str:
@@ -50,16 +48,6 @@ def _marks(checkpoint: Checkpoint, host: Host) -> Callable[[Path], str]:
 def _thawed(leaf: Leaf) -> Leaf:
   metadata = {k: v for k, v in leaf.metadata.items() if k != MARK}
   return leaf.replace(trainable=True, metadata=metadata)
-
-
-def is_ours(leaf: Leaf) -> bool:
-  """Whether `freeze` froze the parameter."""
-  return leaf.metadata.get(MARK) in (OURS, ALONG)
-
-
-def may_have_trained(leaf: Leaf) -> bool:
-  """Whether a parameter may have changed while an adapter was attached."""
-  return leaf.metadata.get(MARK) != OURS
 
 
 def _site(path: Path, name: str, leaf: Leaf, types: LayerTypes) -> Site:
@@ -178,7 +166,7 @@ def unfreeze(
     if select is None
     else choosing.chosen(checkpoint, select, types, host)
   )
-  ours = {p for p in chosen if is_ours(checkpoint[p])}
+  ours = {p for p in chosen if marks.is_ours(checkpoint[p])}
   if not ours:
     others = [p for p in chosen if not checkpoint[p].trainable]
     hint = (

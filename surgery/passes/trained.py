@@ -17,7 +17,7 @@ from surgery.core.layers import LayerTypes
 from surgery.core.paths import Path
 from surgery.core.records import AdapterRecord, Records, WeightSpec
 from surgery.core.selection import Selection
-from surgery.passes import attach, choosing, following, freeze
+from surgery.passes import attach, choosing, following, marks
 
 # The weight's name of a parameter that is saved with an adapter.
 WEIGHT = 'saved'
@@ -117,7 +117,7 @@ def _changed(checkpoint: Checkpoint, path: Path, known: bool) -> bool:
     return not leaf.base
   if leaf.shape is None and not _in_tree(checkpoint, path):
     return False  # Plain values do not train.
-  return freeze.may_have_trained(leaf)
+  return marks.may_have_trained(leaf)
 
 
 def _in_tree(checkpoint: Checkpoint, path: Path) -> bool:
