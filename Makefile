@@ -36,11 +36,11 @@ format: $(VENV)/dev-installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/dev-installed  ## The references: steps, hooks, and all else.
-	$(BIN)/python -m surgery.recipes.reference > docs/steps.new
+	$(BIN)/python -m docs.tools.steps > docs/steps.new
 	mv docs/steps.new docs/steps.md
-	$(BIN)/python -m surgery.core.reference > docs/plugins/hooks.new
+	$(BIN)/python -m docs.tools.hooks > docs/plugins/hooks.new
 	mv docs/plugins/hooks.new docs/plugins/hooks.md
-	$(BIN)/python -m surgery.testing.reference > docs/reference.new
+	$(BIN)/python -m docs.tools.library > docs/reference.new
 	mv docs/reference.new docs/reference.md
 
 bench: $(VENV)/dev-installed  ## The figures in docs/performance.md.

@@ -24,8 +24,10 @@ NOTHING = r'(?!)'
 # Rooms in the order of their tests: who compiles alike works side by side, and
 # short files are last, so that all workers end at one time.
 ROOMS = (
-  'tests/live', 'plugins', 'tests/testing', 'tests/adapters', 'tests/passes',
-  'tests/recipes', 'tests/files', 'tests/cli', 'tests', 'tests/core',
+  'tests/live', 'tests/factoring', 'plugins', 'tests/testing', 'tests/adapters',
+  'tests/adapting', 'tests/passes', 'tests/editing', 'tests/looking',
+  'tests/recipes', 'tests/docs', 'tests/model', 'tests/files', 'tests/cli',
+  'tests', 'tests/host', 'tests/contract', 'tests/naming',
 )  # fmt: skip
 
 

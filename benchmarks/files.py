@@ -101,7 +101,7 @@ def diff_other(source: str, target: str) -> None:
 
 def _diff(source: str, suffix: str) -> None:
   import surgery
-  from surgery.passes.diff import diff
+  from surgery.looking.diff import diff
 
   other = source.replace('.msgpack', f'{suffix}.msgpack')
   host = surgery.default_host()
@@ -111,7 +111,7 @@ def _diff(source: str, suffix: str) -> None:
 def verify(source: str, target: str) -> None:
   """Computes all digests."""
   import surgery
-  from surgery.passes.verify import verify
+  from surgery.looking.verify import verify
 
   del target
   list(verify(surgery.open(source)))
@@ -221,9 +221,9 @@ def make(path: pathlib.Path, dtype: str, size: float, seed: int = 0) -> None:
   import numpy as np
 
   import surgery
-  from surgery.core import checkpoint
+  from surgery.adapting.attachment import attach
   from surgery.files import arrays
-  from surgery.passes.attach import attach
+  from surgery.model import checkpoint
 
   host = surgery.default_host()
   itemsize = checkpoint.itemsize(dtype)

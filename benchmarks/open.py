@@ -17,9 +17,9 @@ from collections.abc import Callable
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.paths import Path
 from surgery.files.plugin import Msgpack
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming.paths import Path
 
 RUNS = 7
 # Number of tensors, and float32 elements in each.

@@ -104,7 +104,7 @@ def make(path: pathlib.Path, size: float) -> None:
   """Writes a model of about `size` bytes in float32."""
   import numpy as np
 
-  from surgery.core import checkpoint
+  from surgery.model import checkpoint
 
   rng = np.random.default_rng(0)
   noise = rng.normal(0, 0.02, 1 << 22).astype(np.float32)

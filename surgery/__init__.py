@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import version
+from surgery import version
 
 if TYPE_CHECKING:
+  from surgery.adapting.beneath import handles_adapters
   from surgery.builtin.lora import LoRA
-  from surgery.core.adapter import Adapter, named_key
-  from surgery.core.checkpoint import Checkpoint, Leaf
-  from surgery.core.checkpoint import open_checkpoint as open
-  from surgery.core.config import field
-  from surgery.core.errors import (
+  from surgery.contract.adapter import Adapter, named_key
+  from surgery.contract.config import field
+  from surgery.contract.hookspecs import Refusal, hookimpl
+  from surgery.contract.lowrank import LowRank
+  from surgery.contract.site import ParamSpec, Site
+  from surgery.editing.choosing import select
+  from surgery.errors import (
     AdapterError,
     BaseMismatchError,
     CastError,
@@ -38,16 +41,12 @@ if TYPE_CHECKING:
     UnknownAdapterType,
     UnreachedError,
   )
-  from surgery.core.hookspecs import Refusal, hookimpl
-  from surgery.core.host import Host, PluginWarning, default_host
-  from surgery.core.lowrank import LowRank
-  from surgery.core.selection import Selection
-  from surgery.core.site import ParamSpec, Site
+  from surgery.factoring.explain import Explanation, explain
+  from surgery.factoring.transform import factored
+  from surgery.host.manager import Host, PluginWarning, default_host
   from surgery.live.applying import apply
   from surgery.live.check import check
-  from surgery.live.explain import Explanation, explain
-  from surgery.live.factored import factored
-  from surgery.live.layers import LoraLinear
+  from surgery.live.lora_linear import LoraLinear
   from surgery.live.migrating import migrate
   from surgery.live.optimizer import optimizer
   from surgery.live.params import AdaptedParams
@@ -72,17 +71,18 @@ if TYPE_CHECKING:
     unfreeze,
   )
   from surgery.live.weights import regulariser, weights, with_weights
-  from surgery.passes.beneath import handles_adapters
-  from surgery.passes.choosing import select
+  from surgery.model.checkpoint import Checkpoint, Leaf
+  from surgery.model.checkpoint import open_checkpoint as open
+  from surgery.naming.selection import Selection
   from surgery.recipes.recipe import Recipe
 
 # Where each public name lives.
 _HOMES = {
   'builtin.lora': ('LoRA',),
-  'core.adapter': ('Adapter', 'named_key'),
-  'core.checkpoint': ('Checkpoint', 'Leaf', 'open_checkpoint'),
-  'core.config': ('field',),
-  'core.errors': (
+  'contract.adapter': ('Adapter', 'named_key'),
+  'model.checkpoint': ('Checkpoint', 'Leaf', 'open_checkpoint'),
+  'contract.config': ('field',),
+  'errors': (
     'AdapterError',
     'BaseMismatchError',
     'CastError',
@@ -103,16 +103,16 @@ _HOMES = {
     'UnknownAdapterType',
     'UnreachedError',
   ),
-  'core.hookspecs': ('Refusal', 'hookimpl'),
-  'core.host': ('Host', 'PluginWarning', 'default_host'),
-  'core.lowrank': ('LowRank',),
-  'core.selection': ('Selection',),
-  'core.site': ('ParamSpec', 'Site'),
+  'contract.hookspecs': ('Refusal', 'hookimpl'),
+  'host.manager': ('Host', 'PluginWarning', 'default_host'),
+  'contract.lowrank': ('LowRank',),
+  'naming.selection': ('Selection',),
+  'contract.site': ('ParamSpec', 'Site'),
   'live.applying': ('apply',),
   'live.check': ('check',),
-  'live.explain': ('Explanation', 'explain'),
-  'live.factored': ('factored',),
-  'live.layers': ('LoraLinear',),
+  'factoring.explain': ('Explanation', 'explain'),
+  'factoring.transform': ('factored',),
+  'live.lora_linear': ('LoraLinear',),
   'live.migrating': ('migrate',),
   'live.optimizer': ('optimizer',),
   'live.params': ('AdaptedParams',),
@@ -137,12 +137,12 @@ _HOMES = {
     'unfreeze',
   ),
   'live.weights': ('regulariser', 'weights', 'with_weights'),
-  'passes.beneath': ('handles_adapters',),
-  'passes.choosing': ('select',),
+  'adapting.beneath': ('handles_adapters',),
+  'editing.choosing': ('select',),
   'recipes.recipe': ('Recipe',),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
-_WHERE['open'] = 'core.checkpoint'
+_WHERE['open'] = 'model.checkpoint'
 
 __version__ = version.VERSION
 

@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import surgery
 from surgery import jaxcompat
-from surgery.live.rules import RULES
-from surgery.live.walking import RETRACED
-from surgery.passes import cutting
+from surgery.adapting import cutting
+from surgery.factoring.rules import RULES
+from surgery.factoring.walking import RETRACED
 
 lax = jax.lax
 ROOT = pathlib.Path(surgery.__file__).parents[1]
@@ -149,8 +149,8 @@ def _readers(name):
   ('table', 'where'),
   [
     (RULES, 'surgery/live/rules'),
-    (RETRACED, 'surgery/live/walking.py'),
-    (cutting._NEEDS, 'surgery/passes/cutting.py'),
+    (RETRACED, 'surgery/factoring/walking.py'),
+    (cutting._NEEDS, 'surgery/adapting/cutting.py'),
   ],
 )
 def test_no_primitive_is_read_that_is_not_listed(table, where):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core import errors
+from surgery import errors
 
 
 def kinds(cls):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from surgery.core import once
+from surgery import once
 
 ROOT = pathlib.Path(__file__).parents[1]
 THREADS = 8

@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from surgery.core import errors, paths
-from surgery.core.adapter import Adapter, named_key
-from surgery.core.config import field
-from surgery.core.lowrank import LowRank
-from surgery.core.site import Site
+from surgery import errors
+from surgery.contract.adapter import Adapter, named_key
+from surgery.contract.config import field
+from surgery.contract.lowrank import LowRank
+from surgery.contract.site import Site
+from surgery.naming import paths
 
 
 class LoRA(Adapter):

@@ -9,8 +9,8 @@ import click
 
 from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
-from surgery.core import config
-from surgery.core.host import default_host
+from surgery.contract import config
+from surgery.host.manager import default_host
 
 
 def _configured(kind: str, settings: tuple[str, ...]) -> Any:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
-  from surgery.core.paths import Path
+  from surgery.model.checkpoint import Checkpoint
+  from surgery.naming.paths import Path
 
 VARIABLE = '_SURGERY_COMPLETE'
 
@@ -152,7 +152,8 @@ def items(texts: Iterable[str], incomplete: str) -> Found:
 
 def _opened(ctx: click.Context) -> Checkpoint | None:
   """Returns the file that stands on the command line, if it can be read."""
-  from surgery.core import checkpoint, errors
+  from surgery import errors
+  from surgery.model import checkpoint
 
   # Behind an option that waits for its value Click leaves arguments unread.
   given = [ctx.params.get('file'), ctx.params.get('a'), *ctx.args]
@@ -176,7 +177,7 @@ def _depth(text: str) -> int:
 
 def _places(checkpoint: Iterable[Path], depth: int) -> Iterator[str]:
   """Yields layers and parameters at one depth, as a selector names them."""
-  from surgery.core import paths
+  from surgery.naming import paths
 
   ends = {p for p in checkpoint if len(p) == depth + 1}
   layers = {p[: depth + 1] for p in checkpoint if len(p) > depth + 1}
@@ -218,7 +219,7 @@ def adapter_types(
 ) -> Found:
   """Completes an adapter type, without importing any."""
   del ctx, param
-  from surgery.core.host import default_host
+  from surgery.host.manager import default_host
 
   return items(default_host().adapter_names(), incomplete)
 
@@ -228,7 +229,7 @@ def plugins(
 ) -> Found:
   """Completes the name of an adapter type or a plugin."""
   del ctx, param
-  from surgery.core.host import default_host
+  from surgery.host.manager import default_host
 
   names = dict.fromkeys(info.name for info in default_host().plugins())
   return items(names, incomplete)
@@ -239,7 +240,7 @@ def formats(
 ) -> Found:
   """Completes the name of a file format."""
   del ctx, param
-  from surgery.core.host import default_host
+  from surgery.host.manager import default_host
 
   return items(default_host().formats, incomplete)
 

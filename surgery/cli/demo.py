@@ -17,8 +17,8 @@ from typing import Any
 
 import click
 
+from surgery import errors
 from surgery.cli.command import Command
-from surgery.core import errors
 
 SIZES = (128, 64, 10)
 RANK = 8
@@ -166,7 +166,7 @@ def run(
   import jax.numpy as jnp
 
   import surgery
-  from surgery.passes.attach import attach
+  from surgery.adapting.attachment import attach
 
   files = {
     name: folder / f'{name}.msgpack'

@@ -12,12 +12,12 @@ import click
 
 from surgery.cli import codes, completion, progress, shared
 from surgery.cli.command import Command
-from surgery.core import paths
-from surgery.core.host import default_host
+from surgery.host.manager import default_host
+from surgery.naming import paths
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
-  from surgery.passes.diff import Difference, TensorDiff
+  from surgery.looking.diff import Difference, TensorDiff
+  from surgery.model.checkpoint import Checkpoint
 
 
 @click.command(cls=Command)
@@ -93,7 +93,7 @@ def command(
 
 
 def _manifests(a: Checkpoint, b: Checkpoint) -> list[Difference]:
-  from surgery.passes import diff
+  from surgery.looking import diff
 
   return diff.manifests(a.manifest, b.manifest)
 
@@ -102,7 +102,7 @@ def _compared(
   a: Checkpoint, b: Checkpoint, selectors: tuple[str, ...], quiet: bool
 ) -> Iterator[TensorDiff]:
   """Yields the results, telling how far it has come."""
-  from surgery.passes import diff
+  from surgery.looking import diff
 
   chosen = list(selectors) or None
   with progress.shown(({**b, **a}).values(), quiet) as told:

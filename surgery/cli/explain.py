@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
+from surgery import errors
 from surgery.cli import shared
 from surgery.cli.command import Command
-from surgery.core import errors
 
 
 @click.command(cls=Command)

@@ -11,13 +11,14 @@ import click
 
 from surgery.cli import shared
 from surgery.cli.command import Command
-from surgery.core import manifest, paths, recording
-from surgery.core.host import default_host
-from surgery.core.layers import LayerTypes
-from surgery.core.paths import Path
+from surgery.host.manager import default_host
+from surgery.model import manifest, record_json
+from surgery.model.layers import LayerTypes
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint, Leaf
+  from surgery.model.checkpoint import Checkpoint, Leaf
 
 
 def _flags(leaf: Leaf) -> list[str]:
@@ -76,7 +77,7 @@ def _shown(
   file: pathlib.Path, selectors: list[str], history: bool, as_json: bool
 ) -> Any:
   """Returns what is shown of a file, as text or as JSON data."""
-  from surgery.passes import choosing
+  from surgery.editing import choosing
 
   opened = shared.opened(file)
   chosen: Iterable[Path] = opened
@@ -161,7 +162,7 @@ def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
     lines.append('')
   for index, adapter in enumerate(said.adapters):
     note = ' (innermost)' if index == 0 and len(said.adapters) > 1 else ''
-    lines.append(f'adapter {recording.describe(adapter)}{note}')
+    lines.append(f'adapter {record_json.describe(adapter)}{note}')
   leaves = [opened[p] for p in chosen]
   # An adapter that is disabled does not train; its flags stay.
   off = {one['name'] for one in said.adapters if not one.get('enabled', True)}

@@ -11,10 +11,11 @@ from typing import Any
 
 import click
 
+from surgery import errors
 from surgery.cli import completion, platform, process, wording
 from surgery.cli.codes import BUG, FAILED, INTERRUPTED, PLUGIN
 from surgery.cli.command import Group
-from surgery.core import errors, foreign
+from surgery.host import foreign
 
 # Name → (where the command lives, summary). Static, so that `--help` imports
 # nothing: Click asks for every command to print the list.
@@ -137,13 +138,13 @@ def cli(
   What is asked for goes to stdout, all else to stderr. Completion of verbs and
   of names inside of files: eval "$(_SURGERY_COMPLETE=bash_source surgery)".
   """
-  from surgery.core import host
+  from surgery.host import manager
 
   if wanted is not None or ctx.obj is _OWN:
     platform.claim(wanted)
-  if blocked or any(variable in os.environ for variable in host.VARIABLES):
+  if blocked or any(variable in os.environ for variable in manager.VARIABLES):
     # A host of this command's own, so that nothing is global.
-    ctx.with_resource(host.used(host.from_environment(block=blocked)))
+    ctx.with_resource(manager.used(manager.from_environment(block=blocked)))
 
 
 def _code(error: BaseException) -> int:

@@ -13,7 +13,7 @@ from surgery.cli import shared, writing
 from surgery.cli.command import Command
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
+  from surgery.model.checkpoint import Checkpoint
 
 
 @click.command(cls=Command)

@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
+from surgery import errors, version
 from surgery.cli import plugin_kinds, shared
 from surgery.cli.command import Command
-from surgery.core import errors, version
-from surgery.core.host import DISTRIBUTION, default_host
-from surgery.core.site import ParamSpec, Site
+from surgery.contract.site import ParamSpec, Site
+from surgery.host.manager import DISTRIBUTION, default_host
 
 _NAME = re.compile(r'[a-z][a-z0-9]*(_[a-z0-9]+)*')
 

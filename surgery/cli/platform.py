@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-from surgery.core.platform import CPU, DEFAULT, VARIABLE
+from surgery.platform import CPU, DEFAULT, VARIABLE
 
 # JAX's name for all kinds of GPU; it cannot be told to start just these.
 _GPU = 'gpu'

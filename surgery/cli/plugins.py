@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
+from surgery import errors
 from surgery.cli import completion
 from surgery.cli.command import Group
-from surgery.core import config, errors
-from surgery.core.host import default_host
+from surgery.contract import config
+from surgery.host.manager import default_host
 
 
 @click.group(cls=Group, invoke_without_command=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Leaf
+  from surgery.model.checkpoint import Leaf
 
 # What is done sooner says nothing.
 DELAY = 1.0

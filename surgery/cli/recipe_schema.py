@@ -7,7 +7,7 @@ import json
 import click
 
 from surgery.cli.command import Command
-from surgery.core.host import default_host
+from surgery.host.manager import default_host
 
 
 @click.command(cls=Command)

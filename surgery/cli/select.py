@@ -9,7 +9,7 @@ import click
 
 from surgery.cli import shared
 from surgery.cli.command import Command
-from surgery.core import paths
+from surgery.naming import paths
 
 
 @click.command(cls=Command)
@@ -25,7 +25,7 @@ def command(
   \b
   surgery select base.msgpack '**/norm*' '!**/bias'
   """
-  from surgery.passes import choosing
+  from surgery.editing import choosing
 
   found = [
     paths.show(p) for p in choosing.select(shared.opened(file), *selectors)

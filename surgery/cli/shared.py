@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery import errors
 from surgery.cli import codes, completion, wording
-from surgery.core import errors, manifest
+from surgery.model import manifest
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
+  from surgery.model.checkpoint import Checkpoint
 
 # Whether it can be read or written the system says best.
 FILE = click.Path(path_type=pathlib.Path, readable=False)
@@ -84,7 +85,7 @@ def opened(path: pathlib.Path) -> Checkpoint:
   Raises:
     FormatError: if it is not what it should be.
   """
-  from surgery.core.checkpoint import open_checkpoint
+  from surgery.model.checkpoint import open_checkpoint
 
   return open_checkpoint(path)
 

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from surgery import errors
 from surgery.cli import codes, progress, shared
 from surgery.cli.command import Command
-from surgery.core import errors, location, paths
-from surgery.core.host import default_host
+from surgery.host import location
+from surgery.host.manager import default_host
+from surgery.naming import paths
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
-  from surgery.passes.verify import Verified
+  from surgery.looking.verify import Verified
+  from surgery.model.checkpoint import Checkpoint
 
 
 @click.command(cls=Command)
@@ -94,7 +96,7 @@ def _verify(
 
 
 def _verified(opened: Checkpoint, quiet: bool) -> list[Verified]:
-  from surgery.passes import verify
+  from surgery.looking import verify
 
   found = []
   tensors = [leaf for leaf in opened.values() if leaf.shape is not None]
@@ -113,7 +115,7 @@ def _complete(
   quiet: bool,
 ) -> None:
   """Writes the file anew, with all digests."""
-  from surgery.passes import verify
+  from surgery.looking import verify
   from surgery.recipes import running
   from surgery.recipes.recipe import Recipe
 

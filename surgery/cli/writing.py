@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli import progress, shared, showing
-from surgery.core.host import default_host
+from surgery.host.manager import default_host
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
+  from surgery.model.checkpoint import Checkpoint
   from surgery.recipes.recipe import Recipe
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from surgery.core import errors
+from surgery import errors
 
 # A payload is hashed and written in blocks that a processor's cache holds.
 BLOCK = 1 << 20

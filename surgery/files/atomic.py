@@ -17,7 +17,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 
-from surgery.core import errors
+from surgery import errors
 
 _SUFFIX = '.tmp'
 # Of further files of a writer, which live as long as its first.

@@ -23,8 +23,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from surgery.core import location
 from surgery.files import atomic
+from surgery.host import location
 
 
 class Writing:

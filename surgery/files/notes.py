@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-from surgery.core import errors, manifest, paths
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.manifest import LeafNote, Manifest
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import payload
+from surgery.model import manifest
+from surgery.model.checkpoint import Checkpoint
+from surgery.model.manifest import LeafNote, Manifest
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 _KINDS = (('metadata', dict), ('key', str), ('digest', str))
 

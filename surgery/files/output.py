@@ -8,7 +8,7 @@ import mmap
 import os
 from collections.abc import Callable
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files.progress import Progress, Told
 from surgery.files.source import MappedFile
 

@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from surgery.core import checkpoint, errors, paths
-from surgery.core.checkpoint import Index, Leaf, grid
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import arrays
 from surgery.files import source as sources
 from surgery.files.digest import Digester
 from surgery.files.output import Output
 from surgery.files.source import Source
+from surgery.model import checkpoint
+from surgery.model.checkpoint import Index, Leaf, grid
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 _T = TypeVar('_T')
 

@@ -12,12 +12,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import location
-from surgery.core.hookspecs import hookimpl
+from surgery.contract.hookspecs import hookimpl
+from surgery.host import location
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
   from surgery.files.progress import Told
+  from surgery.model.checkpoint import Checkpoint
 
 
 class _Files:

@@ -14,15 +14,17 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from surgery.core import errors, location, paths
-from surgery.core import manifest as manifests
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import LeafNote, Manifest
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import atomic, atomic_sets, notes, strict_json
 from surgery.files.output import Output
 from surgery.files.progress import Told
 from surgery.files.source import MappedFile, Source
+from surgery.host import location
+from surgery.model import manifest as manifests
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import LeafNote, Manifest
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 _NOTHING = LeafNote()
 _AGAIN = 'Fetch it again, or write the set again.'

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import PACKED, Index, Leaf
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import arrays
 from surgery.files.digest import Digester
+from surgery.model.checkpoint import PACKED, Index, Leaf
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 Span = tuple[int, int]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
-from surgery.core import errors
+from surgery import errors
 
 MAX_SIZE = 100_000_000
 # A comma separates what takes a hundred bytes in memory at most.

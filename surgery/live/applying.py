@@ -10,13 +10,13 @@ import blox as bx
 import jax
 import numpy as np
 
-from surgery.core import errors, expect
-from surgery.core.checkpoint import Checkpoint, open_checkpoint
-from surgery.core.host import Host, default_host
-from surgery.live import convert, designed, lineage
+from surgery import errors, expect
+from surgery.editing import devices
+from surgery.host.manager import Host, default_host
+from surgery.live import adoption, checkpoints, lineage
 from surgery.live import params as live
 from surgery.live.dispatch import types_of
-from surgery.passes import devices
+from surgery.model.checkpoint import Checkpoint, open_checkpoint
 from surgery.recipes import recipe as recipes
 from surgery.recipes.recipe import Recipe
 
@@ -68,7 +68,7 @@ def apply(
   if isinstance(model, Checkpoint):
     before = model
   else:
-    before = convert.to_checkpoint(designed.adopted(model))
+    before = checkpoints.to_checkpoint(adoption.adopted(model))
   if graph is not None:
     said = before.manifest.replace(layer_types=types_of(graph))
     before = before.replace(manifest=said)
@@ -76,7 +76,7 @@ def apply(
   if isinstance(model, Checkpoint):
     return after
   after.check()
-  params = of_jax(convert.to_params(after, host, like=model), model)
+  params = of_jax(checkpoints.to_params(after, host, like=model), model)
   return lineage.remembered(
     params, model, before, 'apply', steps, (), others, host
   )
@@ -86,9 +86,9 @@ def _opened(alias: str, value: Any, host: Host) -> Checkpoint:
   if isinstance(value, Checkpoint):
     return value
   if isinstance(value, bx.Params):
-    return convert.to_checkpoint(designed.adopted(value))
+    return checkpoints.to_checkpoint(adoption.adopted(value))
   if isinstance(value, (str, os.PathLike)):
-    return convert.from_tensors(open_checkpoint(value, host=host))
+    return checkpoints.from_tensors(open_checkpoint(value, host=host))
   raise errors.SurgeryError(
     f'apply: {alias}: expected params, a Checkpoint or a file, found '
     f'{type(value).__name__}.'

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from surgery.core import errors, expect, paths
-from surgery.core.aliases import Params
-from surgery.core.paths import Path
-from surgery.core.records import Probe
-from surgery.live import designed, reads
+from surgery import errors, expect
+from surgery.aliases import Params
+from surgery.live import adoption, reads
 from surgery.live import params as live
+from surgery.model.records import Probe
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 
 def check(
@@ -39,7 +40,7 @@ def check(
     AdapterError: if no adapter is attached.
   """
   expect.model(model, check)
-  params = designed.adopted(expect.params(params, check))
+  params = adoption.adopted(expect.params(params, check))
   records = live.records_of(params)
   if not records.adapters:
     raise errors.AdapterError('check: no adapter is attached.')

@@ -8,10 +8,11 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from surgery.core import errors, layers
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host, default_host
-from surgery.passes import devices
+from surgery import errors
+from surgery.editing import devices
+from surgery.host.manager import Host, default_host
+from surgery.model import layers
+from surgery.model.checkpoint import Checkpoint
 
 Verb = TypeVar('Verb', bound=Callable[..., Any])
 

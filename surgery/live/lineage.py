@@ -12,9 +12,9 @@ from typing import Any
 
 import blox as bx
 
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
+from surgery.host.manager import Host
 from surgery.live import params as live
+from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.recipes.recipe import Recipe
 
 # So many passes are remembered.

@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core import errors, expect, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host, default_host
-from surgery.core.paths import Path
-from surgery.live import designed, lineage
+from surgery import errors, expect
+from surgery.editing import devices, regions, tensors
+from surgery.host.manager import Host, default_host
+from surgery.live import adoption, lineage
 from surgery.live import params as live
 from surgery.live.lineage import Change
 from surgery.live.optimizer import trained
-from surgery.passes import detach, devices, editing, regions, reshape, slicing
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths
+from surgery.naming.paths import Path
+from surgery.passes import detach, reshape, slicing
 from surgery.recipes import definitions
 from surgery.recipes.recipe import Recipe
 
@@ -107,8 +109,8 @@ def migrate(
     after = surgery.apply(before, {'slice': {'select': 'mlp', 'keep': '0:64'}})
     opt_state = surgery.migrate(opt_state, before, after)
   """
-  before = designed.adopted(expect.params(before, migrate))
-  after = designed.adopted(expect.params(after, migrate))
+  before = adoption.adopted(expect.params(before, migrate))
+  after = adoption.adopted(expect.params(after, migrate))
   moving = _Moving(before, after, host or default_host())
   fresh: Any = _NONE
   if tx is not None:
@@ -547,7 +549,7 @@ def _one(
 def _check_copy(said: Mapping[str, Any]) -> None:
   rules = said['rules']
   for rule in [rules] if isinstance(rules, str) else rules:
-    if editing.split_alias(rule)[0] is not None:
+    if tensors.split_alias(rule)[0] is not None:
       raise errors.SurgeryError(
         f'migrate: copy {rule!r} is from another model, of which there are no '
         'moments. Begin anew: tx.init(after).'
@@ -559,7 +561,7 @@ def _resized(
 ) -> Checkpoint:
   changed = {}
   size, axis = said['size'], said.get('axis', 0)
-  found = editing.chosen(now, said['select'], 'resize-vocab', host)
+  found = tensors.chosen(now, said['select'], 'resize-vocab', host)
   for path, leaf in found.items():
     shape = leaf.shape or ()
     at = regions.axis_of(axis, shape, path, 'resize-vocab')
@@ -568,7 +570,7 @@ def _resized(
     elif shape[at] < size:
       more = size - shape[at]
       changed[path] = reshape.padded(leaf, at, 0, more, np.nan, 'resize-vocab')
-  return editing.edited(now, 'resize-vocab', changed=changed, host=host)
+  return tensors.edited(now, 'resize-vocab', changed=changed, host=host)
 
 
 def _replaced(

@@ -16,9 +16,10 @@ import blox as bx
 import jax
 import jax.numpy as jnp
 
-from surgery.core import errors, paths
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.live import params as live
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 # The weights that train, for each of the params in a pytree.
 _Plan = list[frozenset[Path]]

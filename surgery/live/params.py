@@ -25,22 +25,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery import jaxcompat
-from surgery.core import errors, layers, paths, selectors
-from surgery.core.adapter import DEFAULT_PARAMS
-from surgery.core.checkpoint import Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.core.records import (
-  AdapterRecord,
-  Pending,
-  Records,
-  unite,
-)
-from surgery.core.site import Site
-from surgery.live import placing, primitives, routed
+from surgery import errors, jaxcompat
+from surgery.adapting import attachment, blocks, compute, finding
+from surgery.contract.adapter import DEFAULT_PARAMS
+from surgery.contract.site import Site
+from surgery.host.manager import Host
+from surgery.live import per_row, placing, primitives
 from surgery.live.unread import Unread
-from surgery.passes import attach, blocks, compute, finding
+from surgery.model import layers
+from surgery.model.checkpoint import Leaf
+from surgery.model.records import AdapterRecord, Pending, Records, unite
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
 
 _EMPTY = Records()
 
@@ -230,7 +226,7 @@ class AdaptedParams(bx.Params):
     if not on:
       return value
     if any(adapter.route for adapter, _ in on):
-      value = routed.answer(on, path, fetch)
+      value = per_row.answer(on, path, fetch)
     else:
       value = blocks.answer(on, path, fetch, records.chains)
     if jaxcompat.is_traced(value):
@@ -637,7 +633,7 @@ def _grown(
   """Returns params in which an adapter has one more site, or a larger one."""
   pending = record.pending
   assert pending is not None and record.seed is not None
-  who = attach.at(pending.interceptor, site)
+  who = attachment.at(pending.interceptor, site)
   old = record.sites.get(site.path)
   kept = {} if old is None else old.weights
 
@@ -647,16 +643,16 @@ def _grown(
     _refuse_orphan(params, path)
     return True
 
-  new = attach.site_record(record.adapter, record.name, site, who, taken)
+  new = attachment.site_record(record.adapter, record.name, site, who, taken)
   # A site that grows keeps the weights that it has.
   new = dataclasses.replace(new, weights={**new.weights, **kept})
-  attach.check_apply(new)
+  attachment.check_apply(new)
   grown = record.with_site(new, met)
   info = {site.path: cast(finding.Info, info_of(params._data[site.path]))}
   single = dataclasses.replace(grown, sites={site.path: new}, total=None)
   base = params._data[site.path].value
   names = {spec.path: name for name, spec in new.weights.items()}
-  drawn = attach.weight_leaves(
+  drawn = attachment.weight_leaves(
     _Stored(params),
     _inside(params._records, record.name),
     single,
@@ -730,7 +726,7 @@ def _check_served(
   refused: list[finding.Refused] = []
   selector = record.pending.selector
   finding.sites(finder, selector, info, missing='pass', left=refused)
-  attach.warn(record.adapter, attach.left_out(record.name, refused))
+  attachment.warn(record.adapter, attachment.left_out(record.name, refused))
 
 
 def _closed(params: AdaptedParams) -> AdaptedParams:
@@ -769,10 +765,10 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
     except errors.SelectorError as error:
       raise errors.SelectorError(before + str(error)) from None
     _check_served(params, record, finder)
-    attach.check_patterns(
+    attachment.check_patterns(
       record.adapter, [r.site for r in record.sites.values()]
     )
-    attach.check_frozen(record)
+    attachment.check_frozen(record)
   result = params._clone()
   known = {
     a.name: {'seed': a.seed, 'to': a.pending.selector.text}

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from surgery import jaxcompat
-from surgery.core.adapter import Adapter
-from surgery.core.paths import Path
-from surgery.core.records import Records
-from surgery.core.site import Site
-from surgery.passes import devices
+from surgery.contract.adapter import Adapter
+from surgery.contract.site import Site
+from surgery.editing import devices
+from surgery.model.records import Records
+from surgery.naming.paths import Path
 
 # Axes of meshes by axis of an array, as in a PartitionSpec.
 Axes = tuple[Any, ...]

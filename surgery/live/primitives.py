@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from surgery import jaxcompat
-from surgery.core.once import once
+from surgery.once import once
 
 # The primitive that says which parameter a value is.
 TAG = 'surgery_site'

@@ -17,10 +17,10 @@ import blox as bx
 import jax
 
 from surgery import jaxcompat
-from surgery.core.paths import Path
 from surgery.live import params as live
 from surgery.live.primitives import READ
 from surgery.live.stashed import Stash
+from surgery.naming.paths import Path
 
 # Numbers of the bases that a value depends on.
 _Bases = frozenset[int]

@@ -6,9 +6,10 @@ import dataclasses
 import html
 from typing import Any
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import nested
+from surgery import errors
 from surgery.live import params as live
+from surgery.model.checkpoint import nested
+from surgery.naming import paths
 
 
 @dataclasses.dataclass

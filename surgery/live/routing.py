@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery import jaxcompat
-from surgery.core import errors, paths
-from surgery.core.paths import Path
-from surgery.core.records import ROUTE, AdapterRecord, Records, WeightSpec
-from surgery.live import designed
+from surgery import errors, jaxcompat
+from surgery.editing import devices
+from surgery.live import adoption
 from surgery.live import params as live
-from surgery.passes import devices
+from surgery.model.records import ROUTE, AdapterRecord, Records, WeightSpec
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 
 def _params(value: Any, verb: str) -> live.AdaptedParams:
-  found = designed.adopted(value) if isinstance(value, bx.Params) else value
+  found = adoption.adopted(value) if isinstance(value, bx.Params) else value
   if not isinstance(found, live.AdaptedParams):
     raise errors.AdapterError(
       f'{verb}: expected params with an adapter, found {type(value).__name__}.'

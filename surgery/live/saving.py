@@ -8,21 +8,17 @@ from typing import Any
 
 import blox as bx
 
-from surgery.core import (
-  errors,
-  expect,
-  layers,
-  manifest,
-  recording,
-  selectors,
-)
-from surgery.core.aliases import Params
-from surgery.core.checkpoint import open_checkpoint
-from surgery.core.host import Host, default_host
-from surgery.core.selection import Selection
-from surgery.live import convert, designed
+from surgery import errors, expect
+from surgery.aliases import Params
+from surgery.editing import devices
+from surgery.host.manager import Host, default_host
+from surgery.live import adoption, checkpoints
 from surgery.live import params as live
-from surgery.passes import devices, extract
+from surgery.model import layers, manifest, record_json
+from surgery.model.checkpoint import open_checkpoint
+from surgery.naming import selectors
+from surgery.naming.selection import Selection
+from surgery.passes import extract
 
 PathLike = str | os.PathLike[str]
 
@@ -57,11 +53,11 @@ def save(
   host = host or default_host()
   expect.path(path, save)
   params = _settled(expect.params(params, save))
-  checkpoint = convert.to_tensors(convert.to_checkpoint(params))
+  checkpoint = checkpoints.to_tensors(checkpoints.to_checkpoint(params))
   notes = live.notes_of(params)
   known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
   said = checkpoint.manifest.replace(
-    adapters=recording.to_json(checkpoint.records(host), host, known)
+    adapters=record_json.to_json(checkpoint.records(host), host, known)
   )
   if graph is not None:
     said = said.replace(layer_types=layers.of_graph(graph))
@@ -74,7 +70,7 @@ def _settled(params: Any) -> bx.Params:
   Raises:
     AdapterError: if an adapter still looks for sites.
   """
-  params = designed.adopted(params)
+  params = adoption.adopted(params)
   for record in live.records_of(params).adapters:
     if record.pending is not None:
       raise errors.AdapterError(
@@ -106,7 +102,7 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
     raise errors.FormatError(
       f'{path}: an adapter without its base. Use surgery.load_adapter.'
     )
-  params = convert.to_params(convert.from_tensors(checkpoint), host)
+  params = checkpoints.to_params(checkpoints.from_tensors(checkpoint), host)
   said = checkpoint.manifest.replace(adapters=(), trees={})
   adapters = {
     a['name']: {k: a[k] for k in ('seed', 'to') if k in a}
@@ -153,7 +149,7 @@ def save_adapter(
   host = host or default_host()
   expect.path(path, save_adapter)
   params = _settled(expect.params(params, save_adapter))
-  checkpoint = convert.to_tensors(convert.to_checkpoint(params))
+  checkpoint = checkpoints.to_tensors(checkpoints.to_checkpoint(params))
   said = live.notes_of(params).get('adapters', {}).get(name, {})
   alone = extract.extract(
     checkpoint,
@@ -199,13 +195,15 @@ def load_adapter(
   """
   host = host or default_host()
   expect.path(path, load_adapter)
-  params = designed.adopted(expect.params(params, load_adapter))
-  alone = convert.from_tensors(open_checkpoint(path, host=host), placed=False)
-  before = convert.to_checkpoint(params)
+  params = adoption.adopted(expect.params(params, load_adapter))
+  alone = checkpoints.from_tensors(
+    open_checkpoint(path, host=host), placed=False
+  )
+  before = checkpoints.to_checkpoint(params)
   after = extract.insert(
     before, alone, name=name, check_base=check_base, host=host
   )
-  result = convert.to_params(after, host, like=params)
+  result = checkpoints.to_params(after, host, like=params)
   return _noted(
     result, alone.manifest.adapters[0], after.records(host).names[-1]
   )

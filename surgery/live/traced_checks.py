@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
-from surgery import jaxcompat
-from surgery.core import errors, paths
-from surgery.core.paths import Path
+from surgery import errors, jaxcompat
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 
 def refuse_nothing_to_check(verb: str, wanted: bool, option: str) -> None:

@@ -12,23 +12,25 @@ from typing import Any, TypeVar, overload
 import blox as bx
 import jax
 
-from surgery.core import errors, expect, layers, selectors
-from surgery.core.adapter import Adapter
-from surgery.core.aliases import Params
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host, default_host
-from surgery.core.paths import Path
-from surgery.core.selection import Selection
-from surgery.live import applying, convert, designed, lineage, traced_checks
+from surgery import errors, expect
+from surgery.adapting import attachment as attaching
+from surgery.adapting import finding
+from surgery.aliases import Params
+from surgery.contract.adapter import Adapter
+from surgery.host.manager import Host, default_host
+from surgery.live import adoption, applying, checkpoints, lineage, traced_checks
 from surgery.live import params as live
 from surgery.live.dispatch import takes_checkpoints, told, types_of
-from surgery.passes import attach as attaching
+from surgery.model import layers
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
 from surgery.passes import cast as casting
 from surgery.passes import combine as combining
 from surgery.passes import detach as detaching
 from surgery.passes import drop as dropping
 from surgery.passes import enable as enabling
-from surgery.passes import finding
 from surgery.passes import freeze as freezing
 from surgery.passes import keep as keeping
 from surgery.passes import merge as merging
@@ -92,7 +94,7 @@ def _params(value: Any, verb: Callable[..., Any]) -> bx.Params:
     SurgeryError: if `value` is something else.
     AdapterError: if it holds adapter weights without their records.
   """
-  return designed.adopted(expect.params(value, verb))
+  return adoption.adopted(expect.params(value, verb))
 
 
 def _holding(tree: Any, names: Names, verb: str) -> None:
@@ -103,7 +105,7 @@ def _holding(tree: Any, names: Names, verb: str) -> None:
     AdapterError: for an unknown name.
   """
   found = [
-    live.records_of(designed.adopted(p))
+    live.records_of(adoption.adopted(p))
     for p in jax.tree.leaves(tree, is_leaf=_is_params)
     if _is_params(p)
   ]
@@ -133,7 +135,7 @@ def _each(
   def one(value: Any) -> Any:
     if not _is_params(value):
       return value
-    params = designed.adopted(value)
+    params = adoption.adopted(value)
     mine = live.records_of(params).names
     if not [n for n in mine if wanted is None or n in wanted]:
       return value
@@ -157,9 +159,9 @@ def _passed(
   **kwargs: Any,
 ) -> bx.Params:
   """Applies a pass to params in memory."""
-  before = convert.to_checkpoint(params)
+  before = checkpoints.to_checkpoint(params)
   after = change(before, *args, host=host, **kwargs)
-  result = convert.to_params(after, host, like=params)
+  result = checkpoints.to_params(after, host, like=params)
   return lineage.remembered(
     result, params, before, change.__name__, change, args, kwargs, host
   )
@@ -806,7 +808,7 @@ def adapters(
   else:
     params = _params(params, adapters)
     records = live.records_of(params)
-    leaves = convert.to_checkpoint(params)
+    leaves = checkpoints.to_checkpoint(params)
   infos = []
   for record in records.adapters:
     weights = [leaves[p] for p in record.weight_paths() if p in leaves]

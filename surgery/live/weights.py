@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core import errors, expect, paths
-from surgery.core.aliases import Array, Params
-from surgery.core.paths import Path
-from surgery.core.records import AdapterRecord, SiteRecord, WeightSpec
-from surgery.live import designed
+from surgery import errors, expect
+from surgery.adapting import compute
+from surgery.aliases import Array, Params
+from surgery.live import adoption
 from surgery.live import params as live
-from surgery.passes import compute
+from surgery.model.records import AdapterRecord, SiteRecord, WeightSpec
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 # What stands for the site of weights that all sites share.
 SHARED: Path = ()
@@ -59,7 +60,7 @@ def weights(
     for path, site in surgery.weights(params).items():
       print(path, site['lora_a'].shape)
   """
-  held: Any = designed.adopted(expect.params(params, weights))
+  held: Any = adoption.adopted(expect.params(params, weights))
   found = {}
   for path, specs in _groups(live.records_of(held).get(name)):
     here = {
@@ -95,7 +96,7 @@ def with_weights(
     halved = jax.tree.map(lambda w: w / 2, found)
     params = surgery.with_weights(params, 'default', halved)
   """
-  held: Any = designed.adopted(expect.params(params, with_weights))
+  held: Any = adoption.adopted(expect.params(params, with_weights))
   record = live.records_of(held).get(name)
   groups = dict(_groups(record))
   if not isinstance(weights, Mapping):
@@ -212,7 +213,7 @@ def regulariser(
       y, after = fast(params, x)
       return (y ** 2).mean() + 0.1 * surgery.regulariser(params), after
   """
-  held: Any = designed.adopted(expect.params(params, regulariser))
+  held: Any = adoption.adopted(expect.params(params, regulariser))
   records = live.records_of(held)
   total = jnp.zeros((), jnp.float32)
   for name in records.chosen(names):

@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths, selectors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.once import once
-from surgery.core.paths import Path
-from surgery.core.selection import Selection
-from surgery.passes import concat, editing, following, regions, rounding
-from surgery.passes import nonfinite as nonfinites
-from surgery.passes.nonfinite import NonFinite
-from surgery.passes.regions import Reader, Region
+from surgery import errors
+from surgery.editing import following, regions, rounding, tensors
+from surgery.editing import nonfinite as nonfinites
+from surgery.editing.nonfinite import NonFinite
+from surgery.editing.regions import Reader, Region
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
+from surgery.once import once
+from surgery.passes import concat
 
 Terms = str | Sequence[str] | Mapping[str, float]
 
@@ -181,7 +183,7 @@ def add(
   scale: float = 1,
   partial: bool = False,
   nonfinite: NonFinite = 'refuse',
-  inputs: editing.Inputs | None = None,
+  inputs: tensors.Inputs | None = None,
   host: Host,
 ) -> Checkpoint:
   """Adds tensors to others: `x + scale · Σ weight · term`.
@@ -224,7 +226,7 @@ def subtract(
   scale: float = 1,
   partial: bool = False,
   nonfinite: NonFinite = 'refuse',
-  inputs: editing.Inputs | None = None,
+  inputs: tensors.Inputs | None = None,
   host: Host,
 ) -> Checkpoint:
   """Subtracts tensors from others: `x - scale · Σ weight · term`.
@@ -264,13 +266,13 @@ def _added(
   verb: str,
   partial: bool,
   nonfinite: NonFinite,
-  inputs: editing.Inputs | None,
+  inputs: tensors.Inputs | None,
   host: Host,
 ) -> Checkpoint:
   if isinstance(terms, Mapping):
     weighted = dict(terms)
   else:
-    weighted = dict.fromkeys(editing.texts(terms, verb), 1.0)
+    weighted = dict.fromkeys(tensors.texts(terms, verb), 1.0)
   if not weighted:
     raise errors.RenameError(f'{verb}: expected terms, found none.')
   sums: dict[Path, list[tuple[Leaf, float, Path]]] = {}
@@ -299,24 +301,24 @@ def _added(
       f'{verb}: no tensor is in all of the models, so nothing would be added. '
       'Change the rules.'
     )
-  return editing.edited(checkpoint, verb, changed=changed, host=host)
+  return tensors.edited(checkpoint, verb, changed=changed, host=host)
 
 
 def _terms(
   checkpoint: Checkpoint,
   rule: str,
   verb: str,
-  inputs: editing.Inputs | None,
+  inputs: tensors.Inputs | None,
   host: Host,
 ) -> list[tuple[Path, Leaf, Path]]:
   """Returns the tensors that a rule adds, with their paths and targets."""
-  alias, _ = editing.split_alias(rule)
-  source = editing.aliased(checkpoint, alias, inputs, verb)
+  alias, _ = tensors.split_alias(rule)
+  source = tensors.aliased(checkpoint, alias, inputs, verb)
   owned: Collection[Path] = ()
   if alias is not None:
     # What an adapter does is in the parameters that it rewrites.
     owned = following.settled(source, verb, host).owned
-  found = editing.pairs(checkpoint, [rule], verb, inputs)
+  found = tensors.pairs(checkpoint, [rule], verb, inputs)
   kept = [(old, leaf, new) for old, leaf, new, _ in found if old not in owned]
   if not kept:
     raise errors.RenameError(
@@ -330,7 +332,7 @@ def _missing(
   checkpoint: Checkpoint,
   rule: str,
   found: Sequence[tuple[Path, Leaf, Path]],
-  inputs: editing.Inputs | None,
+  inputs: tensors.Inputs | None,
   verb: str,
   host: Host,
 ) -> list[tuple[Path, str]]:
@@ -339,7 +341,7 @@ def _missing(
   Returns:
     Paths in the model, each with who lacks which tensor, in words.
   """
-  alias, text = editing.split_alias(rule)
+  alias, text = tensors.split_alias(rule)
   lacking = [
     (new, f'no {paths.show(new)} to which {_named(alias, old)} could be added')
     for old, _, new in found
@@ -347,7 +349,7 @@ def _missing(
   ]
   if lacking or alias is None:
     return lacking
-  back = editing.reverse(text)
+  back = tensors.reverse(text)
   if back is None:
     return []
   reached = {new for _, _, new in found}
@@ -455,9 +457,9 @@ def scale(
   if not math.isfinite(by):
     raise errors.SurgeryError(f'scale: expected a finite number, found {by}.')
   changed = {}
-  for path, leaf in editing.chosen(checkpoint, select, 'scale', host).items():
+  for path, leaf in tensors.chosen(checkpoint, select, 'scale', host).items():
     changed[path] = _scaled(leaf, by, path, nonfinite)
-  return editing.edited(checkpoint, 'scale', changed=changed, host=host)
+  return tensors.edited(checkpoint, 'scale', changed=changed, host=host)
 
 
 def _scaled(leaf: Leaf, by: float, path: Path, nonfinite: NonFinite) -> Leaf:
@@ -558,7 +560,7 @@ def _product(
     )  # fmt: skip
 
   sizes = [leaf.size for leaf in leaves]
-  like = editing.together(leaves)
+  like = tensors.together(leaves)
   made = regions.computed(like, shape, block, leaves, cut=True)
   memory = within.itemsize * (sum(sizes) + 2 * min(math.prod(shape), 1 << 20))
   return made.replace(memory=memory, heavy=True)

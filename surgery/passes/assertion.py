@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths, quantised, selectors
-from surgery.core.checkpoint import Check, Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.passes import beneath, choosing, editing, regions, rounding
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting import beneath
+from surgery.adapting.beneath import handles_adapters
+from surgery.editing import choosing, regions, rounding, tensors
+from surgery.host.manager import Host
+from surgery.model import quantised
+from surgery.model.checkpoint import Check, Checkpoint, Leaf
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
 
 _SHOWN = 5
 
@@ -51,7 +54,7 @@ class _Asked:
 
   model: Checkpoint
   stored: Checkpoint
-  inputs: editing.Inputs
+  inputs: tensors.Inputs
   original: Checkpoint | None
   host: Host
 
@@ -68,7 +71,7 @@ def assert_(
   checkpoint: Checkpoint,
   condition: Mapping[str, Any],
   *,
-  inputs: editing.Inputs | None = None,
+  inputs: tensors.Inputs | None = None,
   original: Checkpoint | None = None,
   host: Host,
 ) -> Checkpoint:
@@ -446,12 +449,12 @@ def _compared(
 ) -> list[tuple[str, Leaf, str, Leaf]]:
   found = []
   if said['to'] is None:
-    rules = editing.texts(said['of'], 'assert')
-    for old, leaf, new, rule in editing.pairs(
+    rules = tensors.texts(said['of'], 'assert')
+    for old, leaf, new, rule in tensors.pairs(
       asked.model, rules, 'assert', asked.inputs
     ):
       if new not in asked.model or (
-        new == old and editing.split_alias(rule)[0] is None
+        new == old and tensors.split_alias(rule)[0] is None
       ):
         raise errors.ConfigError(
           f"assert: 'equal': {rule!r}: nothing to compare {paths.show(old)} "
@@ -462,7 +465,7 @@ def _compared(
   else:
     aliases = [said['to']] if isinstance(said['to'], str) else said['to']
     for alias in aliases:
-      others = editing.aliased(asked.model, alias, asked.inputs, 'assert')
+      others = tensors.aliased(asked.model, alias, asked.inputs, 'assert')
       for path in asked.chosen(said['of']):
         name = paths.show(path)
         if path not in others:

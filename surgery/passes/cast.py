@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths, selectors
-from surgery.core.checkpoint import Checkpoint, Finding, Index, Leaf, grid
-from surgery.core.host import Host
-from surgery.core.layers import LayerTypes
-from surgery.core.paths import Path
-from surgery.core.selection import Selection
+from surgery import errors
+from surgery.adapting.beneath import handles_adapters
+from surgery.editing import choosing, following, rounding
 from surgery.files import arrays
-from surgery.passes import choosing, following, rounding
-from surgery.passes.beneath import handles_adapters
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Finding, Index, Leaf, grid
+from surgery.model.layers import LayerTypes
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
 
 # Share of a tensor's numbers that may become zero unless it is allowed. Of
 # weights with a standard deviation of 0.02, 4 % do in float8_e4m3fn.

@@ -11,24 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.lowrank import LowRank
-from surgery.core.paths import Path
-from surgery.core.records import AdapterRecord, SiteRecord
-from surgery.passes import (
-  arithmetic,
-  attach,
-  compute,
-  detach,
-  devices,
-  enable,
-  following,
-  methods,
-  nonfinite,
-)
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting import attachment, compute
+from surgery.adapting.beneath import handles_adapters
+from surgery.contract.lowrank import LowRank
+from surgery.editing import devices, following, nonfinite
+from surgery.host.manager import Host
+from surgery.methods import elementwise
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.records import AdapterRecord, SiteRecord
+from surgery.naming import paths
+from surgery.naming.paths import Path
+from surgery.passes import arithmetic, detach, enable
 from surgery.passes.fill import generator
 
 Method = Literal[
@@ -151,8 +145,8 @@ def _checked(record: AdapterRecord) -> AdapterRecord:
 def _check(
   weights: Mapping[str, float], method: str, density: float, rank: int | None
 ) -> None:
-  methods.check_density(density)
-  known = ('cat', 'svd', *methods.METHODS)
+  elementwise.check_density(density)
+  known = ('cat', 'svd', *elementwise.METHODS)
   if method not in known:
     raise errors.ConfigError(
       f'combine: no method is called {method!r}.{errors.suggest(method, known)}'
@@ -192,7 +186,7 @@ def _attached(
     - len(site.site.primary.shape)
     for path, site in sites.items()
   }
-  return attach.attach(
+  return attachment.attach(
     checkpoint,
     cls(rank=common, alpha=float(common), patterns=patterns),
     to=[paths.literal(path) for path in sites],
@@ -307,7 +301,7 @@ class _Combined:
         self._mask(name, update.shape, number)
         for name, update in zip(names, updates, strict=True)
       ]
-    return methods.METHODS[method](updates, weights, **options)
+    return elementwise.METHODS[method](updates, weights, **options)
 
   def _mask(self, name: str, shape: tuple[int, ...], number: int) -> Any:
     """Returns what is kept at random, by seed, adapter and path alone."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from surgery.core import errors, joining, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.passes import editing, following, regions
-from surgery.passes.regions import Reader, Region
+from surgery import errors
+from surgery.editing import following, regions, tensors
+from surgery.editing.regions import Reader, Region
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import joining, paths
+from surgery.naming.paths import Path
 from surgery.passes.slicing import taken
 
 
@@ -86,7 +87,7 @@ def joined(
   fresh: dict[Path, Leaf] = {}
   gone: set[Path] = set()
   behind: dict[Path, Path] = {}
-  for rule in editing.texts(rules, verb):
+  for rule in tensors.texts(rules, verb):
     for target, parts in gathered(checkpoint, rule, verb, host).items():
       if target in fresh:
         raise errors.RenameError(
@@ -100,7 +101,7 @@ def joined(
       fresh[target] = make(target, parts, leaves)
       gone |= set(parts)
       behind[target] = parts[0]
-  return editing.edited(
+  return tensors.edited(
     checkpoint,
     verb,
     fresh=fresh,
@@ -185,7 +186,7 @@ def _concatenated(
       return pieces[0]
     return regions.namespace(*pieces).concatenate(pieces, axis=at)
 
-  return regions.computed(editing.together(leaves), shape, block, leaves)
+  return regions.computed(tensors.together(leaves), shape, block, leaves)
 
 
 def split(
@@ -265,7 +266,7 @@ def parted(
   fresh: dict[Path, Leaf] = {}
   gone: set[Path] = set()
   behind: dict[Path, Path] = {}
-  for text in editing.texts(rules, verb):
+  for text in tensors.texts(rules, verb):
     rule = spread(text, verb)
     count = None if rule.words is None else len(rule.words)
     for path in one_to_many(checkpoint, rule, verb, host):
@@ -282,10 +283,10 @@ def parted(
             f'{verb}: rule {text!r}: two parts would be {paths.show(target)}. '
             'Change the rule.'
           )
-        fresh[target] = editing.as_new(part)
+        fresh[target] = tensors.as_new(part)
         behind[target] = path
       gone.add(path)
-  return editing.edited(
+  return tensors.edited(
     checkpoint,
     verb,
     fresh=fresh,
@@ -347,7 +348,7 @@ def _stacked(parts: Sequence[Path], leaves: Sequence[Leaf], axis: int) -> Leaf:
     pieces = [reader(rest) for reader in readers[region[at]]]
     return regions.namespace(*pieces).stack(pieces, axis=at)
 
-  return regions.computed(editing.together(leaves), shape, block, leaves)
+  return regions.computed(tensors.together(leaves), shape, block, leaves)
 
 
 def unstack(

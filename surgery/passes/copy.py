@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from surgery.core import errors, paths, quantised, renaming, selectors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.layers import LayerType
-from surgery.core.paths import Path
-from surgery.passes import editing, following
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting.beneath import handles_adapters
+from surgery.editing import following, tensors
+from surgery.host.manager import Host
+from surgery.model import quantised
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layers import LayerType
+from surgery.naming import paths, renaming, selectors
+from surgery.naming.paths import Path
 from surgery.passes.drop import drop
 from surgery.passes.rename import rename
 
@@ -21,7 +23,7 @@ def copy(
   rules: str | Sequence[str],
   *,
   overwrite: bool = False,
-  inputs: editing.Inputs | None = None,
+  inputs: tensors.Inputs | None = None,
   host: Host,
 ) -> Checkpoint:
   """Copies tensors and layers to further names, also from another model.
@@ -49,11 +51,11 @@ def copy(
   fresh: dict[Path, Leaf] = {}
   types = dict(checkpoint.manifest.layer_types)
   trees = dict(checkpoint.manifest.trees)
-  for text in editing.texts(rules, 'copy'):
-    alias, _ = editing.split_alias(text)
-    source = editing.aliased(checkpoint, alias, inputs, 'copy')
+  for text in tensors.texts(rules, 'copy'):
+    alias, _ = tensors.split_alias(text)
+    source = tensors.aliased(checkpoint, alias, inputs, 'copy')
     owned = following.settled(source, 'copy', host).owned
-    found = editing.pairs(checkpoint, [text], 'copy', inputs)
+    found = tensors.pairs(checkpoint, [text], 'copy', inputs)
     for old, leaf, new in _with_parts(source, found):
       if old in owned:
         raise errors.AdapterError(
@@ -65,9 +67,9 @@ def copy(
           f'copy: {text!r}: two tensors would be {paths.show(new)}. Change the '
           'rules.'
         )
-      fresh[new] = editing.as_new(leaf)
+      fresh[new] = tensors.as_new(leaf)
       _describe(source, old, new, types, trees, text)
-  result = editing.edited(
+  result = tensors.edited(
     checkpoint,
     'copy',
     fresh=fresh,
@@ -157,7 +159,7 @@ def move(
   Example:
     move: {rules: 'ema/** -> net/**', overwrite: true}
   """
-  written = editing.texts(rules, 'move')
+  written = tensors.texts(rules, 'move')
   if overwrite:
     read = [renaming.parse(text) for text in written]
     where = renaming.resolved(read, list(checkpoint))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
-from surgery.passes import dropping
-from surgery.passes.beneath import handles_adapters
+from surgery.adapting import removal
+from surgery.adapting.beneath import handles_adapters
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint
 
 
 @handles_adapters
@@ -33,4 +33,4 @@ def detach(
   Example:
     detach: default
   """
-  return dropping.without_adapters(checkpoint, names, host)
+  return removal.without_adapters(checkpoint, names, host)

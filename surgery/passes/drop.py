@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from surgery.core import selectors
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
-from surgery.core.layers import LayerTypes
-from surgery.core.selection import Selection
-from surgery.passes import dropping, following
-from surgery.passes.beneath import handles_adapters
+from surgery.adapting import removal
+from surgery.adapting.beneath import handles_adapters
+from surgery.editing import following
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint
+from surgery.model.layers import LayerTypes
+from surgery.naming import selectors
+from surgery.naming.selection import Selection
 
 
 @handles_adapters
@@ -39,12 +40,12 @@ def drop(
     drop: '**/mask'
   """
   following.check_model(checkpoint, 'drop')
-  gone = dropping.chosen(checkpoint, select, layer_types, 'drop', host)
+  gone = removal.chosen(checkpoint, select, layer_types, 'drop', host)
   if not isinstance(select, Selection):
     items = selectors.parse(select).positive
-    left = dropping.detached(checkpoint, gone, items, host)
+    left = removal.detached(checkpoint, gone, items, host)
     gone = {p for p in gone if p in left or p not in checkpoint}
     if not gone:
       return left
     checkpoint = left
-  return dropping.without(checkpoint, gone, 'drop', host)
+  return removal.without(checkpoint, gone, 'drop', host)

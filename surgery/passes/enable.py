@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
-from surgery.core.records import Records
-from surgery.passes.beneath import handles_adapters
+from surgery.adapting.beneath import handles_adapters
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint
+from surgery.model.records import Records
 
 
 def switched(

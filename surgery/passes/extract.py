@@ -6,15 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.core import errors, manifest, paths, recording, selectors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.layers import LayerTypes
-from surgery.core.paths import Path
-from surgery.core.records import AdapterRecord, WeightSpec
-from surgery.core.selection import Selection
-from surgery.passes import attach, bound, fitting, trained
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting import attachment, bound, fitting, trained
+from surgery.adapting.beneath import handles_adapters
+from surgery.host.manager import Host
+from surgery.model import manifest, record_json
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layers import LayerTypes
+from surgery.model.records import AdapterRecord, WeightSpec
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
 
 
 @handles_adapters
@@ -69,7 +71,7 @@ def extract(
   )
   along = trained.chosen(checkpoint, record, modules_to_save, types, host)
   record, fresh = trained.added(checkpoint, record, along)
-  entry = recording.adapter_to_json(record, host, {**said, **(known or {})})
+  entry = record_json.adapter_to_json(record, host, {**said, **(known or {})})
   entry |= bound.said_of(checkpoint, record, along, host)
   many = fitting.many_of(checkpoint, record)
   if many is not None:
@@ -131,7 +133,7 @@ def _renamed(
   for path, one in record.sites.items():
     weights = {}
     for weight, spec in one.weights.items():
-      to = attach.weight_path(
+      to = attachment.weight_path(
         one.site.layer, one.site.name, weight, name, taken
       )
       moved[spec.path] = to
@@ -139,12 +141,14 @@ def _renamed(
     sites[path] = dataclasses.replace(one, weights=weights)
   shared: dict[str, WeightSpec] = {}
   for weight, spec in record.shared.items():
-    to = attach.shared_path(weight, name)
+    to = attachment.shared_path(weight, name)
     moved[spec.path] = to
     shared[weight] = dataclasses.replace(spec, path=to)
   saved: dict[Path, WeightSpec] = {}
   for path, spec in record.saved.items():
-    to = attach.weight_path(path[:-1], path[-1], trained.WEIGHT, name, taken)
+    to = attachment.weight_path(
+      path[:-1], path[-1], trained.WEIGHT, name, taken
+    )
     moved[spec.path] = to
     saved[path] = dataclasses.replace(spec, path=to)
   return (
@@ -182,9 +186,9 @@ def insert(
       configuration makes.
   """
   said = _only(alone)
-  record = recording.adapter_from_json(said, host)
+  record = record_json.adapter_from_json(said, host)
   name = record.name if name is None else name
-  attach.check_name(name, checkpoint.records(host))
+  attachment.check_name(name, checkpoint.records(host))
   fitting.check_base(checkpoint, record)
   fitting.check_file(alone, record, checkpoint, said.get(fitting.MANY))
   beneath = bound.check(checkpoint, record, said, host) if check_base else []
@@ -198,7 +202,7 @@ def insert(
     metadata = {**leaf.metadata, 'adapter': name}
     new[target] = leaf.replace(metadata=metadata)
   records = checkpoint.records(host)
-  leaves = attach.inserted(attach.marked(checkpoint, records), new)
+  leaves = attachment.inserted(attachment.marked(checkpoint, records), new)
   known = {k: said[k] for k in ('seed', 'to') if k in said}
   return checkpoint.replace(
     leaves=leaves,

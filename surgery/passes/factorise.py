@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.passes import arithmetic, concat, regions
+from surgery import errors
+from surgery.editing import regions
+from surgery.editing.regions import Reader, Shape
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths
+from surgery.naming.paths import Path
+from surgery.passes import arithmetic, concat
 from surgery.passes.fill import generator
-from surgery.passes.regions import Reader, Shape
 
 # Of the randomised decomposition: columns beyond the rank, and passes over the
 # matrix that sharpen small gaps between singular values.

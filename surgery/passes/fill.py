@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from surgery.core import errors, paths, renaming
-from surgery.core.checkpoint import Checkpoint, Leaf, grid
-from surgery.core.host import Host
-from surgery.core.paths import Path
+from surgery import errors
+from surgery.editing import nonfinite, regions, rounding, tensors
+from surgery.editing.regions import Region, Shape
 from surgery.files import arrays
 from surgery.files.digest import Digester
-from surgery.passes import editing, nonfinite, regions, rounding
-from surgery.passes.regions import Region, Shape
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf, grid
+from surgery.naming import paths, renaming
+from surgery.naming.paths import Path
 from surgery.passes.reshape import scalar
 
 _Make = Callable[[Path, Shape, str], Leaf]
@@ -47,14 +48,14 @@ def _made(
   changed: dict[Path, Leaf] = {}
   fresh: dict[Path, Leaf] = {}
   behind: dict[Path, Path] = {}
-  for text in editing.texts(rules, verb):
+  for text in tensors.texts(rules, verb):
     if not renaming.has_arrow(text):
       if shape is not None or dtype is not None:
         raise errors.SurgeryError(
           f'{verb}: {text!r} are tensors that there are; they keep their shape '
           "and dtype. Write 'OLD -> NEW', or '-> NEW', for new ones."
         )
-      for path, leaf in editing.chosen(checkpoint, text, verb, host).items():
+      for path, leaf in tensors.chosen(checkpoint, text, verb, host).items():
         assert leaf.shape is not None and leaf.dtype is not None
         changed[path] = _with(leaf, make(path, leaf.shape, leaf.dtype))
       continue
@@ -78,7 +79,7 @@ def _made(
       fresh[new] = made if source is None else _with(source, made)
       if old is not None:
         behind[new] = old
-  return editing.edited(
+  return tensors.edited(
     checkpoint,
     verb,
     changed=changed,
@@ -96,7 +97,7 @@ def _news(
   left, _, right = text.partition('->')
   if not left.strip():
     return [(renaming.name(right, text), None, None)]
-  found = editing.pairs(checkpoint, [text], verb, None)
+  found = tensors.pairs(checkpoint, [text], verb, None)
   for old, leaf, _, _ in found:
     regions.array(leaf, old, verb)
   return [(new, leaf, old) for old, leaf, new, _ in found]

@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from surgery.core import errors, paths, renaming
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.passes import arithmetic, editing, regions
-from surgery.passes.nonfinite import NonFinite
-from surgery.passes.regions import Reader, Region
+from surgery import errors
+from surgery.editing import regions, tensors
+from surgery.editing.nonfinite import NonFinite
+from surgery.editing.regions import Reader, Region
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths, renaming
+from surgery.naming.paths import Path
+from surgery.passes import arithmetic
 
 # What frameworks call a norm's parameters.
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -72,7 +74,7 @@ def fold_norm(
   behind: dict[Path, Path] = {}
   pairs = _pairs(checkpoint, rules)
   if statistics is not None:
-    written = editing.texts(statistics, 'fold-norm')
+    written = tensors.texts(statistics, 'fold-norm')
     renaming.resolved(
       [renaming.parse(text) for text in written], dict.fromkeys(pairs.values())
     )
@@ -93,7 +95,7 @@ def fold_norm(
     else:
       changed.update(one.identity())
   # Arithmetic on what an adapter rewrites would change what it was made for.
-  return editing.edited(
+  return tensors.edited(
     checkpoint,
     'fold-norm',
     changed=changed,
@@ -111,7 +113,7 @@ def _pairs(
   """Returns the norm behind each layer."""
   layers = list(dict.fromkeys(p[:-1] for p in checkpoint if len(p) > 1))
   found: dict[Path, Path] = {}
-  for text in editing.texts(rules, 'fold-norm'):
+  for text in tensors.texts(rules, 'fold-norm'):
     rule = renaming.parse(text)
     before = len(found)
     for layer in layers:
@@ -135,7 +137,7 @@ def _pairs(
 def _elsewhere(norm: Path, statistics: str | Sequence[str] | None) -> Path:
   if statistics is None:
     return norm
-  for text in editing.texts(statistics, 'fold-norm'):
+  for text in tensors.texts(statistics, 'fold-norm'):
     target = renaming.parse(text).apply(norm)
     if target is not None:
       return target
@@ -237,7 +239,7 @@ class _Fold:
   def folded_bias(self, path: Path) -> Leaf:
     """Returns the layer's bias with the norm's offset in it."""
     like = self.leaves[self.bias if self.bias is not None else self.kernel]
-    return self._vector(editing.as_new(like), path, self.shift)
+    return self._vector(tensors.as_new(like), path, self.shift)
 
   def identity(self) -> dict[Path, Leaf]:
     """Returns bias and norm such that the norm does nothing but add."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from surgery.core import errors, paths, selectors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.layers import LayerTypes
-from surgery.core.paths import Path
-from surgery.core.records import AdapterRecord
-from surgery.core.selection import Selection
-from surgery.core.site import ParamSpec, Site, default_layout
-from surgery.passes import choosing, marks
-from surgery.passes.beneath import handles_adapters
-from surgery.passes.marks import ALONG, MARK, OURS
+from surgery import errors
+from surgery.adapting.beneath import handles_adapters
+from surgery.contract.site import ParamSpec, Site, default_layout
+from surgery.editing import choosing, marks
+from surgery.editing.marks import ALONG, MARK, OURS
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layers import LayerTypes
+from surgery.model.records import AdapterRecord
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
 
 ADAPTERS = 'adapters'
 

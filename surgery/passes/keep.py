@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from surgery.core import quantised, selectors
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
-from surgery.core.layers import LayerTypes
-from surgery.core.selection import Selection
-from surgery.passes import dropping, following
-from surgery.passes.beneath import handles_adapters
+from surgery.adapting import removal
+from surgery.adapting.beneath import handles_adapters
+from surgery.editing import following
+from surgery.host.manager import Host
+from surgery.model import quantised
+from surgery.model.checkpoint import Checkpoint
+from surgery.model.layers import LayerTypes
+from surgery.naming import selectors
+from surgery.naming.selection import Selection
 
 
 @handles_adapters
@@ -40,11 +42,11 @@ def keep(
     keep: ['encoder', '!**/mask']
   """
   following.check_model(checkpoint, 'keep')
-  kept = dropping.chosen(checkpoint, select, layer_types, 'keep', host)
+  kept = removal.chosen(checkpoint, select, layer_types, 'keep', host)
   if not isinstance(select, Selection):
     items = selectors.parse(select).negative
     gone = checkpoint.keys() - kept
-    checkpoint = dropping.detached(checkpoint, gone, items, host)
+    checkpoint = removal.detached(checkpoint, gone, items, host)
   for record in following.settled(checkpoint, 'keep', host).adapters:
     base = [
       p for site in record.sites.values() for p in following.base_of(site)
@@ -56,4 +58,4 @@ def keep(
     if kept & group:
       kept |= group
   gone = set(following.with_empty(checkpoint)) - kept
-  return dropping.without(checkpoint, gone, 'keep', host)
+  return removal.without(checkpoint, gone, 'keep', host)

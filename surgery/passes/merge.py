@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
-from surgery.passes import merged
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting import merged
+from surgery.adapting.beneath import handles_adapters
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint
 
 
 @handles_adapters

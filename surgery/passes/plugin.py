@@ -12,16 +12,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.core.hookspecs import hookimpl
+from surgery.contract.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint
+  from surgery.model.checkpoint import Checkpoint
 
 # Where each pass lives, in this room.
 _HOMES = {
   'add': 'arithmetic',
   'assert': 'assertion',
-  'attach': 'attaching',
+  'attach': 'attach',
   'cast': 'cast',
   'combine-adapters': 'combine',
   'concat': 'concat',

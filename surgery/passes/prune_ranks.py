@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.core.records import WeightSpec
-from surgery.passes import attach, following, ranks, slicing
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting import attachment, ranks
+from surgery.adapting.beneath import handles_adapters
+from surgery.editing import following
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.records import WeightSpec
+from surgery.naming import paths
+from surgery.naming.paths import Path
+from surgery.passes import slicing
 
 _VERB = 'prune-ranks'
 
@@ -89,7 +92,7 @@ def prune_ranks(
     drawn = rank if site.drawn_rank is None else site.drawn_rank
     cut = dataclasses.replace(site, weights=weights, drawn_rank=drawn)
     try:
-      attach.check_apply(cut, record.shared)
+      attachment.check_apply(cut, record.shared)
     except errors.PluginError as error:
       raise errors.PluginError(
         f'{_VERB}: {error} A type that has `rank_axes` takes the rank from its '

@@ -6,23 +6,20 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery.core import errors, paths, quantised, renaming, selectors
-from surgery.core.adapter import Adapter
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.layers import LayerType, LayerTypes
-from surgery.core.manifest import Manifest
-from surgery.core.paths import Path
-from surgery.core.records import (
-  AdapterRecord,
-  Records,
-  SiteRecord,
-  WeightSpec,
-)
-from surgery.core.renaming import Rule
-from surgery.core.site import PathNeeded, Site
-from surgery.passes import editing, following
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting.beneath import handles_adapters
+from surgery.contract.adapter import Adapter
+from surgery.contract.site import PathNeeded, Site
+from surgery.editing import following, tensors
+from surgery.host.manager import Host
+from surgery.model import quantised
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layers import LayerType, LayerTypes
+from surgery.model.manifest import Manifest
+from surgery.model.records import AdapterRecord, Records, SiteRecord, WeightSpec
+from surgery.naming import paths, renaming, selectors
+from surgery.naming.paths import Path
+from surgery.naming.renaming import Rule
 
 
 @handles_adapters
@@ -38,7 +35,7 @@ def rename(
 
   Args:
     checkpoint: the model.
-    rules: `OLD -> NEW`, or several; see `surgery.core.renaming`.
+    rules: `OLD -> NEW`, or several; see `surgery.naming.renaming`.
     host: whose hooks are asked.
 
   Raises:
@@ -50,7 +47,7 @@ def rename(
     rename: '**/h<i>/** -> **/block<i+1>/**'
     rename: ['a -> b', 'b -> a']
   """
-  read = [renaming.parse(text) for text in editing.texts(rules, 'rename')]
+  read = [renaming.parse(text) for text in tensors.texts(rules, 'rename')]
   return renamed(checkpoint, read, verb='rename', host=host)
 
 
@@ -348,7 +345,7 @@ def _check_same(
   Raises:
     AdapterError: naming the parameter.
   """
-  from surgery.passes import compute
+  from surgery.adapting import compute
 
   kinds = compute.kinds_of(old, record.shared)
   try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 
-from surgery.core import errors, paths, quantised, renaming
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.core.renaming import Reader, Rule
-from surgery.passes import editing, following
-from surgery.passes.beneath import handles_adapters
+from surgery import errors
+from surgery.adapting.beneath import handles_adapters
+from surgery.editing import following, tensors
+from surgery.host.manager import Host
+from surgery.model import quantised
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths, renaming
+from surgery.naming.paths import Path
+from surgery.naming.renaming import Reader, Rule
 from surgery.passes.rename import renamed
 from surgery.passes.slicing import Places, places
 
@@ -255,7 +257,7 @@ def _arranged(
     for layer, kind in said.layer_types.items()
     for to in _names_of(layer, found, where)
   }
-  editing.check_new(checkpoint.replace(leaves=ordered), {}, (), 'repeat')
+  tensors.check_new(checkpoint.replace(leaves=ordered), {}, (), 'repeat')
   return checkpoint.replace(
     leaves=ordered, manifest=said.replace(trees=trees, layer_types=types)
   )

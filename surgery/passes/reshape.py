@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths, selectors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.core.selection import Selection
-from surgery.passes import editing, regions
-from surgery.passes.regions import Reader, Region, Shape
+from surgery import errors
+from surgery.editing import regions, tensors
+from surgery.editing.regions import Reader, Region, Shape
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
 
 
 def reshape(
@@ -40,9 +41,9 @@ def reshape(
     reshape: {select: '**/query/kernel', shape: [768, 12, 64]}
   """
   changed = {}
-  for path, leaf in editing.chosen(checkpoint, select, 'reshape', host).items():
+  for path, leaf in tensors.chosen(checkpoint, select, 'reshape', host).items():
     changed[path] = _reshaped(leaf, _resolved(leaf, shape, path))
-  return editing.edited(checkpoint, 'reshape', changed=changed, host=host)
+  return tensors.edited(checkpoint, 'reshape', changed=changed, host=host)
 
 
 def _resolved(leaf: Leaf, shape: Sequence[int], path: Path) -> Shape:
@@ -95,7 +96,7 @@ def transpose(
     transpose: {select: '**/conv*/weight', axes: [2, 3, 1, 0]}
   """
   changed = {}
-  found = editing.chosen(checkpoint, select, 'transpose', host)
+  found = tensors.chosen(checkpoint, select, 'transpose', host)
   for path, leaf in found.items():
     assert leaf.shape is not None
     rank = len(leaf.shape)
@@ -111,7 +112,7 @@ def transpose(
         f'{"of swapped axes" if axes is None else list(axes)}.'
       )
     changed[path] = transposed(leaf, order)
-  return editing.edited(
+  return tensors.edited(
     checkpoint, 'transpose', changed=changed, rearranged=True, host=host
   )
 
@@ -161,7 +162,7 @@ def pad(
     pad: {select: '**/kernel', axis: -1, to: 128}
   """
   changed = {}
-  for path, leaf in editing.chosen(checkpoint, select, 'pad', host).items():
+  for path, leaf in tensors.chosen(checkpoint, select, 'pad', host).items():
     assert leaf.shape is not None
     at = regions.axis_of(axis, leaf.shape, path, 'pad')
     where = f'pad: {paths.show(path)}, axis {axis}'
@@ -175,7 +176,7 @@ def pad(
       changed[path] = padded(leaf, at, before, behind, value, where)
   if not changed:
     raise errors.SurgeryError('pad: nothing would be added. Give before or to.')
-  return editing.edited(checkpoint, 'pad', changed=changed, host=host)
+  return tensors.edited(checkpoint, 'pad', changed=changed, host=host)
 
 
 def padded(

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths, selectors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.core.selection import Selection
-from surgery.passes import editing, regions
-from surgery.passes.regions import Reader, Region
+from surgery import errors
+from surgery.editing import regions, tensors
+from surgery.editing.regions import Reader, Region
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
 
 Places = int | str | Sequence[int | str]
 
@@ -136,7 +137,7 @@ def slice_(
   if (keep is None) == (drop is None):
     raise errors.SurgeryError('slice: give keep, or drop, and not both.')
   changed = {}
-  for path, leaf in editing.chosen(checkpoint, select, 'slice', host).items():
+  for path, leaf in tensors.chosen(checkpoint, select, 'slice', host).items():
     assert leaf.shape is not None
     at = regions.axis_of(axis, leaf.shape, path, 'slice')
     width = _groups(leaf.shape[at], of, path, 'slice')
@@ -157,7 +158,7 @@ def slice_(
       'slice: every place would be kept, in its order. Change keep or drop.'
     )
   # Even where the shape stays, an adapter's factors have the old order.
-  return editing.edited(
+  return tensors.edited(
     checkpoint, 'slice', changed=changed, rearranged=True, host=host
   )
 
@@ -190,7 +191,7 @@ def permute(
     permute: {select: '**/qkv/kernel', axis: -1, order: [2, 0, 1], of: 3}
   """
   changed = {}
-  for path, leaf in editing.chosen(checkpoint, select, 'permute', host).items():
+  for path, leaf in tensors.chosen(checkpoint, select, 'permute', host).items():
     assert leaf.shape is not None
     at = regions.axis_of(axis, leaf.shape, path, 'permute')
     width = _groups(leaf.shape[at], of, path, 'permute')
@@ -204,6 +205,6 @@ def permute(
       )
     changed[path] = taken(leaf, at, _spread(wanted, width))
   # An adapter's factors have the order of the tensor.
-  return editing.edited(
+  return tensors.edited(
     checkpoint, 'permute', changed=changed, rearranged=True, host=host
   )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import Check, Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.passes import editing, regions
+from surgery import errors
+from surgery.editing import regions, tensors
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Check, Checkpoint, Leaf
+from surgery.naming import paths
+from surgery.naming.paths import Path
 from surgery.passes.reshape import transposed
 
 
@@ -39,8 +40,8 @@ def tie(
   """
   gone: set[Path] = set()
   checks: list[Check] = []
-  written = editing.texts(rules, 'tie')
-  for old, leaf, new, text in editing.pairs(checkpoint, written, 'tie', None):
+  written = tensors.texts(rules, 'tie')
+  for old, leaf, new, text in tensors.pairs(checkpoint, written, 'tie', None):
     if new not in checkpoint or new == old:
       raise errors.RenameError(
         f'tie: rule {text!r}: there is no other tensor {paths.show(new)}.'
@@ -56,7 +57,7 @@ def tie(
     if check:
       checks.append(_equal(kept, other, old, new))
     gone.add(new)
-  result = editing.edited(checkpoint, 'tie', gone=gone, host=host)
+  result = tensors.edited(checkpoint, 'tie', gone=gone, host=host)
   return result.replace(checks=(*result.checks, *checks))
 
 
@@ -107,16 +108,16 @@ def untie(
   """
   fresh: dict[Path, Leaf] = {}
   behind: dict[Path, Path] = {}
-  written = editing.texts(rules, 'untie')
-  for old, leaf, new, text in editing.pairs(checkpoint, written, 'untie', None):
+  written = tensors.texts(rules, 'untie')
+  for old, leaf, new, text in tensors.pairs(checkpoint, written, 'untie', None):
     if new in fresh:
       raise errors.RenameError(
         f'untie: rule {text!r}: two tensors would be {paths.show(new)}.'
       )
     regions.array(leaf, old, 'untie')
     made = _turned(leaf, old, 'untie') if transpose else leaf
-    fresh[new] = editing.as_new(made)
+    fresh[new] = tensors.as_new(made)
     behind[new] = old
-  return editing.edited(
+  return tensors.edited(
     checkpoint, 'untie', fresh=fresh, behind=behind, host=host
   )

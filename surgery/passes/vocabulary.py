@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from surgery.core import errors, paths, selectors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.paths import Path
-from surgery.core.selection import Selection
-from surgery.passes import arithmetic, editing, regions
+from surgery import errors
+from surgery.editing import regions, tensors
+from surgery.editing.regions import Reader, Region
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
+from surgery.passes import arithmetic
 from surgery.passes.fill import generator
-from surgery.passes.regions import Reader, Region
 from surgery.passes.slicing import taken
 
 
@@ -56,7 +58,7 @@ def resize_vocab(
       f'resize-vocab: expected at least one token, found {size}.'
     )
   changed = {}
-  found = editing.chosen(checkpoint, select, 'resize-vocab', host)
+  found = tensors.chosen(checkpoint, select, 'resize-vocab', host)
   for path, leaf in found.items():
     assert leaf.shape is not None
     at = regions.axis_of(axis, leaf.shape, path, 'resize-vocab')
@@ -74,7 +76,7 @@ def resize_vocab(
       f'resize-vocab: {len(found)} tensors have {size} tokens already. Give '
       'another size, or another axis.'
     )
-  return editing.edited(checkpoint, 'resize-vocab', changed=changed, host=host)
+  return tensors.edited(checkpoint, 'resize-vocab', changed=changed, host=host)
 
 
 def _extended(

@@ -12,9 +12,9 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
+from surgery import errors
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint
 
 # What a pass is given by who runs it, not by a recipe.
 _GIVEN = (

@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import errors, paths, version
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
+from surgery import errors, version
+from surgery.host.manager import Host
+from surgery.model.checkpoint import Checkpoint
+from surgery.naming import paths
 
 if TYPE_CHECKING:
   from surgery.recipes.recipe import Recipe

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import manifest, paths
-from surgery.core.checkpoint import BLOCK, itemsize
+from surgery.model import manifest
+from surgery.model.checkpoint import BLOCK, itemsize
+from surgery.naming import paths
 
 if TYPE_CHECKING:
-  from surgery.core.checkpoint import Checkpoint, Leaf
-  from surgery.core.paths import Path
+  from surgery.model.checkpoint import Checkpoint, Leaf
+  from surgery.naming.paths import Path
 
 # A tensor, its result in float32, and what lies between them.
 _COPIES = 4

@@ -22,9 +22,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host, default_host
+from surgery import errors
+from surgery.host.manager import Host, default_host
+from surgery.model.checkpoint import Checkpoint
 from surgery.recipes import definitions, text
 
 if TYPE_CHECKING:

@@ -16,20 +16,16 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.core import checkpoint as checkpoints
-from surgery.core import (
-  errors,
-  html,
-  location,
-  manifest,
-  performing,
-  selectors,
-)
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.host import Host
+from surgery import errors, html
+from surgery.adapting import beneath
 from surgery.files import strict_json
-from surgery.passes import beneath
-from surgery.recipes import definitions, history, planning
+from surgery.host import location
+from surgery.host.manager import Host
+from surgery.model import checkpoint as checkpoints
+from surgery.model import manifest
+from surgery.model.checkpoint import Checkpoint
+from surgery.naming import selectors
+from surgery.recipes import definitions, history, performing, planning
 
 if TYPE_CHECKING:
   from surgery.recipes.recipe import Recipe, Step, Target

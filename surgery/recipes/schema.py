@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.core.host import Host
+from surgery.host.manager import Host
 from surgery.recipes import definitions
 from surgery.recipes.definitions import Definition
 

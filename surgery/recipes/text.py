@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.core import errors
+from surgery import errors
 
 # A file that refers to its own parts over and over is not a recipe.
 _MOST = 100_000

@@ -18,8 +18,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from surgery.core import errors
-from surgery.core.adapter import Adapter
+from surgery import errors
+from surgery.contract.adapter import Adapter
 from surgery.testing import laws as _laws
 from surgery.testing.formats import FormatConformance
 from surgery.testing.laws import LAWS, Broken, Case, Declared

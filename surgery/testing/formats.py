@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from surgery import errors
 from surgery.builtin.lora import LoRA
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint, Leaf, open_checkpoint
-from surgery.core.host import Host
-from surgery.core.paths import Path
 from surgery.files import arrays
+from surgery.host.manager import Host
 from surgery.live import verbs
+from surgery.model.checkpoint import Checkpoint, Leaf, open_checkpoint
+from surgery.naming.paths import Path
 from surgery.testing import suites
 from surgery.testing.suites import Fault, law
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from surgery.core.once import once
+from surgery.once import once
 
 _OPTIONS = {
   'xla_backend_optimization_level': 0,

@@ -22,16 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery import jaxcompat
-from surgery.core import config, errors, paths
-from surgery.core.adapter import Adapter
-from surgery.core.checkpoint import open_checkpoint
-from surgery.core.host import Host
-from surgery.live import explain as explaining
+from surgery import errors, jaxcompat
+from surgery.adapting import drawing
+from surgery.contract import config
+from surgery.contract.adapter import Adapter
+from surgery.factoring import explain as explaining
+from surgery.factoring import walking
+from surgery.factoring.transform import factored
+from surgery.host.manager import Host
 from surgery.live import params as live
-from surgery.live import saving, verbs, walking
-from surgery.live.factored import factored
-from surgery.passes import drawing
+from surgery.live import saving, verbs
+from surgery.model.checkpoint import open_checkpoint
+from surgery.naming import paths
 from surgery.testing import hurry, models
 
 # How far outputs may differ where programs are compiled otherwise.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from surgery.core.adapter import Adapter
-from surgery.core.host import Host
+from surgery.contract.adapter import Adapter
+from surgery.host.manager import Host
 from surgery.live import verbs
 
 DTYPES = ('float32', 'bfloat16', 'float16')

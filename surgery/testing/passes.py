@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import Checkpoint, Leaf, grid, open_checkpoint
-from surgery.core.host import Host
+from surgery import errors
+from surgery.host.manager import Host
 from surgery.live import saving, verbs
 from surgery.live.applying import apply
+from surgery.model.checkpoint import Checkpoint, Leaf, grid, open_checkpoint
+from surgery.naming import paths
 from surgery.recipes.recipe import Recipe
 from surgery.testing import suites
 from surgery.testing.suites import Fault, law

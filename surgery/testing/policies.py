@@ -6,12 +6,13 @@ import functools
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from surgery.core import errors, paths
-from surgery.core.checkpoint import open_checkpoint
-from surgery.core.host import Host
-from surgery.core.site import Site
+from surgery import errors
+from surgery.contract.site import Site
+from surgery.host.manager import Host
 from surgery.live import saving, verbs
 from surgery.live.applying import apply
+from surgery.model.checkpoint import open_checkpoint
+from surgery.naming import paths
 from surgery.testing import suites
 from surgery.testing.suites import Fault, law
 

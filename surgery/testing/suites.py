@@ -19,15 +19,16 @@ import blox as bx
 import jax.numpy as jnp
 import numpy as np
 
+from surgery import errors
 from surgery.builtin.lora import LoRA
-from surgery.core import errors, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.host import Host
-from surgery.core.once import once
-from surgery.core.paths import Path
-from surgery.core.site import ParamSpec, Site, default_layout
-from surgery.live import convert, verbs
-from surgery.passes import choosing
+from surgery.contract.site import ParamSpec, Site, default_layout
+from surgery.editing import choosing
+from surgery.host.manager import Host
+from surgery.live import checkpoints, verbs
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.naming import paths
+from surgery.naming.paths import Path
+from surgery.once import once
 from surgery.testing import models
 from surgery.testing.laws import Broken
 
@@ -168,7 +169,7 @@ def folder() -> Iterator[pathlib.Path]:
 
 def checkpoint(params: bx.Params) -> Checkpoint:
   """Returns params as passes get them."""
-  return convert.to_checkpoint(params)
+  return checkpoints.to_checkpoint(params)
 
 
 def chosen(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core import config
+from surgery.contract import config
 
 # Compiled as users do: bits are compared (see conftest.py).
 OPTIMIZED = True

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core import selectors
-from surgery.core.checkpoint import Checkpoint
+from surgery.model.checkpoint import Checkpoint
+from surgery.naming import selectors
 
 
 class Narrow(surgery.Adapter):

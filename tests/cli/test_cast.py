@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core.checkpoint import BLOCK, Checkpoint, Leaf
+from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
 from tests.cli.saved import assert_same, planned, steps, values
 
 

@@ -97,7 +97,7 @@ def test_paths_behind_what_takes_selectors(folder):
 def test_names_that_mean_something_in_selectors_are_escaped(tmp_path):
   import numpy as np
 
-  from surgery.core.checkpoint import Checkpoint, Leaf
+  from surgery.model.checkpoint import Checkpoint, Leaf
 
   leaves: dict[tuple[str, ...], Leaf] = {
     path: Leaf(lambda: np.ones(1), (1,), 'float64')

@@ -46,7 +46,7 @@ def test_the_format_may_be_named(adapted, tmp_path, surgery_cli):
   assert "no format is known for the suffix '.bin'" in result.err
   assert 0 == surgery_cli('convert', adapted, odd, '--to', 'msgpack').code
   assert len(surgery.open(adapted)) == len(
-    surgery.core.checkpoint.open_checkpoint(odd, format='msgpack')
+    surgery.model.checkpoint.open_checkpoint(odd, format='msgpack')
   )
   result = surgery_cli('convert', adapted, tmp_path / 'x', '--to', 'safetensor')
   assert 3 == result.code

@@ -3,7 +3,7 @@ import json
 import pytest
 
 import surgery
-from surgery.core.checkpoint import Checkpoint
+from surgery.model.checkpoint import Checkpoint
 from tests.cli.saved import assert_same, planned, steps, values
 
 

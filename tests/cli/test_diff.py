@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 
 
 def save(file, **values):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from surgery import errors
 from surgery.cli import main
-from surgery.core import errors
 
 BIN = pathlib.Path(sys.executable).parent / 'surgery'
 

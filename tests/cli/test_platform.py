@@ -10,7 +10,7 @@ import pytest
 
 import surgery
 from surgery.cli import main, platform
-from surgery.core.platform import VARIABLE
+from surgery.platform import VARIABLE
 
 ROOT = pathlib.Path(surgery.__file__).parents[1]
 

@@ -8,7 +8,7 @@ import pytest
 
 import surgery
 from surgery.cli import progress
-from surgery.core.checkpoint import Leaf
+from surgery.model.checkpoint import Leaf
 
 PROGRAM = """
 import sys

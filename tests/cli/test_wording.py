@@ -7,8 +7,8 @@ import re
 import pytest
 
 import surgery
+from surgery import errors
 from surgery.cli import wording
-from surgery.core import errors
 
 ROOMS = ('core', 'files', 'passes', 'recipes', 'builtin')
 # What only Python reaches: before initialisation, with a graph.

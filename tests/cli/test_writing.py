@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 from tests.cli.saved import history, steps
 from tests.cli.test_main import BIN, command
 

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from surgery.core.checkpoint import Checkpoint, Leaf
 from surgery.files.plugin import Msgpack
+from surgery.model.checkpoint import Checkpoint, Leaf
 
 
 def leaf_of(value: Any) -> Leaf:

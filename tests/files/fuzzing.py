@@ -23,11 +23,11 @@ import ml_dtypes
 import numpy as np
 
 import surgery
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import Manifest
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files.msgpack import chunks
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import Manifest
+from surgery.naming.paths import Path
 
 KINDS = ('msgpack', 'safetensors', 'index')
 # Seconds that opening one small file may take on a slow machine.

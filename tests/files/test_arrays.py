@@ -2,7 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files import arrays
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files import atomic
 
 

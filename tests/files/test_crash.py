@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core import errors
+from surgery import errors
 from tests.files.trees import checkpoint_of
 
 COUNT = int(os.environ.get('SURGERY_CRASHES', '48'))
@@ -28,7 +28,7 @@ SHARD_SIZE = 400_000
 PROGRAM = """
 import sys
 import numpy as np
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 path, size = sys.argv[1], int(sys.argv[2]) or None
 def model(number):
   array = np.full(100_000, number, 'float32')
@@ -132,7 +132,7 @@ def test_ctrl_c_leaves_the_old_file_and_nothing_else(tmp_path):
   before = path.read_bytes()
   program = """
 import sys, time
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 def slow():
   print('computing', flush=True)
   time.sleep(60)
@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, suffix, size):
   program = """
 import errno, resource, signal, sys
 import numpy as np
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 array = np.ones(30_000, 'float32')
@@ -198,7 +198,7 @@ def test_an_error_while_computing_leaves_nothing_behind(tmp_path):
   bad = leaf.replace(load=fails)
   for size in (None, 2000):
     with pytest.raises(errors.FormatError, match='cannot be read'):
-      surgery.core.checkpoint.Checkpoint({('a',): leaf, ('b',): bad}).write(
+      surgery.model.checkpoint.Checkpoint({('a',): leaf, ('b',): bad}).write(
         tmp_path / 'm.msgpack', shard_size=size
       )
     assert [] == list(tmp_path.iterdir())

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core.checkpoint import BLOCK, Checkpoint, Leaf, grid
 from surgery.files import source
-from surgery.passes import verify
+from surgery.looking import verify
+from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf, grid
 from surgery.recipes.recipe import Recipe
 
 SUFFIXES = ('.msgpack', '.safetensors')

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files.digest import Digester, digest
 
 

@@ -7,10 +7,10 @@ import hypothesis.strategies as st
 import pytest
 
 import surgery
-from surgery.core import location
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.layers import LayerType
-from surgery.core.manifest import Manifest
+from surgery.host import location
+from surgery.model.checkpoint import Checkpoint
+from surgery.model.layers import LayerType
+from surgery.model.manifest import Manifest
 from tests.files.trees import (
   bits,
   checkpoint_of,

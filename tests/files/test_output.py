@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files import output
 from surgery.files.output import Output
 from surgery.files.source import MappedFile

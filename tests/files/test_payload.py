@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 
-from surgery.core import errors
-from surgery.core.checkpoint import BLOCK, Leaf, grid
+from surgery import errors
 from surgery.files import payload
 from surgery.files.digest import digest
 from surgery.files.output import Output
+from surgery.model.checkpoint import BLOCK, Leaf, grid
 
 SHAPE = (3, BLOCK // 2)
 VALUE = np.arange(np.prod(SHAPE), dtype='float32').reshape(SHAPE)

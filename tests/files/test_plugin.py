@@ -1,8 +1,8 @@
 import subprocess
 import sys
 
-from surgery.core.host import Host
 from surgery.files import plugin
+from surgery.host.manager import Host
 
 
 def modules(code):

@@ -10,10 +10,11 @@ from flax import serialization, traverse_util
 from safetensors.numpy import load_file, save_file
 
 import surgery
-from surgery.core import errors, location
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import KEY
+from surgery import errors
 from surgery.files import atomic, atomic_sets
+from surgery.host import location
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import KEY
 from tests.files.trees import bits, checkpoint_of
 
 SUFFIXES = ('.msgpack', '.safetensors')
@@ -77,7 +78,7 @@ def test_the_index_tells_where_each_tensor_is(written):
   )
   assert 6 * 400 == index['metadata']['total_size']
   for file in set(index['weight_map'].values()):
-    part = surgery.core.checkpoint.open_checkpoint(written.with_name(file))
+    part = surgery.model.checkpoint.open_checkpoint(written.with_name(file))
     assert {sign.join(path) for path in part} == {
       name for name, where in index['weight_map'].items() if where == file
     }
@@ -271,7 +272,7 @@ def test_a_file_that_is_missing_is_named_with_what_is_in_it(written):
 
 def test_a_model_of_its_own_is_no_part(written):
   file, *_ = listed(written)['weight_map'].values()
-  part = surgery.core.checkpoint.open_checkpoint(written.with_name(file))
+  part = surgery.model.checkpoint.open_checkpoint(written.with_name(file))
   leaves = {p: leaf.replace(trainable=False) for p, leaf in part.items()}
   Checkpoint(leaves).write(written.with_name(file), overwrite=True)
   said = broken(written, lambda index: None)

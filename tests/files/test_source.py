@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files.source import MappedFile, Source
 
 

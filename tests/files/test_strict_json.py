@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files import strict_json
 
 # Two megabytes each, of what takes most memory for its size.
@@ -22,7 +22,7 @@ GREEDY = {
 
 PROGRAM = """
 import resource, sys
-from surgery.core import errors
+from surgery import errors
 from surgery.files import plugin, safetensors, sharding, msgpack
 from surgery.files.msgpack import parts
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

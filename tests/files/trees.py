@@ -12,10 +12,10 @@ import hypothesis.strategies as st
 import numpy as np
 from flax import serialization
 
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import KEY
 from surgery.files import arrays
 from surgery.files.msgpack import chunks
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import KEY
 
 laws = hypothesis.settings(deadline=None, max_examples=120)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.passes import devices
+from surgery.editing import devices
 
 ROOT = pathlib.Path(surgery.__file__).parents[1]
 
@@ -286,7 +286,7 @@ assert {fast} == made[A].value.devices()
 def test_files_are_computed_on_the_cpu(accelerator, tmp_path):
   accelerator(f"""
 import pathlib
-from surgery.core import checkpoint
+from surgery.model import checkpoint
 from surgery.passes import blocks, compute
 
 checkpoint.BLOCK = 64  # So that there are several.

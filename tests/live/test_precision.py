@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
+from tests.factoring.test_transform import IMAGE, conv, layer, states
 from tests.live import models
 from tests.live.models import bits, normal
-from tests.live.test_factored import IMAGE, conv, layer, states
 
 NARROW = ('bfloat16', 'float16', 'float8_e4m3fn', 'float8_e5m2')
 X = normal(1, (8, 64))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import surgery
+from tests.factoring.test_transform import HEADS, IMAGE, X3, conv, layer
 from tests.live import models
 from tests.live.models import close, mlp, normal, stirred
-from tests.live.test_factored import HEADS, IMAGE, X3, conv, layer
 
 LORA = surgery.LoRA(rank=2, alpha=3)
 

@@ -7,7 +7,7 @@ import pytest
 from jax.experimental import checkify
 
 import surgery
-from surgery.live import convert
+from surgery.live import checkpoints
 from tests.live.models import assert_equal_params, mlp, stirred
 
 LORA = surgery.LoRA(rank=2)
@@ -97,12 +97,12 @@ def test_values_that_are_known_raise_errors_of_this_library():
 
 
 def test_checkpoints_are_checked_as_ever():
-  checkpoint = convert.to_checkpoint(adapted(jnp.nan))
+  checkpoint = checkpoints.to_checkpoint(adapted(jnp.nan))
   path = ('net', 'mlp', 'hidden1', 'kernel')
   with pytest.raises(surgery.SiteError, match='hidden1/kernel'):
     surgery.merge(checkpoint, checkify=True)[path].load()
   with pytest.raises(surgery.CastError, match='hidden1/kernel'):
-    large = convert.to_checkpoint(adapted(1e6, 'kernel'))
+    large = checkpoints.to_checkpoint(adapted(1e6, 'kernel'))
     surgery.cast(large, 'f16', checkify=True)[path].load()
 
 

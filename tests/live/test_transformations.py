@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 import surgery
-from surgery.core import records
+from surgery.model import records
 from tests.live import models
 
 LORA = surgery.LoRA(rank=2)

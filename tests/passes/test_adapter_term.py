@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import surgery
-from surgery.core.checkpoint import open_checkpoint
-from surgery.passes import choosing, diff
+from surgery.editing import choosing
+from surgery.looking import diff
+from surgery.model.checkpoint import open_checkpoint
 from tests.live import models
 
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
-from surgery.core.checkpoint import BLOCK, Checkpoint, Leaf, grid
-from surgery.core.manifest import Manifest
-from surgery.passes import rounding
+from surgery.editing import rounding
+from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf, grid
+from surgery.model.manifest import Manifest
 from surgery.passes.cast import cast, names
 from surgery.passes.extract import extract, insert
 from surgery.passes.merge import merge

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
-from surgery.core.checkpoint import BLOCK, Checkpoint, Leaf
+from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
 from tests.passes.test_rename import adapted, model, saved, stirred
 
 OPTIMIZED = True

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import surgery
-from surgery.core import paths
-from surgery.core.layers import LayerType
-from surgery.core.manifest import Manifest
-from surgery.passes.attach import attach
+from surgery.adapting.attachment import attach
+from surgery.model.layers import LayerType
+from surgery.model.manifest import Manifest
+from surgery.naming import paths
 from surgery.passes.drop import drop
 from surgery.passes.keep import keep
 from surgery.passes.merge import merge

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 
 BASE = np.random.default_rng(0).normal(size=(6, 4))
 LARGE = (1100, 1000)  # More than a block.

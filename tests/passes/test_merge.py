@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core.checkpoint import BLOCK, Checkpoint, Leaf
-from surgery.passes.attach import attach
+from surgery.adapting.attachment import attach
+from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
 from surgery.passes.merge import merge
 from tests.live import models
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.passes.freeze import freeze, unfreeze
 
 HOST = surgery.default_host()

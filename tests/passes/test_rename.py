@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
-from surgery.core import layers, paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.layers import LayerType
-from surgery.core.manifest import Manifest
-from surgery.passes.attach import attach
+from surgery.adapting.attachment import attach
+from surgery.model import layers
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layers import LayerType
+from surgery.model.manifest import Manifest
+from surgery.naming import paths
 from surgery.passes.merge import merge
 from surgery.passes.rename import rename
 from tests.live import models

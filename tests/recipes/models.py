@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 import surgery
-from surgery.core import checkpoint as checkpoints
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model import checkpoint as checkpoints
+from surgery.model.checkpoint import Checkpoint, Leaf
 
 HOST = surgery.default_host()
 
@@ -109,8 +109,11 @@ class SmallBlocks:
     def small(shape: Any, most: int = self._elements) -> Any:
       return grid(shape, most)
 
+    from surgery.adapting import beneath
+    from surgery.editing import regions
     from surgery.files import payload
-    from surgery.passes import beneath, cast, diff, fill, regions
+    from surgery.looking import diff
+    from surgery.passes import cast, fill
 
     modules = (checkpoints, payload, beneath, cast, diff, fill, regions)
     self._patches = [mock.patch.object(m, 'grid', small) for m in modules]

@@ -148,7 +148,7 @@ def test_an_output_can_be_sharded_and_plain(file, tmp_path):
 
 
 def test_all_outputs_are_written_or_none(file, tmp_path, monkeypatch):
-  from surgery.core.checkpoint import Checkpoint
+  from surgery.model.checkpoint import Checkpoint
 
   first, second = tmp_path / 'a.msgpack', tmp_path / 'b.msgpack'
   second.write_bytes(b'old')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.passes.rounding import rounded
+from surgery.editing.rounding import rounded
 from tests.recipes.models import (
   HOST,
   SmallBlocks,

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import surgery
 from surgery import testing
 from surgery.cli.new_plugin import command
-from surgery.core import host
+from surgery.host import manager
 
 
 @pytest.fixture(scope='module')
@@ -291,7 +291,7 @@ class Taken:
 )
 def test_what_another_plugin_offers_is_taken(tmp_path, kind, name):
   where = tmp_path / 'new'
-  with host.used(surgery.Host(plugins=[Taken], only=())):
+  with manager.used(surgery.Host(plugins=[Taken], only=())):
     done = CliRunner().invoke(command, [name, '--kind', kind, '-o', str(where)])
   assert 'plugin' in str(done.exception) and 'there already' in str(
     done.exception

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from surgery.core.paths import Path
 from surgery.files.msgpack.headers import Bad
 from surgery.files.msgpack.values import Entry, Value, check_axis, check_size
 from surgery.files.source import Source, Span
+from surgery.naming.paths import Path
 
 MARK = '__msgpack_chunked_array__'
 # Arrays of more bytes are written in chunks of that many.

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
-from surgery.core import errors
-from surgery.core.paths import Integer
+from surgery import errors
 from surgery.files.msgpack import chunks
 from surgery.files.msgpack.values import COMPLEX
+from surgery.naming.paths import Integer
 
 # Lengths that an extension's header holds in its first byte.
 _FIXED = {1: 0xD4, 2: 0xD5, 4: 0xD6, 8: 0xD7, 16: 0xD8}

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from surgery.core import paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import Manifest
-from surgery.core.paths import Path
 from surgery.files.msgpack import chunks, reading, writing
 from surgery.files.output import Output
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import Manifest
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 # What stands around a tensor: dtype, lengths, marks; and so on for each axis.
 _AROUND, _AXIS, _CHUNK = 160, 24, 64

@@ -7,15 +7,15 @@ import functools
 import os
 from collections.abc import Mapping
 
-from surgery.core import errors
-from surgery.core import manifest as manifests
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import LeafNote, Manifest
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import notes
 from surgery.files.msgpack.values import Entry, Value
 from surgery.files.msgpack.walk import walk
 from surgery.files.source import MappedFile, Source
+from surgery.model import manifest as manifests
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import LeafNote, Manifest
+from surgery.naming.paths import Path
 
 _NOTHING = LeafNote()
 

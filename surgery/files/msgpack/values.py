@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from surgery.core.paths import Path
 from surgery.files import arrays
 from surgery.files.msgpack.headers import Bad, Headers, utf8
 from surgery.files.source import MappedFile, Source, Span
+from surgery.naming.paths import Path
 
 ARRAY, COMPLEX, SCALAR = 1, 2, 3
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from typing import NoReturn
 
-from surgery.core import errors, paths
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files.msgpack import chunks
 from surgery.files.msgpack.headers import Bad, Headers, utf8
 from surgery.files.msgpack.values import Entry, Value, Values
 from surgery.files.source import MappedFile
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 MAX_DEPTH = 100
 MAX_NODES = 1_000_000

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from surgery.core import errors, paths
-from surgery.core import manifest as manifests
-from surgery.core.checkpoint import PACKED, Checkpoint, Leaf, nested
-from surgery.core.manifest import LeafNote
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import arrays, atomic, notes, payload
 from surgery.files.msgpack import chunks, encoding, walk
 from surgery.files.msgpack.values import ARRAY, SCALAR
 from surgery.files.output import Output
 from surgery.files.progress import Told
+from surgery.model import manifest as manifests
+from surgery.model.checkpoint import PACKED, Checkpoint, Leaf, nested
+from surgery.model.manifest import LeafNote
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 # An array in chunks lies two maps deeper than its name tells.
 _MAX_DEPTH = walk.MAX_DEPTH - 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from surgery.core import errors
+from surgery import errors
 from surgery.files import arrays
 
 TAGS = {

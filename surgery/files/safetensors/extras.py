@@ -13,9 +13,11 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from surgery.core import errors, manifest, paths
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import arrays
+from surgery.model import manifest
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 _PLAIN = (bool, int, float, str, type(None))
 

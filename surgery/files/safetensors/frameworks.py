@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from surgery.core.checkpoint import Leaf
-from surgery.core.paths import Path
+from surgery.model.checkpoint import Leaf
+from surgery.naming.paths import Path
 
 KEY = 'format'
 TORCH, FLAX = 'pt', 'flax'

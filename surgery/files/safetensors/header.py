@@ -12,10 +12,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from surgery.core import checkpoint, errors
+from surgery import errors
 from surgery.files import arrays, strict_json
 from surgery.files.safetensors import dtypes, names
 from surgery.files.source import MappedFile
+from surgery.model import checkpoint
 
 START = 8
 _KEYS = {'dtype', 'shape', 'data_offsets'}

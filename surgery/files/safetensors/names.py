@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from surgery.core import errors, paths
-from surgery.core.paths import Path
+from surgery import errors
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 METADATA = '__metadata__'
 

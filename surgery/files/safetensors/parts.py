@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from surgery.core import paths
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import Manifest
-from surgery.core.paths import Path
 from surgery.files.output import Output
 from surgery.files.safetensors import dtypes, frameworks, writing
 from surgery.files.safetensors.reading import open_part
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import Manifest
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 __all__ = ['empty', 'metadata', 'names', 'open_part', 'overhead', 'write_part']
 

@@ -8,11 +8,7 @@ import functools
 import os
 from collections.abc import Mapping
 
-from surgery.core import errors, paths
-from surgery.core import manifest as manifests
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import LeafNote, Manifest
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import arrays, notes
 from surgery.files.safetensors import (
   dtypes,
@@ -23,6 +19,11 @@ from surgery.files.safetensors import (
 )
 from surgery.files.safetensors.extras import Extras
 from surgery.files.source import MappedFile, Source
+from surgery.model import manifest as manifests
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import LeafNote, Manifest
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 _NOTHING = LeafNote()
 

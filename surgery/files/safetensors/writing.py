@@ -8,12 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.core import checkpoint as checkpoints
-from surgery.core import errors, paths
-from surgery.core import manifest as manifests
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import LeafNote, Manifest
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import atomic, digest, notes, payload
 from surgery.files.output import Output
 from surgery.files.progress import Told
@@ -25,6 +20,12 @@ from surgery.files.safetensors import (
   names,
 )
 from surgery.files.safetensors.header import Entry
+from surgery.model import checkpoint as checkpoints
+from surgery.model import manifest as manifests
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import LeafNote, Manifest
+from surgery.naming import paths
+from surgery.naming.paths import Path
 
 # Digests that are not known yet take as many bytes as those that are.
 _UNKNOWN = digest.Digester().digest()

@@ -12,9 +12,10 @@ import msgpack as library  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
-from surgery.core import errors, manifest
+from surgery import errors
 from surgery.files import arrays
 from surgery.files.msgpack import chunks, values, walk
+from surgery.model import manifest
 
 pack = library.packb
 MARK = chunks.MARK
@@ -326,7 +327,7 @@ def test_a_small_file_cannot_take_much_memory(tmp_path, value):
   path.write_bytes(data)
   code = """
 import resource, sys
-from surgery.core import errors
+from surgery import errors
 from surgery.files import msgpack
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

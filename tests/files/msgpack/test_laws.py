@@ -5,9 +5,9 @@ import hypothesis.strategies as st
 import numpy as np
 from flax import serialization
 
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.manifest import KEY, Manifest
 from surgery.files.msgpack import open_file, write_file
+from surgery.model.checkpoint import Checkpoint
+from surgery.model.manifest import KEY, Manifest
 from tests.files.trees import (
   bits,
   checkpoint_of,

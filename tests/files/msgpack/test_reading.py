@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from surgery.core.manifest import Manifest
 from surgery.files.source import Source
+from surgery.model.manifest import Manifest
 
 TREE: dict[str, Any] = {
   'net': {

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.layers import LayerType
-from surgery.core.manifest import KEY, Manifest
-from surgery.core.paths import Path
+from surgery import errors
 from surgery.files import output
 from surgery.files.digest import digest
 from surgery.files.msgpack import chunks, walk
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layers import LayerType
+from surgery.model.manifest import KEY, Manifest
+from surgery.naming.paths import Path
 
 Leaves = dict[Path, Leaf]
 
@@ -420,7 +420,7 @@ def test_a_full_disk_leaves_the_old_file(put):
   code = """
 import resource, sys
 import numpy as np
-from surgery.core.checkpoint import Checkpoint, Leaf
+from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.files.msgpack import write_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 leaf = Leaf(lambda: np.zeros(1 << 20), (1 << 20,), 'float64')

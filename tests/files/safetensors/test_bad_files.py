@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from surgery.core import errors
-from surgery.core.manifest import KEY
+from surgery import errors
 from surgery.files import strict_json
 from surgery.files.safetensors import open_file
+from surgery.model.manifest import KEY
 
 GOOD = {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}
 

@@ -6,9 +6,9 @@ import safetensors
 import safetensors.numpy
 
 import surgery
-from surgery.core.checkpoint import Checkpoint, Leaf
-from surgery.core.manifest import Manifest
 from surgery.files.safetensors.frameworks import framework
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import Manifest
 
 
 def ones(*shape):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.passes import verify
+from surgery.looking import verify
 
 TAGS = {'F4': 4, 'F6_E2M3': 6, 'F6_E3M2': 6}
 BODY = bytes(range(48))

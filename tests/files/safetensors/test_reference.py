@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import surgery
-from surgery.core import errors
-from surgery.core.checkpoint import Checkpoint
-from surgery.core.manifest import KEY, Manifest
+from surgery import errors
 from surgery.files import arrays
 from surgery.files.digest import digest
 from surgery.files.safetensors import dtypes, open_file, write_file
+from surgery.model.checkpoint import Checkpoint
+from surgery.model.manifest import KEY, Manifest
 from tests.files.trees import bits, checkpoint_of, flat, folder, laws, trees
 
 # What its numpy interface has.

@@ -1,0 +1,1 @@
+"""Adapters on a checkpoint: sites, weights, and what layers get."""

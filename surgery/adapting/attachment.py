@@ -1,0 +1,599 @@
+"""Attach: an adapter's weights beside a base, and the record of where."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from surgery import errors
+from surgery.adapting import blocks, compute, drawing, finding
+from surgery.adapting.beneath import handles_adapters
+from surgery.contract.adapter import Adapter
+from surgery.contract.site import Site
+from surgery.host.manager import Host
+from surgery.model import quantised
+from surgery.model.checkpoint import Checkpoint, Leaf, LeftOut, dtype_name
+from surgery.model.layers import LayerTypes
+from surgery.model.manifest import Manifest
+from surgery.model.records import (
+  AdapterRecord,
+  Pending,
+  Records,
+  SiteRecord,
+  WeightSpec,
+)
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+from surgery.naming.selection import Selection
+
+
+def check_name(name: str, records: Records) -> None:
+  """Raises unless an adapter may get that name.
+
+  Raises:
+    AdapterError: if the name is taken, empty, or has characters that weight
+      names cannot hold.
+  """
+  if not isinstance(name, str) or not name or set(name) & set('./\0'):
+    raise errors.AdapterError(
+      f'adapter name {name!r}: expected some text without dots and slashes.'
+    )
+  if name in records.names:
+    raise errors.AdapterError(
+      f'adapter {name!r} is attached already, as '
+      f"'{records.get(name).adapter.name}'. Give another name=, or detach it."
+    )
+
+
+def check_adapter(adapter: Any) -> Adapter:
+  """Raises unless `adapter` is a configured adapter type.
+
+  Raises:
+    ConfigError: saying what was found.
+  """
+  if isinstance(adapter, type) and issubclass(adapter, Adapter):
+    raise errors.ConfigError(
+      f'expected a configured adapter, found the class {adapter.__name__}. '
+      f'Write {adapter.__name__}(…).'
+    )
+  if not isinstance(adapter, Adapter):
+    raise errors.ConfigError(
+      f'expected an adapter, e.g. surgery.LoRA(rank=8), found {adapter!r} '
+      f'({type(adapter).__name__}).'
+    )
+  return adapter
+
+
+def weight_path(
+  layer: Path,
+  param: str,
+  weight: str,
+  adapter: str,
+  taken: Callable[[Path], bool],
+) -> Path:
+  """Returns where a weight is stored, beside the parameter it belongs to.
+
+  Args:
+    layer: path of the layer.
+    param: the site's primary parameter.
+    weight: the name that `init` gave the weight.
+    adapter: the adapter's name.
+    taken: whether something is stored at a path already.
+
+  Raises:
+    AdapterError: if every spelling is taken.
+  """
+  names = [f'{weight}.{adapter}.{param}']
+  if param == 'kernel':
+    names.insert(0, weight if adapter == 'default' else f'{weight}.{adapter}')
+  for name in names:
+    if not taken((*layer, name)):
+      return (*layer, name)
+  raise errors.AdapterError(
+    f'{paths.show((*layer, names[-1]))}: the name is taken. Give the adapter '
+    'another name=.'
+  )
+
+
+def shared_path(weight: str, adapter: str) -> Path:
+  """Returns where a weight is stored that an adapter's sites share."""
+  return (f'surgery.{adapter}', weight)
+
+
+def info_of(
+  leaves: Mapping[Path, Leaf], records: Records
+) -> dict[Path, finding.Info]:
+  """Returns the parameters that an adapter may rewrite."""
+  owned = records.owned
+  return {
+    path: finding.Info(
+      leaf.shape, leaf.dtype or '', tuple(leaf.metadata.get('sharding') or ())
+    )
+    for path, leaf in leaves.items()
+    if leaf.shape is not None and leaf.key is None and path not in owned
+  }
+
+
+def intercept(host: Host, adapter: Adapter, site: Site) -> Any:
+  """Asks who stands between a site's stored parameters and the layer.
+
+  Raises:
+    PluginError: if nobody does.
+  """
+  who = host.ask('surgery_intercept_param', of=adapter, site=site)
+  if who is None:
+    raise errors.PluginError(
+      f'{paths.show(site.path)}: no interceptor was returned for adapter type '
+      f"'{adapter.name}'."
+    )
+  return who
+
+
+def at(who: Any, site: Site) -> Any:
+  """Returns an interceptor with the options that hold for one site."""
+  return who.at(site) if isinstance(who, Adapter) else who
+
+
+def trains(adapter: Adapter, weight: str, dtype: str) -> bool:
+  """Whether a weight of an adapter trains: no frozen one, and no integers."""
+  inexact = dtype.startswith(('float', 'bfloat', 'complex'))
+  return inexact and weight not in adapter.frozen
+
+
+def site_record(
+  adapter: Adapter,
+  name: str,
+  site: Site,
+  who: Any,
+  taken: Callable[[Path], bool],
+) -> SiteRecord:
+  """Returns the record of a site, with the weights that `init` will return."""
+  drawn, _ = drawing.site_shapes(who, site)
+  weights = {}
+  for weight, struct in drawn.items():
+    dtype = dtype_name(struct.dtype)
+    weights[weight] = WeightSpec(
+      weight_path(site.layer, site.name, weight, name, taken),
+      tuple(struct.shape),
+      dtype,
+      trains(adapter, weight, dtype),
+    )
+  return SiteRecord(site, weights, who)
+
+
+def check_apply(
+  record: SiteRecord, shared: Mapping[str, WeightSpec] = MappingProxyType({})
+) -> None:
+  """Evaluates `apply` at a site, on shapes alone, for each parameter.
+
+  Once for all sites that look alike, so that a mistake shows here rather than
+  at the first call.
+
+  Args:
+    record: the site.
+    shared: weights that the adapter's sites share.
+
+  Raises:
+    PluginError: naming the site, if `apply` fails or returns no array of the
+      parameter's shape.
+  """
+  who, site = record.interceptor, record.site
+  kinds = compute.kinds_of(record, shared)
+  for spec in site.params:
+    uses = functools.partial(_uses, who, spec.name, kinds)
+    try:
+      compute.anonymously(uses, site)
+    except Exception as error:  # A plugin's code ran inside.
+      raised = compute.failed(who, site, 'apply', error)
+      if raised is error:
+        raise
+      raise raised from error
+
+
+def _uses(who: Any, name: str, kinds: compute.Kinds, site: Site) -> Any:
+  return compute.uses(who, site, name, kinds)
+
+
+def check_frozen(record: AdapterRecord) -> None:
+  """Raises if a name in `frozen` is that of no weight, which would train.
+
+  Raises:
+    PluginError: naming it, and weights that there are.
+  """
+  if not record.adapter.frozen or not record.sites:
+    return
+  known = {name for name, _ in record.weights()}
+  for name in record.adapter.frozen:
+    if name not in known:
+      raise errors.PluginError(
+        f"adapter type '{record.adapter.name}': {name!r} is declared in "
+        '`frozen`, and neither init nor init_shared returned a weight of that '
+        f'name, so what was meant would train.{errors.suggest(name, known)}'
+      )
+
+
+def weight_metadata(
+  adapter: Adapter,
+  name: str,
+  site: Site | None,
+  weight: str,
+  stacked: Sequence[Any] = (),
+) -> dict[str, Any]:
+  """Returns the metadata of a weight: its owner, and sharding from the base."""
+  metadata: dict[str, Any] = {'adapter': name}
+  if site is not None and site.primary.sharding:
+    axes = adapter.sharding(site, weight)
+    if axes is not None:
+      metadata['sharding'] = (*stacked, *axes)
+  return metadata
+
+
+def check_patterns(adapter: Adapter, sites: Sequence[Site]) -> None:
+  """Raises if a pattern decides the options of no site.
+
+  Raises:
+    SelectorError: naming the pattern, and the nearest sites or the pattern that
+      decides before it.
+  """
+  selectors.check_deciding(
+    [selector for selector, _ in adapter.patterns],
+    {s.path: s.types for s in sites},
+    'patterns',
+  )
+
+
+@handles_adapters
+def attach(
+  checkpoint: Checkpoint,
+  adapter: Adapter,
+  *,
+  to: selectors.Text | selectors.Selector | Selection,
+  name: str = 'default',
+  seed: int = 0,
+  stacked: finding.Stacked = None,
+  layout: finding.Layouts = None,
+  layer_types: LayerTypes | None = None,
+  graph: Any = None,
+  pending: bool = False,
+  host: Host,
+) -> Checkpoint:
+  """Attaches an adapter.
+
+  Args:
+    checkpoint: the model.
+    adapter: type and configuration.
+    to: which layers or parameters; a layer means its default sites, `all`
+      every site that the type can serve.
+    name: the adapter's name.
+    seed: from which its weights derive, with name and path.
+    stacked: number of axes stacked in front of parameters, or such numbers by
+      selector; by default what types of layers say, otherwise 0.
+    layout: a letter an axis (`s` stacked, `i` input, `o` output), or such
+      letters by selector; by default what types of layers say, otherwise the
+      last axis is the output.
+    layer_types: types of layers; by default those of the checkpoint.
+    graph: the graph that types of layers made later are taken from.
+    pending: whether layers to come may match.
+    host: whose hooks are asked.
+
+  Returns:
+    The checkpoint with the adapter's weights, drawn when they are asked for.
+
+  Raises:
+    SelectorError: if a selector or pattern matches nothing.
+    SiteError: if a parameter cannot be served.
+    ConfigError: for a wrong configuration.
+    AdapterError: if the name is taken.
+    PluginError: if `init` or `apply` fails, or a name in `frozen` is that of no
+      weight.
+  """
+  adapter = check_adapter(adapter)
+  records = checkpoint.records(host)
+  check_name(name, records)
+  if not isinstance(seed, int) or isinstance(seed, bool):
+    raise errors.ConfigError(f'seed: expected an integer, found {seed!r}.')
+  where = to if isinstance(to, Selection) else selectors.parse(to)
+  types = (
+    checkpoint.manifest.layer_types if layer_types is None else layer_types
+  )
+  finder = finding.Finder(
+    adapter,
+    host,
+    types,
+    finding.layout_pairs(layout),
+    finding.stacked_pairs(stacked),
+  )
+  info = info_of(checkpoint, records)
+  shares = type(adapter).init_shared is not Adapter.init_shared
+  waiting = None
+  if pending and isinstance(where, selectors.Selector) and not shares:
+    waiting = _pending(adapter, where, finder, graph, host)
+  refused: list[finding.Refused] = []
+  try:
+    found = finding.sites(
+      finder,
+      where,
+      info,
+      missing='pass' if waiting else 'error',
+      left=None if waiting else refused,
+    )
+  except errors.SelectorError as error:
+    if not (pending and shares):
+      raise
+    raise errors.SelectorError(
+      f"{error} Adapter type '{adapter.name}' shares weights between sites, so "
+      'it finds what is there now. Initialise the model first.'
+    ) from None
+  sites = [site for site, _ in found]
+  for site in sites:
+    for spec in site.params:
+      quantised.refuse(checkpoint[*site.layer, spec.name], 'attach')
+  if waiting is None:
+    check_patterns(adapter, sites)
+    finding.check_axes(finder, info)
+  taken = checkpoint.__contains__
+  site_records = {}
+  for site, met in found:
+    who = intercept(host, adapter, site)
+    site_records[site.path] = site_record(adapter, name, site, who, taken)
+    if waiting is not None:
+      waiting = dataclasses.replace(waiting, met=waiting.met | met)
+  shared, shared_leaves = _shared(adapter, sites, seed, name, taken)
+  for one in site_records.values():
+    for weight in set(shared) & set(one.weights):
+      raise errors.PluginError(
+        f"{paths.show(one.site.path)}: adapter type '{adapter.name}' calls a "
+        f'weight {weight!r} in init and in init_shared. Name one otherwise.'
+      )
+  record = AdapterRecord(
+    name,
+    adapter,
+    True,
+    site_records,
+    shared,
+    seed if waiting else None,
+    waiting,
+  )
+  for one in site_records.values():
+    check_apply(one, shared)
+  if waiting is None:
+    check_frozen(record)
+  leaves = inserted(
+    marked(checkpoint, records),
+    {**weight_leaves(checkpoint, records, record, seed, info), **shared_leaves},
+  )
+  left = left_out(name, refused)
+  warn(adapter, left)
+  return checkpoint.replace(
+    leaves=leaves,
+    records=records.add(record),
+    manifest=_remembering(checkpoint.manifest, name, seed, where),
+    left_out=(*checkpoint.left_out, *left),
+  )
+
+
+def left_out(name: str, refused: Iterable[finding.Refused]) -> list[LeftOut]:
+  """Returns the layers that an adapter leaves out, each once.
+
+  Args:
+    name: the adapter's name.
+    refused: what finding was told, by each item of a selector.
+  """
+  found: dict[Path, LeftOut] = {}
+  for one in refused:
+    named = one.how != 'any'
+    if one.layer not in found or named:
+      found[one.layer] = LeftOut(one.layer, name, one.reason, named)
+  return list(found.values())
+
+
+def warn(adapter: Adapter, left: Iterable[LeftOut]) -> None:
+  """Warns of layers that a selector names in part and that are left out."""
+  left = [one for one in left if one.named]
+  if not left:
+    return
+  shown = '; '.join(
+    f'{paths.show(one.path)} ({one.reason})' for one in left[:5]
+  )
+  more = f'; and {len(left) - 5} more' if len(left) > 5 else ''
+  warnings.warn(
+    f"attach: adapter type '{adapter.name}' cannot serve {len(left)} of the "
+    f'layers that the selector matches, and leaves them as they are: {shown}'
+    f"{more}. To say that this is meant, take them out with '!'.",
+    errors.SiteWarning,
+    stacklevel=2,
+  )
+
+
+def marked(checkpoint: Checkpoint, records: Records) -> dict[Path, Leaf]:
+  """Returns the leaves, known to be the base if no adapter is attached yet.
+
+  Args:
+    checkpoint: the model before an adapter is attached.
+    records: the adapters that it has.
+  """
+  # What unlocked params will have is not there yet, and could not be told from
+  # what changed.
+  if records.adapters or not checkpoint.manifest.locked:
+    return dict(checkpoint)
+  return {
+    path: leaf if leaf.base else leaf.replace(base=True)
+    for path, leaf in checkpoint.items()
+  }
+
+
+def _remembering(
+  said: Manifest,
+  name: str,
+  seed: int,
+  to: selectors.Selector | Selection,
+) -> Manifest:
+  """Returns a manifest that knows seed and selector of an adapter."""
+  shown = (
+    [paths.literal(p) for p in to] if isinstance(to, Selection) else to.text
+  )
+  known = {'name': name, 'seed': seed, 'to': shown}
+  return said.replace(adapters=(*said.adapters, known))
+
+
+def _pending(
+  adapter: Adapter,
+  where: selectors.Selector,
+  finder: finding.Finder,
+  graph: Any,
+  host: Host,
+) -> Pending:
+  """Returns what the adapter will look for until params are locked."""
+  item = where.needs('type', 'term')
+  if item is not None and graph is None:
+    raise errors.SelectorError(
+      f'selector {item.written!r}: before initialisation the types of layers '
+      'come from the graph. Give graph=, or attach after initialisation.'
+    )
+  if item is not None and item.kind == 'term':
+    raise errors.SelectorError(
+      f'selector {item.written!r}: a term of a plugin is asked when an adapter '
+      'is attached, and there may be layers to come. Lock the params first.'
+    )
+  unknown = Site((), (), known=False)
+  who = host.ask('surgery_intercept_param', of=adapter, site=unknown)
+  return Pending(
+    where, frozenset(), finder.layouts, finder.stacked, finder.types, graph, who
+  )
+
+
+def _shared(
+  adapter: Adapter,
+  sites: Sequence[Site],
+  seed: int,
+  name: str,
+  taken: Callable[[Path], bool],
+) -> tuple[dict[str, WeightSpec], dict[Path, Leaf]]:
+  """Returns what the sites share: what is recorded, and the leaves."""
+  if type(adapter).init_shared is Adapter.init_shared:
+    return {}, {}
+  drawn = drawing.draw_shared(adapter, sites, seed, name)
+  specs, leaves = {}, {}
+  for weight, value in drawn.items():
+    path = shared_path(weight, name)
+    if taken(path):
+      raise errors.AdapterError(f'{paths.show(path)}: the name is taken.')
+    trainable = trains(adapter, weight, str(value.dtype))
+    specs[weight] = WeightSpec(
+      path, tuple(value.shape), str(value.dtype), trainable
+    )
+    leaves[path] = Leaf(
+      functools.partial(_same, value),
+      tuple(value.shape),
+      str(value.dtype),
+      trainable,
+      weight_metadata(adapter, name, None, weight),
+      fresh=True,
+    )
+  return specs, leaves
+
+
+def _same(value: Any) -> Any:
+  return value
+
+
+class _Group:
+  """Sites that look alike, drawn together when the first is asked for."""
+
+  def __init__(self, draw: Callable[[], list[dict[str, Any]]]) -> None:
+    self._draw = draw
+    self._drawn: list[dict[str, Any]] | None = None
+    self._left = 0
+
+  def expect(self) -> None:
+    self._left += 1
+
+  def load(self, index: int, weight: str) -> Any:
+    """Returns one weight, and lets go of it when it was the last."""
+    if self._drawn is None:
+      self._drawn = self._draw()
+    value = self._drawn[index][weight]
+    self._left -= 1
+    if self._left == 0:
+      self._drawn, self._left = None, 0
+    return value
+
+
+def weight_leaves(
+  leaves: Mapping[Path, Leaf],
+  inner: Records,
+  record: AdapterRecord,
+  seed: int,
+  info: Mapping[Path, finding.Info],
+) -> dict[Path, Leaf]:
+  """Returns the weights of an adapter's sites as leaves, drawn lazily.
+
+  Args:
+    leaves: the model.
+    inner: the adapters that are attached already.
+    record: the adapter.
+    seed: from which the weights derive.
+    info: shapes of the parameters.
+  """
+
+  def base(site: Site, name: str) -> Any:
+    path = (*site.layer, name)
+    chain = compute.enabled(inner.chains.get(path, ()))
+    fetch = lambda p: leaves[inner.stored(p)].load()
+    if not chain:
+      return fetch(path)
+    return blocks.answer(chain, path, fetch, inner.chains)
+
+  groups: dict[Any, list[SiteRecord]] = {}
+  for one in record.sites.values():
+    whole = info[one.site.path]
+    stack = whole.shape[: len(whole.shape) - len(one.site.primary.shape)]
+    _, used = drawing.site_shapes(one.interceptor, one.site)
+    # Sites whose weights derive from their base are drawn one by one.
+    alone = one.site.path if used else None
+    key = (one.interceptor, one.site.anonymous, stack, alone)
+    groups.setdefault(key, []).append(one)
+  made: dict[Path, Leaf] = {}
+  for (who, _, stack, _), members in groups.items():
+    sites = [m.site for m in members]
+    keys = drawing.keys(seed, record.name, [s.path for s in sites])
+    group = _Group(
+      functools.partial(drawing.draw, who, sites, stack, keys, base)
+    )
+    for index, member in enumerate(members):
+      whole = info[member.site.path]
+      front = whole.sharding[: len(stack)] or (None,) * len(stack)
+      for weight, spec in member.weights.items():
+        group.expect()
+        made[spec.path] = Leaf(
+          functools.partial(group.load, index, weight),
+          (*stack, *spec.shape),
+          spec.dtype,
+          spec.trainable,
+          weight_metadata(
+            record.adapter, record.name, member.site, weight, front
+          ),
+          fresh=True,
+        )
+  return made
+
+
+def inserted(
+  leaves: Mapping[Path, Leaf], new: Mapping[Path, Leaf]
+) -> dict[Path, Leaf]:
+  """Returns leaves with the new ones behind the others of their layer."""
+  by_layer: dict[Path, list[Path]] = {}
+  for path in new:
+    by_layer.setdefault(path[:-1], []).append(path)
+  last = {path[:-1]: path for path in leaves if path[:-1] in by_layer}
+  result: dict[Path, Leaf] = {}
+  for path, leaf in leaves.items():
+    result[path] = leaf
+    if last.get(path[:-1]) == path:
+      result.update((p, new[p]) for p in by_layer[path[:-1]])
+  result.update((p, leaf) for p, leaf in new.items() if p not in result)
+  return result

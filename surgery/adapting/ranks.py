@@ -1,0 +1,71 @@
+"""Ranks of adapters: the axis of each weight, and how many were drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery import errors
+from surgery.model.records import AdapterRecord, SiteRecord
+from surgery.naming import paths
+
+
+def rank_axes(record: AdapterRecord, site: SiteRecord) -> dict[str, int]:
+  """Returns which axis of each weight of a site is its rank, from 0.
+
+  Raises:
+    PluginError: if a weight has no such axis, or ranks differ.
+    AdapterError: if the site has none of these weights.
+  """
+  who = f"adapter type '{record.adapter.name}': rank_axes"
+  found: dict[str, int] = {}
+  for weight, axis in record.adapter.rank_axes.items():
+    if weight in record.shared:
+      raise errors.PluginError(
+        f'{who}: {weight!r} is shared by sites, which have ranks of their own.'
+      )
+    if weight not in site.weights:
+      continue
+    shape = site.weights[weight].shape
+    if not -len(shape) <= axis < len(shape):
+      raise errors.PluginError(
+        f'{who}: {weight!r} has no axis {axis}, its shape is {shape}.'
+      )
+    found[weight] = axis % len(shape)
+  where = paths.show(site.site.path)
+  if not found:
+    raise errors.AdapterError(
+      f'prune-ranks: {where}: adapter {record.name!r} has none of the weights '
+      f'{", ".join(record.adapter.rank_axes)} there, so no rank to prune.'
+    )
+  if len({site.weights[w].shape[axis] for w, axis in found.items()}) > 1:
+    shapes = ', '.join(f'{w} {site.weights[w].shape}' for w in found)
+    raise errors.PluginError(
+      f'{who}: {where}: the ranks of its weights differ: {shapes}.'
+    )
+  return found
+
+
+def pruned_shapes(
+  record: AdapterRecord, site: SiteRecord, made: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns shapes that `init` makes, with the rank that a site has.
+
+  That is another than `init` makes only where it is on record that ranks were
+  pruned, and of how many; otherwise the configuration was changed.
+  """
+  result = dict(made)
+  if site.drawn_rank is None:
+    return result
+  try:
+    axes = rank_axes(record, site)
+  except errors.SurgeryError:
+    return result  # There is no rank, or none that the weights agree on.
+  for weight, axis in axes.items():
+    shape, own = made.get(weight), site.weights[weight].shape
+    if shape is None or len(shape) != len(own):
+      return dict(made)
+    if shape[axis] != site.drawn_rank or own[axis] > site.drawn_rank:
+      return dict(made)
+    result[weight] = (*shape[:axis], own[axis], *shape[axis + 1 :])
+  return result

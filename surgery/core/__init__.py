@@ -1,1 +1,0 @@
-"""The words of the library, without arrays: nothing here imports JAX."""

@@ -1,0 +1,1 @@
+"""Changed tensors, put into a checkpoint without computing them yet."""

@@ -1,0 +1,1 @@
+"""The transform `factored`: low-rank values that stay factored."""

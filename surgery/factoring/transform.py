@@ -1,0 +1,388 @@
+"""`factored`: a model whose low-rank parameters stay factored."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from surgery import errors, expect, jaxcompat
+from surgery.adapting import compute
+from surgery.factoring import fallback
+from surgery.factoring.views import Misrouted
+from surgery.factoring.walking import DropoutLost, Kind, Note, Walk, makes
+from surgery.live import params as live
+from surgery.live.stashed import Stash
+from surgery.naming import paths
+
+P = ParamSpec('P')
+R = TypeVar('R')
+
+# What a model raises that cannot be traced with its inputs unknown.
+UNTRACEABLE = (
+  jax.errors.ConcretizationTypeError,
+  jax.errors.TracerArrayConversionError,
+  jax.errors.TracerBoolConversionError,
+  jax.errors.TracerIntegerConversionError,
+  jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def factored(model: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
+  """Returns a model in which low-rank parameters stay factored.
+
+  A layer that asks for a parameter with LoRA gets `W + s·A·B`. Written out, it
+  costs the backward pass a dense gradient of `W` at each layer. The function
+  that is returned computes `x·W + s·(x·A)·B` in its place, for any code that
+  uses the parameter in a way that can be followed, and the dense array for the
+  rest. Put it around the model, or around the loss, before differentiating,
+  like `jax.checkpoint`. With a base in float32 its absence changes speed, and
+  results by rounding alone.
+
+  With a base in fewer bits the model by itself gives other results: it gets
+  `W + s·A·B` rounded to the dtype in which `W` is stored, as a merge stores it,
+  and most of a small update is lost. Here casts round `W` alone; factors are
+  used as they are stored, or in the dtype in which the layer multiplies, or in
+  float32 if that has 8 bits.
+
+  Where a parameter ends up dense whose adapter gave a low-rank value, a
+  `surgery.DenseFallbackWarning` says why, once for each parameter and reason.
+  Types that give no low-rank value are dense by design, without a warning.
+
+  A call of which nothing is traced (no jit, no grad) is the model's own, where
+  bases are in float32 and nothing is dropped or routed.
+
+  Dropout of adapters takes part where a call is in training: where the model's
+  argument `is_training` is true, by its default if it is not given. A model
+  that has no such argument may be called with it, and is in training by
+  default, as blox's layers are. What is dropped derives from the number of
+  calls, which the params count that are returned: go on with these, or each
+  step drops the same. A traced call warns where they are thrown away.
+
+  Args:
+    model: a module, one of its methods (`factored(module.attend)`), or any
+      function of which an argument holds params.
+    strict: whether a parameter that would be warned of is an error.
+
+  Returns:
+    A function with the model's arguments and results, and none of its
+    attributes.
+
+  Raises:
+    AdapterError: when called, if it is strict and a parameter ends up dense
+      whose adapter gave a low-rank value.
+    AdapterError: when called in training, if a parameter with dropout is used
+      in a way that only a dense array can serve; likewise for routed params.
+
+  Example:
+    fast = surgery.factored(model)
+    grads = jax.grad(lambda p, x: loss(fast(p, x)[0]))(params, x)
+  """
+  signature = inspect.signature(expect.model(model, factored))
+  seen: fallback.Seen = set()
+
+  def call(*args: Any, **kwargs: Any) -> Any:
+    drops = any(map(_counters, _all_params((args, kwargs))))
+    if drops:
+      drops, kwargs = _training(signature, args, kwargs)
+    else:
+      kwargs = _arguments(signature, kwargs)
+    routed = any(map(_is_routed, _all_params((args, kwargs))))
+    if drops and routed:
+      raise errors.AdapterError(
+        'factored: routed params have no dropout, and this call is in '
+        'training. Call it with is_training=False, or attach with dropout=0.'
+      )
+    lost: dict[paths.Path, list[Note]] = {}
+    own_error = False
+    try:
+      leaves, tree = _flattened((args, kwargs))
+      traced = any(map(jaxcompat.is_traced, leaves))
+      if traced or drops or routed or _narrow((args, kwargs)):
+        walk = Walk(training=drops)
+        result = walked(model, leaves, tree, walk)
+        fallback.report(walk.losses(), strict=strict, seen=seen)
+        return _counted(result, traced) if drops else result
+    except NotFollowed as found:
+      if drops or routed:
+        cause = found.__cause__
+        if found.model_raised and cause is not None:
+          raise cause from None
+        what = 'dropout' if drops else 'adapter of each row'
+        raise errors.AdapterError(
+          f'factored: {found.reason}, so parameters would be dense, and a '
+          f'dense parameter has no {what}.'
+        ) from cause
+      given = _all_params((args, kwargs))
+      lost = {path: [found.note] for p in given for path in _low_rank(p)}
+      own_error = found.model_raised
+    except Misrouted as mistaken:
+      raise errors.AdapterError(
+        f'factored: {_named(mistaken.origin)} is routed, and '
+        f'{mistaken.reason}. Rows have to be the leading axis of what a layer '
+        'gets.'
+      ) from None
+    except DropoutLost as dropped:
+      raise errors.AdapterError(
+        f'factored: {_named(dropped.origin)} has dropout, and '
+        f'{str(dropped.because)!r} needs the dense parameter, which has none. '
+        'Attach elsewhere, or with dropout=0 there by patterns.'
+      ) from None
+    # What the model raises by itself is not told as if raised by the above,
+    # and comes first.
+    if lost and strict and not own_error:
+      fallback.report(lost, strict=True, seen=seen)
+    result = model(*args, **kwargs)
+    fallback.report(lost, strict=strict, seen=seen)
+    return result
+
+  with contextlib.suppress(AttributeError, TypeError):
+    functools.update_wrapper(call, model, updated=())
+  return call
+
+
+def _flattened(tree: Any) -> tuple[list[Any], Any]:
+  """Returns the leaves of a call, and its structure.
+
+  Raises:
+    NotFollowed: if JAX cannot flatten it.
+  """
+  try:
+    return jax.tree.flatten(tree)
+  except (TypeError, ValueError) as error:
+    raise NotFollowed(f'arguments are no pytree ({_line(error)})') from error
+
+
+def _line(error: Exception) -> str:
+  return str(error).split('\n', 1)[0]
+
+
+def _named(origin: Sequence[paths.Path]) -> str:
+  return ', '.join(map(paths.show, origin)) or 'a parameter'
+
+
+def _is_routed(params: live.AdaptedParams) -> bool:
+  return any(a.enabled and a.route for a in params.records.adapters)
+
+
+def _narrow(tree: Any) -> bool:
+  """Whether the model by itself would round what adapters make of a base."""
+  return any(
+    compute.enabled(chain)
+    and path in params
+    and getattr(params[path].value, 'dtype', np.dtype('f4')).itemsize < 4
+    for params in _all_params(tree)
+    for path, chain in params.records.chains.items()
+  )
+
+
+def _takes(signature: inspect.Signature, name: str) -> bool:
+  """Whether a function takes an argument by name."""
+  return name in signature.parameters or any(
+    p.kind is inspect.Parameter.VAR_KEYWORD
+    for p in signature.parameters.values()
+  )
+
+
+def _arguments(
+  signature: inspect.Signature, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns keywords that a model takes: it may do without `is_training`."""
+  if 'is_training' not in kwargs or _takes(signature, 'is_training'):
+    return kwargs
+  return {k: v for k, v in kwargs.items() if k != 'is_training'}
+
+
+def arguments(
+  model: Callable[..., Any], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns those keywords that a model is called with."""
+  return _arguments(inspect.signature(model), kwargs)
+
+
+def _training(
+  signature: inspect.Signature, args: Any, kwargs: dict[str, Any]
+) -> tuple[bool, dict[str, Any]]:
+  """Returns whether a call is in training, and what the model is called with.
+
+  Raises:
+    AdapterError: if that is not known when the call is traced.
+  """
+  known = signature.parameters.get('is_training')
+  if known is not None:
+    given = signature.bind(*args, **kwargs)
+    given.apply_defaults()
+    value = given.arguments['is_training']
+  else:
+    value = kwargs.get('is_training', True)
+    kwargs = _arguments(signature, kwargs)
+  if jaxcompat.is_traced(value):
+    raise errors.AdapterError(
+      'factored: is_training is traced. Make it static (static_argnames=), as '
+      'dropout is there or not.'
+    )
+  return bool(value), kwargs
+
+
+class NotFollowed(Exception):  # noqa: N818 - the dense way is taken.
+  """A call that cannot be traced with its inputs unknown.
+
+  Attributes:
+    reason: why.
+    model_raised: whether the model raised what may be an error of its own.
+    note: the reason, as it is written down for parameters.
+  """
+
+  def __init__(
+    self, reason: str, model_raised: bool = False, failed: bool = False
+  ) -> None:
+    super().__init__(reason)
+    self.reason = reason
+    self.model_raised = model_raised
+    self.note = Note(reason, Kind.FAILURE if failed else Kind.CALL)
+
+
+def walked(
+  model: Callable[..., Any], leaves: list[Any], tree: Any, walk: Walk
+) -> Any:
+  """Returns what a model returns, with low-rank values kept factored.
+
+  Raises:
+    NotFollowed: if the call cannot be traced.
+    DropoutLost: if a value with dropout would have been made dense.
+  """
+  # What is known stays known: the model may decide by it.
+  where = [i for i, v in enumerate(leaves) if jaxcompat.is_traced(v)]
+  results: list[Any] = []
+  trees: list[Any] = []
+  stash = Stash([model, *leaves])
+
+  def flat(*traced: Any) -> list[Any]:
+    given = [*leaves]
+    for i, value in zip(where, traced, strict=True):
+      given[i] = value
+    args, kwargs = jax.tree.unflatten(tree, given)
+    found, out = jax.tree.flatten(model(*args, **kwargs))
+    for value in found:
+      if not jaxcompat.is_array_like(value) and not isinstance(value, str):
+        raise NotFollowed(f'a result is a {type(value).__name__}')
+    after, same = jax.tree.flatten((args, kwargs))
+    if same != tree or any(map(operator.is_not, after, given)):
+      raise NotFollowed('the model writes to an argument')
+    if stash.grown:
+      raise NotFollowed('a module keeps an intermediate value')
+    # Not the traced values: they are of a trace that ends here.
+    results[:] = [None if jaxcompat.is_traced(v) else v for v in found]
+    trees[:] = [out]
+    return [v for v in found if jaxcompat.is_traced(v)]
+
+  try:
+    closed = jax.make_jaxpr(flat)(*(leaves[i] for i in where))
+  except Exception as error:
+    # The dense way is taken, and raises it where it is the model's own.
+    stash.restore()
+    if isinstance(error, NotFollowed):
+      raise
+    if isinstance(error, UNTRACEABLE):
+      reason = f'the model decides by values ({_line(error)})'
+      raise NotFollowed(reason) from error
+    reason = f'tracing raises {type(error).__name__} ({_line(error)})'
+    raise NotFollowed(reason, model_raised=True) from error
+  try:
+    # The model has been traced as it likes; the rules write for any setting.
+    with jax.numpy_dtype_promotion('standard'):
+      made = walk.closed(closed, [leaves[i] for i in where])
+    computed = iter([walk.dense(v, 'result') for v in made])
+  except (DropoutLost, Misrouted):
+    raise
+  except Exception as error:
+    walk.notes.clear()  # What was kept factored till then will not be.
+    what = f'{type(error).__name__}: {_line(error)}'
+    reason = f'the walk through it fails ({what})'
+    raise NotFollowed(reason, failed=True) from error
+  whole = [next(computed) if v is None else v for v in results]
+  return jax.tree.unflatten(trees[0], whole)
+
+
+def _low_rank(params: live.AdaptedParams) -> list[paths.Path]:
+  """Returns the traced parameters for which adapters give a low-rank value."""
+  if not any(map(jaxcompat.is_traced, jax.tree.leaves(params))):
+    return []
+  return [
+    path
+    for path, chain in params.records.chains.items()
+    if compute.enabled(chain) and _gives_low_rank(params, path)
+  ]
+
+
+def _gives_low_rank(params: live.AdaptedParams, path: paths.Path) -> bool:
+  try:
+    answer = lambda: params._answered(path, params._fetch(path))
+    return makes(jax.make_jaxpr(answer)().jaxpr)
+  except Exception:  # Its weights lie in another argument: nothing is known.
+    return False
+
+
+# Dropout.
+
+
+def _all_params(tree: Any) -> Iterator[live.AdaptedParams]:
+  is_params = lambda value: isinstance(value, live.AdaptedParams)
+  try:
+    leaves = jax.tree.leaves(tree, is_leaf=is_params)
+  except (TypeError, ValueError):
+    args, kwargs = tree  # Some argument is no pytree.
+    leaves = [*args, *kwargs.values()]
+  yield from filter(is_params, leaves)
+
+
+def _counters(params: live.AdaptedParams) -> list[paths.Path]:
+  """Returns the weights that count calls in training."""
+  return [
+    record.weights[name].path
+    for adapter in params.records.adapters
+    if adapter.enabled
+    for record in adapter.sites.values()
+    for name in adapter.adapter.counters
+    if name in record.weights
+  ]
+
+
+# Without the count, each step would drop the same elements.
+_UNCOUNTED = (
+  'factored: a call in training counted in the params that it returned, and '
+  'these were thrown away: the next call drops the same elements as this one. '
+  'Return them from the loss and go on with them, as in y, params = '
+  'fast(params, x); return loss(y), params.split()[1] under jax.grad(…, '
+  'has_aux=True). Where a call is no training, say is_training=False.'
+)
+
+
+def _counted(tree: Any, traced: bool) -> Any:
+  """Returns results in which params have counted one more call in training.
+
+  Args:
+    tree: the results.
+    traced: whether it is a part of a program, as training steps are. Then it
+      is a mistake to throw the params away.
+  """
+
+  def count(params: Any) -> Any:
+    if not isinstance(params, live.AdaptedParams):
+      return params
+    values = {
+      path: params[path].value for path in _counters(params) if path in params
+    }
+    after = live.with_values(
+      params, {p: v.at[..., -1].add(1) for p, v in values.items()}
+    )
+    return live.watched(after, _UNCOUNTED) if traced and values else after
+
+  is_params = lambda value: isinstance(value, live.AdaptedParams)
+  return jax.tree.map(count, tree, is_leaf=is_params)

@@ -1,0 +1,685 @@
+"""Views: arrays that are not computed yet, as sums of products of factors.
+
+A view is what `surgery.factored` has in the place of an adapted parameter. Its
+terms are the base (one factor) and products of two factors over a rank; each
+factor owns some of the view's axes and is constant along the others. So
+turning, cutting and casting a view are done to its factors, and are cheap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from surgery.adapting import compute
+from surgery.contract import lowrank
+from surgery.contract.lowrank import RANK, ROW
+
+Shape = tuple[int, ...]
+Labels = tuple[Hashable, ...]
+
+
+class Decline(Exception):  # noqa: N818 - not an error: the dense way is taken.
+  """A rule does not know this case: the view is made dense."""
+
+
+class Misrouted(Exception):  # noqa: N818 - becomes an error with advice.
+  """A use in which it is not known which row has which adapter.
+
+  Attributes:
+    origin: paths of the parameters, where known.
+    reason: what was found.
+  """
+
+  def __init__(self, view: View, reason: str) -> None:
+    super().__init__(reason)
+    self.origin = view.origin
+    self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factor:
+  """An array that owns some axes of a view.
+
+  Attributes:
+    value: the array.
+    axes: for each of its axes that of the view, `RANK`, or `ROW`: there is
+      one for each row of what it is multiplied with.
+  """
+
+  value: Any
+  axes: tuple[int, ...]
+
+  def owns(self, axis: int) -> bool:
+    """Whether it varies along an axis of the view."""
+    return axis in self.axes
+
+  def along(self, axis: int, change: Callable[[Any, int], Any]) -> Factor:
+    """Returns it with its array changed along an axis of the view."""
+    return Factor(change(self.value, self.axes.index(axis)), self.axes)
+
+  def renamed(self, names: Mapping[int, int]) -> Factor:
+    """Returns it with other names for axes."""
+    return Factor(self.value, tuple(names.get(x, x) for x in self.axes))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dropout:
+  """What is done to the input of a product, in training.
+
+  Attributes:
+    rate: probability with which elements are dropped.
+    key: typed PRNG keys: one, or one for each element along axes of the view,
+      as the layers of a stack and the members of an ensemble have them.
+  """
+
+  rate: float
+  key: Factor
+
+  def mapped(self, change: Callable[[Factor], Factor]) -> Dropout:
+    """Returns it for a view that was changed along axes."""
+    return dataclasses.replace(self, key=change(self.key))
+
+  def __call__(
+    self, x: Any, labels: Labels, names: Mapping[int, Hashable]
+  ) -> Any:
+    """Returns an array with elements dropped, the others made larger.
+
+    Args:
+      x: the array.
+      labels: labels of its axes, those of all the axes that keys own.
+      names: labels of the view's axes.
+    """
+    keep = 1.0 - self.rate
+    own = [labels.index(names[i]) for i in self.key.axes]
+    front = [x.shape[i] for i in own]
+    shape = [n for i, n in enumerate(x.shape) if i not in own]
+    draw = lambda key: jax.random.bernoulli(key, keep, shape)
+    for _ in own:
+      draw = jax.vmap(draw)
+    # Each key draws what it would for its part of the input alone.
+    mask = jnp.moveaxis(draw(self.key.value), range(len(front)), own)
+    return jnp.where(
+      mask, x / jnp.asarray(keep, x.dtype), jnp.zeros((), x.dtype)
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+  """A summand of a view.
+
+  Attributes:
+    factors: the base alone, or two factors with a common rank.
+    scale: factor of it, a number or an array of shape `()`.
+    spreads: arrays by which it is multiplied, each owning some axes.
+    dropout: what is done to the input of the product.
+  """
+
+  factors: tuple[Factor, ...]
+  scale: Any = 1.0
+  spreads: tuple[Factor, ...] = ()
+  dropout: Dropout | None = None
+
+  def parts(self) -> tuple[Factor, ...]:
+    """Returns all that owns axes, in the order of `mapped`."""
+    keys = () if self.dropout is None else (self.dropout.key,)
+    return (*self.factors, *self.spreads, *keys)
+
+  def mapped(self, change: Callable[[Factor], Factor]) -> Term:
+    """Returns it with each factor changed; keys of dropout go along."""
+    return dataclasses.replace(
+      self,
+      factors=tuple(map(change, self.factors)),
+      spreads=tuple(map(change, self.spreads)),
+      dropout=None if self.dropout is None else self.dropout.mapped(change),
+    )
+
+  def scaled(self, by: Any) -> Term:
+    """Returns it multiplied by a number."""
+    return dataclasses.replace(self, scale=self.scale * by)
+
+  def spread(self, by: Factor) -> Term:
+    """Returns it multiplied by an array that owns some axes."""
+    return dataclasses.replace(self, spreads=(*self.spreads, by))
+
+
+class View:
+  """An array that is not computed yet.
+
+  Attributes:
+    shape: its shape.
+    dtype: its dtype; factors may be stored in another, and are cast when used,
+      see `arithmetic`.
+    terms: its summands.
+    origin: paths of the parameters that it was made from, where known.
+    dropped: whether a term has dropout, which no dense array can do.
+  """
+
+  def __init__(
+    self,
+    shape: Sequence[int],
+    dtype: Any,
+    terms: Sequence[Term],
+    origin: tuple[Any, ...] = (),
+  ) -> None:
+    self.shape: Shape = tuple(shape)
+    self.dtype = jnp.dtype(dtype)
+    self.terms = tuple(terms)
+    self.origin = origin
+    self._dense: Any = None
+
+  @property
+  def ndim(self) -> int:
+    """Number of axes."""
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    """Number of elements."""
+    return math.prod(self.shape)
+
+  @property
+  def arithmetic(self) -> Any:
+    """The dtype in which factors are used.
+
+    That of the view. In 8 bits a small update would be nothing at all, so there
+    it is float32.
+    """
+    return compute.wide(self.dtype) if self.dtype.itemsize == 1 else self.dtype
+
+  @property
+  def dropped(self) -> bool:
+    """Whether a term has dropout, which no dense array can do."""
+    return any(t.dropout is not None for t in self.terms)
+
+  @property
+  def rows(self) -> int | None:
+    """For how many rows it has factors of their own; None if all share them."""
+    for term in self.terms:
+      for factor in term.factors:
+        if factor.owns(ROW):
+          return int(factor.value.shape[factor.axes.index(ROW)])
+    return None
+
+  def like(
+    self,
+    terms: Sequence[Term],
+    shape: Sequence[int] | None = None,
+    dtype: Any = None,
+  ) -> View:
+    """Returns another view of the same origin."""
+    return View(
+      self.shape if shape is None else shape,
+      self.dtype if dtype is None else dtype,
+      terms,
+      self.origin,
+    )
+
+  def named(self, origin: tuple[Any, ...]) -> View:
+    """Returns it as made of other parameters."""
+    return View(self.shape, self.dtype, self.terms, origin)
+
+  def mapped(
+    self, change: Callable[[Factor], Factor], shape: Sequence[int] | None = None
+  ) -> View:
+    """Returns a view with each factor changed."""
+    return self.like([t.mapped(change) for t in self.terms], shape)
+
+  def along(
+    self, axis: int, change: Callable[[Any, int], Any], shape: Sequence[int]
+  ) -> View:
+    """Returns a view changed along one axis, in the factors that own it."""
+    return self.mapped(
+      lambda f: f.along(axis, change) if f.owns(axis) else f, shape
+    )
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    if self._dense is None:
+      self._dense = _dense(self)
+    return self._dense
+
+  def leaves(self) -> list[Any]:
+    """Returns the arrays that it is made of."""
+    return jax.tree.leaves(self)
+
+
+class Derived(View):
+  """What was made of a view by something that terms cannot say.
+
+  Rules for views do not know it; it has rules of its own.
+
+  Attributes:
+    view: the view.
+  """
+
+  def __init__(self, view: View, shape: Sequence[int]) -> None:
+    super().__init__(shape, view.dtype, (), view.origin)
+    self.view = view
+
+  def of(self, view: View) -> Derived:
+    """Returns the same of another view."""
+    raise NotImplementedError
+
+  def named(self, origin: tuple[Any, ...]) -> View:
+    """Returns it as made of other parameters."""
+    return self.of(self.view.named(origin))
+
+  @property
+  def dropped(self) -> bool:
+    """Whether a term of the view has dropout."""
+    return self.view.dropped
+
+  @property
+  def rows(self) -> int | None:
+    """For how many rows the view has factors of their own, if it has."""
+    return self.view.rows
+
+
+def _flatten(view: View) -> Any:
+  """Returns the arrays, each once, and what there is beside them."""
+  found: dict[int, int] = {}
+  leaves: list[Any] = []
+
+  def number(value: Any) -> int:
+    if id(value) not in found:
+      found[id(value)] = len(leaves)
+      leaves.append(value)
+    return found[id(value)]
+
+  def factor(one: Factor) -> tuple[int, tuple[int, ...]]:
+    return number(one.value), one.axes
+
+  terms = tuple(
+    (
+      tuple(map(factor, t.factors)),
+      t.scale if isinstance(t.scale, float) else None,
+      None if isinstance(t.scale, float) else number(t.scale),
+      tuple(map(factor, t.spreads)),
+      t.dropout and (t.dropout.rate, factor(t.dropout.key)),
+    )
+    for t in view.terms
+  )
+  return leaves, (view.shape, view.dtype, terms, view.origin)
+
+
+def _unflatten(aux: Any, leaves: Any) -> View:
+  shape, dtype, terms, origin = aux
+
+  def factors(pairs: Any) -> tuple[Factor, ...]:
+    return tuple(Factor(leaves[at], axes) for at, axes in pairs)
+
+  return View(
+    shape,
+    dtype,
+    [
+      Term(
+        factors(pairs),
+        leaves[at] if scale is None else scale,
+        factors(spreads),
+        drop and Dropout(drop[0], factors(drop[1:])[0]),
+      )
+      for pairs, scale, at, spreads, drop in terms
+    ],
+    origin,
+  )
+
+
+jax.tree_util.register_pytree_node(View, _flatten, _unflatten)
+
+
+class Squared(Derived):
+  """The square of a view, of which only a sum is known to be cheaper."""
+
+  def __init__(self, view: View) -> None:
+    super().__init__(view, view.shape)
+
+  def of(self, view: View) -> Squared:
+    """Returns the square of another view."""
+    return Squared(view)
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    value = self.view.dense()
+    return value * value
+
+
+class Folded(Derived):
+  """A view of which neighbouring axes were joined that factors own in part.
+
+  So it is with a Kronecker product, and with blocks along a diagonal.
+
+  Attributes:
+    groups: for each axis the axes of the view that it was joined from.
+  """
+
+  def __init__(self, view: View, groups: tuple[tuple[int, ...], ...]) -> None:
+    sizes = [math.prod(view.shape[i] for i in group) for group in groups]
+    super().__init__(view, sizes)
+    self.groups = groups
+
+  def of(self, view: View) -> Folded:
+    """Returns another view with the same axes joined."""
+    return Folded(view, self.groups)
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    return jax.lax.reshape(self.view.dense(), self.shape)
+
+
+class Looked(Derived):
+  """Rows that were looked up in a view, as long as nobody has used them.
+
+  Where they are used in a wider dtype, they are summed in that: an embedding's
+  update is not rounded to the dtype in which the table is stored.
+
+  Attributes:
+    computed: computes the array of a view, in its arithmetic.
+  """
+
+  def __init__(self, view: View, computed: Callable[[View], Any]) -> None:
+    super().__init__(view, view.shape)
+    self.computed = computed
+
+  def of(self, view: View) -> Looked:
+    """Returns the rows of another view."""
+    return Looked(view, self.computed)
+
+  def dense(self) -> Any:
+    """Returns the array."""
+    return cast(self.computed(self.view), self.dtype)
+
+
+jax.tree_util.register_pytree_node(
+  Looked,
+  lambda one: ((one.view,), one.computed),
+  lambda computed, views: Looked(*views, computed),
+)
+jax.tree_util.register_pytree_node(
+  Squared, lambda one: ((one.view,), None), lambda _, views: Squared(*views)
+)
+jax.tree_util.register_pytree_node(
+  Folded,
+  lambda one: ((one.view,), one.groups),
+  lambda groups, views: Folded(*views, groups),
+)
+
+
+def plain(value: Any, dtype: Any = None) -> View:
+  """Returns an array as a view of one term, cast to a dtype when it is used."""
+  axes = tuple(range(value.ndim))
+  return View(
+    value.shape,
+    value.dtype if dtype is None else dtype,
+    [Term((Factor(value, axes),))],
+  )
+
+
+def cast(value: Any, dtype: Any) -> Any:
+  """Returns an array in a dtype; the very array if it has it."""
+  if value.dtype == dtype:
+    return value
+  return jax.lax.convert_element_type(value, dtype)
+
+
+def widens(old: Any, new: Any) -> bool:
+  """Whether each number of a floating dtype is one of another."""
+  floating = (jnp.issubdtype(dtype, jnp.floating) for dtype in (old, new))
+  if not all(floating):
+    return False
+  had, has = jnp.finfo(old), jnp.finfo(new)
+  return bool(
+    has.nmant >= had.nmant
+    and has.maxexp >= had.maxexp
+    and has.minexp <= had.minexp
+  )
+
+
+def times(value: Any, scale: Any) -> Any:
+  """Returns an array times a number, in the array's dtype."""
+  if not isinstance(scale, jax.Array):
+    if scale == 1.0:
+      return value
+    scale = np.asarray(scale, value.dtype)
+  return jax.lax.mul(value, cast(scale, value.dtype))
+
+
+def _dense(view: View) -> Any:
+  wide = compute.wide(view.dtype)
+  total = None
+  for number, term in enumerate(view.terms):
+    if _is_low_rank(view, number):
+      # As the parameter is where nothing keeps it factored.
+      base, a, b = (
+        cast(f.value, wide)
+        for f in (*view.terms[number].factors, *view.terms[number + 1].factors)
+      )
+      axes = tuple(
+        f.axes for t in view.terms[number : number + 2] for f in t.factors
+      )
+      total = lowrank.primitive().bind(
+        base, a, b, axes=axes, scale=view.terms[1].scale, dropout=0.0
+      )
+      continue
+    if number == 1 and _is_low_rank(view, 0):
+      continue
+    made = _dense_term(term, view.shape, wide)
+    total = made if total is None else total + made
+  return cast(total, view.dtype)
+
+
+def _is_low_rank(view: View, number: int) -> bool:
+  """Whether a view begins as what the primitive `low_rank` computes."""
+  if number or len(view.terms) < 2:
+    return False
+  base, product = view.terms[:2]
+  owned = {x for t in (base, product) for f in t.factors for x in f.axes}
+  if owned != {RANK, *range(view.ndim)}:
+    return False
+  return (
+    len(base.factors) == 1
+    and len(product.factors) == 2
+    and not base.spreads
+    and not product.spreads
+    and isinstance(base.scale, float)
+    and base.scale == 1.0
+    and isinstance(product.scale, float)
+  )
+
+
+def _dense_term(term: Term, shape: Shape, dtype: Any) -> Any:
+  values = [cast(f.value, dtype) for f in term.factors]
+  owned: Sequence[int]
+  if len(values) == 1:
+    value, owned = values[0], term.factors[0].axes
+  else:
+    a, b = term.factors
+    value = lowrank.contracted(values[0], a.axes, values[1], b.axes, 'highest')
+    owned = sorted({x for x in (*a.axes, *b.axes) if x != RANK})
+  value = times(lowrank.spread(value, owned, shape), term.scale)
+  for by in term.spreads:
+    value = value * _beside(cast(by.value, dtype), by.axes, len(shape))
+  return value
+
+
+def _beside(value: Any, axes: Sequence[int], ndim: int) -> Any:
+  """Returns an array with one axis for each of a view, some of size one."""
+  order = sorted(range(len(axes)), key=axes.__getitem__)
+  sizes = [1] * ndim
+  for at in order:
+    sizes[axes[at]] = value.shape[at]
+  if order != list(range(len(axes))):
+    value = jax.lax.transpose(value, order)
+  return jax.lax.reshape(value, sizes)
+
+
+# Products of arrays whose axes have labels.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """How two arrays with labelled axes are multiplied.
+
+  Attributes:
+    turns: orders of their axes in which they are brought first, if in another.
+    shapes: shapes to which they are brought then.
+    numbers: dimension numbers of the product.
+    shape: shape to which it is brought.
+    order: order of its axes; None if they are in order.
+  """
+
+  turns: tuple[Shape | None, Shape | None]
+  shapes: tuple[Shape | None, Shape | None]
+  numbers: Any
+  shape: Shape | None
+  order: tuple[int, ...] | None
+
+
+def _matrix(
+  labels: Labels, sizes: Shape, summed: Sequence[Hashable]
+) -> tuple[Shape | None, Shape, int]:
+  """Returns how an array is seen as a matrix.
+
+  Args:
+    labels: labels of its axes.
+    sizes: its shape.
+    summed: labels that are summed over, in the order that they shall have.
+
+  Returns:
+    The order of its axes, if it has to be turned; the shape of the matrix; and
+    the axis of it that is summed over.
+  """
+  inner = [labels.index(label) for label in summed]
+  outer = [i for i in range(len(labels)) if i not in inner]
+  shape = (
+    math.prod(sizes[i] for i in outer),
+    math.prod(sizes[i] for i in inner),
+  )
+  if [*inner, *outer] == [*range(len(labels))]:
+    return None, (shape[1], shape[0]), 0
+  turn = (*outer, *inner)
+  return None if turn == tuple(range(len(labels))) else turn, shape, 1
+
+
+@functools.lru_cache(maxsize=8192)
+def _plan(
+  x_labels: Labels,
+  x_shape: Shape,
+  y_labels: Labels,
+  y_shape: Shape,
+  out: Labels,
+) -> _Plan:
+  common = [label for label in x_labels if label in y_labels]
+  batch = [label for label in common if label in out]
+  summed = [label for label in common if label not in out]
+  sizes = dict(zip((*x_labels, *y_labels), (*x_shape, *y_shape), strict=True))
+  outer = [
+    label
+    for label in (*x_labels, *y_labels)
+    if label not in batch and label not in summed
+  ]
+  if any(label not in out for label in outer):
+    raise Decline  # Summed over in one of them alone.
+  found = [*batch, *outer]
+  order = tuple(found.index(label) for label in out)
+  shape: Shape | None = tuple(sizes[label] for label in found)
+  shapes: tuple[Shape | None, Shape | None] = (None, None)
+  numbers: Any = (
+    (
+      tuple(map(x_labels.index, summed)),
+      tuple(map(y_labels.index, summed)),
+    ),
+    (tuple(map(x_labels.index, batch)), tuple(map(y_labels.index, batch))),
+  )
+  turns: tuple[Shape | None, Shape | None] = (None, None)
+  if not batch and summed and max(len(x_labels), len(y_labels)) > 2:
+    # As matrices: axes that are not summed over cost copies in the gradient.
+    # The smaller one is turned, if they have them in another order.
+    larger = x_labels if math.prod(x_shape) > math.prod(y_shape) else y_labels
+    summed.sort(key=larger.index)
+    x_turn, x_matrix, x_axis = _matrix(x_labels, x_shape, summed)
+    y_turn, y_matrix, y_axis = _matrix(y_labels, y_shape, summed)
+    turns = (x_turn, y_turn)
+    shapes = (
+      None if x_matrix == x_shape else x_matrix,
+      None if y_matrix == y_shape else y_matrix,
+    )
+    numbers = (((x_axis,), (y_axis,)), ((), ()))
+  else:
+    shape = None
+  return _Plan(
+    turns,
+    shapes,
+    numbers,
+    shape,
+    None if order == tuple(range(len(order))) else order,
+  )
+
+
+# Parameters of a product that is as exact as the device can.
+EXACT: Mapping[str, Any] = {
+  'precision': (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST),
+  'out_sharding': None,
+}
+
+
+def product(
+  x: Any,
+  x_labels: Labels,
+  y: Any,
+  y_labels: Labels,
+  out: Labels,
+  params: Mapping[str, Any] = EXACT,
+  dtype: Any = None,
+) -> Any:
+  """Returns the product of two arrays, summed over labels that `out` lacks.
+
+  Args:
+    x: an array.
+    x_labels: labels of its axes.
+    y: another array.
+    y_labels: labels of its axes; equal ones go together.
+    out: labels of the result.
+    params: of the primitive `dot_general`, as far as they are not said here.
+    dtype: in which it is summed, and which it has.
+
+  Raises:
+    Decline: if an axis of one array alone would have to be summed over.
+  """
+  plan = _plan(x_labels, x.shape, y_labels, y.shape, out)
+  if plan.turns[0] is not None:
+    x = jax.lax.transpose(x, plan.turns[0])
+  if plan.turns[1] is not None:
+    y = jax.lax.transpose(y, plan.turns[1])
+  if plan.shapes[0] is not None:
+    x = jax.lax.reshape(x, plan.shapes[0])
+  if plan.shapes[1] is not None:
+    y = jax.lax.reshape(y, plan.shapes[1])
+  # Not the primitive itself: within shard_map one may vary over axes of the
+  # mesh over which the other does not.
+  made = jax.lax.dot_general(
+    x, y, plan.numbers, **{**params, 'preferred_element_type': dtype}
+  )
+  if plan.shape is not None and plan.shape != made.shape:
+    made = jax.lax.reshape(made, plan.shape)
+  return made if plan.order is None else jax.lax.transpose(made, plan.order)
+
+
+def multiplied(x: Any, labels: Labels, by: Factor, names: Labels) -> Any:
+  """Returns an array times one that owns some of its axes.
+
+  Args:
+    x: the array.
+    labels: labels of its axes.
+    by: what it is multiplied by.
+    names: labels of the axes of `by`.
+  """
+  axes = [labels.index(name) for name in names]
+  return jax.lax.mul(x, _beside(cast(by.value, x.dtype), axes, x.ndim))

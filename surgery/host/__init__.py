@@ -1,0 +1,1 @@
+"""Plugins: found, loaded when needed, and kept apart."""

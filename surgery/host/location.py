@@ -1,0 +1,93 @@
+"""Where a saved model lies: in a file, in a set of files, in a folder."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Iterable
+
+from surgery import errors
+
+# A set of files has an index, `out.msgpack.index.json`, that names its shards,
+# `out-00001-of-00003.msgpack`.
+INDEX = '.index.json'
+_SHARD = re.compile(r'(.+)-(\d{5,})-of-(\d{5,})')
+
+
+def is_index(path: pathlib.Path) -> bool:
+  """Whether a name is that of the index of a set."""
+  return path.name.endswith(INDEX) and len(path.name) > len(INDEX)
+
+
+def suffix(path: pathlib.Path) -> str:
+  """Returns what tells the format; of an index the suffix of its shards."""
+  if is_index(path):
+    path = path.with_name(path.name[: -len(INDEX)])
+  return path.suffix
+
+
+def shard(path: pathlib.Path, number: int, count: int) -> pathlib.Path:
+  """Returns the name of a shard of a set.
+
+  Args:
+    path: what the set is called.
+    number: of the shard, from 1.
+    count: number of shards.
+  """
+  return path.with_name(f'{path.stem}-{number:05}-of-{count:05}{path.suffix}')
+
+
+def shard_of(path: pathlib.Path) -> str | None:
+  """Returns the name of the set that a file looks like a shard of."""
+  match = _SHARD.fullmatch(path.stem)
+  return match and f'{match[1]}{path.suffix}'
+
+
+def numbered(path: pathlib.Path) -> tuple[str, int, int] | None:
+  """Returns the set that a file looks like a shard of, its number and count."""
+  match = _SHARD.fullmatch(path.stem)
+  if match is None:
+    return None
+  return f'{match[1]}{path.suffix}', int(match[2]), int(match[3])
+
+
+def in_folder(folder: pathlib.Path, suffixes: Iterable[str]) -> pathlib.Path:
+  """Returns the one saved model in a folder: a file, or an index.
+
+  Args:
+    folder: the folder.
+    suffixes: of files that can be read.
+
+  Raises:
+    FormatError: if there is none, or more than one.
+  """
+  suffixes = set(suffixes)
+  names = sorted(
+    path
+    for path in folder.iterdir()
+    if suffix(path) in suffixes and not path.name.startswith('.')
+  )
+  indexed = any(is_index(path) for path in names)
+  # An index may name its shards otherwise, but nobody calls a model so.
+  models = [path for path in names if not (indexed and shard_of(path))]
+  if len(models) == 1 and not shard_of(models[0]):
+    return models[0]
+  if not models:
+    raise errors.FormatError(
+      f'{folder}: expected one saved model in the folder, found none. Known '
+      f'suffixes: {", ".join(sorted(suffixes)) or "none"}.'
+    )
+  if all(shard_of(path) for path in models):
+    raise errors.FormatError(
+      f'{folder}: found {_some(models)}, but not their index '
+      f'({shard_of(models[0])}{INDEX}). Fetch it, or write them again.'
+    )
+  raise errors.FormatError(
+    f'{folder}: expected one saved model in the folder, found '
+    f'{_some(models)}. Name one of them.'
+  )
+
+
+def _some(found: list[pathlib.Path]) -> str:
+  more = f' and {len(found) - 5} more' if len(found) > 5 else ''
+  return ', '.join(path.name for path in found[:5]) + more

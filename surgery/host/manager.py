@@ -1,0 +1,955 @@
+"""The host: finds plugins, loads them when they are needed, names the broken.
+
+A host owns one plugin manager; nothing about plugins is global. A default host
+exists for convenience (`default_host`), and every verb takes `host=`.
+
+Two groups of entry points are read. `surgery.adapters`: the entry's name is the
+adapter type's name and its value an `Adapter` subclass; only what is asked for
+is imported. `surgery.plugins`: objects with hooks; loaded when the first hook
+is asked. An installed plugin is arbitrary code; files and recipes never name
+importable modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import importlib.metadata
+import inspect
+import itertools
+import os
+import pathlib
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import pluggy
+
+from surgery import errors, once, version
+from surgery.contract import hookspecs
+from surgery.contract.adapter import Adapter
+from surgery.contract.site import Site
+from surgery.host import foreign, location
+from surgery.naming import paths
+
+ADAPTERS = 'surgery.adapters'
+PLUGINS = 'surgery.plugins'
+VARIABLES = (
+  'SURGERY_PLUGINS',
+  'SURGERY_PREFER',
+  'SURGERY_STRICT_PLUGINS',
+  'SURGERY_TRACE',
+)
+# The library's own.
+DISTRIBUTION = 'blox-surgery'
+
+
+class PluginWarning(UserWarning):
+  """A plugin could not be loaded; the rest goes on without it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginInfo:
+  """What is known of one plugin.
+
+  Attributes:
+    name: name of its entry point, or under which it was registered.
+    kind: `adapter` or `plugin`.
+    distribution: name of the distribution that it came from, or empty.
+    version: that distribution's version, or empty.
+    state: `available` (not imported yet), `loaded`, `broken` or `blocked`.
+    reason: why it is broken.
+    hooks: names of the hooks that it implements, where it is loaded.
+    traceback: where it broke, for `surgery plugins show`.
+  """
+
+  name: str
+  kind: str
+  distribution: str = ''
+  version: str = ''
+  state: str = 'available'
+  reason: str = ''
+  hooks: tuple[str, ...] = ()
+  traceback: str = ''
+
+  @property
+  def origin(self) -> str:
+    """Distribution and version, or where else it came from."""
+    if not self.distribution:
+      return 'given to the host'
+    return f'{self.distribution} {self.version}'.rstrip()
+
+
+@dataclasses.dataclass
+class _Entry:
+  """A plugin that is known by name; loaded or not."""
+
+  info: PluginInfo
+  entry_point: importlib.metadata.EntryPoint | None
+  value: Any = None
+  error: BaseException | None = None
+
+
+_HOOKS = tuple(n for n in sorted(vars(hookspecs)) if n.startswith('surgery_'))
+# What comes with the library, as its own distribution says it.
+_OWN = {
+  ADAPTERS: {'lora': 'surgery.builtin.lora:LoRA'},
+  PLUGINS: {'files': 'surgery.files.plugin', 'passes': 'surgery.passes.plugin'},
+}
+
+
+def _entries(group: str, kind: str, installed: bool) -> list[_Entry]:
+  """Returns what is known by name, of installed distributions or of ours."""
+  found = []
+  if not installed:
+    for name, value in _OWN[group].items():
+      info = PluginInfo(name, kind, DISTRIBUTION, version.VERSION)
+      point = importlib.metadata.EntryPoint(name, value, group)
+      found.append(_Entry(info, point))
+    return found
+  for point in importlib.metadata.entry_points(group=group):
+    dist = point.dist
+    info = PluginInfo(
+      point.name, kind, dist.name if dist else '', dist.version if dist else ''
+    )
+    found.append(_Entry(info, point))
+  # The order of installation decides nothing.
+  return sorted(found, key=lambda e: (e.info.name, e.info.distribution))
+
+
+class Host:
+  """Owns the plugins that verbs ask.
+
+  Args:
+    plugins: adapter types and objects with hooks, beside what is installed.
+    entry_points: whether installed distributions are asked for plugins. What
+      comes with the library is there without being asked for, and blocked by
+      name.
+    block: names of plugins that must not be loaded.
+    only: names of the plugins of other distributions that may be loaded; all
+      by default. What comes with the library is always there, unless blocked.
+    prefer: where two offer one name, or one offers a name that comes with the
+      library: by name the distribution that is meant, or the class of a type
+      that is given in `plugins`.
+    strict: whether a broken plugin is an error, not a warning.
+    trace: is told of each call of a hook, in a line.
+
+  Example:
+    host = surgery.Host(plugins=[MyAdapter], entry_points=False)
+    params = surgery.attach(params, MyAdapter(), to='**', host=host)
+  """
+
+  def __init__(
+    self,
+    plugins: Iterable[Any] = (),
+    *,
+    entry_points: bool = True,
+    block: Iterable[str] = (),
+    only: Iterable[str] | None = None,
+    prefer: Mapping[str, str] | None = None,
+    strict: bool = False,
+    trace: Callable[[str], Any] | None = None,
+  ) -> None:
+    self._lock = threading.RLock()
+    self._block = frozenset(block)
+    self._only = None if only is None else frozenset(only)
+    self._prefer = dict(prefer or {})
+    self._strict = strict
+    self._trace = trace
+    self._entry_points = entry_points
+    self._manager: pluggy.PluginManager | None = None
+    self._given: list[Any] = []
+    self._types: dict[str, type[Adapter]] = {}
+    self._providers: dict[tuple[str, str], Any] = {}
+    for plugin in plugins:
+      self.register(plugin)
+
+  def __copy__(self) -> Host:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> Host:
+    return self
+
+  def __reduce__(self) -> Any:
+    raise TypeError(
+      'a surgery.Host cannot be pickled: it holds plugins, which are code. '
+      'Make one in each process, or call surgery.default_host() there.'
+    )
+
+  # Adapter types.
+
+  @once.attribute
+  def _adapters(self) -> dict[str, list[_Entry]]:
+    found: dict[str, list[_Entry]] = {}
+    for entry in _entries(ADAPTERS, 'adapter', self._entry_points):
+      found.setdefault(entry.info.name, []).append(entry)
+    return found
+
+  def _blocked(self, info: PluginInfo) -> bool:
+    """Whether a plugin must not be loaded."""
+    if info.name in self._block:
+      return True
+    own = info.distribution in ('', DISTRIBUTION)
+    return not own and self._only is not None and info.name not in self._only
+
+  def _chosen(self, entries: list[_Entry], what: str) -> list[_Entry]:
+    """Returns those of the same name that are meant: one, or none.
+
+    Raises:
+      PluginError: if there are several, naming their distributions.
+    """
+    open_ = [e for e in entries if not self._blocked(e.info)]
+    if len(open_) < 2:
+      return open_
+    name = open_[0].info.name
+    wanted = self._prefer.get(name)
+    meant = [e for e in open_ if e.info.distribution == wanted]
+    if len(meant) == 1:
+      return meant
+    origins = ' and '.join(e.info.origin for e in open_)
+    if wanted is not None:
+      raise errors.PluginError(
+        f"{what} '{name}' is offered by {origins}, and '{wanted}', which is "
+        'preferred, is none of them.'
+      )
+    raise errors.PluginError(
+      f"{what} '{name}' is offered by {origins}. Uninstall or block one of "
+      f'them, or say which is meant: Host(prefer={{{name!r}: '
+      f'{open_[0].info.distribution!r}}}), or SURGERY_PREFER='
+      f'{name}={open_[0].info.distribution}.'
+    )
+
+  def adapter_names(self) -> tuple[str, ...]:
+    """Returns the names of all adapter types, without importing them."""
+    found = {
+      name
+      for name, entries in self._adapters.items()
+      if not all(self._blocked(e.info) for e in entries)
+    }
+    return tuple(sorted((found | self._types.keys()) - self._block))
+
+  def adapter_type(self, name: str) -> type[Adapter]:
+    """Returns an adapter type, importing it if need be.
+
+    Raises:
+      UnknownAdapterType: if nothing offers it.
+      PluginError: if what offers it is broken, or two distributions do.
+    """
+    if name in self._types and name not in self._block:
+      return self._types[name]
+    entries = self._chosen(self._adapters.get(name, []), 'adapter type')
+    if not entries:
+      raise errors.UnknownAdapterType(
+        f"unknown adapter type '{name}'."
+        f'{errors.suggest(name, self.adapter_names())} Adapter types come '
+        f"from installed distributions (entry points in '{ADAPTERS}'); "
+        '`surgery plugins` lists them.'
+      )
+    entry = self._load(entries[0])
+    if entry.error is not None:
+      raise errors.PluginError(
+        f"adapter type '{name}' of {entry.info.origin} is broken: "
+        f'{entry.info.reason}'
+      ) from entry.error
+    return entry.value
+
+  def distribution(self, name: str) -> str:
+    """Returns the distribution and version an adapter type comes from."""
+    if name in self._types:
+      return ''
+    entries = self._chosen(self._adapters.get(name, []), 'adapter type')
+    return entries[0].info.origin if entries else ''
+
+  def _load(self, entry: _Entry) -> _Entry:
+    """Loads an entry once; what goes wrong is kept in it."""
+    with self._lock:
+      if entry.value is not None or entry.error is not None:
+        return entry
+      assert entry.entry_point is not None
+      try:
+        with foreign.printing():
+          value = entry.entry_point.load()
+          if entry.info.kind == 'plugin':
+            value = _object(value, entry.info.name)
+        if entry.info.kind == 'adapter':
+          _check_type(value, entry.info.name)
+        entry.value = value
+        entry.info = dataclasses.replace(entry.info, state='loaded')
+      # A plugin is somebody else's code, and may even end the process.
+      except (Exception, SystemExit) as error:
+        entry.error = error
+        entry.info = dataclasses.replace(
+          entry.info,
+          state='broken',
+          reason=f'{type(error).__name__}: {error}{_line(error)}'
+          f'{_release(entry)}',
+          traceback=''.join(traceback.format_exception(error)),
+        )
+      return entry
+
+  # Hooks.
+
+  def register(self, plugin: Any) -> None:
+    """Adds an adapter type or an object with hooks.
+
+    Args:
+      plugin: an `Adapter` subclass, or any object with functions that are
+        marked with `surgery.hookimpl`.
+
+    Raises:
+      PluginError: if it offers nothing, has a misspelt hook, or its name is
+        taken.
+    """
+    with self._lock:
+      if inspect.isclass(plugin) and issubclass(plugin, Adapter):
+        _check_type(plugin, plugin.name)
+        if plugin.name in self._types:
+          raise errors.PluginError(
+            f"adapter type '{plugin.name}' is registered already, as "
+            f'{self._types[plugin.name].__qualname__}.'
+          )
+        if self._is_meant(plugin):
+          self._types[plugin.name] = plugin
+        return
+      with foreign.printing():
+        plugin = _object(plugin, None)
+      # What is wrong with it is said now, not when a hook is first called.
+      _register(_without_plugins(), plugin, None)
+      self._given.append(plugin)
+      if self._manager is not None:
+        _register(self._manager, plugin, None)
+
+  def _is_meant(self, cls: type[Adapter]) -> bool:
+    """Whether a type that is given is the one of its name.
+
+    Raises:
+      PluginError: if a distribution offers another type of that name, and it
+        is not said which is meant.
+    """
+    others = [
+      entry.info
+      for entry in self._adapters.get(cls.name, ())
+      if not self._blocked(entry.info) and not _is_entry(cls, entry)
+    ]
+    wanted = self._prefer.get(cls.name)
+    if not others or wanted == cls.__name__:
+      return True
+    if wanted in [info.distribution for info in others]:
+      return False
+    origin = others[0].origin
+    raise errors.PluginError(
+      f"adapter type '{cls.name}' is offered by {origin}, and "
+      f'{cls.__module__}.{cls.__qualname__}, which is given to the host, has '
+      'the same name. Give it another one, or say which is meant: '
+      f'Host(prefer={{{cls.name!r}: {cls.__name__!r}}}).'
+    )
+
+  @once.attribute
+  def _plugin_entries(self) -> list[_Entry]:
+    return _entries(PLUGINS, 'plugin', self._entry_points)
+
+  @property
+  def manager(self) -> pluggy.PluginManager:
+    """The plugin manager, with all plugins loaded."""
+    with self._lock:
+      if self._manager is None:
+        manager = _without_plugins()
+        # The last that was registered is asked first.
+        for entry in reversed(self._wanted()):
+          self._load_plugin(manager, entry)
+        for plugin in self._given:
+          _register(manager, plugin, None)
+        if self._trace is not None:
+          manager.add_hookcall_monitoring(lambda *_: None, self._traced)
+        self._manager = manager
+      return self._manager
+
+  def _wanted(self) -> list[_Entry]:
+    """Returns the plugins that may be loaded; of one name only one.
+
+    Raises:
+      PluginError: if two distributions offer one name.
+    """
+    names = dict.fromkeys(e.info.name for e in self._plugin_entries)
+    wanted = []
+    for name in names:
+      same = [e for e in self._plugin_entries if e.info.name == name]
+      try:
+        meant = self._chosen(same, 'plugin')
+      except errors.PluginError as error:
+        # None of them is loaded: which would be a matter of luck.
+        for entry in same:
+          self._broken(entry, error)
+        continue
+      for entry in same:
+        if entry not in meant:
+          entry.info = dataclasses.replace(entry.info, state='blocked')
+      wanted += meant
+    return wanted
+
+  def _broken(self, entry: _Entry, error: errors.PluginError) -> None:
+    entry.error = error
+    entry.info = dataclasses.replace(
+      entry.info, state='broken', reason=f'{error}{_release(entry)}'
+    )
+    self._report(entry)
+
+  def _report(self, entry: _Entry) -> None:
+    """Warns of a broken plugin, or raises if that was asked for."""
+    text = f"plugin '{entry.info.name}' of {entry.info.origin} is broken"
+    if self._strict:
+      raise errors.PluginError(
+        f'{text}: {entry.info.reason} Uninstall it, block it (--no-plugin '
+        f'{entry.info.name}), or unset SURGERY_STRICT_PLUGINS.'
+      ) from entry.error
+    warnings.warn(
+      f'{text} and left out: {entry.info.reason}', PluginWarning, stacklevel=2
+    )
+
+  def _traced(
+    self, outcome: Any, hook: str, impls: Any, arguments: Mapping[str, Any]
+  ) -> None:
+    assert self._trace is not None
+    names = [impl.plugin_name for impl in impls]
+    said = ', '.join(f'{k}={_short(v)}' for k, v in arguments.items())
+    result = (
+      f'raised {_short(outcome.exception)}'
+      if outcome.exception is not None
+      else _short(outcome.get_result())
+    )
+    self._trace(f'{hook}({said}) asked of {", ".join(names)} → {result}')
+
+  def _load_plugin(self, manager: pluggy.PluginManager, entry: _Entry) -> None:
+    self._load(entry)
+    if entry.error is None:
+      try:
+        _register(manager, entry.value, entry.info.name)
+        hooks = manager.get_hookcallers(entry.value) or []
+        entry.info = dataclasses.replace(
+          entry.info, hooks=tuple(sorted(h.name for h in hooks))
+        )
+      except errors.PluginError as error:
+        self._broken(entry, error)
+        return
+    if entry.error is not None:
+      self._report(entry)
+
+  def ask(self, hook: str, *, of: Any = None, **arguments: Any) -> Any:
+    """Asks a hook.
+
+    Args:
+      hook: its name.
+      of: an object whose method takes part first, for hooks of which the first
+        result wins; e.g. the adapter that is being attached.
+      **arguments: the hook's arguments.
+
+    Returns:
+      What the hook's specification says: the first result, or a list of all.
+
+    Raises:
+      PluginError: if an implementation raises something that is no
+        `SurgeryError`; it names the plugin.
+    """
+    caller = getattr(self.manager.hook, hook)
+    extra = getattr(of, hook, None)
+    try:
+      with foreign.printing():
+        if extra is None:
+          result = caller(**arguments)
+        elif not caller.get_hookimpls() and self._trace is None:
+          # Nobody else has a say: a model of ten thousand layers asks often.
+          result = extra(**{n: arguments[n] for n in _names(extra.__func__)})
+        else:
+          result = caller.call_extra([extra], arguments)
+    except errors.SurgeryError:
+      raise
+    except (Exception, SystemExit) as error:
+      owner = self._owner(caller, extra, error)
+      raise errors.PluginError(
+        f'{owner} failed in {hook}: {type(error).__name__}: {error}'
+      ) from error
+    if result is not None and hook in hookspecs.RETURNS:
+      fits, expected = hookspecs.RETURNS[hook]
+      if not fits(result):
+        owner = self._answerer(caller, extra, arguments, fits)
+        raise errors.PluginError(
+          f'{owner} returned {_short(result)} in {hook}, expected {expected}.'
+        )
+    return result
+
+  def _answerer(
+    self,
+    caller: Any,
+    extra: Any,
+    arguments: Mapping[str, Any],
+    fits: Callable[[Any], bool],
+  ) -> str:
+    """Returns which plugin gave an answer that does not fit.
+
+    pluggy does not tell whose the first answer was, so they are asked again,
+    in its order.
+    """
+    if extra is not None:
+      answer = extra(**{n: arguments[n] for n in _names(extra.__func__)})
+      if answer is not None and not fits(answer):
+        return self._type_called(extra)
+    for impl in reversed(caller.get_hookimpls()):
+      if impl.wrapper or impl.hookwrapper:
+        continue
+      answer = impl.function(*(arguments[name] for name in impl.argnames))
+      if answer is not None and not fits(answer):
+        return self._called(impl)
+    wrappers = [i for i in caller.get_hookimpls() if i.wrapper or i.hookwrapper]
+    return self._called(wrappers[-1]) if wrappers else 'a plugin'
+
+  def _owner(self, caller: Any, extra: Any, error: BaseException) -> str:
+    """Returns which plugin it was whose implementation raised."""
+    codes = {
+      frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)
+    }
+    for impl in caller.get_hookimpls():
+      if getattr(impl.function, '__code__', None) in codes:
+        return self._called(impl)
+    return 'a plugin' if extra is None else self._type_called(extra)
+
+  def _type_called(self, method: Any) -> str:
+    """Returns an adapter's type, and the distribution it is of."""
+    name = getattr(getattr(method, '__self__', None), 'name', '?')
+    if origin := self.distribution(name):
+      return f"adapter type '{name}' of {origin}"
+    return f"adapter type '{name}'"
+
+  def _called(self, impl: Any) -> str:
+    """Returns an implementation's plugin, and the distribution it is of."""
+    for entry in self._plugin_entries:
+      if entry.value is not None and entry.value is impl.plugin:
+        return f"plugin '{impl.plugin_name}' of {entry.info.origin}"
+    return f"plugin '{impl.plugin_name}'"
+
+  def plugins(self) -> list[PluginInfo]:
+    """Returns all plugins that are known, without importing adapter types."""
+    _ = self.manager  # Loads plugins with hooks, so that states are true.
+    infos = [
+      info
+      for entries in self._adapters.values()
+      for info in self._offered(entries)
+    ]
+    infos += [
+      PluginInfo(name, 'adapter', state='loaded', hooks=_hooks_of(cls))
+      for name, cls in self._types.items()
+    ]
+    infos += [e.info for e in self._plugin_entries]
+    for plugin in self._given:
+      hooks = self.manager.get_hookcallers(plugin) or []
+      name = self.manager.get_name(plugin) or repr(plugin)
+      infos.append(
+        PluginInfo(
+          name,
+          'plugin',
+          state='loaded',
+          hooks=tuple(sorted(h.name for h in hooks)),
+        )
+      )
+    return sorted(infos, key=lambda i: (i.kind, i.name, i.distribution))
+
+  def _offered(self, entries: list[_Entry]) -> Iterator[PluginInfo]:
+    """Yields the adapter types of one name; at most one can be had."""
+    try:
+      meant, reason = self._chosen(entries, 'adapter type'), ''
+    except errors.PluginError as error:
+      meant, reason = [], str(error)
+    for entry in entries:
+      info = entry.info
+      if info.state == 'loaded':
+        info = dataclasses.replace(info, hooks=_hooks_of(entry.value))
+      if self._blocked(info) or (entry not in meant and not reason):
+        info = dataclasses.replace(info, state='blocked')
+      elif reason:
+        info = dataclasses.replace(info, state='broken', reason=reason)
+      yield info
+
+  # What plugins offer by name.
+
+  def _offers(self, hook: str) -> dict[str, Any]:
+    found: dict[str, tuple[str, Any]] = {}
+    for impl in getattr(self.manager.hook, hook).get_hookimpls():
+      with foreign.code(f'{self._called(impl)}: {hook}'):
+        offered = impl.function()
+      self._check_offer(impl, hook, offered)
+      if self._trace is not None:
+        names = _short(list(offered or ()))
+        self._trace(f'{hook}() asked of {impl.plugin_name} → {names}')
+      for name, value in dict(offered or {}).items():
+        if name in found:
+          both = (found[name][0], impl.plugin_name)
+          wanted = self._prefer.get(name)
+          if wanted not in both:
+            raise errors.PluginError(
+              f"'{name}' is offered by two plugins, '{both[0]}' and "
+              f"'{both[1]}' ({hook}). Uninstall or block one of them, or say "
+              f'which is meant: Host(prefer={{{name!r}: {both[0]!r}}}), or '
+              f'SURGERY_PREFER={name}={both[0]}.'
+            )
+          if wanted == found[name][0]:
+            continue
+        found[name] = (impl.plugin_name, value)
+        self._providers[hook, name] = impl
+    return {name: value for name, (_, value) in sorted(found.items())}
+
+  def _check_offer(self, impl: Any, hook: str, offered: Any) -> None:
+    """Raises unless a plugin offers what the hook is for, by name."""
+    if offered is None:
+      return
+    fits, expected = hookspecs.OFFERS[hook]
+    if not isinstance(offered, Mapping):
+      raise errors.PluginError(
+        f'{self._called(impl)} returned {_short(offered)} in {hook}, expected '
+        'a mapping by name.'
+      )
+    for name, value in offered.items():
+      if not isinstance(name, str) or not fits(value):
+        raise errors.PluginError(
+          f'{self._called(impl)} offers {_short(value)} as {name!r} in {hook}, '
+          f'expected {expected}.'
+        )
+
+  def offered_by(self, hook: str, name: str) -> str | None:
+    """Returns the plugin that offers something by name; None if we do.
+
+    Args:
+      hook: `surgery_passes` or another that offers things.
+      name: the name.
+    """
+    impl = self._providers.get((hook, name))
+    if impl is None:
+      return None
+    for entry in self._plugin_entries:
+      own = entry.info.distribution == DISTRIBUTION
+      if own and entry.value is not None and entry.value is impl.plugin:
+        return None
+    return self._called(impl)
+
+  def format_called(self, form: Any) -> str:
+    """Returns a format's name, and the plugin that offers it if not we do."""
+    for name, known in self.formats.items():
+      if known is form:
+        owner = self.offered_by('surgery_formats', name)
+        return f'format {name!r}' + (f' of {owner}' if owner else '')
+    return f'format {type(form).__name__!r}'
+
+  @once.attribute
+  def formats(self) -> Mapping[str, Any]:
+    """File formats by name."""
+    return self._offers('surgery_formats')
+
+  @once.attribute
+  def passes(self) -> Mapping[str, Callable[..., Any]]:
+    """Passes by name."""
+    return self._offers('surgery_passes')
+
+  @once.attribute
+  def methods(self) -> Mapping[str, Callable[..., Any]]:
+    """Methods that combine checkpoints or adapters, by name."""
+    return self._offers('surgery_methods')
+
+  def format_of(self, path: Any, name: str | None = None) -> Any:
+    """Returns the format of a file, the index of a set, or a folder's model.
+
+    Args:
+      path: the file; its suffix tells the format. `out.msgpack.index.json` has
+        that of `out.msgpack`.
+      name: name of the format, where the suffix does not tell it.
+
+    Raises:
+      FormatError: if there is none.
+    """
+    return self.located(path, name)[0]
+
+  def located(
+    self, path: Any, name: str | None = None
+  ) -> tuple[Any, pathlib.Path]:
+    """Returns the format of a saved model, and where its file or index is.
+
+    Args:
+      path: a file, the index of a set, or a folder that holds one model.
+      name: name of the format, where the suffix does not tell it.
+
+    Raises:
+      FormatError: if there is none, or a folder holds several models.
+    """
+    path = pathlib.Path(os.fsdecode(path))
+    forms = list(self.formats.values())
+    if name is not None:
+      if name not in self.formats:
+        raise errors.FormatError(
+          f"unknown format '{name}'.{errors.suggest(name, self.formats)}"
+        )
+      forms = [self.formats[name]]
+    known = [suffix for form in forms for suffix in form.suffixes]
+    if path.is_dir():
+      path = location.in_folder(path, known)
+    elif name is not None:
+      return forms[0], path
+    suffix = location.suffix(path)
+    for form in forms:
+      if suffix in form.suffixes:
+        return form, path
+    what = f'for the suffix {suffix!r}' if suffix else 'for a name without one'
+    raise errors.FormatError(
+      f'{path}: no format is known {what}. Known suffixes: '
+      f'{", ".join(sorted(known)) or "none"}.'
+    )
+
+  def observed(self, verb: str, arguments: Mapping[str, Any]) -> _Observed:
+    """Tells observers of a verb: `with host.observed('merge', {…}):`."""
+    return _Observed(self, verb, arguments)
+
+
+class _Observed:
+  def __init__(
+    self, host: Host, verb: str, arguments: Mapping[str, Any]
+  ) -> None:
+    self._host = host
+    self._event = hookspecs.Event(verb, arguments)
+
+  def __enter__(self) -> None:
+    self._host.ask('surgery_started', event=self._event)
+
+  def __exit__(self, kind: Any, error: BaseException | None, tb: Any) -> None:
+    event = dataclasses.replace(self._event, failed=error)
+    self._host.ask('surgery_finished', event=event)
+
+
+@functools.lru_cache(maxsize=256)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+  """Returns the arguments that an implementation takes, without self."""
+  return tuple(inspect.signature(function).parameters)[1:]
+
+
+def _hooks_of(cls: type[Adapter]) -> tuple[str, ...]:
+  """Returns the hooks that an adapter type implements, four at least."""
+  return tuple(name for name in _HOOKS if hasattr(cls, name))
+
+
+def _check_type(value: Any, name: str) -> None:
+  """Raises unless `value` is an adapter type of that name."""
+  if not (inspect.isclass(value) and issubclass(value, Adapter)):
+    raise errors.PluginError(
+      f"entry point '{name}': expected a subclass of surgery.Adapter, found "
+      f'{value!r}.'
+    )
+  if value.name != name or not name:
+    raise errors.PluginError(
+      f"entry point '{name}': its adapter type calls itself '{value.name}'. "
+      'The two names must be equal.'
+    )
+  for method in ('init', 'apply'):
+    if getattr(value, method) is getattr(Adapter, method):
+      raise errors.PluginError(
+        f"adapter type '{name}' has no method `{method}`."
+      )
+  _check_hooks(value, name)
+
+
+def _check_hooks(cls: type[Adapter], name: str) -> None:
+  """Raises unless all that a type marks as hooks are hooks.
+
+  pluggy checks plugins; it never sees an adapter type, whose methods are called
+  for the adapters in a model.
+  """
+  for method, function in inspect.getmembers(cls, inspect.isfunction):
+    if not hasattr(function, f'{hookspecs.PROJECT}_impl'):
+      continue
+    if method not in _HOOKS:
+      raise errors.PluginError(
+        f"adapter type '{name}': no hook is called '{method}'."
+        f'{errors.suggest(method, _HOOKS)}'
+      )
+    given = set(inspect.signature(getattr(hookspecs, method)).parameters)
+    extra = [a for a in _names(function) if a not in given]
+    if extra:
+      raise errors.PluginError(
+        f"adapter type '{name}': hook '{method}' has no argument '{extra[0]}'; "
+        f'it has {", ".join(sorted(given))}.'
+      )
+
+
+def _without_plugins() -> pluggy.PluginManager:
+  """Returns a manager that knows the hooks, and nobody who implements them."""
+  manager = pluggy.PluginManager(hookspecs.PROJECT)
+  manager.add_hookspecs(hookspecs)
+  return manager
+
+
+def _is_entry(cls: type[Adapter], entry: _Entry) -> bool:
+  """Whether a type is the one that an entry point names, without importing."""
+  point = entry.entry_point
+  if point is None or entry.value is cls:
+    return entry.value is cls
+  if (point.module, point.attr) == (cls.__module__, cls.__qualname__):
+    return True
+  # It may be named by a module that only passes it on.
+  return getattr(sys.modules.get(point.module), point.attr, None) is cls
+
+
+def _object(plugin: Any, name: str | None) -> Any:
+  """Returns a plugin; of a class, an object of it.
+
+  Raises:
+    PluginError: if it is an adapter type, or cannot be made without arguments.
+  """
+  kind = plugin if inspect.isclass(plugin) else type(plugin)
+  if issubclass(kind, Adapter):
+    raise errors.PluginError(
+      f"plugin '{name or kind.__name__}' is an adapter type. Its entry point "
+      "goes into the group 'surgery.adapters'."
+    )
+  if not inspect.isclass(plugin):
+    return plugin
+  try:
+    return plugin()
+  except errors.SurgeryError:
+    raise
+  except (Exception, SystemExit) as error:
+    hint = ' Give an object of the class.'
+    said = f'{type(error).__name__}: {error}.'
+    raise errors.PluginError(
+      f"plugin '{name or plugin.__name__}': {said}"
+      f'{hint if isinstance(error, TypeError) else ""}'
+    ) from error
+
+
+def _register(
+  manager: pluggy.PluginManager, plugin: Any, name: str | None
+) -> None:
+  """Registers an object with hooks, or raises and leaves nothing behind."""
+  if manager.is_registered(plugin):
+    return  # Given to the host, and known by name too.
+  shown = str(name or getattr(plugin, '__name__', type(plugin).__name__))
+  # Of those that are given to a host, several may be of one class.
+  others = (f'{shown} {number}' for number in itertools.count(2))
+  names = itertools.chain([shown], others)
+  unique = next(n for n in names if not manager.has_plugin(n))
+  try:
+    manager.register(plugin, unique)
+    manager.check_pending()
+  except (pluggy.PluginValidationError, ValueError) as error:
+    if manager.is_registered(plugin):
+      manager.unregister(plugin)
+    raise errors.PluginError(f"plugin '{shown}': {error}") from error
+  if not manager.get_hookcallers(plugin):
+    manager.unregister(plugin)
+    raise errors.PluginError(
+      f"plugin '{shown}' implements no hook. Mark its functions with "
+      'surgery.hookimpl.'
+    )
+
+
+def _short(value: Any) -> str:
+  """Returns a value in a few characters, for a trace."""
+  if isinstance(value, Site):
+    return paths.show(value.path) if value.known else '?'
+  text = repr(value)
+  return text if len(text) <= 60 else f'{text[:57]}…'
+
+
+def _line(error: BaseException) -> str:
+  """Returns the line of a plugin's file where it broke, if it was there."""
+  ours = pathlib.Path(__file__).parents[1]
+  for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    file = pathlib.Path(frame.filename)
+    if (
+      file.is_file()
+      and ours not in file.parents
+      and 'importlib'
+      not in (
+        file.parent.name,
+        file.parent.parent.name,
+      )
+    ):
+      return f' ({file.name}:{frame.lineno})'
+  return ''
+
+
+def _release(entry: _Entry) -> str:
+  """Returns what a broken plugin was made for, if it says so."""
+  point = entry.entry_point
+  if point is None or point.dist is None:
+    return ''
+  wanted = [
+    text
+    for text in point.dist.requires or ()
+    if text.replace('_', '-').lower().startswith(DISTRIBUTION)
+  ]
+  if not wanted:
+    return ''
+  return f' (it requires {wanted[0]}; this is {version.VERSION})'
+
+
+def from_environment(**changes: Any) -> Host:
+  """Returns a host as the environment's variables want it.
+
+  `SURGERY_PLUGINS`, a list with commas, names the plugins of other
+  distributions that may be loaded; empty, there are none. `SURGERY_PREFER=
+  name=distribution,…` says which of two is meant. `SURGERY_STRICT_PLUGINS=1`
+  makes a broken plugin an error. `SURGERY_TRACE=1` prints calls of hooks to
+  stderr.
+
+  Args:
+    **changes: further arguments of the host.
+
+  Raises:
+    PluginError: for a variable that cannot be read.
+  """
+  listed = lambda text: [t.strip() for t in text.split(',') if t.strip()]
+  options: dict[str, Any] = {}
+  only = os.environ.get('SURGERY_PLUGINS')
+  if only is not None:
+    options['only'] = listed(only)
+  prefer = {}
+  for item in listed(os.environ.get('SURGERY_PREFER', '')):
+    name, sign, distribution = item.partition('=')
+    if not (name and sign and distribution):
+      raise errors.PluginError(
+        f'SURGERY_PREFER: expected name=distribution, found {item!r}.'
+      )
+    prefer[name] = distribution
+  options['prefer'] = prefer
+  options['strict'] = _is_on('SURGERY_STRICT_PLUGINS')
+  if _is_on('SURGERY_TRACE'):
+    options['trace'] = lambda line: print(line, file=sys.stderr)
+  return Host(**{**options, **changes})
+
+
+def _is_on(variable: str) -> bool:
+  return os.environ.get(variable, '') not in ('', '0')
+
+
+@once.once
+def _default() -> Host:
+  return from_environment()
+
+
+_CURRENT: contextvars.ContextVar[Host | None] = contextvars.ContextVar(
+  'surgery_host', default=None
+)
+
+
+def default_host() -> Host:
+  """Returns the host that verbs use where none is given."""
+  return _CURRENT.get() or _default()
+
+
+@contextlib.contextmanager
+def used(host: Host) -> Iterator[None]:
+  """Makes a host the default one, in this thread and for a time."""
+  token = _CURRENT.set(host)
+  try:
+    yield
+  finally:
+    _CURRENT.reset(token)

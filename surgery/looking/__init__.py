@@ -1,0 +1,1 @@
+"""What looks at saved models and changes nothing."""

@@ -1,0 +1,1 @@
+"""A saved model as data: tensors, manifest, records of adapters."""

@@ -1,0 +1,706 @@
+"""A checkpoint: an ordered mapping from path to a lazy leaf, and a manifest.
+
+A file is a checkpoint that has not been read yet, `bx.Params` one that is in
+memory. Passes are functions from a checkpoint to a checkpoint; they compose
+leaves lazily, and a writer asks for one leaf at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import inspect
+import itertools
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from surgery import errors, expect
+from surgery.host import foreign
+from surgery.host.manager import Host, default_host
+from surgery.model import manifest, quantised
+from surgery.model.records import Records
+from surgery.naming import paths
+from surgery.naming.paths import Path
+
+Index = tuple[slice, ...]
+
+# A tensor is computed in blocks of at most that many elements. Live params and
+# files have the same blocks, so that they have the same bits.
+BLOCK = 1 << 20
+
+# Bytes an element as stored, for all dtypes that a file can hold. What is
+# narrower than a byte takes one.
+_SIZES = {
+  1: (
+    'bool int1 int2 int4 int8 uint1 uint2 uint4 uint8 float4_e2m1fn '
+    'float6_e2m3fn float6_e3m2fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz '
+    'float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu'
+  ),
+  2: 'int16 uint16 float16 bfloat16',
+  4: 'int32 uint32 float32 complex32 bcomplex32',
+  8: 'int64 uint64 float64 complex64',
+  16: 'complex128',
+}
+_ITEMSIZE = {
+  name: size for size, names in _SIZES.items() for name in names.split()
+}
+# Bits an element where elements share bytes. Such tensors are copied, not read.
+PACKED = {
+  'packed_float4_e2m1fn': 4,
+  'packed_float6_e2m3fn': 6,
+  'packed_float6_e3m2fn': 6,
+}
+# Kinds and bits of others, which only memory holds: `complex256`.
+_BITS = re.compile(r'(?:int|uint|float|complex|datetime|timedelta)(\d+)\b.*')
+
+
+@functools.cache
+def itemsize(dtype: str) -> int:
+  """Returns bytes an element as stored; int4 and the like take one byte."""
+  if dtype in _ITEMSIZE:
+    return _ITEMSIZE[dtype]
+  bits = _BITS.fullmatch(dtype)
+  return max(int(bits[1]) // 8, 1) if bits else 1
+
+
+def nbytes(dtype: str, size: int) -> int:
+  """Returns how many bytes elements of a dtype take as stored."""
+  if dtype in PACKED:
+    return -(-size * PACKED[dtype] // 8)
+  return size * itemsize(dtype)
+
+
+def grid(shape: tuple[int, ...], most: int = BLOCK) -> Iterator[Index]:
+  """Returns the blocks of an array, in C order; they are contiguous.
+
+  Args:
+    shape: shape of the array.
+    most: largest number of elements of a block.
+
+  Returns:
+    For each block slices of its leading axes, whose bounds are numbers; the
+    empty tuple, which is the whole, if the array is one block.
+  """
+  if math.prod(shape) <= most:
+    yield ()
+    return
+  # Axes in front of the one that is cut are taken one by one.
+  axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most)
+  rows = max(1, most // max(1, math.prod(shape[axis + 1 :])))
+  for front in itertools.product(*map(range, shape[:axis])):
+    before = tuple(slice(i, i + 1) for i in front)
+    for start in range(0, shape[axis], rows):
+      yield (*before, slice(start, min(start + rows, shape[axis])))
+
+
+@functools.lru_cache(maxsize=256)
+def dtype_name(dtype: Any) -> str:
+  """Returns a dtype's text; numpy makes it anew each time."""
+  return str(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _names(dtype: Any) -> tuple[str, str]:
+  # The name leaves the order of bytes out, the text may be JAX's own.
+  return str(getattr(dtype, 'name', dtype)), str(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """One parameter or tensor, which may not have been read yet.
+
+  Attributes:
+    load: returns the value: an array (numpy from a file, JAX in memory), or
+      the data of a PRNG key (uint32) where `key` is set.
+    shape: its shape; None if the value is no array (a Python scalar, None, an
+      empty dict, or in memory any pytree).
+    dtype: name of its dtype, or None.
+    trainable: whether it trains.
+    metadata: the parameter's metadata.
+    key: PRNG implementation, if the value is a key's data.
+    digest: digest of the bytes, where it is known.
+    scalar: whether a file holds it as a numpy scalar, not a 0-d array.
+    source: what a format keeps to copy the bytes unread; None if computed.
+    part: returns a part, `part(index)` being `load()[index]` without the rest;
+      the index is one of `grid(shape)`. None if it comes in one piece only.
+    region: returns any region, for each axis a slice whose bounds are numbers,
+      computed from no more of other tensors than it needs; None if only the
+      blocks of `part` can be.
+    scattered: whether a block of it is made of elements that lie far apart in
+      what it is computed from, as of a transposed matrix.
+    memory: bytes of memory that computing it takes, where that is another
+      number than its blocks tell.
+    heavy: whether computing it takes far longer than reading it, as products
+      and decompositions do.
+    codes: of which quantised weight it is a part, if it is one; then its values
+      are no numbers.
+    fresh: whether it is made anew, as first weights are, so that in params it
+      is put where the parameter lies that it belongs to.
+    beneath: what is stored, where `load` gives what a layer gets of it; see
+      `surgery.adapting.beneath`.
+    base: whether it is known that training has not changed it since an adapter
+      was attached. What passes make of it is the base then.
+  """
+
+  load: Callable[[], Any]
+  shape: tuple[int, ...] | None = None
+  dtype: str | None = None
+  trainable: bool = True
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  key: str | None = None
+  digest: str | None = None
+  scalar: bool = False
+  source: Any = dataclasses.field(default=None, compare=False, repr=False)
+  part: Callable[[Index], Any] | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
+  region: Callable[[Index], Any] | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
+  scattered: bool = dataclasses.field(default=False, compare=False)
+  memory: int | None = dataclasses.field(default=None, compare=False)
+  heavy: bool = dataclasses.field(default=False, compare=False)
+  codes: quantised.Codes | None = dataclasses.field(default=None, compare=False)
+  fresh: bool = dataclasses.field(default=False, compare=False)
+  beneath: Beneath | None = dataclasses.field(
+    default=None, compare=False, repr=False
+  )
+  base: bool = dataclasses.field(default=False, compare=False)
+
+  def replace(self, **changes: Any) -> Leaf:
+    """Returns a leaf with some attributes changed.
+
+    With another `load` goes what held for the old value: `part`, `region`,
+    `source`, `digest`, `beneath` and so on, unless they are given, too.
+
+    Raises:
+      QuantisedError: if another `load` is given for a part of a quantised
+        weight, and `codes` is not: numbers cannot be computed from codes.
+    """
+    if 'load' in changes:
+      if 'codes' not in changes:
+        quantised.refuse(self)
+      gone = ('part', 'region', 'source', 'digest', 'beneath')
+      changes = {**dict.fromkeys(gone), 'scattered': False, **changes}
+    return self.with_fields(**changes)
+
+  def with_fields(self, **changes: Any) -> Leaf:
+    """Returns a leaf with fields changed; what they mean is not looked at.
+
+    Raises:
+      TypeError: for a name that no field has.
+    """
+    if unknown := changes.keys() - self.__dict__.keys():
+      raise TypeError(f'Leaf has no field {min(unknown)!r}.')
+    # `dataclasses.replace` takes ten times as long, and models have many.
+    made = object.__new__(type(self))
+    made.__dict__.update(self.__dict__, **changes)
+    return made
+
+  def __copy__(self) -> Leaf:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> Leaf:
+    return self
+
+  def __reduce__(self) -> Any:
+    raise TypeError(_UNPICKLED.format('Leaf'))
+
+  def mismatch(self, value: Any, index: Index = ()) -> str | None:
+    """Returns in what a value is not what this leaf says; None if it is.
+
+    Plans and headers are made by what leaves say, so it has to hold for files
+    and for params alike.
+
+    Args:
+      value: what `load`, or `part` for the index, returned.
+      index: the block; the whole by default.
+    """
+    if self.shape is None:
+      return None
+    shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+    sizes = tuple(cut.stop - cut.start for cut in index)
+    expected = (*sizes, *self.shape[len(index) :])
+    if shape is None or dtype is None:
+      said = self.with_fields(shape=expected)
+      return f'expected {said}, found a value of type {type(value).__name__}.'
+    names = _names(dtype)
+    if tuple(shape) != expected or self.dtype not in names:
+      said = self.with_fields(shape=expected)
+      found = Leaf(self.load, tuple(shape), names[0])
+      return f'expected {said}, found {found}.'
+    return None
+
+  def parts(self) -> Iterator[Any]:
+    """Returns an array's values in blocks, as `grid` has them, or in one."""
+    if self.shape is None or self.part is None:
+      yield self.load()
+      return
+    for index in grid(self.shape):
+      yield self.part(index)
+
+  @property
+  def size(self) -> int:
+    """Number of elements; 0 if it is no array."""
+    return 0 if self.shape is None else math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    """Number of bytes as stored; 0 if it is no array."""
+    return 0 if self.dtype is None else nbytes(self.dtype, self.size)
+
+  def __str__(self) -> str:
+    if self.shape is None:
+      return 'value'
+    return f'{self.dtype}[{",".join(map(str, self.shape))}]'
+
+
+_UNPICKLED = (
+  'a surgery.{} cannot be pickled: it reads or computes tensors when they are '
+  'asked for. Pass the path of its file and open it there (surgery.open), or '
+  'write it to a file first (Checkpoint.write).'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beneath:
+  """What is stored of a parameter that adapters rewrite.
+
+  Attributes:
+    path: the parameter.
+    leaf: what is stored.
+    model: stands for the model that it is a parameter of: another may have one
+      of the same path and with the same adapter.
+  """
+
+  path: Path
+  leaf: Leaf
+  model: object
+
+
+_NOTHING = manifest.Manifest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """What has to hold of values before anything is written.
+
+  Attributes:
+    text: what holds, for plans.
+    run: raises `CheckError` if it does not.
+  """
+
+  text: str
+  run: Callable[[], None] = dataclasses.field(compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What a pass finds out of a tensor while it is computed.
+
+  Attributes:
+    path: the tensor, as the pass knew it.
+    what: what is counted, e.g. `underflow`.
+    count: returns how many elements, and of how many, once it was computed.
+    text: what it means, for people: `became zero in float8_e4m3fn`.
+  """
+
+  path: Path
+  what: str
+  count: Callable[[], tuple[int, int]] = dataclasses.field(
+    compare=False, repr=False
+  )
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+  """A layer that a selector matched and an adapter leaves as it is.
+
+  Attributes:
+    path: path of the layer.
+    adapter: name of the adapter.
+    reason: why its type cannot serve it, without a full stop.
+    named: whether the selector says something of its name, by more than a
+      wildcard.
+  """
+
+  path: Path
+  adapter: str
+  reason: str
+  named: bool
+
+  def to_json(self) -> dict[str, str]:
+    """Returns it as a plan shows it."""
+    return {
+      'path': paths.show(self.path),
+      'adapter': self.adapter,
+      'why': self.reason,
+    }
+
+
+class Checkpoint(Mapping[Path, Leaf]):
+  """Leaves by path, in order, and what is known beside them.
+
+  Args:
+    leaves: leaves by path.
+    manifest: what else is known.
+    records: adapters, where they have been resolved already.
+    origin: where it came from, for error messages.
+    checks: what has to hold before it is written.
+    seen: the `Beneath.model` of its leaves, if they are as layers get them.
+    findings: what is found out while it is written.
+    left_out: layers that were to have an adapter and cannot have it.
+
+  Example:
+    ckpt = surgery.open('m.msgpack')
+    for path, leaf in ckpt.items():
+      print(path, leaf.shape, leaf.dtype)
+    ckpt.write('copy.msgpack')
+  """
+
+  def __init__(
+    self,
+    leaves: Mapping[Path, Leaf],
+    manifest: manifest.Manifest = _NOTHING,
+    records: Records | None = None,
+    origin: str = '',
+    checks: tuple[Check, ...] = (),
+    seen: object | None = None,
+    findings: tuple[Finding, ...] = (),
+    left_out: tuple[LeftOut, ...] = (),
+  ) -> None:
+    self._leaves = dict(leaves)
+    self.manifest = manifest
+    self._records = records
+    self.origin = origin
+    self.checks = checks
+    self.seen = seen
+    self.findings = findings
+    self.left_out = left_out
+
+  def __getitem__(self, path: Path) -> Leaf:
+    try:
+      return self._leaves[path]
+    except KeyError:
+      raise KeyError(
+        f'{paths.show(path)} is not in {self.origin or "the checkpoint"}.'
+      ) from None
+
+  def __contains__(self, path: object) -> bool:
+    return path in self._leaves
+
+  def __iter__(self) -> Iterator[Path]:
+    return iter(self._leaves)
+
+  def __len__(self) -> int:
+    return len(self._leaves)
+
+  def __copy__(self) -> Checkpoint:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> Checkpoint:
+    return self
+
+  def __reduce__(self) -> Any:
+    raise TypeError(_UNPICKLED.format('Checkpoint'))
+
+  def __repr__(self) -> str:
+    size = sum(leaf.nbytes for leaf in self._leaves.values())
+    name = f'{self.origin}: ' if self.origin else ''
+    return f'Checkpoint({name}{len(self)} tensors, {size:,} bytes)'
+
+  def replace(
+    self,
+    *,
+    leaves: Mapping[Path, Leaf] | None = None,
+    manifest: manifest.Manifest | None = None,
+    records: Records | None = None,
+    checks: tuple[Check, ...] | None = None,
+    seen: object | None = None,
+    findings: tuple[Finding, ...] | None = None,
+    left_out: tuple[LeftOut, ...] | None = None,
+  ) -> Checkpoint:
+    """Returns a checkpoint with some parts changed."""
+    return Checkpoint(
+      self._leaves if leaves is None else leaves,
+      self.manifest if manifest is None else manifest,
+      self._records if records is None else records,
+      self.origin,
+      self.checks if checks is None else checks,
+      self.seen if seen is None else seen,
+      self.findings if findings is None else findings,
+      self.left_out if left_out is None else left_out,
+    )
+
+  def check(self) -> None:
+    """Sees to what passes said has to hold of values; tensors are read for it.
+
+    Raises:
+      CheckError: for the first that does not hold.
+    """
+    for one in self.checks:
+      one.run()
+
+  def records(self, host: Host) -> Records:
+    """Returns the adapters, with their types from `host`.
+
+    Raises:
+      UnknownAdapterType: if a type is not installed; the error names the
+        distribution that it came from when the file was written.
+    """
+    from surgery.model import record_json
+
+    if self._records is None:
+      self._records = record_json.from_json(self.manifest.adapters, host)
+    return self._records
+
+  @property
+  def known_records(self) -> Records | None:
+    """The adapters, if nobody has to be asked for their types any more."""
+    return self._records
+
+  def resolved(self, host: Host) -> manifest.Manifest:
+    """Returns the manifest with the adapters as they are now, for writing."""
+    from surgery.model import record_json
+
+    if self._records is None:
+      return self.manifest
+    return self.manifest.replace(
+      adapters=record_json.to_json(self._records, host, self.manifest.adapters)
+    )
+
+  def stored(
+    self, host: Host, verb: str, seen: object | None = None
+  ) -> Checkpoint:
+    """Returns the checkpoint with what is stored beneath adapters put back.
+
+    Steps are given parameters as layers get them. What a step left alone is
+    stored as it was; what it copied is stored as the layer got it.
+
+    Args:
+      host: knows the adapters' types.
+      verb: the step, for messages.
+      seen: the `Beneath.model` of what the step was given; by default that of
+        this checkpoint.
+
+    Raises:
+      AdapterError: if the step changed a parameter that an adapter rewrites: it
+        would be rewritten again.
+    """
+    leaves = dict(self._leaves)
+    answered = self.records(host).answered
+    origin = self.seen if seen is None else seen
+    for path, leaf in self._leaves.items():
+      one = leaf.beneath
+      if path in answered and (
+        one is None or one.path != path or one.model is not origin
+      ):
+        names = ' and '.join(map(repr, answered[path]))
+        raise errors.AdapterError(
+          f'{verb}: {paths.show(path)} is rewritten by adapter {names}, which '
+          f'cannot follow. Merge or detach {names} first, or select other '
+          'tensors.'
+        )
+      if path in answered and one is not None:
+        leaves[path] = one.leaf.replace(
+          trainable=leaf.trainable, metadata=leaf.metadata
+        )
+      elif one is not None:
+        leaves[path] = leaf.replace(beneath=None)
+    return Checkpoint(
+      leaves, self.manifest, self._records, self.origin, self.checks
+    )
+
+  @property
+  def shows_layers(self) -> bool:
+    """Whether some leaves are as layers get them, not as they are stored."""
+    return any(leaf.beneath is not None for leaf in self._leaves.values())
+
+  def notes(self) -> dict[Path, manifest.LeafNote]:
+    """Returns what the manifest says of each leaf."""
+    told = quantised.found(self._leaves, self.manifest.metadata)
+    # A base is one of adapters.
+    adapted = bool(self.manifest.adapters)
+    return {
+      path: manifest.LeafNote(
+        leaf.trainable,
+        leaf.metadata,
+        leaf.key,
+        leaf.digest,
+        # What names tell need not be written down.
+        None if leaf.codes == told.get(path) else leaf.codes,
+        leaf.base and adapted,
+      )
+      for path, leaf in self._leaves.items()
+    }
+
+  def write(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    format: str | None = None,
+    host: Host | None = None,
+    manifest: bool = True,
+    shard_size: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+  ) -> None:
+    """Writes the checkpoint to a file or a set of files, whole or not at all.
+
+    Args:
+      path: the file; its suffix tells the format.
+      overwrite: whether an existing file may be replaced. The index of a set
+        never is.
+      format: name of the format, where the suffix does not tell it.
+      host: whose formats are known.
+      manifest: whether flags, metadata, adapters and so on are written too.
+      shard_size: most bytes a file. With it, `out.msgpack` becomes
+        `out-00001-of-00003.msgpack` and so on, and `out.msgpack.index.json`.
+        A larger tensor has a file of its own.
+      metadata: what the file says of itself to other programs, text by text,
+        e.g. `{'format': 'pt'}`; added to what it said.
+      progress: is told of tensors and bytes that were written since the last
+        call.
+
+    Raises:
+      FormatError: if the checkpoint cannot be written in that format.
+      CheckError: if something does not hold that a pass said has to.
+      FileExistsError: if the file exists and `overwrite` is False.
+      OSError: if it cannot be written: no such folder, a full disk, …
+    """
+    from surgery.host import location
+
+    host = host or default_host()
+    target = pathlib.Path(os.fsdecode(path))
+    if target.is_dir():
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if location.is_index(target):
+      raise errors.FormatError(
+        f'{target}: an index is written with the files that it names. Write '
+        f'to {target.name[: -len(location.INDEX)]} with a shard_size.'
+      )
+    form = host.format_of(target, format)
+    options: dict[str, Any] = {} if manifest else {'manifest': False}
+    if shard_size is not None:
+      options['shard_size'] = shard_size
+    if progress is not None:
+      options['progress'] = progress
+    whole = self.stored(host, 'write') if self.shows_layers else self
+    said = whole.resolved(host)
+    if metadata:
+      said = said.replace(metadata={**said.metadata, **metadata})
+    whole = whole.replace(manifest=said)
+    taken = _taken(form, path, options)
+    self.check()
+    _of_format(form, host, 'write', whole, path, overwrite=overwrite, **taken)
+
+
+def _taken(
+  form: Any, path: str | os.PathLike[str], options: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns the options that a format's `write` takes.
+
+  Raises:
+    FormatError: if it does not take one that decides what is written.
+  """
+  parameters = inspect.signature(form.write).parameters
+  if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    return options
+  for name, what in (
+    ('shard_size', 'in several files (shard_size)'),
+    ('manifest', 'without a manifest'),
+  ):
+    if name in options and name not in parameters:
+      raise errors.FormatError(
+        f'{os.fsdecode(path)}: the format {type(form).__name__!r} cannot be '
+        f'written {what}. Leave that out, or write another format.'
+      )
+  # Who does not tell how far it is may still write.
+  return {name: options[name] for name in options if name in parameters}
+
+
+def _of_format(
+  form: Any, host: Host, method: str, *args: Any, **options: Any
+) -> Any:
+  """Calls a method of a format; of a plugin's, says whose it is if it fails."""
+  called = host.format_called(form)
+  run = getattr(form, method)
+  if ' of ' not in called:
+    return run(*args, **options)
+  # What the system says of a file it says best, and so does Python of a file
+  # that exists already.
+  with foreign.code(f'{method} of {called}', (OSError,)):
+    return run(*args, **options)
+
+
+def open_checkpoint(
+  path: str | os.PathLike[str],
+  *,
+  format: str | None = None,
+  host: Host | None = None,
+) -> Checkpoint:
+  """Opens a saved model without reading its tensors.
+
+  Args:
+    path: the file, whose suffix tells the format; or the index of a set of
+      files; or a folder that holds exactly one of these.
+    format: name of the format, where the suffix does not tell it.
+    host: whose formats are known.
+
+  Returns:
+    A checkpoint whose leaves are read when they are asked for.
+
+  Raises:
+    FormatError: if it is not what it should be, with path and offset.
+    FileNotFoundError: if there is no such file.
+  """
+  expect.path(path, open_checkpoint)
+  host = host or default_host()
+  where = pathlib.Path(os.fsdecode(path))
+  if not where.exists():
+    # Before its suffix is looked at, which may be as wrong as the rest.
+    raise FileNotFoundError(
+      errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path)
+    )
+  form, found = host.located(path, format)
+  opened = _of_format(form, host, 'open', found)
+  if not isinstance(opened, Checkpoint):
+    raise errors.PluginError(
+      f'{found}: open of {host.format_called(form)} returned '
+      f'{type(opened).__name__}, expected a surgery.Checkpoint.'
+    )
+  config = quantised.config_of(pathlib.Path(os.fsdecode(found)))
+  return quantised.marked(opened, config)
+
+
+def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:
+  """Returns the leaves as nested dicts.
+
+  Raises:
+    FormatError: if a path is a leaf and a prefix of another, or is empty.
+  """
+  tree: dict[str, Any] = {}
+  inner: set[Path] = set()
+  for path in leaves:
+    inner.update(path[:n] for n in range(1, len(path)))
+  for path, value in leaves.items():
+    if not path:
+      raise errors.FormatError('a parameter has an empty path.')
+    if path in inner:
+      other = next(p for p in leaves if p[: len(path)] == path and p != path)
+      raise errors.FormatError(
+        f'{paths.show(path)} is a parameter and {paths.show(other)} lies '
+        'beneath it: a file cannot hold both. Rename one of them.'
+      )
+    node = tree
+    for segment in path[:-1]:
+      node = node.setdefault(segment, {})
+    node[path[-1]] = value
+  return tree

@@ -1,0 +1,65 @@
+"""What is known of layers from a graph: their types, and roles of axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.naming.paths import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerType:
+  """A layer's type.
+
+  Attributes:
+    names: names of its class and bases, most derived first.
+    layouts: for parameters whose axes are known, a letter an axis: `i` input,
+      `o` output. What an array has beyond that is stacked in front.
+  """
+
+  names: tuple[str, ...]
+  layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+LayerTypes = Mapping[Path, LayerType]
+
+
+def _layouts(module: Any, names: tuple[str, ...]) -> dict[str, str]:
+  """Returns the layouts of blox's own layers and of those derived from them."""
+  if 'Linear' in names:
+    return {'kernel': 'io', 'bias': 'o'}
+  if 'Embed' in names:
+    return {'embedding': 'io'}
+  if 'Conv' in names or 'ConvTranspose' in names:
+    spatial = 'i' * len(module.kernel_size)
+    # ConvTranspose keeps its kernel as (*spatial, out, in).
+    last = 'io' if 'Conv' in names else 'oi'
+    return {'kernel': spatial + last, 'bias': 'o'}
+  if {'LayerNorm', 'RMSNorm', 'BatchNorm'} & set(names):
+    return dict.fromkeys(('scale', 'bias', 'running_mean', 'running_var'), 'o')
+  return {}
+
+
+def of_module(module: Any) -> LayerType:
+  """Returns the type of a `bx.Module`."""
+  names = []
+  for cls in type(module).__mro__:
+    if cls.__name__ in ('Module', 'Generic', 'object'):
+      break
+    names.append(cls.__name__)
+  return LayerType(tuple(names), _layouts(module, tuple(names)))
+
+
+def of_graph(graph: Any) -> dict[Path, LayerType]:
+  """Returns the types of all layers of a `bx.Graph`, by path."""
+  found = {path: of_module(module) for path, module in graph.walk()}
+  if graph.module is not None:
+    found[graph.path] = of_module(graph.module)
+  return found
+
+
+def is_graph(value: Any) -> bool:
+  """Whether a value is a `bx.Graph`, without importing blox."""
+  return hasattr(value, 'walk') and hasattr(value, 'child')

@@ -1,0 +1,607 @@
+"""Records: which adapters sit where, as immutable data.
+
+`Records` is what makes a function that was compiled for one model fit another:
+it is the static part of adapted params, so it holds what decides the program
+and nothing else. Two are equal if their digests are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+from surgery import errors, expect
+from surgery.contract.adapter import Adapter, Interceptor
+from surgery.contract.site import Site
+from surgery.model.layers import LayerTypes
+from surgery.naming import paths, selectors
+from surgery.naming.paths import Path
+
+_MODULUS = 1 << 128
+
+
+def _hash(*parts: object) -> int:
+  # Of strings, numbers, None and tuples of these: their repr is one to one.
+  text = repr(parts)
+  return int.from_bytes(
+    hashlib.blake2b(text.encode(), digest_size=16).digest(), 'little'
+  )
+
+
+def _token(adapter: Adapter) -> tuple[str, str]:
+  kind, config = adapter.identity()
+  return f'{kind.__module__}.{kind.__qualname__}', config
+
+
+def _weights(specs: Mapping[str, WeightSpec]) -> list[Any]:
+  return [
+    (name, spec.path, spec.shape, spec.dtype)
+    for name, spec in sorted(specs.items())
+  ]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+  """A weight that an adapter added.
+
+  Attributes:
+    path: where it is stored.
+    shape: its shape without stacked axes.
+    dtype: name of its dtype.
+    trainable: whether it trains at all.
+  """
+
+  path: Path
+  shape: tuple[int, ...]
+  dtype: str
+  trainable: bool = True
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns the specification as JSON data."""
+    return {
+      'path': paths.show(self.path),
+      'shape': list(self.shape),
+      'dtype': self.dtype,
+      'trainable': self.trainable,
+    }
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> WeightSpec:
+    """Returns the specification that `to_json` wrote."""
+    return cls(
+      paths.parse(data['path']),
+      tuple(data['shape']),
+      data['dtype'],
+      data['trainable'],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRecord:
+  """One site of one adapter.
+
+  Attributes:
+    site: the parameters.
+    weights: what the adapter added, by the name that `init` gave it.
+    interceptor: does the work.
+    drawn_rank: the rank that `init` made, if ranks were pruned since; what an
+      adapter's file is checked by.
+  """
+
+  site: Site
+  weights: Mapping[str, WeightSpec]
+  interceptor: Interceptor
+  drawn_rank: int | None = None
+
+  @functools.cached_property
+  def digest(self) -> int:
+    """128 bits that stand for all that a compiled function depends on."""
+    who: Any = self.interceptor
+    token = _token(who) if isinstance(who, Adapter) else id(who)
+    # Types and sharding too: equal records are one object, and it is saved.
+    params = [
+      (p.name, p.shape, p.dtype, p.layout, p.sharding) for p in self.site.params
+    ]
+    weights = _weights(self.weights)
+    pruned = [] if self.drawn_rank is None else [self.drawn_rank]
+    return _hash(
+      self.site.layer, self.site.types, params, weights, token, pruned
+    )
+
+  def __reduce__(self) -> Any:
+    # Without the digest: it may stand for an object of this process.
+    values = self.site, self.weights, self.interceptor, self.drawn_rank
+    return SiteRecord, values
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """What an adapter still looks for, until `locked()` closes it.
+
+  Attributes:
+    selector: where it goes.
+    met: indices of the selector's items that have found a site.
+    layouts: layouts by selector.
+    stacked: numbers of stacked axes by selector.
+    types: types of layers, where a graph was given.
+    graph: the graph, for layers that are made later.
+    interceptor: serves the sites to come.
+  """
+
+  selector: selectors.Selector
+  met: frozenset[int] = frozenset()
+  layouts: tuple[tuple[str, str], ...] = ()
+  stacked: tuple[tuple[str, int], ...] = ()
+  types: LayerTypes = dataclasses.field(default_factory=dict, compare=False)
+  graph: Any = dataclasses.field(default=None, compare=False)
+  interceptor: Any = None
+
+  def __reduce__(self) -> Any:
+    if self.graph is not None:
+      raise TypeError(
+        'params with an adapter that still looks for sites cannot be pickled: '
+        "they hold the model's graph. Initialise the model and call "
+        'params.locked() first, or attach without graph=.'
+      )
+    names = (f.name for f in dataclasses.fields(self))
+    return Pending, tuple(getattr(self, name) for name in names)
+
+  @property
+  def unmet(self) -> list[selectors.Item]:
+    """The items of the selector that have found no site yet."""
+    items = enumerate(self.selector.positive)
+    return [item for index, item in items if index not in self.met]
+
+  @property
+  def token(self) -> list[Any]:
+    """What of it a compiled initialisation depends on."""
+    return [
+      [i.written for i in self.selector.items],
+      sorted(self.met),
+      self.layouts,
+      self.stacked,
+      id(self.graph) if self.graph else None,
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRecord:
+  """One adapter: a named instance of a type on its sites.
+
+  Attributes:
+    name: the adapter's name.
+    adapter: type and configuration.
+    enabled: whether it takes part in what layers get.
+    sites: its sites by path of their primary parameter.
+    shared: weights that its sites share, by name.
+    seed: from which its weights derive; None once it is closed.
+    pending: what it still looks for; None once it is closed.
+    saved: where it keeps its own values of parameters that it does not rewrite,
+      by path of the parameter; they stand in place of what is stored there.
+  """
+
+  name: str
+  adapter: Adapter
+  enabled: bool = True
+  sites: Mapping[Path, SiteRecord] = dataclasses.field(default_factory=dict)
+  shared: Mapping[str, WeightSpec] = dataclasses.field(default_factory=dict)
+  seed: int | None = None
+  pending: Pending | None = None
+  saved: Mapping[Path, WeightSpec] = dataclasses.field(default_factory=dict)
+  # The sum of the sites' digests; kept so that growing by one costs one.
+  total: int | None = dataclasses.field(default=None, repr=False)
+
+  def __post_init__(self) -> None:
+    if self.total is None:
+      total = sum(r.digest for r in self.sites.values()) % _MODULUS
+      object.__setattr__(self, 'total', total)
+
+  @functools.cached_property
+  def digest(self) -> int:
+    """128 bits that stand for all that a compiled function depends on."""
+    waiting = [self.seed, self.pending.token] if self.pending else None
+    return _hash(
+      self.name,
+      _token(self.adapter),
+      self.enabled,
+      self.total,
+      len(self.sites),
+      _weights(self.shared),
+      waiting,
+      [
+        (path, spec.path, spec.shape, spec.dtype)
+        for path, spec in sorted(self.saved.items())
+      ],
+    )
+
+  def __reduce__(self) -> Any:
+    fields = dataclasses.fields(self)
+    values = (getattr(self, f.name) for f in fields if f.name != 'total')
+    return AdapterRecord, tuple(values)
+
+  @property
+  def route(self) -> WeightSpec | None:
+    """Where it is stored which row has which adapter; None if it is one."""
+    return self.shared.get(ROUTE)
+
+  def with_site(self, record: SiteRecord, met: Iterable[int]) -> AdapterRecord:
+    """Returns this record with a site added or replaced."""
+    old = self.sites.get(record.site.path)
+    assert self.total is not None
+    total = self.total + record.digest - (old.digest if old else 0)
+    pending = self.pending
+    if pending is not None:
+      pending = dataclasses.replace(pending, met=pending.met | frozenset(met))
+    return dataclasses.replace(
+      self,
+      sites={**self.sites, record.site.path: record},
+      total=total % _MODULUS,
+      pending=pending,
+    )
+
+  def closed(self) -> AdapterRecord:
+    """Returns this record without what only initialisation needs."""
+    return dataclasses.replace(self, pending=None, seed=None)
+
+  def check_met(self, verb: str) -> None:
+    """Raises if the adapter still looks for some of what it was attached to.
+
+    Args:
+      verb: what would do half of its work.
+
+    Raises:
+      AdapterError: naming the item of the selector.
+    """
+    for item in self.pending.unmet if self.pending else ():
+      raise errors.AdapterError(
+        f'{verb}: adapter {self.name!r} has found nothing for its selector '
+        f'{item.written!r} yet. Initialise the model and lock its params first.'
+      )
+
+  def weights(self) -> Iterator[tuple[str, WeightSpec]]:
+    """Yields all weights that the adapter added, with `init`'s names.
+
+    What it saves of other parameters has the name of the parameter.
+    """
+    for record in self.sites.values():
+      yield from record.weights.items()
+    yield from self.shared.items()
+    yield from ((path[-1], spec) for path, spec in self.saved.items())
+
+  def weight_paths(self) -> list[Path]:
+    """Returns the paths of all weights that the adapter added."""
+    return [spec.path for _, spec in self.weights()]
+
+
+Chain = tuple[tuple[AdapterRecord, SiteRecord], ...]
+# The shared weight that says which row of an input has which of many adapters.
+ROUTE = 'route'
+
+
+class Probe:
+  """Is told which adapted parameters a traced call asks for.
+
+  No two probes are equal, so a function that was traced with one is traced
+  again with the next.
+  """
+
+  _numbers = itertools.count(1)
+
+  def __init__(self, reads: bool = False) -> None:
+    """Initializes the probe.
+
+    Args:
+      reads: whether what adapters read of the base is marked as theirs.
+    """
+    self.number = next(self._numbers)
+    self.asked: set[Path] = set()
+    self.reads = reads
+
+
+class Records:
+  """All adapters of a model, innermost first. Immutable and interned.
+
+  Attributes:
+    adapters: their records, in the order in which they were attached.
+    probe: an object that is told which parameters a traced call asks for.
+  """
+
+  __slots__ = (
+    '__weakref__',
+    '_chains',
+    '_digest',
+    '_idle',
+    '_owned',
+    '_standing',
+    'adapters',
+    'probe',
+  )
+
+  _interned: ClassVar[weakref.WeakValueDictionary[int, Records]] = (
+    weakref.WeakValueDictionary()
+  )
+  # Looking and keeping are one step, or two threads make two objects.
+  _interning: ClassVar[threading.Lock] = threading.Lock()
+
+  adapters: tuple[AdapterRecord, ...]
+  probe: Probe | None
+  _digest: int
+  _owned: dict[Path, str] | None
+  _idle: frozenset[Path] | None
+  _chains: dict[Path, Chain] | None
+  _standing: dict[Path, Path] | None
+
+  def __new__(
+    cls, adapters: Iterable[AdapterRecord] = (), probe: Probe | None = None
+  ) -> Records:
+    """Returns the one object for these adapters."""
+    adapters = tuple(adapters)
+    number = probe.number if probe is not None else 0
+    digest = _hash([a.digest for a in adapters], number)
+    self = object.__new__(cls)
+    self.adapters = adapters
+    self.probe = probe
+    self._digest = digest
+    self._owned = None
+    self._idle = None
+    self._chains = None
+    self._standing = None
+    with cls._interning:
+      known = cls._interned.get(digest)
+      if known is not None and known._same(adapters):
+        return known
+      cls._interned[digest] = self
+    return self
+
+  def _same(self, adapters: tuple[AdapterRecord, ...]) -> bool:
+    """Whether classes are the same too: hosts may have types of one name."""
+    return len(adapters) == len(self.adapters) and all(
+      type(a.adapter) is type(b.adapter)
+      for a, b in zip(adapters, self.adapters, strict=True)
+    )
+
+  def __eq__(self, other: object) -> bool:
+    if self is other:
+      return True
+    if not isinstance(other, Records):
+      return NotImplemented
+    return self._digest == other._digest and self._same(other.adapters)
+
+  def __hash__(self) -> int:
+    return hash(self._digest)
+
+  def __repr__(self) -> str:
+    names = ', '.join(
+      f'{a.name}: {a.adapter.name} on {len(a.sites)}' for a in self.adapters
+    )
+    return f'Records({names})'
+
+  def __copy__(self) -> Records:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> Records:
+    return self
+
+  def __reduce__(self) -> Any:
+    return Records, (self.adapters,)
+
+  # Looking up.
+
+  def __len__(self) -> int:
+    return len(self.adapters)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Names of the adapters, innermost first."""
+    return tuple(a.name for a in self.adapters)
+
+  @property
+  def pending(self) -> bool:
+    """Whether an adapter still looks for sites."""
+    return any(a.pending for a in self.adapters)
+
+  def get(self, name: str) -> AdapterRecord:
+    """Returns the record of an adapter.
+
+    Raises:
+      AdapterError: if there is no adapter of that name.
+    """
+    for record in self.adapters:
+      if record.name == name:
+        return record
+    if not self.adapters:
+      raise errors.AdapterError(
+        f'there is no adapter {name!r}: none is attached.'
+      )
+    raise errors.AdapterError(
+      f'there is no adapter {name!r}.{errors.suggest(name, self.names)}'
+    )
+
+  def chosen(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Returns names of adapters that are meant, in the order of attaching.
+
+    Args:
+      names: a name, several, or None for all.
+
+    Raises:
+      AdapterError: for an unknown name, or if there is no adapter at all.
+    """
+    if names is None:
+      if not self.names:
+        raise errors.AdapterError('no adapter is attached.')
+      return self.names
+    wanted = expect.names(names)
+    if not wanted:
+      raise errors.AdapterError('no adapter was named.')
+    for name in wanted:
+      self.get(name)
+    return tuple(n for n in self.names if n in wanted)
+
+  @property
+  def owned(self) -> Mapping[Path, str]:
+    """Names of the adapters that own weights, by the weight's path."""
+    if self._owned is None:
+      self._owned = {
+        path: a.name for a in self.adapters for path in a.weight_paths()
+      }
+    return MappingProxyType(self._owned)
+
+  @property
+  def idle(self) -> frozenset[Path]:
+    """Paths of the weights of adapters that are disabled."""
+    if self._idle is None:
+      off = [a for a in self.adapters if not a.enabled]
+      self._idle = frozenset(p for a in off for p in a.weight_paths())
+    return self._idle
+
+  @property
+  def chains(self) -> Mapping[Path, Chain]:
+    """For each parameter that is rewritten, by whom, innermost first."""
+    if self._chains is None:
+      found: dict[Path, list[tuple[AdapterRecord, SiteRecord]]] = {}
+      for adapter in self.adapters:
+        for record in adapter.sites.values():
+          for spec in record.site.params:
+            path = (*record.site.layer, spec.name)
+            found.setdefault(path, []).append((adapter, record))
+      self._chains = {path: tuple(chain) for path, chain in found.items()}
+    return MappingProxyType(self._chains)
+
+  @property
+  def standing(self) -> Mapping[Path, Path]:
+    """Where the value of a parameter lies that an enabled adapter saved."""
+    if self._standing is None:
+      self._standing = {
+        path: spec.path
+        for adapter in self.adapters
+        if adapter.enabled
+        for path, spec in adapter.saved.items()
+      }
+    return MappingProxyType(self._standing)
+
+  @property
+  def answered(self) -> dict[Path, tuple[str, ...]]:
+    """Which adapters rewrite a parameter, or have a value of their own for it.
+
+    Disabled ones too, since they may be enabled again.
+    """
+    found: dict[Path, list[str]] = {}
+    for path, chain in self.chains.items():
+      found[path] = [adapter.name for adapter, _ in chain]
+    for adapter in self.adapters:
+      for path in adapter.saved:
+        names = found.setdefault(path, [])
+        if adapter.name not in names:
+          names.append(adapter.name)
+    return {path: tuple(names) for path, names in found.items()}
+
+  def stored(self, path: Path) -> Path:
+    """Returns where the value lies that the innermost adapter is given."""
+    return self.standing.get(path, path)
+
+  def check_standing(self) -> None:
+    """Raises if two enabled adapters saved the same parameter.
+
+    Raises:
+      AdapterError: naming the parameter and both.
+    """
+    found: dict[Path, str] = {}
+    for adapter in self.adapters:
+      for path in adapter.saved if adapter.enabled else ():
+        other = found.setdefault(path, adapter.name)
+        if other != adapter.name:
+          raise errors.AdapterError(
+            f'{paths.show(path)}: adapters {other!r} and {adapter.name!r} were '
+            'both saved with a value of their own for this parameter, so only '
+            'one of them can be enabled. Disable the other first.'
+          )
+
+  # Changing: each returns new records.
+
+  def replace(self, record: AdapterRecord) -> Records:
+    """Returns records in which the adapter of that name is replaced."""
+    return Records(
+      (record if a.name == record.name else a for a in self.adapters),
+      self.probe,
+    )
+
+  def grown(self, record: AdapterRecord, site: SiteRecord) -> Records:
+    """Returns `replace(record)`, where only `site` is new or has grown."""
+    owned, chains = {**self.owned}, {**self.chains}
+    new = self.replace(record)
+    for spec in site.weights.values():
+      owned[spec.path] = record.name
+    order = {name: i for i, name in enumerate(new.names)}
+    for param in site.site.params:
+      path = (*site.site.layer, param.name)
+      others = [k for k in chains.get(path, ()) if k[0].name != record.name]
+      chain = sorted([*others, (record, site)], key=lambda k: order[k[0].name])
+      chains[path] = tuple(chain)
+    if new._chains is None:
+      new._owned, new._chains = owned, chains
+    return new
+
+  def add(self, record: AdapterRecord) -> Records:
+    """Returns records with one more adapter, outside of all others."""
+    return Records((*self.adapters, record), self.probe)
+
+  def remove(self, names: Iterable[str]) -> Records:
+    """Returns records without some adapters."""
+    names = set(names)
+    return Records(
+      (a for a in self.adapters if a.name not in names), self.probe
+    )
+
+  def closed(self) -> Records:
+    """Returns records in which no adapter looks for sites."""
+    return Records((a.closed() for a in self.adapters), self.probe)
+
+  def probed(self, probe: Probe | None) -> Records:
+    """Returns records that tell `probe` what is asked for."""
+    return Records(self.adapters, probe)
+
+
+def unite(a: Records, b: Records) -> Records:
+  """Returns the adapters of both, in an order that suits both.
+
+  Raises:
+    AdapterError: if an adapter differs in the two, or their orders disagree.
+  """
+  if a is b or not b.adapters:
+    return a
+  if not a.adapters:
+    return b
+  for record in b.adapters:
+    if record.name in a.names and a.get(record.name).digest != record.digest:
+      raise errors.AdapterError(
+        f'two params cannot be merged: both have an adapter {record.name!r}, '
+        'with different sites, configuration or state. Rename one, or bring '
+        'both to the same state first.'
+      )
+  common = [n for n in a.names if n in b.names]
+  if common != [n for n in b.names if n in a.names]:
+    raise errors.AdapterError(
+      'two params cannot be merged: their adapters were attached in different '
+      f'orders, {list(a.names)} and {list(b.names)}.'
+    )
+  # Between two that are common, what only `a` has lies inside of what only `b`
+  # has: `b` is merged into `a`.
+  merged: list[AdapterRecord] = []
+  ours, theirs = list(a.adapters), list(b.adapters)
+  for name in (*common, None):
+    while ours and ours[0].name != name:
+      merged.append(ours.pop(0))
+    while theirs and theirs[0].name != name:
+      merged.append(theirs.pop(0))
+    merged += ours[:1]
+    del ours[:1], theirs[:1]
+  united = Records(merged, a.probe)
+  united.check_standing()
+  return united

@@ -1,0 +1,1 @@
+"""What tensors are called, and which of them are meant."""

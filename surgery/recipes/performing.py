@@ -1,0 +1,296 @@
+"""Running a pass of anybody: what it returns is looked at, and what it raises.
+
+A pass is a function that a plugin may have written. After each one a model is
+whole: it is a `Checkpoint`, no adapter has lost a part of itself, and what a
+leaf gives is what it said. So this is in one place, and not in each pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any
+
+from surgery import errors
+from surgery.host import foreign
+from surgery.host.manager import Host
+from surgery.model import manifest
+from surgery.model.checkpoint import Check, Checkpoint, Index, Leaf
+from surgery.naming import paths
+from surgery.naming.paths import Path
+
+Run = Callable[
+  [Callable[..., Any], str, Checkpoint, Mapping[str, Any], Host], Any
+]
+
+
+def performed(
+  name: str,
+  function: Callable[..., Any],
+  before: Checkpoint,
+  host: Host,
+  given: Mapping[str, Any],
+  *,
+  run: Run | None = None,
+) -> Checkpoint:
+  """Runs a pass, and sees to it that a whole model comes out.
+
+  Args:
+    name: its name, as plugins offer it.
+    function: the pass.
+    before: what it is given.
+    host: whose pass it is.
+    given: its other arguments.
+    run: calls it: with the function, its name, what it is given and the host;
+      by default that is a call.
+
+  Raises:
+    PluginError: if a plugin's pass raises something that is no `SurgeryError`,
+      or a pass returns something else than a checkpoint of leaves.
+    AdapterError: if it leaves half an adapter.
+  """
+  owner = host.offered_by('surgery_passes', name)
+  what = f'pass {name!r} of {owner}' if owner else f'pass {name!r}'
+
+  @functools.wraps(function)
+  def looked_at(*args: Any, **kwargs: Any) -> Any:
+    result = function(*args, **kwargs)
+    _check_kind(result, what)
+    return result
+
+  # What our own raise unforeseen is a mistake of ours, and shows as that.
+  with foreign.code(what) if owner else contextlib.nullcontext():
+    after = (run or _called)(looked_at, name, before, given, host)
+  if owner is not None:
+    after = _guarded(before, after, what)
+  _check_adapters(before, after, what)
+  return after
+
+
+def _called(
+  function: Callable[..., Any],
+  name: str,
+  before: Checkpoint,
+  given: Mapping[str, Any],
+  host: Host,
+) -> Any:
+  """Calls a pass."""
+  del name, host
+  return function(before, **given)
+
+
+def _check_kind(after: Any, what: str) -> None:
+  """Raises unless a pass returned a checkpoint of leaves."""
+  if not isinstance(after, Checkpoint):
+    raise errors.PluginError(
+      f'{what} returned {type(after).__name__}, expected a surgery.Checkpoint.'
+    )
+  for path, leaf in after.items():
+    if not (
+      isinstance(path, tuple) and path and all(isinstance(n, str) for n in path)
+    ):
+      raise errors.PluginError(
+        f'{what} returned a tensor under {path!r}, expected a path: a tuple of '
+        'strings.'
+      )
+    if not isinstance(leaf, Leaf):
+      raise errors.PluginError(
+        f'{paths.show(path)}: {what} returned {type(leaf).__name__} in place '
+        'of a surgery.Leaf.'
+      )
+
+
+# What a plugin's leaves do when they are asked for.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+  """Loads a leaf that a plugin's pass made."""
+
+  made: Leaf
+  path: Path
+  what: str
+
+  def __call__(self) -> Any:
+    with foreign.code(f'{paths.show(self.path)}: {self.what}'):
+      value = self.made.load()
+    _check_value(self.made, value, (), self.path, self.what)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """Loads a part of a leaf that a plugin's pass made."""
+
+  made: Leaf
+  path: Path
+  what: str
+
+  def __call__(self, index: Index) -> Any:
+    assert self.made.part is not None
+    with foreign.code(f'{paths.show(self.path)}: {self.what}'):
+      value = self.made.part(index)
+    _check_value(self.made, value, index, self.path, self.what)
+    return value
+
+
+def _check_value(
+  leaf: Leaf, value: Any, index: Index, path: Path, what: str
+) -> None:
+  """Raises unless a value is what the leaf says."""
+  wrong = leaf.mismatch(value, index)
+  if wrong is not None:
+    raise errors.PluginError(f'{paths.show(path)}: {what}: {wrong}')
+
+
+def _guarded(before: Checkpoint, after: Checkpoint, what: str) -> Checkpoint:
+  """Returns a checkpoint whose new leaves say whose they are if they fail."""
+  # What was there keeps its function, by which it is known to be the same.
+  old = {id(leaf.load) for leaf in before.values()}
+  leaves = {}
+  for path, leaf in after.items():
+    if id(leaf.load) not in old and leaf.load is not leaf.source:
+      part = None if leaf.part is None else _Part(leaf, path, what)
+      leaf = leaf.replace(load=_Load(leaf, path, what), part=part)
+    leaves[path] = leaf
+  known = {id(one) for one in before.checks}
+  checks = tuple(
+    one if id(one) in known else _checked(one, what) for one in after.checks
+  )
+  return after.replace(leaves=leaves, checks=checks)
+
+
+def _checked(check: Check, what: str) -> Check:
+  """Returns a plugin's check that says whose it is if it fails to run."""
+
+  def run() -> None:
+    with foreign.code(f'{check.text}: a check of {what}'):
+      check.run()
+
+  return dataclasses.replace(check, run=run)
+
+
+# Whether adapters are whole.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Needed:
+  """A parameter or weight without which an adapter is not whole.
+
+  Attributes:
+    path: where it is.
+    shape: its shape without stacked axes.
+    owned: whether the adapter added it.
+  """
+
+  path: Path
+  shape: tuple[int, ...]
+  owned: bool
+
+
+def _check_adapters(before: Checkpoint, after: Checkpoint, what: str) -> None:
+  """Raises if a pass left half of an adapter that was whole.
+
+  One that was incomplete already, as in a half that `split()` made, is left
+  alone.
+  """
+  if after is before:
+    return
+  was, now = _needed(before), _needed(after)
+  mine = {one.path for some in now.values() for one in some if one.owned}
+  for name, some in now.items():
+    fault = _lacking(after, some)
+    if fault is not None and _lacking(before, was.get(name, ())) is None:
+      raise _half(what, name, *fault)
+  owners = {
+    one.path: name for name, some in was.items() for one in some if one.owned
+  }
+  lost = set(_orphans(before, owners).values())
+  for path, name in _orphans(after, mine).items():
+    if name not in lost:
+      raise _half(what, name, path, 'is left, and the record of it is gone')
+  for path, name in owners.items():
+    # Made anew it may have lost its metadata, too.
+    if path in after and path not in mine and name not in lost:
+      raise _half(what, name, path, 'is left, and the record of it is gone')
+
+
+def _half(what: str, name: str, path: Path, fault: str) -> errors.SurgeryError:
+  kind = errors.PluginError if ' of ' in what else errors.AdapterError
+  return kind(
+    f'{paths.show(path)}: {what} left half of adapter {name!r}: this tensor '
+    f'{fault}. Merge or detach the adapter before it; a pass that takes '
+    'adapters along changes their records, too.'
+  )
+
+
+def _needed(checkpoint: Checkpoint) -> dict[str, list[_Needed]]:
+  """Returns what each adapter needs, without asking for its type."""
+  records = checkpoint.known_records
+  if records is None:
+    return {
+      said['name']: list(_needed_json(said))
+      for said in checkpoint.manifest.adapters
+    }
+  found: dict[str, list[_Needed]] = {}
+  for record in records.adapters:
+    some = found[record.name] = []
+    for one in record.sites.values():
+      for param in one.site.params:
+        path = (*one.site.layer, param.name)
+        some.append(_Needed(path, param.shape, False))
+    for _, spec in record.weights():
+      some.append(_Needed(spec.path, spec.shape, True))
+  return found
+
+
+def _needed_json(said: Mapping[str, Any]) -> Iterator[_Needed]:
+  """Yields what an adapter in a manifest needs; nothing of a malformed one.
+
+  Whoever asks for its record gets an error that says what is wrong with it.
+  """
+  try:
+    weights = [*said['shared'].values(), *said.get('saved', {}).values()]
+    for site in said['sites']:
+      layer = paths.parse(site['layer'])
+      for param in site['params']:
+        yield _Needed((*layer, param['name']), tuple(param['shape']), False)
+      weights += site['weights'].values()
+    for spec in weights:
+      yield _Needed(paths.parse(spec['path']), tuple(spec['shape']), True)
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return
+
+
+def _lacking(
+  checkpoint: Checkpoint, needed: Iterable[_Needed]
+) -> tuple[Path, str] | None:
+  """Returns what of an adapter is not as its record has it, if anything."""
+  alone = checkpoint.manifest.kind == manifest.ADAPTER
+  for one in needed:
+    if alone and not one.owned:
+      continue  # The file of an adapter has no base.
+    leaf = checkpoint.get(one.path)
+    if leaf is None:
+      return one.path, 'is gone'
+    core = () if leaf.shape is None else leaf.shape
+    if leaf.shape is not None and (
+      len(core) < len(one.shape)
+      or core[len(core) - len(one.shape) :] != one.shape
+    ):
+      return one.path, f'has shape {core}, its record says {one.shape}'
+  return None
+
+
+def _orphans(checkpoint: Checkpoint, owned: Container[Path]) -> dict[Path, str]:
+  """Returns weights of adapters that are on no record, with the adapter."""
+  return {
+    path: leaf.metadata['adapter']
+    for path, leaf in checkpoint.items()
+    if isinstance(leaf.metadata.get('adapter'), str)
+    and path not in owned
+    # A layer that makes its own weights says all of them beside it.
+    and 'surgery' not in leaf.metadata
+  }
