@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 
 import click
@@ -30,5 +29,4 @@ def command(
   surgery convert base.msgpack base.safetensors
   surgery convert base.msgpack parts.msgpack --shard-size 5GB
   """
-  output = dataclasses.replace(output, format=form)
-  writing.carry_out(output, [], shared.opened(file))
+  writing.carry_out(output.to(format=form), [], shared.opened(file))

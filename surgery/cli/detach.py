@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 
 import click
 
 from surgery.cli import extract, shared, writing
 from surgery.cli.command import Command
+from surgery.recipes.spec import Target
 
 
 @click.command(cls=Command)
@@ -36,17 +36,19 @@ def command(
   surgery detach adapted.msgpack -o base.msgpack
   surgery detach adapted.msgpack --save-adapter a.msgpack -o base.msgpack
   """
+  from surgery.recipes import running
+
   if saved is None and (select or none):
     raise click.UsageError(
       '--modules-to-save and --no-modules-to-save go with --save-adapter.'
     )
   steps: list[object] = [{'detach': shared.short(names)}]
-  others = {}
+  others: dict[str, Target] = {}
   if saved is not None:
-    where = dataclasses.replace(output, path=saved, shard_size=None)
-    where.check()
-    if saved.resolve() == output.path.resolve():
+    others['saved'] = alone = Target(saved, of='adapter')
+    running.check_target(alone, output.force)
+    assert output.target.path is not None
+    if saved.resolve() == output.target.path.resolve():
       raise click.UsageError('--save-adapter and -o name the same file.')
     steps.insert(0, extract.step(names, select, none))
-    others['saved'] = {'path': saved, 'of': 'adapter'}
   writing.carry_out(output, steps, shared.model(file), saved=others)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import TypeVar
@@ -88,5 +87,6 @@ def command(
   surgery extract adapted.msgpack --modules-to-save '**/head' -o a.msgpack
   """
   before = shared.model(file)
-  output = dataclasses.replace(output, of='adapter')
-  writing.carry_out(output, [step(names, select, none)], before)
+  writing.carry_out(
+    output.to(of='adapter'), [step(names, select, none)], before
+  )

@@ -11,6 +11,7 @@ import click
 from surgery import errors
 from surgery.cli import codes, completion, wording
 from surgery.model import manifest
+from surgery.recipes import spec
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint
@@ -29,10 +30,8 @@ def nbytes(
   """
   if value is None:
     return None
-  from surgery.recipes import recipe
-
   try:
-    return recipe.nbytes(value)
+    return spec.nbytes(value)
   except errors.RecipeError as error:
     raise click.BadParameter(str(error), ctx, param) from None
 

@@ -125,7 +125,7 @@ def _complete(
   recipe = Recipe(
     [], inputs={'model': where}, outputs={'out': where}, origin=''
   )
-  plan = running.plan(recipe, default_host(), {'model': after})
+  plan = running.plan(recipe.spec, default_host(), {'model': after})
   if location.is_index(where):
     from surgery.files import sharding
 

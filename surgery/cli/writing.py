@@ -13,6 +13,7 @@ import click
 
 from surgery.cli import progress, shared, showing
 from surgery.host.manager import default_host
+from surgery.recipes.spec import Target
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint
@@ -41,39 +42,16 @@ class Output(Manner):
   """Where a verb writes, and how.
 
   Attributes:
-    path: the file.
-    shard_size: most bytes a file, if it becomes several.
-    strict_flax: whether it is written without a manifest, as flax writes it.
-    no_manifest: whether it is written without our manifest.
-    metadata: what the file says of itself to other programs, as KEY=VALUE.
-    format: name of the format, where the suffix does not tell it.
-    of: which model of the recipe is written; the first by default.
+    target: the file and what it is to be.
   """
 
-  path: pathlib.Path
-  shard_size: int | None = None
-  strict_flax: bool = False
-  no_manifest: bool = False
-  metadata: tuple[str, ...] = ()
-  format: str | None = None
-  of: str | None = None
+  target: Target
 
-  def check(self) -> None:
-    """Raises unless it can be written, as far as one can tell beforehand.
-
-    Raises:
-      UsageError: for options that exclude each other.
-      SurgeryError: if the file exists, or its folder does not.
-    """
-    from surgery.recipes import running
-    from surgery.recipes.recipe import Target
-
-    if self.strict_flax and self.shard_size is not None:
-      raise click.UsageError(
-        '--strict-flax does not go with --shard-size: flax writes one file.'
-      )
-    target = Target(self.path, shard_size=self.shard_size)
-    running.check_target(target, self.force)
+  def to(self, **changes: Any) -> Output:
+    """Returns the same with a target of which some attributes differ."""
+    return dataclasses.replace(
+      self, target=dataclasses.replace(self.target, **changes)
+    )
 
 
 def _options(target: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,19 +119,41 @@ def converts(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _writing(
-  function: Callable[..., Any], target: Callable[..., Any]
+  function: Callable[..., Any], argument: Callable[..., Any]
 ) -> Callable[..., Any]:
-  names = [f.name for f in dataclasses.fields(Output) if f.name != 'path']
-  names = [name for name in names if name not in ('format', 'of')]
+  manner = [f.name for f in dataclasses.fields(Manner)]
 
   @functools.wraps(function)
-  def wrapped(*args: Any, target: pathlib.Path, **kwargs: Any) -> Any:
-    options = {name: kwargs.pop(name) for name in names}
-    output = Output(path=target, **options)
-    output.check()
+  def wrapped(
+    *args: Any,
+    target: pathlib.Path,
+    shard_size: int | None,
+    strict_flax: bool,
+    no_manifest: bool,
+    metadata: tuple[str, ...],
+    **kwargs: Any,
+  ) -> Any:
+    from surgery.recipes import running
+
+    if strict_flax and shard_size is not None:
+      raise click.UsageError(
+        '--strict-flax does not go with --shard-size: flax writes one file.'
+      )
+    output = Output(
+      target=Target(
+        target,
+        shard_size=shard_size,
+        strict_flax=strict_flax,
+        manifest=not no_manifest,
+        metadata=texts(metadata),
+      ),
+      **{name: kwargs.pop(name) for name in manner},
+    )
+    # Before anything is opened, which may take long.
+    running.check_target(output.target, output.force)
     return function(*args, output=output, **kwargs)
 
-  return target(_options(wrapped))
+  return argument(_options(wrapped))
 
 
 def carry_out(
@@ -161,7 +161,7 @@ def carry_out(
   steps: Sequence[Any],
   before: Checkpoint,
   others: Mapping[str, Checkpoint] | None = None,
-  saved: Mapping[str, Any] | None = None,
+  saved: Mapping[str, Target] | None = None,
   quiet: bool = False,
 ) -> None:
   """Does what a verb stands for: a recipe of one step, or two.
@@ -171,7 +171,7 @@ def carry_out(
     steps: the steps, as in a recipe.
     before: what is read and changed.
     others: what else is read, by alias.
-    saved: what else is written, by name, as in a recipe.
+    saved: what else is written, by name.
     quiet: whether nothing is said of it.
 
   Raises:
@@ -179,20 +179,11 @@ def carry_out(
   """
   from surgery.recipes.recipe import Recipe
 
-  target = {
-    'path': output.path,
-    'of': output.of,
-    'format': output.format,
-    'shard-size': output.shard_size,
-    'strict-flax': output.strict_flax,
-    'manifest': not output.no_manifest,
-    'metadata': texts(output.metadata),
-  }
   given = {'model': before, **(others or {})}
   recipe = Recipe(
     steps,
     inputs={alias: one.origin for alias, one in given.items()},
-    outputs={'out': target, **(saved or {})},
+    outputs={'out': output.target, **(saved or {})},
     origin='',
   )
   run(recipe, output, given, quiet)
@@ -236,7 +227,7 @@ def run(
   """
   from surgery.recipes import running
 
-  plan = running.plan(recipe, default_host(), given)
+  plan = running.plan(recipe.spec, default_host(), given)
   if output.dry_run:
     plan.check(overwrite=output.force)
   else:

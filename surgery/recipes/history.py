@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery import errors, version
 from surgery.host.manager import Host
 from surgery.model.checkpoint import Checkpoint
 from surgery.naming import paths
-
-if TYPE_CHECKING:
-  from surgery.recipes.recipe import Recipe
+from surgery.recipes import definitions, text
+from surgery.recipes.spec import Spec
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -32,14 +31,14 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     ]
     for path, leaf in checkpoint.items()
   ]
-  text = json.dumps(rows, ensure_ascii=False, separators=(',', ':'))
+  said = json.dumps(rows, ensure_ascii=False, separators=(',', ':'))
   digester = Digester()
-  digester.update(text.encode())
+  digester.update(said.encode())
   return digester.digest()
 
 
 def entry(
-  recipe: Recipe, output: str, main: str, inputs: Mapping[str, Checkpoint]
+  recipe: Spec, output: str, main: str, inputs: Mapping[str, Checkpoint]
 ) -> dict[str, Any]:
   """Returns what is recorded of a recipe.
 
@@ -97,8 +96,6 @@ def lines(
     name: the file that it made.
     host: knows what steps take.
   """
-  from surgery.recipes import text
-
   history = list(history)
   entries = [one for one in history if _is_entry(one)]
   for one in entries:
@@ -209,8 +206,6 @@ def _renamed(
 
 def _model_keys(verb: str, host: Host) -> set[str]:
   """Returns under which keys of a step an alias stands alone."""
-  from surgery.recipes import definitions
-
   try:
     options = definitions.find(verb, host).options.values()
   except errors.RecipeError:

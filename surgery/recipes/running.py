@@ -14,7 +14,7 @@ import os
 import pathlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgery import errors, html
 from surgery.adapting import beneath
@@ -26,9 +26,7 @@ from surgery.model import manifest
 from surgery.model.checkpoint import Checkpoint
 from surgery.naming import selectors
 from surgery.recipes import definitions, history, performing, planning
-
-if TYPE_CHECKING:
-  from surgery.recipes.recipe import Recipe, Step, Target
+from surgery.recipes.spec import Spec, Step, Target
 
 
 class _Models(Mapping[str, Checkpoint]):
@@ -41,7 +39,7 @@ class _Models(Mapping[str, Checkpoint]):
   """
 
   def __init__(
-    self, recipe: Recipe, host: Host, given: Mapping[str, Checkpoint]
+    self, recipe: Spec, host: Host, given: Mapping[str, Checkpoint]
   ) -> None:
     self._recipe = recipe
     self._host = host
@@ -71,11 +69,11 @@ class _Models(Mapping[str, Checkpoint]):
     return len(list(iter(self)))
 
 
-def _performed(recipe: Recipe, models: _Models, host: Host) -> None:
+def _performed(recipe: Spec, models: _Models, host: Host) -> None:
   """Does all steps; what they make is in `models`."""
   # Mistakes in what is written are found before a file is opened.
   steps = [_defined(recipe, k, host) for k in range(len(recipe.steps))]
-  first = next(iter(recipe.inputs))
+  first = recipe.first
   known = set(recipe.inputs)
   for number, step in enumerate(recipe.steps):
     with _placed(recipe, number, step):
@@ -99,7 +97,7 @@ def _performed(recipe: Recipe, models: _Models, host: Host) -> None:
 
 
 def _defined(
-  recipe: Recipe, number: int, host: Host
+  recipe: Spec, number: int, host: Host
 ) -> tuple[definitions.Definition, dict[str, Any]]:
   step = recipe.steps[number]
   with _placed(recipe, number, step):
@@ -127,7 +125,7 @@ def _check_alias(alias: str, known: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _placed(recipe: Recipe, number: int, step: Step) -> Iterator[None]:
+def _placed(recipe: Spec, number: int, step: Step) -> Iterator[None]:
   """Says of errors in which step of which recipe they are."""
   if not recipe.origin:
     yield  # It is a verb of the shell, which knows what it did.
@@ -142,7 +140,7 @@ def _placed(recipe: Recipe, number: int, step: Step) -> Iterator[None]:
 
 
 def _in_step(
-  recipe: Recipe, number: int, step: Step, error: BaseException
+  recipe: Spec, number: int, step: Step, error: BaseException
 ) -> str:
   where = recipe.where('steps', number)
   said = error.args[0] if isinstance(error, KeyError) else str(error)
@@ -182,7 +180,7 @@ def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def applied(
-  recipe: Recipe, given: Mapping[str, Checkpoint], host: Host
+  recipe: Spec, given: Mapping[str, Checkpoint], host: Host
 ) -> Checkpoint:
   """Does a recipe on checkpoints; returns what its first output is made of.
 
@@ -198,7 +196,7 @@ def applied(
   models = _Models(recipe, host, given)
   _performed(recipe, models, host)
   target = next(iter(recipe.outputs.values()), None)
-  alias = (target and target.of) or next(iter(recipe.inputs))
+  alias = (target and target.of) or recipe.first
   return models[alias]
 
 
@@ -265,7 +263,7 @@ class Plan:
     checks: what has to hold of values before anything is written.
   """
 
-  recipe: Recipe
+  recipe: Spec
   outputs: tuple[Output, ...]
   host: Host
   checks: tuple[checkpoints.Check, ...]
@@ -401,7 +399,7 @@ def check_target(target: Target, overwrite: bool) -> None:
 
 
 def plan(
-  recipe: Recipe, host: Host, given: Mapping[str, Checkpoint] | None = None
+  recipe: Spec, host: Host, given: Mapping[str, Checkpoint] | None = None
 ) -> Plan:
   """Plans a recipe; see `Recipe.plan`.
 
@@ -428,7 +426,7 @@ def plan(
   _performed(recipe, models, host)
   outputs = []
   for name, target in targets.items():
-    alias = target.of or next(iter(recipe.inputs))
+    alias = target.of or recipe.first
     after = models[alias]
     main = _main_of(after, models)
     said = history.entry(recipe, name, main, models.opened)
@@ -442,7 +440,7 @@ def plan(
   return Plan(recipe, tuple(outputs), host, tuple(checks.values()))
 
 
-def _only_asserts(recipe: Recipe) -> bool:
+def _only_asserts(recipe: Spec) -> bool:
   """Whether a recipe says what has to hold, and changes nothing."""
   return bool(recipe.steps) and all(s.name == 'assert' for s in recipe.steps)
 
