@@ -6,13 +6,25 @@ do. All derive from `SurgeryError`, so that one `except` catches them.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
 class SurgeryError(Exception):
-  """Something that was asked for cannot be done; nothing was changed."""
+  """Something that was asked for cannot be done; nothing was changed.
+
+  Attributes:
+    context: where it was found, outermost first: a file, a verb, a path; see
+      `within`.
+  """
+
+  context: tuple[str, ...] = ()
+
+  def __str__(self) -> str:
+    # What is wrong is the first argument, as in other exceptions of Python.
+    return ': '.join((*self.context, *map(str, self.args[:1])))
 
   def __reduce__(self) -> Any:
     # Python's own calls the class with `args`, and so fails for a class, a
@@ -30,14 +42,26 @@ def _restored(
   return error
 
 
-def reworded(error: SurgeryError, message: str) -> SurgeryError:
-  """Returns an error of the same class and attributes that says something else.
+@contextlib.contextmanager
+def within(where: str) -> Iterator[None]:
+  """Adds where it was to an error on its way up.
+
+  The error keeps its class, its attributes and its traceback. One that is not
+  this library's gets a note (PEP 678).
 
   Args:
-    error: the error.
-    message: what it says.
+    where: a file, a step, a verb, an adapter or a path.
   """
-  return _restored(type(error), (message,), error.__dict__)
+  try:
+    yield
+  except SurgeryError as error:
+    # Whoever raised it may have said so already.
+    if not str(error).startswith(f'{where}: '):
+      error.context = (where, *error.context)
+    raise
+  except Exception as error:
+    error.add_note(f'This was in {where}.')
+    raise
 
 
 class ConfigError(SurgeryError, ValueError):
@@ -110,9 +134,6 @@ class PluginError(SurgeryError):
 
 class UnknownAdapterType(PluginError, KeyError):  # noqa: N818
   """No installed distribution offers an adapter type of that name."""
-
-  def __str__(self) -> str:  # KeyError would print the repr of its argument.
-    return str(self.args[0]) if self.args else ''
 
 
 class FormatError(SurgeryError, ValueError):

@@ -60,12 +60,11 @@ def test_errors_stay_what_they_are(cls, passed):
 def test_errors_of_plugins_stay_what_they_are():
   again = pickle.loads(pickle.dumps(OfPlugin(3, unit='ranks')))
   assert (OfPlugin, '3 ranks', 3) == (type(again), str(again), again.number)
-  said = errors.reworded(again, 'step 1: 3 ranks')
-  assert (OfPlugin, 'step 1: 3 ranks', 3) == (
-    type(said),
-    str(said),
-    said.number,
-  )
+  with pytest.raises(OfPlugin) as caught, errors.within('step 1'):
+    raise again
+  said = pickle.loads(pickle.dumps(caught.value))
+  assert 'step 1: 3 ranks' == str(said)
+  assert (OfPlugin, ('step 1',), 3) == (type(said), said.context, said.number)
 
 
 def model():

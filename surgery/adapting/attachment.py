@@ -185,13 +185,8 @@ def check_apply(
   kinds = compute.kinds_of(record, shared)
   for spec in site.params:
     uses = functools.partial(_uses, who, spec.name, kinds)
-    try:
+    with compute.calling('apply', who, site):
       compute.anonymously(uses, site)
-    except Exception as error:  # A plugin's code ran inside.
-      raised = compute.failed(who, site, 'apply', error)
-      if raised is error:
-        raise
-      raise raised from error
 
 
 def _uses(who: Any, name: str, kinds: compute.Kinds, site: Site) -> Any:

@@ -224,15 +224,10 @@ class Blocks:
     for ((_, record), kind), operands in zip(
       self._links, self._operands, strict=True
     ):
-      try:
+      with compute.calling('apply', kind.who, record.site):
         with compute.precise(kind.base, kind.dtype):
           value = _program(kind, sizes)(starts, value, *operands)
         value = compute.exact(value)
-      except Exception as error:  # A plugin's code ran inside.
-        raised = compute.failed(kind.who, record.site, 'apply', error)
-        if raised is error:
-          raise
-        raise raised from error
     return value
 
   def _fetched(

@@ -21,6 +21,7 @@ from surgery.contract.adapter import Interceptor
 from surgery.contract.lowrank import LowRank
 from surgery.contract.site import ParamSpec, PathNeeded, Site
 from surgery.editing import devices
+from surgery.host import foreign
 from surgery.model.records import Chain, SiteRecord, WeightSpec
 from surgery.naming import paths
 from surgery.naming.paths import Path
@@ -285,16 +286,21 @@ def anonymously(compute: Callable[[Site], Any], site: Site) -> Any:
     return compute(site)
 
 
-def failed(who: Any, site: Site, what: str, error: Exception) -> Exception:
-  """Returns the error to raise for what a plugin raised."""
-  where = paths.show(site.path)
-  if isinstance(error, errors.SurgeryError):
-    text = str(error)
-    return error if where in text else type(error)(f'{where}: {text}')
-  return errors.PluginError(
-    f'{where}: {what} of {called(who)!r} failed: {type(error).__name__}: '
-    f'{error}'
-  )
+@contextlib.contextmanager
+def calling(what: str, who: Any, site: Site) -> Iterator[None]:
+  """Says of errors in a plugin's code whose it was, and at which site.
+
+  Args:
+    what: the function: `init`, `apply`.
+    who: the adapter, or what a hook returned in its place.
+    site: the site.
+
+  Raises:
+    PluginError: for anything that is no `SurgeryError`.
+  """
+  whose = foreign.code(f'{what} of {called(who)!r}', (PathNeeded,))
+  with errors.within(paths.show(site.path)), whose:
+    yield
 
 
 Kinds = tuple[tuple[str, tuple[int, ...], str], ...]
@@ -400,13 +406,8 @@ def step(
       value = run(bases, weights)
     return exact(value)
 
-  try:
+  with calling('apply', who, site):
     return anonymously(compute, site)
-  except Exception as error:  # A plugin's code ran inside.
-    raised = failed(who, site, 'apply', error)
-    if raised is error:
-      raise
-    raise raised from error
 
 
 def answer(

@@ -25,8 +25,8 @@ from surgery.adapting.compute import (
   anonymously,
   as_written,
   called,
+  calling,
   canonical,
-  failed,
   struct,
   wide,
 )
@@ -223,31 +223,22 @@ def draw(
     return drawn
 
   try:
-    try:
+    with calling('init', who, sites[0]):
       return compute(sites[0].anonymous)
-    except PathNeeded:
-      if len(sites) == 1:
-        return compute(sites[0])
+  except PathNeeded:
+    if len(sites) > 1:
       return [
         draw(who, [site], stack, key[None], base)[0]
         for site, key in zip(sites, key_data, strict=True)
       ]
-  except Exception as error:  # A plugin's code ran inside.
-    raised = failed(who, sites[0], 'init', error)
-    if raised is error:
-      raise
-    raise raised from error
+  with calling('init', who, sites[0]):
+    return compute(sites[0])
 
 
 def site_shapes(who: Interceptor, site: Site) -> tuple[Any, frozenset[str]]:
   """Returns `shapes`, once for all sites that look alike."""
-  try:
+  with calling('init', who, site):
     return anonymously(functools.partial(shapes, who), site)
-  except Exception as error:  # A plugin's code ran inside.
-    raised = failed(who, site, 'init', error)
-    if raised is error:
-      raise
-    raise raised from error
 
 
 def _drawing_shared(
@@ -274,27 +265,16 @@ def draw_shared(
 ) -> dict[str, Any]:
   """Returns the weights that all sites of an adapter share, by name."""
   key = keys(seed, name, [()])[0]
-  try:
-    with devices.drawing():
-      return _drawing_shared(adapter, tuple(sites))(key)
-  except Exception as error:
-    raised = failed(adapter, sites[0], 'init_shared', error)
-    if raised is error:
-      raise
-    raise raised from error
+  with calling('init_shared', adapter, sites[0]), devices.drawing():
+    return _drawing_shared(adapter, tuple(sites))(key)
 
 
 def shared_shapes(
   adapter: Any, sites: Sequence[Site]
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of what `init_shared` returns, by name."""
-  try:
+  with calling('init_shared', adapter, sites[0]):
     made = jax.eval_shape(
       functools.partial(_shared, adapter, tuple(sites)), _KEY
     )
-  except Exception as error:
-    raised = failed(adapter, sites[0], 'init_shared', error)
-    if raised is error:
-      raise
-    raise raised from error
   return {name: tuple(struct.shape) for name, struct in made.items()}

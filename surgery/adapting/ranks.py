@@ -35,7 +35,7 @@ def rank_axes(record: AdapterRecord, site: SiteRecord) -> dict[str, int]:
   where = paths.show(site.site.path)
   if not found:
     raise errors.AdapterError(
-      f'prune-ranks: {where}: adapter {record.name!r} has none of the weights '
+      f'{where}: adapter {record.name!r} has none of the weights '
       f'{", ".join(record.adapter.rank_axes)} there, so no rank to prune.'
     )
   if len({site.weights[w].shape[axis] for w, axis in found.items()}) > 1:

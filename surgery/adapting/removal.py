@@ -38,7 +38,7 @@ def chosen(
   found = set(choosing.chosen(universe, select, types, host))
   if not found:
     raise errors.SelectorError(
-      f'{verb}: nothing is selected. Select at least one tensor.'
+      'nothing is selected. Select at least one tensor.'
     )
   return found
 
@@ -119,8 +119,7 @@ def without(
   leaves = {p: leaf for p, leaf in checkpoint.items() if p not in gone}
   if not leaves:
     raise errors.SurgeryError(
-      f'{verb}: nothing would be left of {len(checkpoint)} tensors. Select '
-      'otherwise.'
+      f'nothing would be left of {len(checkpoint)} tensors. Select otherwise.'
     )
   return checkpoint.replace(
     leaves=leaves,
@@ -174,7 +173,7 @@ def _half(
   record: AdapterRecord, lost: Path, kept: Path, verb: str
 ) -> errors.AdapterError:
   return errors.AdapterError(
-    f'{verb}: {paths.show(lost)} would go and {paths.show(kept)} stay, and '
+    f'{paths.show(lost)} would go and {paths.show(kept)} stay, and '
     f'adapter {record.name!r} needs both. Merge or detach the adapter first, '
     'or select the whole layer.'
   )
@@ -193,7 +192,7 @@ def _trees(
     tree = following.tree_of(path, trees)
     if tree is not None and tree in left:
       raise errors.SurgeryError(
-        f'{verb}: {paths.show(path)} would go and other parts of the parameter '
+        f'{paths.show(path)} would go and other parts of the parameter '
         f'{paths.show(tree)} stay. Select all of it.'
       )
   lost = {following.tree_of(path, trees) for path in gone}

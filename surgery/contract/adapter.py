@@ -73,12 +73,8 @@ class _Configured:
             'together.'
           )
       for selector, values in self.patterns:
-        try:
+        with errors.within(f'patterns, {selector!r}'):
           dataclasses.replace(self, patterns=(), **dict(values))
-        except errors.ConfigError as error:
-          raise errors.reworded(
-            error, f'patterns, {selector!r}: {error}'
-          ) from error
 
     cls.__init__ = checked  # type: ignore
 

@@ -33,7 +33,7 @@ def check_model(checkpoint: Checkpoint, verb: str) -> None:
   """
   if checkpoint.manifest.kind == manifest.ADAPTER:
     raise errors.FormatError(
-      f'{verb}: {checkpoint.origin or "this"} is an adapter without its base, '
+      f'{checkpoint.origin or "this"} is an adapter without its base, '
       'not a model. Attach it to its base first.'
     )
 
@@ -48,7 +48,7 @@ def settled(checkpoint: Checkpoint, verb: str, host: Host) -> Records:
   for record in records.adapters:
     if record.pending is not None:
       raise errors.AdapterError(
-        f'{verb}: adapter {record.name!r} still looks for sites. Initialise '
+        f'adapter {record.name!r} still looks for sites. Initialise '
         'the model and lock its params first.'
       )
   return records

@@ -422,7 +422,7 @@ def axis_of(axis: int, shape: Shape, path: Path, verb: str) -> int:
   """
   if not -len(shape) <= axis < len(shape):
     raise errors.SurgeryError(
-      f'{verb}: {paths.show(path)}: has no axis {axis}, its shape is '
+      f'{paths.show(path)}: has no axis {axis}, its shape is '
       f'{shape}. Give an axis from {-len(shape)} to {len(shape) - 1}.'
     )
   return axis % len(shape)

@@ -57,7 +57,7 @@ def name_of(dtype: Any) -> str:
   if name not in SHORT.values():
     known = (*SHORT, *SHORT.values())
     raise errors.ConfigError(
-      f'cast: expected a floating-point dtype, found {name!r}.'
+      f'expected a floating-point dtype, found {name!r}.'
       f'{errors.suggest(name, known)}'
     )
   return name

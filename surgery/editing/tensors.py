@@ -37,7 +37,7 @@ def chosen(
   types = checkpoint.manifest.layer_types
   found = choosing.chosen(checkpoint, select, types, host)
   if not found:
-    raise errors.SelectorError(f'{verb}: nothing is selected.')
+    raise errors.SelectorError('nothing is selected.')
   for path in found:
     regions.array(checkpoint[path], path, verb)
   return {path: checkpoint[path] for path in found}
@@ -51,12 +51,10 @@ def texts(rules: str | Iterable[str], verb: str) -> list[str]:
   """
   found = [rules] if isinstance(rules, str) else list(rules)
   if not found:
-    raise errors.RenameError(
-      f"{verb}: expected rules 'OLD -> NEW', found none."
-    )
+    raise errors.RenameError("expected rules 'OLD -> NEW', found none.")
   for text, count in collections.Counter(map(str, found)).items():
     if count > 1:
-      raise errors.RenameError(f'{verb}: rule {text!r} is given twice.')
+      raise errors.RenameError(f'rule {text!r} is given twice.')
   return found
 
 
@@ -83,7 +81,7 @@ def aliased(
     hint = errors.suggest(alias, known)
     shown = ', '.join(known) or 'none'
     raise errors.SurgeryError(
-      f'{verb}: no input is called {alias!r}; there are: {shown}.{hint}'
+      f'no input is called {alias!r}; there are: {shown}.{hint}'
     )
   return known[alias]
 
@@ -168,7 +166,7 @@ def check_free(
     if path in owned:
       name, how = owned[path]
       raise errors.AdapterError(
-        f'{verb}: {paths.show(path)} {how} adapter {name!r}, which cannot '
+        f'{paths.show(path)} {how} adapter {name!r}, which cannot '
         f'follow. Merge or detach {name!r} first, or select other tensors.'
       )
 
@@ -181,7 +179,7 @@ def _check_trees(
     tree = following.tree_of(path, trees)
     if tree is not None:
       raise errors.SurgeryError(
-        f'{verb}: {paths.show(path)} is a part of the parameter '
+        f'{paths.show(path)} is a part of the parameter '
         f'{paths.show(tree)}, whose value is no array. Select other tensors.'
       )
 
@@ -204,20 +202,19 @@ def check_new(
     shown = ', '.join(paths.show(p) for p in taken[:_SHOWN])
     more = f' and {len(taken) - _SHOWN} more' if len(taken) > _SHOWN else ''
     raise errors.RenameError(
-      f'{verb}: {shown}{more} exists already. Drop it first, or give another '
-      'name.'
+      f'{shown}{more} exists already. Drop it first, or give another name.'
     )
   both = left | set(fresh)
   for path in both:
     if not path or '' in path:
-      raise errors.RenameError(f'{verb}: a name with an empty part: {path!r}.')
+      raise errors.RenameError(f'a name with an empty part: {path!r}.')
     for n in range(1, len(path)):
       above = path[:n]
       if above in both and (path in fresh or above in fresh):
         if (leaf := fresh.get(path)) and leaf.codes and leaf.codes.of == above:
           continue  # As `weight.absmax` of bitsandbytes beneath `weight`.
         raise errors.RenameError(
-          f'{verb}: {paths.show(path)} would lie beneath the tensor '
+          f'{paths.show(path)} would lie beneath the tensor '
           f'{paths.show(above)}. Give another name.'
         )
 
@@ -269,7 +266,7 @@ def edited(
   leaves = _placed(checkpoint, changed, fresh, gone, behind or {})
   if not leaves:
     raise errors.SurgeryError(
-      f'{verb}: nothing would be left of {len(checkpoint)} tensors.'
+      f'nothing would be left of {len(checkpoint)} tensors.'
     )
   types = following.layer_types(checkpoint, leaves) if gone else None
   manifest = checkpoint.manifest

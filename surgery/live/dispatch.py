@@ -19,9 +19,16 @@ Verb = TypeVar('Verb', bound=Callable[..., Any])
 
 @contextlib.contextmanager
 def told(host: Host | None, verb: str, **arguments: Any) -> Iterator[Host]:
-  """Tells observers of a verb, which may move values to and from devices."""
+  """The scope of a verb: it tells observers, and errors say which it was.
+
+  Within it values may move to and from devices.
+  """
   host = host or default_host()
-  with host.observed(verb, arguments), devices.transfers():
+  with (
+    errors.within(verb),
+    host.observed(verb, arguments),
+    devices.transfers(),
+  ):
     yield host
 
 

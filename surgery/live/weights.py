@@ -259,11 +259,8 @@ def _checked(who: Any, site: SiteRecord, weights: Mapping[str, Any]) -> Any:
   Raises:
     PluginError: if the type's code fails, or returns no real scalar.
   """
-  try:
+  with compute.calling('regulariser', who, site.site):
     value = who.regulariser(site.site, weights)
-  except Exception as error:  # A plugin's code.
-    raised = compute.failed(who, site.site, 'regulariser', error)
-    raise raised from error
   if value is None:
     return jnp.zeros((), jnp.float32)
   shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)

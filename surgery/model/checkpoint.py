@@ -503,7 +503,7 @@ class Checkpoint(Mapping[Path, Leaf]):
       ):
         names = ' and '.join(map(repr, answered[path]))
         raise errors.AdapterError(
-          f'{verb}: {paths.show(path)} is rewritten by adapter {names}, which '
+          f'{paths.show(path)} is rewritten by adapter {names}, which '
           f'cannot follow. Merge or detach {names} first, or select other '
           'tensors.'
         )

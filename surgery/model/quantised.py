@@ -329,7 +329,7 @@ def without(
       # How inputs are scaled does not say what the weight is.
       if part in left and part[-1] not in _INPUTS:
         raise errors.QuantisedError(
-          f'{verb}: {paths.show(part)} would go and {paths.show(of)} stay, '
+          f'{paths.show(part)} would go and {paths.show(of)} stay, '
           'whose codes mean nothing without it. Select both, or neither.'
         )
   return left

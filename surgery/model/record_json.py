@@ -111,12 +111,10 @@ def adapter_from_json(
     ) from None
   try:
     origin = host.distribution(kind) or ''
-    try:
+    with errors.within(f'adapter {name!r}'):
       config = adapters.current(
         cls, data['config'], data.get('version', 1), origin
       )
-    except errors.SurgeryError as error:
-      raise errors.reworded(error, f'adapter {name!r}: {error}') from error
     adapter = cls.from_config(config)
     sites = {}
     for entry in data['sites']:

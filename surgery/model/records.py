@@ -261,7 +261,7 @@ class AdapterRecord:
     """
     for item in self.pending.unmet if self.pending else ():
       raise errors.AdapterError(
-        f'{verb}: adapter {self.name!r} has found nothing for its selector '
+        f'adapter {self.name!r} has found nothing for its selector '
         f'{item.written!r} yet. Initialise the model and lock its params first.'
       )
 

@@ -48,7 +48,7 @@ def check_number(leaf: Leaf, path: Path, verb: str) -> str:
   if rounding.is_float(leaf.dtype) or leaf.dtype.startswith('complex'):
     return leaf.dtype
   raise errors.SurgeryError(
-    f'{verb}: {paths.show(path)} is {leaf.dtype}; expected a floating-point '
+    f'{paths.show(path)} is {leaf.dtype}; expected a floating-point '
     'dtype. Select other tensors, or cast it first.'
   )
 
@@ -274,18 +274,18 @@ def _added(
   else:
     weighted = dict.fromkeys(tensors.texts(terms, verb), 1.0)
   if not weighted:
-    raise errors.RenameError(f'{verb}: expected terms, found none.')
+    raise errors.RenameError('expected terms, found none.')
   sums: dict[Path, list[tuple[Leaf, float, Path]]] = {}
   lacking: set[Path] = set()
   for rule, weight in weighted.items():
     if not math.isfinite(weight * scale):
       raise errors.SurgeryError(
-        f'{verb}: {rule!r}: expected a finite weight, found {weight * scale}.'
+        f'{rule!r}: expected a finite weight, found {weight * scale}.'
       )
     found = _terms(checkpoint, rule, verb, inputs, host)
     missing = _missing(checkpoint, rule, found, inputs, verb, host)
     if missing and not partial:
-      raise errors.RenameError(f'{verb}: {rule!r}: {_listed(missing)}')
+      raise errors.RenameError(f'{rule!r}: {_listed(missing)}')
     lacking.update(path for path, _ in missing)
     for old, leaf, new in found:
       if new in checkpoint:
@@ -298,7 +298,7 @@ def _added(
   }
   if not changed:
     raise errors.RenameError(
-      f'{verb}: no tensor is in all of the models, so nothing would be added. '
+      'no tensor is in all of the models, so nothing would be added. '
       'Change the rules.'
     )
   return tensors.edited(checkpoint, verb, changed=changed, host=host)
@@ -322,8 +322,7 @@ def _terms(
   kept = [(old, leaf, new) for old, leaf, new, _ in found if old not in owned]
   if not kept:
     raise errors.RenameError(
-      f'{verb}: {rule!r} matches nothing but weights of adapters. Change the '
-      'rule.'
+      f'{rule!r} matches nothing but weights of adapters. Change the rule.'
     )
   return kept
 
@@ -400,12 +399,12 @@ def _sum(
   for other, _, name in parts:
     if other.shape != leaf.shape:
       raise errors.SurgeryError(
-        f'{verb}: {paths.show(name)} is {other.shape} and {paths.show(path)} '
+        f'{paths.show(name)} is {other.shape} and {paths.show(path)} '
         f'is {leaf.shape}; they have to be alike.'
       )
     if str(other.dtype).startswith('complex') > dtype.startswith('complex'):
       raise errors.SurgeryError(
-        f'{verb}: {paths.show(name)} is {other.dtype} and {paths.show(path)} '
+        f'{paths.show(name)} is {other.dtype} and {paths.show(path)} '
         f'is {dtype}, which cannot hold the result.'
       )
   within = np.dtype(wide(dtype))
@@ -455,7 +454,7 @@ def scale(
     scale: {select: '**/residual/kernel', by: 0.5}
   """
   if not math.isfinite(by):
-    raise errors.SurgeryError(f'scale: expected a finite number, found {by}.')
+    raise errors.SurgeryError(f'expected a finite number, found {by}.')
   changed = {}
   for path, leaf in tensors.chosen(checkpoint, select, 'scale', host).items():
     changed[path] = _scaled(leaf, by, path, nonfinite)
@@ -533,8 +532,7 @@ def _product(
       or (not first and own[-2] != shape[-1])
     ):
       raise errors.SurgeryError(
-        f'matmul: {paths.show(path)}: a matrix of {own} cannot follow one of '
-        f'{shape}.'
+        f'{paths.show(path)}: a matrix of {own} cannot follow one of {shape}.'
       )
     shape = own if first else (*shape[:-1], own[-1])
   dtype = str(leaves[0].dtype)

@@ -136,7 +136,7 @@ bit |
 def _raise(test: _Test) -> None:
   why = test.reason()
   if why is not None:
-    raise errors.CheckError(f'assert: {test.text}: {why}')
+    raise errors.CheckError(f'{test.text}: {why}')
 
 
 def _read(condition: Any, asked: _Asked) -> _Test:
@@ -147,14 +147,13 @@ def _read(condition: Any, asked: _Asked) -> _Test:
   """
   if not isinstance(condition, Mapping) or not condition:
     raise errors.ConfigError(
-      f'assert: expected a condition such as {{exists: SELECTOR}}, found '
-      f'{condition!r}.'
+      f'expected a condition such as {{exists: SELECTOR}}, found {condition!r}.'
     )
   tests = []
   for name, given in condition.items():
     if name not in _CONDITIONS:
       raise errors.ConfigError(
-        f'assert: no condition is called {name!r}.'
+        f'no condition is called {name!r}.'
         f'{errors.suggest(str(name), _CONDITIONS)}'
       )
     tests.append(_CONDITIONS[name](given, asked))
@@ -202,9 +201,7 @@ def _not(test: _Test) -> _Test:
 
 def _several(given: Any, asked: _Asked) -> list[_Test]:
   if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-    raise errors.ConfigError(
-      f'assert: expected a list of conditions, found {given!r}.'
-    )
+    raise errors.ConfigError(f'expected a list of conditions, found {given!r}.')
   return [_read(one, asked) for one in given]
 
 
@@ -222,16 +219,16 @@ def _options(
   for key in given:
     if key not in known:
       raise errors.ConfigError(
-        f'assert: {name!r} has no option {key!r}.{errors.suggest(key, known)}'
+        f'{name!r} has no option {key!r}.{errors.suggest(key, known)}'
       )
   for key in ('of', *required):
     if key not in given:
-      raise errors.ConfigError(f'assert: {name!r}: {key!r} must be given.')
+      raise errors.ConfigError(f'{name!r}: {key!r} must be given.')
   found = {**defaults, **given}
   _check_text(name, found['of'])
   if not isinstance(found.get('eps', 0), (int, float)):
     raise errors.ConfigError(
-      f'assert: {name!r}: eps: expected a number, found {found["eps"]!r}.'
+      f'{name!r}: eps: expected a number, found {found["eps"]!r}.'
     )
   return found
 
@@ -242,7 +239,7 @@ def _check_text(name: str, select: Any) -> None:
     isinstance(one, str) for one in items
   ):
     raise errors.ConfigError(
-      f'assert: {name!r}: expected a selector, found {select!r}.'
+      f'{name!r}: expected a selector, found {select!r}.'
     )
 
 
@@ -283,7 +280,7 @@ def _count(given: Any, asked: _Asked) -> _Test:
   wanted = said['is']
   if not isinstance(wanted, int):
     raise errors.ConfigError(
-      f"assert: 'count': is: expected a number, found {wanted!r}."
+      f"'count': is: expected a number, found {wanted!r}."
     )
 
   def reason() -> str | None:
@@ -306,7 +303,7 @@ def _shape(given: Any, asked: _Asked) -> _Test:
     n == '*' or (isinstance(n, int) and n >= 0) for n in wanted
   ):
     raise errors.ConfigError(
-      "assert: 'shape': is: expected a list of numbers, or '*' for any, found "
+      "'shape': is: expected a list of numbers, or '*' for any, found "
       f'{wanted!r}.'
     )
 

@@ -62,7 +62,7 @@ def attach(
     attach: {from: tuned}
   """
   if (adapter is None) == (from_ is None):
-    raise errors.ConfigError('attach: give adapter, or from, and not both.')
+    raise errors.ConfigError('give adapter, or from, and not both.')
   if from_ is not None:
     given = {
       'to': to,
@@ -74,17 +74,17 @@ def attach(
     for key, value in given.items():
       if value is not None:
         raise errors.ConfigError(
-          f'attach: {key} does not go with from: the file says it.'
+          f'{key} does not go with from: the file says it.'
         )
     return extract.insert(
       checkpoint, from_, name=name, check_base=check_base, host=host
     )
   if to is None:
-    raise errors.ConfigError("attach: give to, e.g. to: '**/query'.")
+    raise errors.ConfigError("give to, e.g. to: '**/query'.")
   if isinstance(adapter, str):
     adapter = _configured(adapter, set or {}, host)
   elif set is not None:
-    raise errors.ConfigError('attach: set goes with the name of a type.')
+    raise errors.ConfigError('set goes with the name of a type.')
   assert adapter is not None
   return attaching.attach(
     checkpoint,
@@ -113,9 +113,7 @@ def _configured(kind: str, said: Mapping[str, Any], host: Host) -> Adapter:
   def put(selector: str, option: str, value: Any) -> None:
     options = patterns.setdefault(selector, {})
     if option in options:
-      raise errors.ConfigError(
-        f'attach: set: {selector}:{option} is given twice.'
-      )
+      raise errors.ConfigError(f'set: {selector}:{option} is given twice.')
     options[option] = value
 
   for key, value in said.items():
@@ -125,7 +123,7 @@ def _configured(kind: str, said: Mapping[str, Any], host: Host) -> Adapter:
         isinstance(one, Mapping) for one in value.values()
       ):
         raise errors.ConfigError(
-          f'attach: patterns: expected {{SELECTOR: {{OPTION: VALUE}}}}, found '
+          f'patterns: expected {{SELECTOR: {{OPTION: VALUE}}}}, found '
           f'{value!r}.'
         )
       for where, some in value.items():

@@ -100,7 +100,7 @@ def cast(
         dtypes[path] = wanted
   if not found:
     raise errors.SurgeryError(
-      f'cast: none of the {len(checkpoint)} tensors is to be cast: those that '
+      f'none of the {len(checkpoint)} tensors is to be cast: those that '
       'are not kept are not of a floating-point dtype.'
     )
   if not dtypes:
@@ -154,8 +154,7 @@ def _split(text: str) -> tuple[str, str | None]:
     return selector, rounding.name_of(dtype)
   except errors.ConfigError as error:
     raise errors.ConfigError(
-      f'keep {text!r}: {str(error).removeprefix("cast: ")} For a name that has '
-      "a '=' write '\\='."
+      f"keep {text!r}: {error} For a name that has a '=' write '\\='."
     ) from None
 
 

@@ -87,7 +87,7 @@ def combine_adapters(
     for path, site in record.sites.items():
       shapes.setdefault(path, site)
   if not chosen:
-    raise errors.AdapterError('combine: expected adapters, found none.')
+    raise errors.AdapterError('expected adapters, found none.')
   made = {
     path: _Combined(
       checkpoint, chosen, list(weights.values()), path, method, rank, density,
@@ -116,26 +116,26 @@ def _checked(record: AdapterRecord) -> AdapterRecord:
   """
   if not record.adapter.adds:
     raise errors.AdapterError(
-      f"combine: adapter {record.name!r} ('{record.adapter.name}') does not "
+      f"adapter {record.name!r} ('{record.adapter.name}') does not "
       'add something to its base that does not depend on it, so there is no '
       'update to combine. Merge it instead.'
     )
   if record.saved:
     shown = ', '.join(map(paths.show, record.saved))
     raise errors.AdapterError(
-      f'combine: adapter {record.name!r} was saved with values of its own for '
+      f'adapter {record.name!r} was saved with values of its own for '
       f'{shown}, which are no update to combine. Merge it instead, or save it '
       'without them (modules_to_save).'
     )
   for path, site in record.sites.items():
     if len(site.site.params) > 1:
       raise errors.AdapterError(
-        f'combine: {paths.show(path)}: adapter {record.name!r} rewrites '
+        f'{paths.show(path)}: adapter {record.name!r} rewrites '
         'several parameters of a layer.'
       )
     if not site.site.in_shape or not site.site.out_shape:
       raise errors.AdapterError(
-        f'combine: {paths.show(path)}: adapter {record.name!r} adds to a '
+        f'{paths.show(path)}: adapter {record.name!r} adds to a '
         'vector, and what comes out is a LoRA, which needs a matrix. Merge it '
         'instead.'
       )
@@ -149,17 +149,15 @@ def _check(
   known = ('cat', 'svd', *elementwise.METHODS)
   if method not in known:
     raise errors.ConfigError(
-      f'combine: no method is called {method!r}.{errors.suggest(method, known)}'
+      f'no method is called {method!r}.{errors.suggest(method, known)}'
     )
   for name, weight in weights.items():
     if not math.isfinite(weight):
       raise errors.ConfigError(
-        f'combine: {name!r}: expected a finite weight, found {weight}.'
+        f'{name!r}: expected a finite weight, found {weight}.'
       )
   if rank is not None and rank < 1:
-    raise errors.ConfigError(
-      f'combine: rank: expected 1 or more, found {rank}.'
-    )
+    raise errors.ConfigError(f'rank: expected 1 or more, found {rank}.')
 
 
 def _attached(

@@ -26,7 +26,7 @@ def gathered(
   read = joining.parse(rule)
   if not isinstance(read, joining.Gather):
     raise errors.RenameError(
-      f'{verb}: rule {rule!r} makes several of one. Expected a rule that makes '
+      f'rule {rule!r} makes several of one. Expected a rule that makes '
       "one of several, as '{a,b} -> ab'."
     )
   universe = _free(checkpoint, verb, host)
@@ -43,7 +43,7 @@ def spread(rule: str, verb: str) -> joining.Spread:
   read = joining.parse(rule)
   if not isinstance(read, joining.Spread):
     raise errors.RenameError(
-      f'{verb}: rule {rule!r} makes one of several. Expected a rule that makes '
+      f'rule {rule!r} makes one of several. Expected a rule that makes '
       "several of one, as 'ab -> {a,b}'."
     )
   return read
@@ -91,7 +91,7 @@ def joined(
     for target, parts in gathered(checkpoint, rule, verb, host).items():
       if target in fresh:
         raise errors.RenameError(
-          f'{verb}: rule {rule!r}: {paths.show(target)} is made by an earlier '
+          f'rule {rule!r}: {paths.show(target)} is made by an earlier '
           'rule. Change the rules.'
         )
       leaves = [checkpoint[p] for p in parts]
@@ -117,7 +117,7 @@ def _check_dtypes(
   for path, leaf in zip(parts, leaves, strict=True):
     if leaf.dtype != leaves[0].dtype:
       raise errors.SurgeryError(
-        f'{verb}: {paths.show(path)} is {leaf.dtype} and '
+        f'{paths.show(path)} is {leaf.dtype} and '
         f'{paths.show(parts[0])} is {leaves[0].dtype}. Cast one of them first.'
       )
 
@@ -165,7 +165,7 @@ def _concatenated(
   for path, shape in zip(parts, shapes, strict=True):
     if len(shape) != len(shapes[0]) or rest(shape) != rest(shapes[0]):
       raise errors.SurgeryError(
-        f'concat: {paths.show(path)} is {shape} and {paths.show(parts[0])} is '
+        f'{paths.show(path)} is {shape} and {paths.show(parts[0])} is '
         f'{shapes[0]}; they have to be alike but for axis {axis}.'
       )
   readers = [Reader(leaf) for leaf in leaves]
@@ -225,14 +225,14 @@ def split(
       each = list(sizes)
     elif count is None:
       raise errors.SurgeryError(
-        'split: parts that are numbered need sizes: sizes: [128, 128].'
+        'parts that are numbered need sizes: sizes: [128, 128].'
       )
     else:
       each = [whole // count] * count
     if sum(each) != whole or (count is not None and len(each) != count):
       wanted = f'{count} parts' if sizes is None else f'the sizes {each}'
       raise errors.SurgeryError(
-        f'split: {paths.show(path)}: axis {axis} has {whole} places and cannot '
+        f'{paths.show(path)}: axis {axis} has {whole} places and cannot '
         f'be cut into {wanted}.'
       )
     found, start = [], 0
@@ -280,7 +280,7 @@ def parted(
       for target, part in zip(targets, parts, strict=True):
         if target in fresh:
           raise errors.RenameError(
-            f'{verb}: rule {text!r}: two parts would be {paths.show(target)}. '
+            f'rule {text!r}: two parts would be {paths.show(target)}. '
             'Change the rule.'
           )
         fresh[target] = tensors.as_new(part)
@@ -336,7 +336,7 @@ def _stacked(parts: Sequence[Path], leaves: Sequence[Leaf], axis: int) -> Leaf:
   for path, leaf in zip(parts, leaves, strict=True):
     if leaf.shape != inner:
       raise errors.SurgeryError(
-        f'stack: {paths.show(path)} is {leaf.shape} and '
+        f'{paths.show(path)} is {leaf.shape} and '
         f'{paths.show(parts[0])} is {inner}; they have to be alike.'
       )
   at = regions.axis_of(axis, (*inner, 0), parts[0], 'stack')
@@ -383,7 +383,7 @@ def unstack(
     at = regions.axis_of(axis, leaf.shape, path, 'unstack')
     if count not in (None, leaf.shape[at]):
       raise errors.SurgeryError(
-        f'unstack: {paths.show(path)}: axis {axis} has {leaf.shape[at]} '
+        f'{paths.show(path)}: axis {axis} has {leaf.shape[at]} '
         f'places, and there are {count} names.'
       )
     return [_place(leaf, at, k) for k in range(leaf.shape[at])]

@@ -59,13 +59,12 @@ def copy(
     for old, leaf, new in _with_parts(source, found):
       if old in owned:
         raise errors.AdapterError(
-          f'copy: {paths.show(old)} is a weight of an adapter, and copies have '
+          f'{paths.show(old)} is a weight of an adapter, and copies have '
           'no adapters. Merge or detach first, or copy other tensors.'
         )
       if new in fresh:
         raise errors.RenameError(
-          f'copy: {text!r}: two tensors would be {paths.show(new)}. Change the '
-          'rules.'
+          f'{text!r}: two tensors would be {paths.show(new)}. Change the rules.'
         )
       fresh[new] = tensors.as_new(leaf)
       _describe(source, old, new, types, trees, text)
@@ -121,7 +120,7 @@ def _describe(
     inner = old[len(tree) :]
     if new[len(new) - len(inner) :] != inner:
       raise errors.RenameError(
-        f'copy: {text!r}: {paths.show(old)} is a part of the parameter '
+        f'{text!r}: {paths.show(old)} is a part of the parameter '
         f'{paths.show(tree)}. Copy all of it under one name.'
       )
     trees[new[: len(new) - len(inner)]] = source.manifest.trees[tree]

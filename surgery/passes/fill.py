@@ -52,7 +52,7 @@ def _made(
     if not renaming.has_arrow(text):
       if shape is not None or dtype is not None:
         raise errors.SurgeryError(
-          f'{verb}: {text!r} are tensors that there are; they keep their shape '
+          f'{text!r} are tensors that there are; they keep their shape '
           "and dtype. Write 'OLD -> NEW', or '-> NEW', for new ones."
         )
       for path, leaf in tensors.chosen(checkpoint, text, verb, host).items():
@@ -66,15 +66,14 @@ def _made(
       name = dtype or (None if source is None else source.dtype)
       if sizes is None or name is None:
         raise errors.SurgeryError(
-          f'{verb}: {text!r}: give shape and dtype of the new tensor.'
+          f'{text!r}: give shape and dtype of the new tensor.'
         )
       if new in fresh and fresh[new].shape != tuple(sizes):
         raise errors.RenameError(
-          f'{verb}: {text!r}: {paths.show(new)} would have two shapes. Give '
-          'shape.'
+          f'{text!r}: {paths.show(new)} would have two shapes. Give shape.'
         )
       if any(n < 0 for n in sizes):
-        raise errors.SurgeryError(f'{verb}: {text!r}: no shape: {sizes}.')
+        raise errors.SurgeryError(f'{text!r}: no shape: {sizes}.')
       made = make(new, tuple(sizes), _dtype(name, verb))
       fresh[new] = made if source is None else _with(source, made)
       if old is not None:
@@ -113,7 +112,7 @@ def _dtype(name: str, verb: str) -> str:
   if full not in arrays.DTYPES:
     known = (*rounding.SHORT, *arrays.DTYPES)
     raise errors.ConfigError(
-      f'{verb}: no dtype is called {name!r}.{errors.suggest(name, known)}'
+      f'no dtype is called {name!r}.{errors.suggest(name, known)}'
     )
   return full
 
@@ -203,15 +202,13 @@ def random(
   """
   if not (math.isfinite(scale) and math.isfinite(mean) and scale >= 0):
     raise errors.SurgeryError(
-      f'random: expected finite numbers, found the scale {scale} and the mean '
-      f'{mean}.'
+      f'expected finite numbers, found the scale {scale} and the mean {mean}.'
     )
 
   def make(path: Path, sizes: Shape, name: str) -> Leaf:
     if not rounding.is_float(name):
       raise errors.SurgeryError(
-        f'random: {paths.show(path)} is {name}; expected a floating-point '
-        'dtype.'
+        f'{paths.show(path)} is {name}; expected a floating-point dtype.'
       )
 
     def block(region: Region) -> Any:

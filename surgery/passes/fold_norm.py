@@ -83,8 +83,7 @@ def fold_norm(
     one = _read(checkpoint, layer, found, elsewhere, axis, epsilon, nonfinite)
     if one.norm_paths() & gone or one.kernel in changed:
       raise errors.RenameError(
-        f'fold-norm: {paths.show(found)} would be folded twice. Change the '
-        'rules.'
+        f'{paths.show(found)} would be folded twice. Change the rules.'
       )
     changed[one.kernel] = one.folded_kernel()
     if norm == 'drop':
@@ -124,7 +123,7 @@ def _pairs(
         continue
       if target not in layers:
         raise errors.RenameError(
-          f'fold-norm: rule {text!r}: there is no {paths.show(target)} behind '
+          f'rule {text!r}: there is no {paths.show(target)} behind '
           f'{paths.show(layer)}.'
         )
       found.setdefault(layer, target)
@@ -151,8 +150,7 @@ def _one(
     if (*layer, name) in checkpoint:
       return (*layer, name)
   raise errors.SurgeryError(
-    f'fold-norm: {paths.show(layer)} has no {what}; looked for '
-    f'{", ".join(names)}.'
+    f'{paths.show(layer)} has no {what}; looked for {", ".join(names)}.'
   )
 
 
@@ -252,7 +250,7 @@ class _Fold:
     }
     if self.bias is None and 'offset' not in self.norm:
       raise errors.SurgeryError(
-        f'fold-norm: {paths.show(self.kernel)} has no bias and its norm no '
+        f'{paths.show(self.kernel)} has no bias and its norm no '
         "offset, so there is nowhere to add the mean. Give norm: 'drop'."
       )
     made = {}
@@ -312,7 +310,7 @@ def _read(
     arithmetic.check_number(checkpoint[path], path, 'fold-norm')
     if checkpoint[path].shape != (leaf.shape[at],):
       raise errors.SurgeryError(
-        f'fold-norm: {paths.show(path)} is {checkpoint[path]}; expected '
+        f'{paths.show(path)} is {checkpoint[path]}; expected '
         f'[{leaf.shape[at]}], as many as {paths.show(kernel)} has outputs '
         f'(axis {axis} of {leaf.shape}).'
       )

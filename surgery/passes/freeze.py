@@ -101,7 +101,7 @@ def freeze(
     freeze: '**/embedding'
   """
   if select is not None and policy is not None:
-    raise errors.SurgeryError('freeze: give a selector or a policy, not both.')
+    raise errors.SurgeryError('give a selector or a policy, not both.')
   types = (
     checkpoint.manifest.layer_types if layer_types is None else layer_types
   )
@@ -130,7 +130,7 @@ def freeze(
     leaves[path] = _frozen(leaf, mark(path)) if trains is False else leaf
   if not known:
     raise errors.PluginError(
-      f'freeze: no plugin knows the policy {policy!r}. `surgery plugins` lists '
+      f'no plugin knows the policy {policy!r}. `surgery plugins` lists '
       'plugins and their hooks.'
     )
   return checkpoint.replace(leaves=leaves)
@@ -177,8 +177,7 @@ def unfreeze(
       else ''
     )
     raise errors.SurgeryError(
-      f'unfreeze: freeze froze none of the {len(chosen)} selected parameters.'
-      f'{hint}'
+      f'freeze froze none of the {len(chosen)} selected parameters.{hint}'
     )
   leaves = {
     path: _thawed(leaf) if path in ours else leaf

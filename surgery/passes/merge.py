@@ -53,7 +53,7 @@ def merge(
 
     if names is not None:
       raise errors.AdapterError(
-        'merge: names do not go with an adapter from elsewhere, which is one.'
+        'names do not go with an adapter from elsewhere, which is one.'
       )
     checkpoint = extract.insert(
       checkpoint, with_, check_base=check_base, host=host

@@ -57,7 +57,7 @@ def prune_ranks(
   record = following.settled(checkpoint, _VERB, host).get(name)
   if not record.adapter.rank_axes:
     raise errors.AdapterError(
-      f"{_VERB}: adapter {name!r}: type '{record.adapter.name}' does not say "
+      f"adapter {name!r}: type '{record.adapter.name}' does not say "
       'which axes of its weights are the rank (`rank_axes`).'
     )
   leaves: dict[Path, Leaf] = dict(checkpoint)
@@ -66,7 +66,7 @@ def prune_ranks(
     if site is None:
       known = [paths.show(p) for p in record.sites]
       raise errors.AdapterError(
-        f'{_VERB}: adapter {name!r} has no site {paths.show(path)}. A site is '
+        f'adapter {name!r} has no site {paths.show(path)}. A site is '
         'the path of the parameter that it rewrites, with its name.'
         f'{errors.suggest(paths.show(path), known)}'
       )
@@ -79,7 +79,7 @@ def prune_ranks(
       spec = weights[weight]
       if spec.path not in leaves:
         raise errors.AdapterError(
-          f'{_VERB}: {paths.show(spec.path)} is not there. Give the whole '
+          f'{paths.show(spec.path)} is not there. Give the whole '
           'model, not a half that split() made.'
         )
       leaf = leaves[spec.path]
@@ -95,7 +95,7 @@ def prune_ranks(
       attachment.check_apply(cut, record.shared)
     except errors.PluginError as error:
       raise errors.PluginError(
-        f'{_VERB}: {error} A type that has `rank_axes` takes the rank from its '
+        f'{error} A type that has `rank_axes` takes the rank from its '
         "weights' shapes in `apply`, not from its options."
       ) from error
     record = record.with_site(cut, ())
@@ -114,19 +114,17 @@ def read(keep: Any) -> dict[Path, Any]:
   """
   if not isinstance(keep, Mapping):
     raise errors.AdapterError(
-      f'{_VERB}: expected ranks by site, found {type(keep).__name__}.'
+      f'expected ranks by site, found {type(keep).__name__}.'
     )
   found: dict[Path, Any] = {}
   for key, wanted in keep.items():
     is_path = isinstance(key, tuple) and all(isinstance(p, str) for p in key)
     if not key or not (isinstance(key, str) or is_path):
-      raise errors.AdapterError(
-        f'{_VERB}: expected the path of a site, found {key!r}.'
-      )
+      raise errors.AdapterError(f'expected the path of a site, found {key!r}.')
     path = paths.parse(key) if isinstance(key, str) else key
     if path in found:
       raise errors.AdapterError(
-        f'{_VERB}: {paths.show(path)} is given twice, as text and as a tuple.'
+        f'{paths.show(path)} is given twice, as text and as a tuple.'
       )
     found[path] = wanted
   return found

@@ -108,7 +108,7 @@ class _Names:
     self._new = renaming.resolved(rules, universe)
     if all(old == new for old, new in self._new.items()):
       raise errors.RenameError(
-        'rename: every tensor would keep its name. Change the rules.'
+        'every tensor would keep its name. Change the rules.'
       )
     self.universe = universe
 
@@ -189,7 +189,7 @@ def _trees(trees: Mapping[Path, Any], names: _Names) -> dict[Path, Any]:
     root = target[: len(target) - len(inner)]
     if target != root + inner or not root or new.setdefault(tree, root) != root:
       raise errors.RenameError(
-        f'rename: {paths.show(path)} is a part of the parameter '
+        f'{paths.show(path)} is a part of the parameter '
         f'{paths.show(tree)} and would be {paths.show(target)}. Rename the '
         'parameter, which takes its parts along.'
       )
@@ -306,7 +306,7 @@ def _target(
       raise _apart(record, base[0], new[0], old, path)
     if len(base) > 1 and path[-1] != old[-1]:
       raise errors.AdapterError(
-        f'rename: {paths.show(old)} would be {paths.show(path)}, and adapter '
+        f'{paths.show(old)} would be {paths.show(path)}, and adapter '
         f'{record.name!r} knows the {len(base)} parameters that it rewrites in '
         'this layer by their names. Merge or detach the adapter first.'
       )
@@ -330,7 +330,7 @@ def _apart(
   record: AdapterRecord, a: Path, new_a: Path, b: Path, new_b: Path
 ) -> errors.AdapterError:
   return errors.AdapterError(
-    f'rename: {paths.show(a)} would be {paths.show(new_a)}, and '
+    f'{paths.show(a)} would be {paths.show(new_a)}, and '
     f'{paths.show(b)} would be {paths.show(new_b)}: adapter {record.name!r} '
     'needs both in one layer. Rename the whole layer, or merge or detach the '
     'adapter first.'
@@ -349,19 +349,15 @@ def _check_same(
 
   kinds = compute.kinds_of(old, record.shared)
   try:
-    same = who == old.interceptor
-    for spec in site.params:
-      compute.uses(who, site.anonymous, spec.name, kinds)
+    with compute.calling('apply', who, site):
+      same = who == old.interceptor
+      for spec in site.params:
+        compute.uses(who, site.anonymous, spec.name, kinds)
   except PathNeeded:
     same = False
-  except Exception as error:  # A plugin's code ran inside.
-    raised = compute.failed(who, site, 'apply', error)
-    if raised is error:
-      raise
-    raise raised from error
   if not same:
     raise errors.AdapterError(
-      f'rename: {paths.show(old.site.path)}: what adapter {record.name!r} '
+      f'{paths.show(old.site.path)}: what adapter {record.name!r} '
       f"('{record.adapter.name}') computes depends on the parameter's name, so "
       f'it cannot follow to {paths.show(site.path)}. Merge or detach it first.'
     )

@@ -37,14 +37,12 @@ class Numbered:
     found = Reader(layers, layers).numbers
     if len(found) != 1 or re.search(r'(?<!\\)->', layers):
       raise errors.RenameError(
-        f'{verb}: {layers!r}: expected a pattern with one number, as '
+        f'{layers!r}: expected a pattern with one number, as '
         f"'**/block<i>', found {len(found)}."
       )
     ((self._name, number),) = found.items()
     if number.operator:
-      raise errors.RenameError(
-        f"{verb}: {layers!r}: write '<{number.name}>' alone."
-      )
+      raise errors.RenameError(f"{layers!r}: write '<{number.name}>' alone.")
     self._group = number.group
     self._rule = renaming.parse(f'{layers} -> {layers}')
     self.text = layers
@@ -133,7 +131,7 @@ def renumber(
     renumber: 'transformer/h/<i>'
   """
   if start < 0:
-    raise errors.RenameError(f'renumber: no number: {start}.')
+    raise errors.RenameError(f'no number: {start}.')
   found = Numbered(layers, 'renumber', list(following.with_empty(checkpoint)))
   tables = {
     place: {old: start + k for k, old in enumerate(sorted(numbers))}
@@ -141,7 +139,7 @@ def renumber(
   }
   if all(old == new for t in tables.values() for old, new in t.items()):
     raise errors.RenameError(
-      f'renumber: {layers!r}: the numbers are consecutive already.'
+      f'{layers!r}: the numbers are consecutive already.'
     )
   return renamed(
     checkpoint, [_Renumbering(found, tables)], verb='renumber', host=host
@@ -179,13 +177,11 @@ def repeat(
     repeat: {layers: 'transformer/h/<i>', numbers: '4:8'}
   """
   if times < 2:
-    raise errors.SurgeryError(
-      f'repeat: times: expected at least 2, found {times}.'
-    )
+    raise errors.SurgeryError(f'times: expected at least 2, found {times}.')
   records = following.settled(checkpoint, 'repeat', host)
   if records.adapters:
     raise errors.AdapterError(
-      f'repeat: copies have no adapters, and {records.names[0]!r} is attached. '
+      f'copies have no adapters, and {records.names[0]!r} is attached. '
       'Merge or detach it first.'
     )
   found = Numbered(layers, 'repeat', list(checkpoint))
@@ -203,13 +199,13 @@ def _order(
   count = len(known)
   if known != set(range(count)):
     raise errors.RenameError(
-      f'repeat: {layers!r}: expected the numbers 0 to {count - 1}, found '
+      f'{layers!r}: expected the numbers 0 to {count - 1}, found '
       f'{sorted(known)}. Renumber first.'
     )
   wanted = places(numbers, count, f'repeat: {layers!r}')
   if wanted != list(range(wanted[0], wanted[-1] + 1)):
     raise errors.SurgeryError(
-      f'repeat: numbers: expected one range, found {wanted}. Repeat ranges '
+      f'numbers: expected one range, found {wanted}. Repeat ranges '
       'one by one, the last first.'
     )
   if interleave:
@@ -237,9 +233,7 @@ def _arranged(
     )
     for target in names[path]:
       if target in ordered:
-        raise errors.RenameError(
-          f'repeat: two tensors would be {paths.show(target)}.'
-        )
+        raise errors.RenameError(f'two tensors would be {paths.show(target)}.')
       ordered[target] = _recoded(leaf, path, target)
   before = list(checkpoint)
   if before == sorted(before):

@@ -53,7 +53,7 @@ def _resolved(leaf: Leaf, shape: Sequence[int], path: Path) -> Shape:
     sizes[sizes.index(-1)] = leaf.size // fixed
   if any(n < 0 for n in sizes) or math.prod(sizes) != leaf.size:
     raise errors.SurgeryError(
-      f'reshape: {paths.show(path)}: {leaf.shape}, {leaf.size} elements, '
+      f'{paths.show(path)}: {leaf.shape}, {leaf.size} elements, '
       f'cannot be {tuple(shape)}.'
     )
   return tuple(sizes)
@@ -107,7 +107,7 @@ def transpose(
       order = [regions.axis_of(a, leaf.shape, path, 'transpose') for a in axes]
     if sorted(order) != list(range(rank)) or rank < 2:
       raise errors.SurgeryError(
-        f'transpose: {paths.show(path)}: a tensor with the axes '
+        f'{paths.show(path)}: a tensor with the axes '
         f'{list(range(rank))} cannot have the order '
         f'{"of swapped axes" if axes is None else list(axes)}.'
       )
@@ -175,7 +175,7 @@ def pad(
     if before + behind:
       changed[path] = padded(leaf, at, before, behind, value, where)
   if not changed:
-    raise errors.SurgeryError('pad: nothing would be added. Give before or to.')
+    raise errors.SurgeryError('nothing would be added. Give before or to.')
   return tensors.edited(checkpoint, 'pad', changed=changed, host=host)
 
 

@@ -92,7 +92,7 @@ def _groups(size: int, of: int | None, path: Path, verb: str) -> int:
     return 1
   if of < 1 or size % of:
     raise errors.SurgeryError(
-      f'{verb}: {paths.show(path)}: an axis of {size} cannot be cut into {of} '
+      f'{paths.show(path)}: an axis of {size} cannot be cut into {of} '
       'equal groups.'
     )
   return size // of
@@ -135,7 +135,7 @@ def slice_(
     slice: {select: '**/{q,k,v}_proj/kernel', axis: -1, drop: 5, of: 16}
   """
   if (keep is None) == (drop is None):
-    raise errors.SurgeryError('slice: give keep, or drop, and not both.')
+    raise errors.SurgeryError('give keep, or drop, and not both.')
   changed = {}
   for path, leaf in tensors.chosen(checkpoint, select, 'slice', host).items():
     assert leaf.shape is not None
@@ -155,7 +155,7 @@ def slice_(
       changed[path] = taken(leaf, at, _spread(wanted, width))
   if not changed:
     raise errors.SurgeryError(
-      'slice: every place would be kept, in its order. Change keep or drop.'
+      'every place would be kept, in its order. Change keep or drop.'
     )
   # Even where the shape stays, an adapter's factors have the old order.
   return tensors.edited(

@@ -44,14 +44,14 @@ def tie(
   for old, leaf, new, text in tensors.pairs(checkpoint, written, 'tie', None):
     if new not in checkpoint or new == old:
       raise errors.RenameError(
-        f'tie: rule {text!r}: there is no other tensor {paths.show(new)}.'
+        f'rule {text!r}: there is no other tensor {paths.show(new)}.'
       )
     regions.array(leaf, old, 'tie')
     other = checkpoint[new]
     kept = _turned(leaf, old, 'tie') if transpose else leaf
     if (kept.shape, kept.dtype) != (other.shape, other.dtype):
       raise errors.SurgeryError(
-        f'tie: {paths.show(old)} is {leaf} and {paths.show(new)} is {other}; '
+        f'{paths.show(old)} is {leaf} and {paths.show(new)} is {other}; '
         'they cannot be one.'
       )
     if check:
@@ -65,8 +65,7 @@ def _turned(leaf: Leaf, path: Path, verb: str) -> Leaf:
   """Returns a matrix transposed."""
   if len(leaf.shape or ()) != 2:
     raise errors.SurgeryError(
-      f'{verb}: {paths.show(path)}: expected a matrix to transpose, found '
-      f'{leaf.shape}.'
+      f'{paths.show(path)}: expected a matrix to transpose, found {leaf.shape}.'
     )
   return transposed(leaf, [1, 0])
 
@@ -112,7 +111,7 @@ def untie(
   for old, leaf, new, text in tensors.pairs(checkpoint, written, 'untie', None):
     if new in fresh:
       raise errors.RenameError(
-        f'untie: rule {text!r}: two tensors would be {paths.show(new)}.'
+        f'rule {text!r}: two tensors would be {paths.show(new)}.'
       )
     regions.array(leaf, old, 'untie')
     made = _turned(leaf, old, 'untie') if transpose else leaf

@@ -54,9 +54,7 @@ def resize_vocab(
     resize-vocab: {select: '**/embedding', size: 50304}
   """
   if size < 1:
-    raise errors.SurgeryError(
-      f'resize-vocab: expected at least one token, found {size}.'
-    )
+    raise errors.SurgeryError(f'expected at least one token, found {size}.')
   changed = {}
   found = tensors.chosen(checkpoint, select, 'resize-vocab', host)
   for path, leaf in found.items():
@@ -67,13 +65,11 @@ def resize_vocab(
     elif leaf.shape[at] < size:
       arithmetic.check_number(leaf, path, 'resize-vocab')
       if not leaf.shape[at]:
-        raise errors.SurgeryError(
-          f'resize-vocab: {paths.show(path)}: has no tokens.'
-        )
+        raise errors.SurgeryError(f'{paths.show(path)}: has no tokens.')
       changed[path] = _extended(leaf, path, at, size, new, scale, seed)
   if not changed:
     raise errors.SurgeryError(
-      f'resize-vocab: {len(found)} tensors have {size} tokens already. Give '
+      f'{len(found)} tensors have {size} tokens already. Give '
       'another size, or another axis.'
     )
   return tensors.edited(checkpoint, 'resize-vocab', changed=changed, host=host)

@@ -128,27 +128,21 @@ def _check_alias(alias: str, known: set[str]) -> None:
 def _placed(recipe: Spec, number: int, step: Step) -> Iterator[None]:
   """Says of errors in which step of which recipe they are."""
   if not recipe.origin:
-    yield  # It is a verb of the shell, which knows what it did.
+    with errors.within(step.name):  # It is a verb of the shell.
+      yield
     return
-  try:
-    yield
-  except (errors.PluginError, errors.CheckError) as error:
-    said = _in_step(recipe, number, step, error)
-    raise errors.reworded(error, said) from error
-  except (errors.SurgeryError, KeyError) as error:
-    raise errors.RecipeError(_in_step(recipe, number, step, error)) from error
-
-
-def _in_step(
-  recipe: Spec, number: int, step: Step, error: BaseException
-) -> str:
-  where = recipe.where('steps', number)
-  said = error.args[0] if isinstance(error, KeyError) else str(error)
-  said = str(said).removeprefix(f'{step.name}: ')
-  if isinstance(error, errors.BaseMismatchError):
-    # The library names its argument; here it is an option.
-    said = said.replace('check_base=False', 'check-base: false')
-  return f'{where}: step {number + 1} ({step.name}): {said}'
+  place = f'{recipe.where("steps", number)}: step {number + 1} ({step.name})'
+  with errors.within(place):
+    try:
+      yield
+    except (errors.PluginError, errors.CheckError):
+      raise
+    except (errors.SurgeryError, KeyError) as error:
+      text = str(error.args[0] if isinstance(error, KeyError) else error)
+      if isinstance(error, errors.BaseMismatchError):
+        # The library names its argument; here it is an option.
+        text = text.replace('check_base=False', 'check-base: false')
+      raise errors.RecipeError(text) from error
 
 
 def _done(

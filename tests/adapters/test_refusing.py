@@ -236,7 +236,9 @@ def test_the_shell_says_it_on_stderr_and_in_the_plan(tmp_path, surgery_cli):
   assert "left out  net/norm  it has no 'kernel', which" in done.out
   done = surgery_cli(*arguments, '--to', '**/{h0,norm}', '-o', out)
   assert 3 == done.code and not out.exists()
-  assert "error: selector '**/{h0,norm}': its alternative 'norm'" in done.err
+  assert (
+    "error: attach: selector '**/{h0,norm}': its alternative 'norm'" in done.err
+  )
 
 
 @pytest.mark.parametrize(

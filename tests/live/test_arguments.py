@@ -101,11 +101,11 @@ LORA = surgery.LoRA(rank=1)
     ),
     (
       lambda p: surgery.merge(p, 3),
-      'expected the name of an adapter, or several, found 3.',
+      'merge: expected the name of an adapter, or several, found 3.',
     ),
     (
       lambda p: surgery.detach(p, [b'default']),
-      "expected the name of an adapter, or several, found [b'default'].",
+      "detach: expected the name of an adapter, or several, found [b'default'].",
     ),
     (
       lambda p: surgery.route([0], p),

@@ -162,3 +162,13 @@ def _arrays(params):
   for path, param in params.items():
     if not str(param.value.dtype).startswith('key'):
       yield path, param
+
+
+def test_an_error_says_in_which_verb_it_was():
+  params = models.mlp()[1]
+  with pytest.raises(surgery.SelectorError, match=r"^drop: .*'nowhere'") as one:
+    surgery.drop(params, 'nowhere')
+  assert ('drop',) == one.value.context
+  checkpoint = surgery.apply(surgery.Checkpoint({}), [])
+  with pytest.raises(surgery.SurgeryError, match=r'^keep: '):
+    surgery.keep(checkpoint, 'nowhere')

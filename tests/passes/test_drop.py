@@ -87,9 +87,9 @@ def test_layers_with_adapters_are_parted(names):
   [
     (drop, '**/valeu', 'Nearest: net/value'),
     (keep, '**/valeu', 'Nearest: net/value'),
-    (drop, '**', 'drop: nothing would be left of 4 tensors'),
-    (drop, ['net/query', '!**'], 'drop: nothing is selected'),
-    (keep, ['net/query', '!**'], 'keep: nothing is selected'),
+    (drop, '**', 'nothing would be left of 4 tensors'),
+    (drop, ['net/query', '!**'], 'nothing is selected'),
+    (keep, ['net/query', '!**'], 'nothing is selected'),
   ],
 )
 def test_what_makes_no_sense_is_refused(verb, select, message):
@@ -173,12 +173,12 @@ def test_a_parameter_takes_its_weights_along():
     (
       drop,
       '**/query/lora_*',
-      'drop: net/query/lora_a would go and net/query/kernel stay, and adapter '
+      'net/query/lora_a would go and net/query/kernel stay, and adapter '
       "'default' needs both. Merge or detach the adapter first, or select the "
       'whole layer.',
     ),
     (drop, 'net/query/lora_a', 'net/query/lora_a would go'),
-    (keep, '**/{kernel,bias}', 'keep: net/query/lora_a would go'),
+    (keep, '**/{kernel,bias}', 'net/query/lora_a would go'),
   ],
 )
 def test_half_of_what_an_adapter_needs_is_refused(verb, select, message):
