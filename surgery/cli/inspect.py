@@ -97,7 +97,8 @@ def _history(file: pathlib.Path, opened: Checkpoint, as_json: bool) -> Any:
     return list(said)
   if not said:
     click.echo(f'{file}: no history is recorded.', err=True)
-  return '\n'.join(histories.lines(said, file.name, default_host()))
+  name = f'{file.name}/' if file.is_dir() else file.name
+  return '\n'.join(histories.lines(said, name, default_host()))
 
 
 def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:

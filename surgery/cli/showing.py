@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -76,6 +76,17 @@ def checks(texts: list[str], dry_run: bool) -> None:
   )
 
 
+def folder(said: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what is written to a folder beside the tensors, a line each."""
+  from surgery.interop import configs
+
+  for one in said.get('config', ()):
+    old, new = (configs.shown(one[key]) for key in ('old', 'new'))
+    yield f'config    {one["key"]}: {old} -> {new}  ({one["why"]})'
+  for name in said.get('along', ()):
+    yield f'along     {name}'
+
+
 def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
   """Prints a plan: what is to be done, or what was done."""
   if dry_run:
@@ -85,5 +96,7 @@ def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
       click.echo(line)
     for one in report.get('left_out', ()):
       click.echo(f'left out  {one["path"]}  {one["why"]}')
+    for line in folder(report.get('folder', {})):
+      click.echo(line)
   verb = 'would write' if dry_run else 'wrote'
   click.echo(f'{verb} {where}: {summary(report)}', err=not dry_run)

@@ -13,7 +13,7 @@ import click
 
 from surgery.cli import progress, shared, showing
 from surgery.host.manager import default_host
-from surgery.recipes.spec import Target
+from surgery.recipes.spec import Target, is_folder
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint
@@ -90,6 +90,19 @@ def _options(target: Callable[..., Any]) -> Callable[..., Any]:
         help="What the file tells other programs, e.g. 'format=pt'. May be "
         'repeated.',
       ),
+      click.option(
+        '--config',
+        multiple=True,
+        metavar='KEY=VALUE',
+        help='What the config.json of a folder is to state. May be repeated.',
+      ),
+      click.option(
+        '--like',
+        type=shared.FILE,
+        metavar='FOLDER',
+        help='The model folder from which config.json, tokenizer and licences '
+        'go along; by default that of the input.',
+      ),
     )
   ):
     target = option(target)
@@ -104,18 +117,15 @@ def writes(function: Callable[..., Any]) -> Callable[..., Any]:
       '-o',
       '--output',
       'target',
-      type=shared.FILE,
       required=True,
-      help='The file to write.',
+      help='The file to write, or a new folder: out/.',
     ),
   )
 
 
 def converts(function: Callable[..., Any]) -> Callable[..., Any]:
   """Adds the argument OUT and the options of verbs that write."""
-  return _writing(
-    function, click.argument('target', metavar='OUT', type=shared.FILE)
-  )
+  return _writing(function, click.argument('target', metavar='OUT'))
 
 
 def _writing(
@@ -126,13 +136,16 @@ def _writing(
   @functools.wraps(function)
   def wrapped(
     *args: Any,
-    target: pathlib.Path,
+    target: str,
     shard_size: int | None,
     strict_flax: bool,
     no_manifest: bool,
     metadata: tuple[str, ...],
+    config: tuple[str, ...],
+    like: pathlib.Path | None,
     **kwargs: Any,
   ) -> Any:
+    from surgery.interop import configs
     from surgery.recipes import running
 
     if strict_flax and shard_size is not None:
@@ -141,11 +154,18 @@ def _writing(
       )
     output = Output(
       target=Target(
-        target,
+        pathlib.Path(target),
         shard_size=shard_size,
         strict_flax=strict_flax,
         manifest=not no_manifest,
-        metadata=texts(metadata),
+        metadata=texts(metadata, '--metadata'),
+        config={
+          key: configs.value_of(value)
+          for key, value in texts(config, '--config').items()
+        },
+        like=like,
+        # A path forgets the slash.
+        folder=is_folder(target),
       ),
       **{name: kwargs.pop(name) for name in manner},
     )
@@ -189,8 +209,12 @@ def carry_out(
   run(recipe, output, given, quiet)
 
 
-def texts(items: Sequence[str]) -> dict[str, str]:
+def texts(items: Sequence[str], option: str) -> dict[str, str]:
   """Splits `KEY=VALUE` at the first `=`.
+
+  Args:
+    items: the texts.
+    option: by which they are given, for messages.
 
   Raises:
     UsageError: for an item without `=`, or a key that is given twice.
@@ -199,11 +223,9 @@ def texts(items: Sequence[str]) -> dict[str, str]:
   for item in items:
     key, sign, value = item.partition('=')
     if not sign or not key:
-      raise click.UsageError(
-        f'--metadata {item!r}: expected --metadata KEY=VALUE.'
-      )
+      raise click.UsageError(f'{option} {item!r}: expected {option} KEY=VALUE.')
     if key in found:
-      raise click.UsageError(f'--metadata: {key!r} is given twice.')
+      raise click.UsageError(f'{option}: {key!r} is given twice.')
     found[key] = value
   return found
 
@@ -241,6 +263,8 @@ def run(
     return
   report = plan.report()
   for one in [report, *report.get('saved', [])]:
+    for line in one.get('folder', {}).get('warnings', ()):
+      click.echo(f'warning: {line}', err=True)
     for line in showing.found(one.get('found', [])):
       click.echo(line, err=True)
   if output.as_json:

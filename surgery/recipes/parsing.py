@@ -11,7 +11,7 @@ from typing import Any
 
 from surgery import errors
 from surgery.recipes import definitions, text
-from surgery.recipes.spec import Spec, Step, Target, nbytes
+from surgery.recipes.spec import Spec, Step, Target, is_folder, nbytes
 
 _TOP = ('inputs', 'vars', 'steps', 'outputs', 'about')
 _TARGET = (
@@ -22,6 +22,8 @@ _TARGET = (
   'strict-flax',
   'manifest',
   'metadata',
+  'config',
+  'like',
 )
 _NAME = re.compile(r'[A-Za-z_]\w*')
 _VARIABLE = re.compile(r'\$(?:\$|\{([^{}]*)\})')
@@ -116,7 +118,11 @@ def bound(spec: Spec, values: Mapping[str, Any]) -> Spec:
     spec,
     inputs={k: files.get(k, v) for k, v in spec.inputs.items()},
     outputs={
-      k: dataclasses.replace(v, path=files.get(k, v.path))
+      k: dataclasses.replace(
+        v,
+        path=files.get(k, v.path),
+        folder=is_folder(values[k]) if k in files else v.folder,
+      )
       for k, v in spec.outputs.items()
     },
     vars=variables,
@@ -206,7 +212,8 @@ class _Parsing:
     if isinstance(value, Target):
       return value
     if not isinstance(value, Mapping):
-      return Target(self._file(value, 'outputs', name))
+      file = self._file(value, 'outputs', name)
+      return Target(file, folder=is_folder(value))
     said: dict[str, Any] = {}
     for key, item in value.items():
       self._once(key.replace('_', '-'), item, said, where)
@@ -247,6 +254,12 @@ class _Parsing:
         f'{metadata!r}. Put numbers in quotes.'
       )
     manifest = said.get('manifest')
+    config = said.get('config') or {}
+    if not isinstance(config, Mapping):
+      raise errors.RecipeError(
+        f'{where}: config: expected keys and values, as '
+        f'{{num_hidden_layers: 10}}, found {config!r}.'
+      )
     return Target(
       self._file(said.get('path'), 'outputs', name),
       said.get('of'),
@@ -255,6 +268,9 @@ class _Parsing:
       strict,
       manifest is None or manifest,
       dict(metadata),
+      dict(config),
+      self._file(said.get('like'), 'outputs', name, 'like'),
+      is_folder(said.get('path')),
     )
 
   def _step(self, raw: Any, number: int) -> Step:

@@ -13,14 +13,16 @@ import errno
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from surgery import errors, html
 from surgery.adapting import beneath
-from surgery.files import strict_json
+from surgery.files import atomic_folders, strict_json
 from surgery.host import location
 from surgery.host.manager import Host
+from surgery.interop import folders
 from surgery.model import checkpoint as checkpoints
 from surgery.model import manifest
 from surgery.model.checkpoint import Checkpoint
@@ -207,6 +209,7 @@ class Output:
     sources: what was opened, by alias.
     main: alias of the input that it goes on from.
     after: what is written.
+    folder: what is written beside the tensors, where it is a folder.
   """
 
   name: str
@@ -214,17 +217,18 @@ class Output:
   sources: Mapping[str, Checkpoint]
   main: str
   after: Checkpoint
+  folder: folders.Folder | None = None
 
   @property
   def path(self) -> pathlib.Path:
-    """The file."""
+    """The file, or the folder."""
     assert self.target.path is not None
     return self.target.path
 
   @property
   def shown(self) -> pathlib.Path:
-    """The file that is opened again: that, or the index of the shards."""
-    if self.target.shard_size is None:
+    """What is opened again: that, or the index of the shards."""
+    if self.target.shard_size is None or self.folder is not None:
       return self.path
     return self.path.with_name(self.path.name + location.INDEX)
 
@@ -241,8 +245,19 @@ class Output:
       [one.text for one in self.after.checks],
       [one.to_json() for one in self.after.left_out],
     )
+    if self.folder is not None:
+      said['folder'] = self.folder.report()
     found = planning.found(self.after)
     return {**said, 'found': found} if found else said
+
+  @property
+  def shard_size(self) -> int | None:
+    """Most bytes a file, if it becomes several."""
+    size = self.target.shard_size
+    if size is None and self.folder is not None:
+      total = sum(leaf.nbytes for leaf in self.after.values())
+      return folders.SHARD_SIZE if total > folders.SHARD_SIZE else None
+    return size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +314,8 @@ class Plan:
     seen: dict[pathlib.Path, str] = {}
     for one in self.outputs:
       check_target(one.target, overwrite)
-      self.host.format_of(one.path, one.target.format)
+      if one.folder is None:
+        self.host.format_of(one.path, one.target.format)
       other = seen.setdefault(one.path.resolve(), one.name)
       if other != one.name:
         raise errors.RecipeError(
@@ -343,18 +359,37 @@ class Plan:
     overwrite: bool,
     watched: Callable[[Checkpoint], Any] | None,
   ) -> None:
+    if one.folder is None:
+      self._write_model(one, one.path, overwrite, watched)
+      return
+    with atomic_folders.writing(one.path) as hidden:
+      try:
+        one.folder.write(hidden)
+        self._write_model(one, hidden / one.folder.model, False, watched)
+      except (OSError, errors.SurgeryError) as error:
+        _unhide(error, str(hidden), str(one.path))
+        raise
+
+  def _write_model(
+    self,
+    one: Output,
+    path: pathlib.Path,
+    overwrite: bool,
+    watched: Callable[[Checkpoint], Any] | None,
+  ) -> None:
+    """Writes the file, or the set, of an output."""
     target = one.target
     after = one.after.replace(checks=())  # They have been seen to.
     shown = watched(after) if watched else contextlib.nullcontext()
     try:
       with shown as told:
         after.write(
-          one.path,
+          path,
           overwrite=overwrite,
           format=target.format,
           host=self.host,
           manifest=target.plain is None,
-          shard_size=target.shard_size,
+          shard_size=one.shard_size,
           metadata=target.metadata,
           progress=told,
         )
@@ -363,7 +398,20 @@ class Plan:
         raise
       # A full disk does not say which.
       said = f'{error.strerror or error}; nothing was written'
-      raise OSError(error.errno, said, str(one.path)) from error
+      raise OSError(error.errno, said, str(path)) from error
+
+
+def _unhide(
+  error: OSError | errors.SurgeryError, hidden: str, path: str
+) -> None:
+  """Lets an error name a folder by the name that it was to get."""
+  if isinstance(error, OSError):
+    if isinstance(error.filename, str):
+      error.filename = error.filename.replace(hidden, path)
+    return
+  plain = lambda one: one.replace(hidden, path) if isinstance(one, str) else one
+  error.args = tuple(map(plain, error.args))
+  error.context = tuple(map(plain, error.context))
 
 
 def check_target(target: Target, overwrite: bool) -> None:
@@ -371,18 +419,21 @@ def check_target(target: Target, overwrite: bool) -> None:
 
   Raises:
     SurgeryError: if the file exists, or its folder does not.
+    OSError: if a folder exists and has something in it.
   """
   path = target.path
   assert path is not None
   folder = path.parent
-  if path.is_dir():
-    raise errors.SurgeryError(f'{path}: expected a file, found a folder.')
+  if target.is_folder:
+    atomic_folders.check(path)
   if not folder.is_dir():
     raise errors.SurgeryError(
       f'{folder}: there is no such folder. Make it first: mkdir -p {folder}.'
     )
   if not os.access(folder, os.W_OK | os.X_OK):
     raise errors.SurgeryError(f'{folder}: the folder is not writable.')
+  if target.is_folder:
+    return
   index = path.with_name(path.name + location.INDEX)
   there = [path] if target.shard_size is None else [index, path]
   for one in there:
@@ -416,6 +467,7 @@ def plan(
     if target.strict_flax:
       _check_strict(target)
     _check_metadata(target)
+    _check_folder(target)
   models = _Models(recipe, host, given or {})
   _performed(recipe, models, host)
   outputs = []
@@ -427,11 +479,63 @@ def plan(
     after = history.recorded(after, said)
     if target.plain is not None:
       _check_plain(target, after, host)
-    outputs.append(Output(name, target, dict(models.opened), main, after))
+    folder = None
+    if target.is_folder:
+      folder = _folder(recipe, target, models.opened[main], after, host)
+    outputs.append(
+      Output(name, target, dict(models.opened), main, after, folder)
+    )
   # Several outputs may have the same checks, which read tensors.
   afters = [one.after for one in outputs] or [*models.now.values()]
   checks = {id(c): c for after in afters for c in after.checks}
   return Plan(recipe, tuple(outputs), host, tuple(checks.values()))
+
+
+def _folder(
+  recipe: Spec,
+  target: Target,
+  before: Checkpoint,
+  after: Checkpoint,
+  host: Host,
+) -> folders.Folder:
+  """Returns what is written to a folder beside the tensors."""
+  form = _format(target)
+  if form not in host.formats:
+    raise errors.FormatError(
+      f'unknown format {form!r}.{errors.suggest(form, host.formats)}'
+    )
+  suffix = host.formats[form].suffixes[0]
+  return folders.planned(
+    before,
+    after,
+    suffix,
+    host,
+    like=target.like,
+    given=target.config,
+    tied=any(step.name == 'tie' for step in recipe.steps),
+  )
+
+
+def _format(target: Target) -> str:
+  """Returns the name of the format in which a target is written."""
+  assert target.path is not None
+  if target.format is not None:
+    return target.format
+  if target.is_folder:
+    return 'safetensors'  # It is what programs that read folders expect.
+  return location.suffix(target.path).lstrip('.')
+
+
+def _check_folder(target: Target) -> None:
+  """Raises for options that only a folder has."""
+  if target.is_folder:
+    return
+  for name, value in (('config', target.config), ('like', target.like)):
+    if value:
+      raise errors.SurgeryError(
+        f'{target.path}: --{name} is for folders, which have a config.json. '
+        f'Write the folder as {target.path}/.'
+      )
 
 
 def _only_asserts(recipe: Spec) -> bool:
@@ -451,8 +555,7 @@ def _main_of(after: Checkpoint, models: _Models) -> str:
 
 
 def _check_strict(target: Target) -> None:
-  assert target.path is not None
-  form = target.format or target.path.suffix.lstrip('.')
+  form = _format(target)
   if form != 'msgpack':
     raise errors.SurgeryError(
       f'{target.path}: --strict-flax is for flax msgpack, found {form!r}.'
@@ -461,8 +564,7 @@ def _check_strict(target: Target) -> None:
 
 def _check_metadata(target: Target) -> None:
   """Raises if there is no place for what the file should say of itself."""
-  assert target.path is not None
-  form = target.format or location.suffix(target.path).lstrip('.')
+  form = _format(target)
   if target.metadata and target.plain and form == 'msgpack':
     raise errors.SurgeryError(
       f'{target.path}: flax msgpack has no place for --metadata but our '
@@ -505,6 +607,16 @@ def lost(plan: Plan) -> Iterator[str]:
 @contextlib.contextmanager
 def _restored(output: Output) -> Iterator[None]:
   """If what follows fails, a file is what it was before, or not there."""
+  if output.folder is not None:
+    there = output.path.is_dir()
+    try:
+      yield
+    except BaseException:
+      shutil.rmtree(output.path, ignore_errors=True)
+      if there:
+        output.path.mkdir(exist_ok=True)
+      raise
+    return
   kept: dict[pathlib.Path, pathlib.Path] = {}
   try:
     # Parts before the index: while they are put back there is no half set.

@@ -71,7 +71,10 @@ def schema(host: Host) -> dict[str, Any]:
           {
             'type': 'object',
             'properties': {
-              'path': {'type': ['string', 'null'], 'description': 'The file.'},
+              'path': {
+                'type': ['string', 'null'],
+                'description': 'The file, or a new folder: out/.',
+              },
               'of': {**_TEXT, 'description': 'Alias of what is written.'},
               'format': {
                 **_TEXT,
@@ -94,6 +97,15 @@ def schema(host: Host) -> dict[str, Any]:
                 'type': 'object',
                 'additionalProperties': _TEXT,
                 'description': 'What the file says of itself to others.',
+              },
+              'config': {
+                'type': 'object',
+                'description': 'What the config.json of a folder is to state.',
+              },
+              'like': {
+                **_TEXT,
+                'description': 'The model folder from which configuration, '
+                'tokenizer and licences go along.',
               },
             },
             'additionalProperties': False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -33,6 +34,14 @@ def nbytes(value: str | int) -> int:
       f'{value!r}: expected a number of bytes such as 5GB, 500MB or 2GiB.'
     )
   return number
+
+
+def is_folder(value: Any) -> bool:
+  """Whether a name is written as that of a folder: `out/`."""
+  if not isinstance(value, (str, os.PathLike)):
+    return False
+  name = os.fspath(value)
+  return isinstance(name, str) and name.endswith(('/', os.sep))
 
 
 def _escaped(value: Any) -> Any:
@@ -82,6 +91,10 @@ class Target:
     strict_flax: whether it is written as flax writes it, without a manifest.
     manifest: whether flags, metadata, digests, history and so on are written.
     metadata: what the file says of itself to other programs, text by text.
+    config: what the `config.json` of a folder is to state, by key.
+    like: a model folder from which configuration, tokenizer and licences go
+      along; by default that of the input.
+    folder: whether a folder is written, even if there is none yet.
   """
 
   path: pathlib.Path | None = None
@@ -91,6 +104,14 @@ class Target:
   strict_flax: bool = False
   manifest: bool = True
   metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  like: pathlib.Path | None = None
+  folder: bool = False
+
+  @property
+  def is_folder(self) -> bool:
+    """Whether a folder is written: `out/`, or one that is there."""
+    return self.folder or (self.path is not None and self.path.is_dir())
 
   @property
   def plain(self) -> str | None:
@@ -114,6 +135,8 @@ class Target:
       said['manifest'] = False
     if self.metadata:
       said['metadata'] = dict(self.metadata)
+    if self.config:
+      said['config'] = dict(self.config)
     return said
 
 

@@ -110,10 +110,12 @@ def test_a_missing_folder_is_named(adapted, tmp_path, surgery_cli):
     assert f'{out.parent}: there is no such folder' in result.err
 
 
-def test_a_folder_is_no_file(adapted, tmp_path, surgery_cli):
+def test_a_folder_that_holds_something_is_no_target(
+  adapted, tmp_path, surgery_cli
+):
   result = surgery_cli('detach', adapted, '-o', tmp_path, '--force')
   assert 3 == result.code
-  assert 'expected a file, found a folder' in result.err
+  assert 'expected a new name or an empty folder, found a folder' in result.err
 
 
 def test_a_folder_that_is_not_writable_is_named(

@@ -1,0 +1,166 @@
+"""Folders that appear whole or not at all.
+
+The files of a folder are written into one inside of a hidden folder beside it,
+which takes its name when all of them are complete and on the disk. An empty
+folder of that name is replaced, one that holds something never is. A writer
+that was killed leaves its hidden folder behind; the next one recognises it by
+its lock, which died with its owner, and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import pathlib
+import secrets
+import shutil
+from collections.abc import Iterator
+
+from surgery import errors
+from surgery.files import atomic
+
+_SUFFIX = '.folder'
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Yields a hidden folder; what is put into it is in the folder at the end.
+
+  Args:
+    path: the folder: a new name, or an empty folder.
+
+  Raises:
+    FileExistsError: if there is something in it, or it is no folder.
+    FormatError: if it is a symbolic link, or cannot be replaced.
+    OSError: if it cannot be written: no such folder, a full disk, …
+
+  Example:
+    with atomic_folders.writing('out') as folder:
+      (folder / 'config.json').write_text('{}')
+  """
+  shown = pathlib.Path(os.fsdecode(path))
+  check(shown)
+  target = pathlib.Path(os.path.realpath(shown.parent)) / shown.name
+  with atomic.folder(target.parent) as parent:
+    _clean(target)
+    fd, hidden = _create(target)
+    try:
+      # Whoever writes a set locks its folder, so that is not the locked one.
+      made = hidden / target.name
+      made.mkdir()
+      yield made
+      _settle(made)
+      check(shown)
+      _publish(made, target, shown)
+    finally:
+      shutil.rmtree(hidden, ignore_errors=True)
+      os.close(fd)
+    atomic.sync_folder(parent)
+
+
+def check(path: pathlib.Path) -> None:
+  """Raises unless a folder of that name may be written.
+
+  Raises:
+    FileExistsError: if there is something in it, or it is no folder.
+    FormatError: if it is a symbolic link.
+  """
+  if path.is_symlink():
+    raise errors.FormatError(
+      f'{path}: expected a new name or an empty folder, found a symbolic link '
+      f'to {path.readlink()}. Nothing is written through a link: name the '
+      'folder that it leads to, or another one.'
+    )
+  if not os.path.lexists(path):
+    return
+  if not path.is_dir():
+    raise FileExistsError(
+      errno.EEXIST, 'expected a new name or an empty folder, found a file',
+      str(path),
+    )  # fmt: skip
+  first = next(path.iterdir(), None)
+  if first is not None:
+    raise FileExistsError(
+      errno.EEXIST,
+      'expected a new name or an empty folder, found a folder with '
+      f'{first.name!r} in it. A folder is never replaced, not by --force '
+      '(overwrite=True) either: give another name',
+      str(path),
+    )
+
+
+def _create(target: pathlib.Path) -> tuple[int, pathlib.Path]:
+  """Makes and locks a hidden folder; returns its descriptor and path."""
+  while True:
+    name = f'{_prefix(target)}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}'
+    hidden = target.with_name(name)
+    try:
+      hidden.mkdir()
+    except FileExistsError:
+      continue
+    fd = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # Without locks nobody can tell that a hidden folder is dead.
+    with contextlib.suppress(OSError):
+      fcntl.flock(fd, fcntl.LOCK_EX)
+    # Another writer may have removed it before it was locked.
+    if os.fstat(fd).st_nlink:
+      return fd, hidden
+    os.close(fd)
+
+
+def _prefix(target: pathlib.Path) -> str:
+  return atomic.prefix(target)
+
+
+def _clean(target: pathlib.Path) -> None:
+  """Removes hidden folders of writers that died."""
+  start = _prefix(target)
+  with os.scandir(target.parent) as entries:
+    found = [
+      pathlib.Path(entry.path)
+      for entry in entries
+      if entry.name.startswith(start) and entry.name.endswith(_SUFFIX)
+    ]
+  for path in found:
+    # One that is locked, gone or not ours is left alone.
+    with contextlib.suppress(OSError), atomic.folder(path) as fd:
+      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def _settle(folder: pathlib.Path) -> None:
+  """Puts all that a folder holds on the disk."""
+  for path in sorted(folder.rglob('*')):
+    if path.is_file() and not path.is_symlink():
+      fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+      try:
+        os.fsync(fd)
+      finally:
+        os.close(fd)
+    elif path.is_dir():
+      with atomic.folder(path) as fd:
+        atomic.sync_folder(fd)
+  with atomic.folder(folder) as fd:
+    atomic.sync_folder(fd)
+
+
+def _publish(
+  made: pathlib.Path, target: pathlib.Path, shown: pathlib.Path
+) -> None:
+  """Gives a folder its name; an empty one of that name goes."""
+  try:
+    # Renaming replaces an empty folder at once, and fails for any other.
+    made.rename(target)
+  except OSError as error:
+    if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+      raise FileExistsError(
+        errno.EEXIST, 'somebody else wrote there meanwhile', str(shown)
+      ) from None
+    if error.errno == errno.EBUSY:
+      raise errors.FormatError(
+        f'{shown}: a folder on which a file system is mounted cannot be '
+        f'written as a whole. Give a new folder inside of it: {shown}/model/.'
+      ) from None
+    raise

@@ -1,0 +1,1 @@
+"""Models of other programs: folders, names, adapters of theirs."""

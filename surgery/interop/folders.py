@@ -1,0 +1,341 @@
+"""Model folders as Hugging Face's libraries have them.
+
+A model folder holds a model, as one file or as a set, and what belongs to it:
+`config.json`, files of the tokenizer, licences. Here is decided what of these
+goes along when a changed model is written to a folder of its own, and what its
+configuration states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgery import errors
+from surgery.host import location
+from surgery.interop import configs
+
+if TYPE_CHECKING:
+  from surgery.host.manager import Host
+  from surgery.model.checkpoint import Checkpoint, Leaf
+  from surgery.naming.paths import Path
+
+CONFIG = 'config.json'
+# What tells that a `config.json` is that of a model, and no other program's.
+_TELLING = ('model_type', 'architectures', '_class_name', 'auto_map')
+# What goes along. All else (weights of other programs, states of trainers,
+# cards that describe another model) stays where it is.
+_ALONG = (
+  CONFIG,
+  'generation_config.json',
+  'tokenizer*',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'vocab.json',
+  'vocab.txt',
+  'merges.txt',
+  '*.tiktoken',
+  'spiece.model',
+  'sentencepiece*.model',
+  'tekken.json',
+  'chat_template*',
+  'preprocessor_config.json',
+  'processor_config.json',
+  'LICENSE*',
+  'LICENCE*',
+  'NOTICE*',
+  'COPYING*',
+  'USE_POLICY*',
+  # sentence-transformers.
+  'modules.json',
+  'sentence_bert_config.json',
+  'config_sentence_transformers.json',
+)
+_MODULES = 'modules.json'
+_MODULE_FILES = ('*.json', '*.txt', '*.model', '*.safetensors')
+# What transformers and diffusers call a model's file.
+_STEMS = ('model', 'diffusion_pytorch_model')
+_NAMES = {'.msgpack': 'flax_model'}
+# Hubs and file systems have limits; transformers has had this one.
+SHARD_SIZE = 5_000_000_000
+# More bytes than the `config.json` of any known model has.
+_MOST = 16_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Along:
+  """A file that goes along as it is.
+
+  Attributes:
+    name: its name in the folder, with slashes.
+    source: what is copied.
+  """
+
+  name: str
+  source: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """What is written to a folder beside the tensors.
+
+  Attributes:
+    model: name of the model's file, or of the set.
+    along: what is copied.
+    config: the configuration, if there is one.
+    source: the folder that all of it comes from, or None.
+    warnings: what looks wrong, a sentence each.
+  """
+
+  model: str
+  along: tuple[Along, ...] = ()
+  config: configs.Edited | None = None
+  source: pathlib.Path | None = None
+  warnings: tuple[str, ...] = ()
+
+  def write(self, folder: pathlib.Path) -> None:
+    """Writes all but the model.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    for one in self.along:
+      target = folder / one.name
+      target.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(one.source, target)
+    if self.config is not None and self.config.changes:
+      text = json.dumps(self.config.config, ensure_ascii=False, indent=2)
+      (folder / CONFIG).write_text(text + '\n', encoding='utf-8')
+
+  def report(self) -> dict[str, Any]:
+    """Returns what a plan shows of it, as JSON data.
+
+    Returns:
+      `along`, names of files that are copied; `config`, changes of the
+      configuration with `key`, `old`, `new` and `why`; and `warnings`.
+    """
+    changes = self.config.changes if self.config else ()
+    return {
+      'along': [one.name for one in self.along],
+      'config': [change.to_json() for change in changes],
+      'warnings': list(self.warnings),
+    }
+
+
+def planned(
+  before: Checkpoint,
+  after: Checkpoint,
+  suffix: str,
+  host: Host,
+  *,
+  like: pathlib.Path | None = None,
+  given: Mapping[str, Any] | None = None,
+  tied: bool = False,
+) -> Folder:
+  """Returns what is written to a folder beside the tensors.
+
+  Args:
+    before: the model that was read.
+    after: the model that is written.
+    suffix: of the model's file.
+    host: knows formats.
+    like: a model folder from which files go along; by default the one that
+      `before` was read from, if it is one.
+    given: what the configuration is to state, by key with dots.
+    tied: whether a step left out a head because the embedding stands for it.
+
+  Raises:
+    FormatError: for a configuration that cannot be read, or a link that leads
+      out of the folder.
+    SurgeryError: if there is no configuration to state something in.
+  """
+  name = _called(before, suffix)
+  source = _source(before, like)
+  if source is None:
+    if given:
+      raise errors.SurgeryError(
+        f'--config {next(iter(given))}: there is no {CONFIG} beside '
+        f'{before.origin or "the model"}. Name a model folder that has one: '
+        '--like FOLDER.'
+      )
+    return Folder(name)
+  said = _read(source)
+  read: Mapping[Path, Leaf] | None = before
+  if like is not None:
+    read = _model_of(like, host)
+  edited = configs.edited(
+    said,
+    read,
+    after,
+    given=given,
+    tied=tied,
+    sources=_Numbers(read, after),
+  )
+  warnings = list(edited.warnings)
+  if any('adapter' in leaf.metadata for leaf in after.values()):
+    warnings.append(
+      'an adapter is attached, whose weights other programs leave out. Merge '
+      'it first for them.'
+    )
+  along = [
+    one for one in _along(source) if one.name != CONFIG or not edited.changes
+  ]
+  return Folder(name, tuple(along), edited, source, tuple(warnings))
+
+
+def _called(before: Checkpoint, suffix: str) -> str:
+  """Returns what the model's file is called."""
+  stem = pathlib.Path(before.origin).name.partition('.')[0]
+  numbered = location.numbered(pathlib.Path(stem))
+  stem = numbered[0] if numbered else stem
+  if suffix in _NAMES:
+    return _NAMES[suffix] + suffix
+  return (stem if stem in _STEMS else _STEMS[0]) + suffix
+
+
+def _source(
+  before: Checkpoint, like: pathlib.Path | None
+) -> pathlib.Path | None:
+  """Returns the model folder from which files go along.
+
+  Raises:
+    FormatError: if `like` is none.
+  """
+  if like is not None:
+    if not (like / CONFIG).is_file():
+      raise errors.FormatError(
+        f'{like}: expected a model folder, found no {CONFIG} in it.'
+      )
+    return like
+  if not before.origin:
+    return None
+  folder = pathlib.Path(before.origin).parent
+  if not (folder / CONFIG).is_file():
+    return None
+  # Elsewhere a file of that name may be anybody's.
+  return folder if set(_TELLING) & _read(folder).keys() else None
+
+
+def _read(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the configuration of a model folder.
+
+  Raises:
+    FormatError: if it cannot be read.
+  """
+  path = folder / CONFIG
+  real = _followed(folder, path)
+  if real.stat().st_size > _MOST:
+    raise errors.FormatError(
+      f'{path}: expected at most {_MOST:,} bytes, found '
+      f'{real.stat().st_size:,}.'
+    )
+  try:
+    # Some of transformers' configurations have Infinity, which is no JSON.
+    found = json.loads(real.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise errors.FormatError(
+      f'{path}: not JSON: {error}. Mend it, or write a file instead of a '
+      'folder.'
+    ) from None
+  if not isinstance(found, dict):
+    raise errors.FormatError(
+      f'{path}: expected a JSON object, found {type(found).__name__}.'
+    )
+  return found
+
+
+def _model_of(folder: pathlib.Path, host: Host) -> Mapping[Path, Leaf] | None:
+  """Returns the model in a folder; None if there is none to compare with."""
+  from surgery.model.checkpoint import open_checkpoint
+
+  try:
+    return open_checkpoint(folder, host=host)
+  except errors.FormatError:
+    return None
+
+
+def _along(folder: pathlib.Path) -> Iterator[Along]:
+  """Yields the files of a folder that go along."""
+  for path in sorted(folder.iterdir()):
+    if path.is_file() and _matches(path.name, _ALONG):
+      yield Along(path.name, _followed(folder, path))
+  for inner in _modules(folder):
+    for path in sorted(inner.iterdir()):
+      if path.is_file() and _matches(path.name, _MODULE_FILES):
+        yield Along(f'{inner.name}/{path.name}', _followed(folder, path))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+  return any(fnmatch.fnmatchcase(name, one) for one in patterns)
+
+
+def _modules(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the folders that sentence-transformers' `modules.json` names."""
+  try:
+    said = json.loads((folder / _MODULES).read_bytes())
+  except (OSError, ValueError, RecursionError):
+    return
+  for one in said if isinstance(said, list) else []:
+    name = one.get('path') if isinstance(one, dict) else None
+    # Those of the model itself are empty.
+    if not isinstance(name, str) or not name:
+      continue
+    inner = folder / name
+    if inner.parent == folder and inner.name != '..' and inner.is_dir():
+      yield inner
+
+
+def _followed(folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+  """Returns the file that is meant; links lead to a cache's own files only.
+
+  Hugging Face's cache has `snapshots/REVISION/config.json`, a link to
+  `blobs/DIGEST`.
+
+  Raises:
+    FormatError: if a link leads elsewhere: what lies there is none of the
+      model's.
+  """
+  real, home = path.resolve(), folder.resolve()
+  blobs = home.parent.parent / 'blobs'
+  cached = home.parent.name == 'snapshots' and real.parent == blobs
+  if cached or home in real.parents:
+    return real
+  raise errors.FormatError(
+    f'{path}: a symbolic link out of the folder, to {real}. Such a file is '
+    'not taken along: put a copy in its place, or take it away.'
+  )
+
+
+class _Numbers:
+  """Which layer each new one was, as far as tensors tell.
+
+  Args:
+    before: the tensors that were read.
+    after: the tensors that are written.
+  """
+
+  def __init__(
+    self, before: Mapping[Path, Leaf] | None, after: Mapping[Path, Leaf]
+  ) -> None:
+    # What is copied unread keeps its function.
+    self._old = {id(leaf.load): path for path, leaf in (before or {}).items()}
+    self._after = after
+
+  def __call__(self, pattern: str) -> list[int] | None:
+    """Returns the old numbers in the order of the new ones, or None."""
+    found: dict[int, set[int]] = {}
+    for path, leaf in self._after.items():
+      new = configs.number(pattern, path)
+      if new is None:
+        continue
+      old = self._old.get(id(leaf.load))
+      was = None if old is None else configs.number(pattern, old)
+      found.setdefault(new, set()).update(() if was is None else {was})
+    if any(len(some) != 1 for some in found.values()):
+      return None
+    return [next(iter(found[k])) for k in sorted(found)]
