@@ -17,37 +17,40 @@ from surgery.cli.codes import BUG, FAILED, INTERRUPTED, PLUGIN
 from surgery.cli.command import Group
 from surgery.host import foreign
 
-# Name → (where the command lives, summary). Static, so that `--help` imports
-# nothing: Click asks for every command to print the list.
-VERBS: dict[str, tuple[str, str]] = {
-  verb: (f'surgery.cli.{verb.replace("-", "_")}', summary)
-  for verb, summary in {
-    'attach': 'Attach an adapter to a saved model.',
-    'cast': 'Cast floating tensors to another dtype.',
-    'combine': 'Make one adapter of several.',
-    'convert': 'Write a file in another format, or in several files.',
-    'demo': 'Adapt a model to new digits, start to end.',
-    'detach': 'Take adapters off; the base is as it was.',
-    'diff': 'Compare two files; exit with 1 if they differ.',
-    'disable': 'Switch adapters off.',
-    'drop': 'Leave out tensors.',
-    'enable': 'Switch adapters on.',
-    'explain': 'Say which parameters of a model stay factored.',
-    'extract': 'Write an adapter to a file of its own.',
-    'freeze': 'Freeze parameters.',
-    'inspect': 'Show what a file holds.',
-    'keep': 'Leave out all other tensors.',
-    'merge': 'Fold adapters into the base.',
-    'new-plugin': 'Write a plugin to begin with.',
-    'plugins': 'List plugins, or show one.',
-    'recipe-schema': 'Print the JSON schema of recipes.',
-    'rename': 'Rename tensors and layers.',
-    'run': 'Do the steps of a recipe.',
-    'select': 'Print the tensors that selectors mean.',
-    'unfreeze': 'Let parameters train again.',
-    'verify': 'Check tensors against their digests.',
-  }.items()
+# Name → summary. Static, so that `--help` imports nothing: Click asks for each
+# command to print the list.
+VERBS: dict[str, str] = {
+  'attach': 'Attach an adapter to a saved model.',
+  'cast': 'Cast floating tensors to another dtype.',
+  'combine': 'Make one adapter of several.',
+  'convert': 'Write a file in another format, or in several files.',
+  'demo': 'Adapt a model to new digits, start to end.',
+  'detach': 'Take adapters off; the base is as it was.',
+  'diff': 'Compare two files; exit with 1 if they differ.',
+  'disable': 'Switch adapters off.',
+  'drop': 'Leave out tensors.',
+  'enable': 'Switch adapters on.',
+  'explain': 'Say which parameters of a model stay factored.',
+  'extract': 'Write an adapter to a file of its own.',
+  'freeze': 'Freeze parameters.',
+  'inspect': 'Show what a file holds.',
+  'keep': 'Leave out all other tensors.',
+  'merge': 'Fold adapters into the base.',
+  'new-plugin': 'Write a plugin to begin with.',
+  'plugins': 'List plugins, or show one.',
+  'recipe-schema': 'Print the JSON schema of recipes.',
+  'rename': 'Rename tensors and layers.',
+  'run': 'Do the steps of a recipe.',
+  'select': 'Print the tensors that selectors mean.',
+  'unfreeze': 'Let parameters train again.',
+  'verify': 'Check tensors against their digests.',
 }
+
+
+# Those that are steps of recipes and no more.
+STEPS = frozenset(
+  ('cast', 'disable', 'drop', 'enable', 'freeze', 'keep', 'rename', 'unfreeze')
+)
 
 
 # What Click hands on where the process is the command's own.
@@ -63,9 +66,15 @@ class _Verbs(Group):
 
   def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
     del ctx
-    if name not in VERBS:
-      return None
-    command: click.Command = importlib.import_module(VERBS[name][0]).command
+    if name not in VERBS or name in STEPS:
+      from surgery.cli import steps
+
+      if name not in VERBS and not steps.offered(name):
+        return None
+      command = steps.command(name)
+    else:
+      module = f'surgery.cli.{name.replace("-", "_")}'
+      command = importlib.import_module(module).command
     if command.help is not None:
       # In a raw docstring the mark before lines that stay apart is two letters.
       command.help = command.help.replace('\\b\n', '\b\n')
@@ -76,15 +85,19 @@ class _Verbs(Group):
   ) -> tuple[str | None, click.Command | None, list[str]]:
     known = not args or args[0] in VERBS or args[0].startswith('-')
     if not known and not ctx.resilient_parsing:
-      hint = errors.suggest(args[0], VERBS)
-      raise click.UsageError(f'no verb {args[0]!r}.{hint}', ctx)
+      # Plugins are asked only now, since asking imports them.
+      from surgery.cli import steps
+
+      if not steps.offered(args[0]):
+        hint = errors.suggest(args[0], (*VERBS, *steps.names(tuple(VERBS))))
+        raise click.UsageError(f'no verb {args[0]!r}.{hint}', ctx)
     return super().resolve_command(ctx, args)
 
   def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
     # That of a group would import every verb for its help.
     verbs = completion.items(VERBS, incomplete)
     for item in verbs:
-      item.help = VERBS[item.value][1]
+      item.help = VERBS[item.value]
     return [*verbs, *click.Command.shell_complete(self, ctx, incomplete)]
 
   def format_commands(
@@ -92,7 +105,12 @@ class _Verbs(Group):
   ) -> None:
     del ctx
     with formatter.section('Verbs'):
-      formatter.write_dl([(n, VERBS[n][1]) for n in sorted(VERBS)])
+      formatter.write_dl([(n, VERBS[n]) for n in sorted(VERBS)])
+    formatter.write_paragraph()
+    formatter.write_text(
+      'Every other step of recipes is a verb, too, those of plugins included: '
+      'surgery STEP --help. `surgery plugins --steps` lists them.'
+    )
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:

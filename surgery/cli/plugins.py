@@ -19,10 +19,16 @@ from surgery.host.manager import default_host
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
+@click.option(
+  '--steps', is_flag=True, help='List the steps of recipes and whose they are.'
+)
 @click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
+def command(ctx: click.Context, as_json: bool, steps: bool) -> None:
   """List adapter types and plugins that are installed, with their states."""
   if ctx.invoked_subcommand is not None:
+    return
+  if steps:
+    _list_steps(as_json)
     return
   infos = default_host().plugins()
   if as_json:
@@ -33,6 +39,27 @@ def command(ctx: click.Context, as_json: bool) -> None:
     extra = info.reason or ', '.join(info.hooks)
     line = f'{info.kind:<8} {info.name:<{width}}  {info.state:<9} {info.origin}'
     click.echo(f'{line}  {extra}'.rstrip())
+
+
+def _list_steps(as_json: bool) -> None:
+  from surgery.recipes import definitions
+
+  host = default_host()
+  rows = [
+    {
+      'name': name,
+      'of': host.offered_by('surgery_passes', name) or 'surgery',
+      'summary': one.summary,
+    }
+    for name, one in definitions.every(host).items()
+  ]
+  if as_json:
+    click.echo(json.dumps(rows))
+    return
+  width = max(len(row['name']) for row in rows)
+  for row in rows:
+    whose = '' if row['of'] == 'surgery' else f' ({row["of"]})'
+    click.echo(f'{row["name"]:<{width}}  {row["summary"]}{whose}')
 
 
 @command.command()

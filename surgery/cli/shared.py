@@ -50,11 +50,11 @@ def selectors(required: bool) -> Callable[..., Any]:
   )
 
 
-def adapters(text: str) -> Callable[..., Any]:
-  """Adds the option `--adapter NAME`, which may be repeated, as `names`."""
+def adapters(text: str, argument: str = 'names') -> Callable[..., Any]:
+  """Adds the option `--adapter NAME`, which may be repeated."""
   return click.option(
     '--adapter',
-    'names',
+    argument,
     multiple=True,
     metavar='NAME',
     shell_complete=completion.adapters,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from surgery import errors
@@ -71,8 +71,7 @@ def takes_checkpoints(
       given.pop('checkify', None)
       if graph is not None:
         given['layer_types'] = types_of(graph)
-      said = {k: v for k, v in given.items() if _plain(v)}
-      with told(host, verb.__name__, **said) as asked:
+      with told(host, verb.__name__, **said(pass_, given)) as asked:
         return pass_(args[0], host=asked, **given)
 
     return either  # type: ignore[return-value]
@@ -80,8 +79,25 @@ def takes_checkpoints(
   return decorate
 
 
+def said(
+  pass_: Callable[..., Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns arguments as observers are told them.
+
+  Those are the ones that are JSON data and no defaults.
+  """
+  taken = inspect.signature(pass_).parameters
+  return {
+    name: value
+    for name, value in arguments.items()
+    if _plain(value) and name in taken and value != taken[name].default
+  }
+
+
 def _plain(value: Any) -> bool:
-  """Whether a value is JSON data, as observers are told."""
+  """Whether a value is JSON data."""
+  if isinstance(value, Mapping):
+    return all(map(_plain, value.values()))
   if isinstance(value, (list, tuple)):
     return all(map(_plain, value))
   return value is None or isinstance(value, (bool, int, float, str))

@@ -20,7 +20,7 @@ from surgery.contract.adapter import Adapter
 from surgery.host.manager import Host, default_host
 from surgery.live import adoption, applying, checkpoints, lineage, traced_checks
 from surgery.live import params as live
-from surgery.live.dispatch import takes_checkpoints, told, types_of
+from surgery.live.dispatch import said, takes_checkpoints, told, types_of
 from surgery.model import layers
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.naming import selectors
@@ -42,6 +42,9 @@ Tree = TypeVar('Tree')
 Model = TypeVar('Model', bound='Params | Checkpoint')
 Names = str | Sequence[str] | None
 Select = selectors.Text | Selection
+
+# Where a pass does not select by types of layers.
+_NO_GRAPH = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,35 @@ def _present(params: bx.Params, names: Names) -> list[str]:
   mine = live.records_of(params).names
   wanted = mine if names is None else expect.names(names)
   return [n for n in mine if n in wanted]
+
+
+def _verb(
+  change: Callable[..., Checkpoint],
+  verb: Callable[..., Any],
+  params: Any,
+  host: Host | None,
+  graph: Any = None,
+  /,
+  *args: Any,
+  **options: Any,
+) -> bx.Params:
+  """Does a verb: its pass on params, whose options are those of the pass.
+
+  Args:
+    change: the pass.
+    verb: the verb, for messages.
+    params: what the caller gave.
+    host: whose plugins are asked.
+    graph: the model's graph, where the pass selects by types of layers.
+    *args: what the pass takes.
+    **options: the same; of these observers are told what is plain.
+  """
+  params = _params(params, verb)
+  arguments = said(change, options)
+  if graph is not _NO_GRAPH:
+    options['layer_types'] = _layer_types(params, graph)
+  with told(host, verb.__name__, **arguments) as host:
+    return _passed(params, host, change, *args, **options)
 
 
 def _passed(
@@ -303,16 +335,9 @@ def freeze(
     SelectorError: for a selector that matches nothing.
     PluginError: for a policy that nobody knows.
   """
-  params = _params(params, freeze)
-  with told(host, 'freeze', policy=policy) as host:
-    return _passed(
-      params,
-      host,
-      freezing.freeze,
-      select,
-      policy=policy,
-      layer_types=_layer_types(params, graph),
-    )
+  return _verb(
+    freezing.freeze, freeze, params, host, graph, select, policy=policy
+  )
 
 
 @takes_checkpoints(freezing.unfreeze)
@@ -337,15 +362,7 @@ def unfreeze(
     SelectorError: for a selector that matches nothing.
     SurgeryError: if `freeze` froze none of what is selected.
   """
-  params = _params(params, unfreeze)
-  with told(host, 'unfreeze') as host:
-    return _passed(
-      params,
-      host,
-      freezing.unfreeze,
-      select,
-      layer_types=_layer_types(params, graph),
-    )
+  return _verb(freezing.unfreeze, unfreeze, params, host, graph, select)
 
 
 @takes_checkpoints(enabling.enable)
@@ -527,20 +544,20 @@ def combine_adapters(
   Example:
     params = surgery.combine_adapters(params, {'a': 0.7, 'b': 0.3})
   """
-  params = _params(params, combine_adapters)
-  with told(host, 'combine_adapters', weights=dict(weights)) as host:
-    return _passed(
-      params,
-      host,
-      combining.combine_adapters,
-      weights,
-      method=method,
-      name=name,
-      rank=rank,
-      density=density,
-      seed=seed,
-      keep=keep,
-    )
+  return _verb(
+    combining.combine_adapters,
+    combine_adapters,
+    params,
+    host,
+    _NO_GRAPH,
+    weights=weights,
+    method=method,
+    name=name,
+    rank=rank,
+    density=density,
+    seed=seed,
+    keep=keep,
+  )
 
 
 @overload
@@ -640,17 +657,17 @@ def cast(
   params = _params(params, cast)
   if checkify:
     traced_checks.refuse_nothing_to_check('cast', not overflow, 'overflow=True')
-  with told(host, 'cast', to=str(to)) as host:
-    result = _passed(
-      params,
-      host,
-      casting.cast,
-      to,
-      keep=keep,
-      overflow=overflow,
-      underflow=underflow,
-      layer_types=_layer_types(params, graph),
-    )
+  result = _verb(
+    casting.cast,
+    cast,
+    params,
+    host,
+    graph,
+    to=to,
+    keep=keep,
+    overflow=overflow,
+    underflow=underflow,
+  )
   if checkify:
     traced_checks.check_cast(params, result)
   return result
@@ -680,9 +697,7 @@ def rename(
   Example:
     params = surgery.rename(params, ['net/h<i> -> net/block<i+1>'])
   """
-  params = _params(params, rename)
-  with told(host, 'rename', rules=rules) as host:
-    return _passed(params, host, renaming.rename, rules)
+  return _verb(renaming.rename, rename, params, host, _NO_GRAPH, rules=rules)
 
 
 @takes_checkpoints(dropping.drop)
@@ -707,15 +722,7 @@ def drop(
     AdapterError: if half of what an adapter needs would be left.
     SurgeryError: if nothing would be left.
   """
-  params = _params(params, drop)
-  with told(host, 'drop') as host:
-    return _passed(
-      params,
-      host,
-      dropping.drop,
-      select,
-      layer_types=_layer_types(params, graph),
-    )
+  return _verb(dropping.drop, drop, params, host, graph, select)
 
 
 @takes_checkpoints(keeping.keep)
@@ -739,15 +746,7 @@ def keep(
     SelectorError: for a selector that matches nothing.
     AdapterError: if half of what an adapter needs would be left.
   """
-  params = _params(params, keep)
-  with told(host, 'keep') as host:
-    return _passed(
-      params,
-      host,
-      keeping.keep,
-      select,
-      layer_types=_layer_types(params, graph),
-    )
+  return _verb(keeping.keep, keep, params, host, graph, select)
 
 
 @takes_checkpoints(pruning.prune_ranks)
@@ -786,10 +785,10 @@ def prune_ranks(
     opt_state = surgery.migrate(opt_state, params, after)
   """
   params = _params(params, prune_ranks)
-  with told(host, 'prune_ranks', name=name) as host:
-    result = _passed(
-      params, host, pruning.prune_ranks, pruning.plain(keep), name=name
-    )
+  ranks = pruning.plain(keep)
+  result = _verb(
+    pruning.prune_ranks, prune_ranks, params, host, _NO_GRAPH, ranks, name=name
+  )
   return applying.of_jax(result, params)
 
 

@@ -68,7 +68,7 @@ class Option:
   @property
   def model(self) -> bool:
     """Whether it is another checkpoint, named by its alias."""
-    return Checkpoint in _members(self.annotation)
+    return Checkpoint in members(self.annotation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +180,14 @@ class Definition:
       return False
     return any(
       typing.get_origin(a) in _MAPPINGS or a in _MAPPINGS
-      for a in _members(self.first.annotation)
+      for a in members(self.first.annotation)
     )
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def members(annotation: Any) -> tuple[Any, ...]:
   """Returns the types that an annotation allows."""
   if typing.get_origin(annotation) in _UNIONS:
-    return tuple(m for a in typing.get_args(annotation) for m in _members(a))
+    return tuple(m for a in typing.get_args(annotation) for m in members(a))
   return (annotation,)
 
 
@@ -201,7 +201,7 @@ def accepted(value: Any, annotation: Any, where: str) -> Any:
   if found is _NO:
     kind = type(value).__name__
     hint = ''
-    if str in _members(annotation) and not isinstance(value, (list, dict)):
+    if str in members(annotation) and not isinstance(value, (list, dict)):
       hint = ' If it is text, put it in quotes.'
     raise errors.RecipeError(
       f'{where!r}: expected {described(annotation)}, found {value!r} '
@@ -211,10 +211,10 @@ def accepted(value: Any, annotation: Any, where: str) -> Any:
 
 
 def _accept(value: Any, annotation: Any) -> Any:
-  members = _members(annotation)
-  if len(members) > 1:
+  kinds = members(annotation)
+  if len(kinds) > 1:
     # What a value is exactly goes before what it can be taken for.
-    for one in sorted(members, key=lambda a: a is not type(value)):
+    for one in sorted(kinds, key=lambda a: a is not type(value)):
       found = _accept(value, one)
       if found is not _NO:
         return found
@@ -265,7 +265,7 @@ def _accept_mapping(value: Any, args: tuple[Any, ...]) -> Any:
 def described(annotation: Any) -> str:
   """Returns what an option takes, as people say it."""
   words: list[str] = []
-  for one in _members(annotation):
+  for one in members(annotation):
     origin, args = typing.get_origin(one), typing.get_args(one)
     if one is Any:
       return 'anything'
@@ -286,7 +286,7 @@ def described(annotation: Any) -> str:
 
 def schema(annotation: Any) -> dict[str, Any]:
   """Returns the JSON schema of what an option takes."""
-  found = [s for s in map(_schema_of, _members(annotation)) if s is not None]
+  found = [s for s in map(_schema_of, members(annotation)) if s is not None]
   if not found or {} in found:
     return {}
   return found[0] if len(found) == 1 else {'anyOf': found}
