@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +15,7 @@ from surgery.adapting.beneath import handles_adapters
 from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
 from surgery.host.manager import Host
-from surgery.model import quantised
+from surgery.model import layouts, quantised
 from surgery.model.checkpoint import Checkpoint, Leaf, LeftOut, dtype_name
 from surgery.model.layers import LayerTypes
 from surgery.model.manifest import Manifest
@@ -268,8 +268,9 @@ def attach(
     stacked: number of axes stacked in front of parameters, or such numbers by
       selector; by default what types of layers say, otherwise 0.
     layout: a letter an axis (`s` stacked, `i` input, `o` output), or such
-      letters by selector; by default what types of layers say, otherwise the
-      last axis is the output.
+      letters by selector; by default what types of layers say, or what is
+      known of a checkpoint that PyTorch wrote, otherwise the last axis is the
+      output.
     layer_types: types of layers; by default those of the checkpoint.
     graph: the graph that types of layers made later are taken from.
     pending: whether layers to come may match.
@@ -301,6 +302,7 @@ def attach(
     types,
     finding.layout_pairs(layout),
     finding.stacked_pairs(stacked),
+    layouts.found(checkpoint, checkpoint.manifest),
   )
   info = info_of(checkpoint, records)
   shares = type(adapter).init_shared is not Adapter.init_shared
@@ -368,7 +370,22 @@ def attach(
     records=records.add(record),
     manifest=_remembering(checkpoint.manifest, name, seed, where),
     left_out=(*checkpoint.left_out, *left),
+    remarks=(*checkpoint.remarks, *taken_layouts(finder, sites)),
   )
+
+
+def taken_layouts(
+  finder: finding.Finder, sites: Iterable[Site]
+) -> Iterator[str]:
+  """Yields which layouts are taken for PyTorch's, a sentence a kind."""
+  found: dict[layouts.Layout, list[Path]] = {}
+  for site in sites:
+    for spec in site.params:
+      path = (*site.layer, spec.name)
+      one = finder.taken(path)
+      if one is not None:
+        found.setdefault(one, []).append(path)
+  yield from layouts.described(found)
 
 
 def left_out(name: str, refused: Iterable[finding.Refused]) -> list[LeftOut]:

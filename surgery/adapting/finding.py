@@ -11,6 +11,7 @@ from surgery.contract.adapter import DEFAULT_PARAMS, Adapter
 from surgery.contract.site import ParamSpec, Site, default_layout
 from surgery.host.manager import Host
 from surgery.model.layers import LayerTypes
+from surgery.model.layouts import Layout
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
@@ -80,6 +81,7 @@ class Finder:
     types: types of layers, where they are known.
     layouts: layouts by selector.
     stacked: numbers of stacked axes by selector.
+    detected: layouts of a checkpoint that PyTorch wrote.
   """
 
   adapter: Adapter
@@ -87,6 +89,7 @@ class Finder:
   types: LayerTypes
   layouts: tuple[tuple[str, str], ...] = ()
   stacked: tuple[tuple[str, int], ...] = ()
+  detected: Mapping[Path, Layout] = dataclasses.field(default_factory=dict)
 
   def names(self, layer: Path) -> tuple[str, ...]:
     """Returns names of a layer's class and bases, if known."""
@@ -100,6 +103,16 @@ class Finder:
         return letters
     return None
 
+  def taken(self, path: Path) -> Layout | None:
+    """Returns the layout that is taken for PyTorch's, if nobody says one."""
+    known = self.types.get(path[:-1])
+    if known is not None and path[-1] in known.layouts:
+      return None
+    for selector, _ in (*self.layouts, *self.stacked):
+      if selectors.parse(selector).matches(path, self.names(path[:-1])):
+        return None
+    return self.detected.get(path)
+
   def spec(self, path: Path, info: Info) -> ParamSpec:
     """Returns what is known of a parameter, with roles of its axes.
 
@@ -109,6 +122,8 @@ class Finder:
     layer, name = path[:-1], path[-1]
     rank, stack = len(info.shape), None
     layout = self._letters(path)
+    if layout is None and (one := self.taken(path)) is not None:
+      layout = one.letters
     if layout is not None:
       stack = len(layout) - len(layout.lstrip('s'))
       layout = layout.lstrip('s')

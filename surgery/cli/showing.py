@@ -96,6 +96,8 @@ def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
       click.echo(line)
     for one in report.get('left_out', ()):
       click.echo(f'left out  {one["path"]}  {one["why"]}')
+    for one in report.get('remarks', ()):
+      click.echo(f'note      {one}.')
     for line in folder(report.get('folder', {})):
       click.echo(line)
   verb = 'would write' if dry_run else 'wrote'

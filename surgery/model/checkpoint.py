@@ -356,6 +356,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     seen: the `Beneath.model` of its leaves, if they are as layers get them.
     findings: what is found out while it is written.
     left_out: layers that were to have an adapter and cannot have it.
+    remarks: what passes took for granted, for plans, a sentence each.
 
   Example:
     ckpt = surgery.open('m.msgpack')
@@ -374,6 +375,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     seen: object | None = None,
     findings: tuple[Finding, ...] = (),
     left_out: tuple[LeftOut, ...] = (),
+    remarks: tuple[str, ...] = (),
   ) -> None:
     self._leaves = dict(leaves)
     self.manifest = manifest
@@ -383,6 +385,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     self.seen = seen
     self.findings = findings
     self.left_out = left_out
+    self.remarks = remarks
 
   def __getitem__(self, path: Path) -> Leaf:
     try:
@@ -425,6 +428,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     seen: object | None = None,
     findings: tuple[Finding, ...] | None = None,
     left_out: tuple[LeftOut, ...] | None = None,
+    remarks: tuple[str, ...] | None = None,
   ) -> Checkpoint:
     """Returns a checkpoint with some parts changed."""
     return Checkpoint(
@@ -436,6 +440,7 @@ class Checkpoint(Mapping[Path, Leaf]):
       self.seen if seen is None else seen,
       self.findings if findings is None else findings,
       self.left_out if left_out is None else left_out,
+      self.remarks if remarks is None else remarks,
     )
 
   def check(self) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from surgery import errors
+from surgery.adapting import finding
 from surgery.editing import regions
 from surgery.editing.regions import Reader, Shape
 from surgery.host.manager import Host
+from surgery.model import layouts
 from surgery.model.checkpoint import Checkpoint, Leaf
-from surgery.naming import paths
+from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.passes import arithmetic, concat
 from surgery.passes.fill import generator
@@ -31,6 +33,7 @@ def factorise(
   exact: bool = False,
   seed: int = 0,
   keep: bool = False,
+  layout: str | Mapping[str, str] | None = None,
   host: Host,
 ) -> Checkpoint:
   """Replaces matrices by two factors, whose product is the nearest of a rank.
@@ -41,13 +44,21 @@ def factorise(
   by the seed and the path alone. Axes in front of the last two are stacked
   matrices.
 
+  The first name is that of the factor that takes the inputs, so that two layers
+  take the place of one. Of a kernel of PyTorch, (out, in), that is B, and A is
+  the second: `y = A·(B·x)`.
+
   Args:
     checkpoint: the model.
-    rules: `ONE -> MANY` with two names in the braces: A and B.
+    rules: `ONE -> MANY` with two names in the braces: what takes the inputs,
+      and what gives the outputs.
     rank: columns of A and rows of B.
     exact: whether the decomposition is a full one, which takes far longer.
     seed: the seed.
     keep: whether the matrix stays, too.
+    layout: a letter an axis (`s` stacked, `i` input, `o` output), or such
+      letters by selector; by default what is known of a checkpoint that
+      PyTorch wrote, otherwise the last axis is the output.
     host: knows the adapters' types.
 
   Raises:
@@ -57,6 +68,21 @@ def factorise(
   Example:
     factorise: {rules: '**/mlp/kernel -> **/mlp/kernel_{a,b}', rank: 64}
   """
+  given = finding.layout_pairs(layout)
+  detected = layouts.found(checkpoint, checkpoint.manifest)
+  taken: dict[layouts.Layout, list[Path]] = {}
+
+  def roles(path: Path) -> str | None:
+    for selector, letters in given:
+      if selectors.parse(selector).matches(path, ()):
+        return letters
+    known = checkpoint.manifest.layer_types.get(path[:-1])
+    if known is not None and path[-1] in known.layouts:
+      return known.layouts[path[-1]]
+    one = detected.get(path)
+    if one is not None:
+      taken.setdefault(one, []).append(path)
+    return None if one is None else one.letters
 
   def cut(path: Path, leaf: Leaf, count: int | None) -> list[Leaf]:
     arithmetic.check_number(leaf, path, 'factorise')
@@ -73,10 +99,20 @@ def factorise(
         f'{where}: a matrix of {shape} has a rank from 1 to {min(shape[-2:])}, '
         f'found {rank}.'
       )
+    letters = roles(path)
+    if letters is not None and letters[-2:] not in ('io', 'oi'):
+      raise errors.SurgeryError(
+        f'{where}: the last two of its axes {shape}, {letters!r}, are no '
+        'matrix: it is the kernel of a convolution. Reshape it first, or say '
+        'what they are: layout.'
+      )
     both = _Factors(leaf, path, rank, exact, seed)
-    return [both.leaf(0), both.leaf(1)]
+    turned = letters is not None and letters.endswith('oi')
+    return [both.leaf(int(turned)), both.leaf(int(not turned))]
 
-  return concat.parted(checkpoint, rules, 'factorise', cut, keep, host)
+  after = concat.parted(checkpoint, rules, 'factorise', cut, keep, host)
+  remarks = (*checkpoint.remarks, *layouts.described(taken))
+  return after.replace(remarks=remarks)
 
 
 class _Factors:

@@ -12,6 +12,7 @@ from surgery import errors
 from surgery.editing import regions, tensors
 from surgery.editing.regions import Reader, Region, Shape
 from surgery.host.manager import Host
+from surgery.model import layouts
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
@@ -95,7 +96,7 @@ def transpose(
     transpose: '**/{query,key,value}/weight'
     transpose: {select: '**/conv*/weight', axes: [2, 3, 1, 0]}
   """
-  changed = {}
+  changed, orders = {}, {}
   found = tensors.chosen(checkpoint, select, 'transpose', host)
   for path, leaf in found.items():
     assert leaf.shape is not None
@@ -112,9 +113,12 @@ def transpose(
         f'{"of swapped axes" if axes is None else list(axes)}.'
       )
     changed[path] = transposed(leaf, order)
-  return tensors.edited(
+    orders[path] = order
+  after = tensors.edited(
     checkpoint, 'transpose', changed=changed, rearranged=True, host=host
   )
+  said = layouts.rearranged(checkpoint, checkpoint.manifest, orders)
+  return after.replace(manifest=said)
 
 
 def transposed(leaf: Leaf, order: Sequence[int]) -> Leaf:

@@ -144,6 +144,7 @@ def report(
   memory: int,
   checks: Sequence[str],
   left_out: Sequence[Mapping[str, str]] = (),
+  remarks: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Returns a plan as JSON data."""
   order = ('copy', 'compute', 'heavy')
@@ -157,6 +158,8 @@ def report(
     'tensors': rows,
     # Layers that a selector matched and an adapter leaves as they are.
     **({'left_out': list(left_out)} if left_out else {}),
+    # What was taken for granted.
+    **({'remarks': list(remarks)} if remarks else {}),
   }
 
 

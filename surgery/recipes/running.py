@@ -244,6 +244,7 @@ class Output:
       planning.needed(self.after),
       [one.text for one in self.after.checks],
       [one.to_json() for one in self.after.left_out],
+      self.after.remarks,
     )
     if self.folder is not None:
       said['folder'] = self.folder.report()

@@ -6,8 +6,8 @@ import safetensors
 import safetensors.numpy
 
 import surgery
-from surgery.files.safetensors.frameworks import framework
 from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layouts import framework
 from surgery.model.manifest import Manifest
 
 
