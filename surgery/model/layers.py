@@ -26,18 +26,27 @@ class LayerType:
 LayerTypes = Mapping[Path, LayerType]
 
 
-def _layouts(module: Any, names: tuple[str, ...]) -> dict[str, str]:
-  """Returns the layouts of blox's own layers and of those derived from them."""
-  if 'Linear' in names:
+def _layouts(module: Any) -> dict[str, str]:
+  """Returns the layouts of blox's own layers and of those derived from them.
+
+  A layer is known by its class, not by the name of it: somebody else's `Linear`
+  may have axes of any meaning. blox is not imported for that.
+  """
+  own = {
+    cls.__name__
+    for cls in type(module).__mro__
+    if cls.__module__.partition('.')[0] == 'blox'
+  }
+  if 'Linear' in own:
     return {'kernel': 'io', 'bias': 'o'}
-  if 'Embed' in names:
+  if 'Embed' in own:
     return {'embedding': 'io'}
-  if 'Conv' in names or 'ConvTranspose' in names:
+  if 'Conv' in own or 'ConvTranspose' in own:
     spatial = 'i' * len(module.kernel_size)
     # ConvTranspose keeps its kernel as (*spatial, out, in).
-    last = 'io' if 'Conv' in names else 'oi'
+    last = 'io' if 'Conv' in own else 'oi'
     return {'kernel': spatial + last, 'bias': 'o'}
-  if {'LayerNorm', 'RMSNorm', 'BatchNorm'} & set(names):
+  if {'LayerNorm', 'RMSNorm', 'BatchNorm'} & own:
     return dict.fromkeys(('scale', 'bias', 'running_mean', 'running_var'), 'o')
   return {}
 
@@ -49,7 +58,7 @@ def of_module(module: Any) -> LayerType:
     if cls.__name__ in ('Module', 'Generic', 'object'):
       break
     names.append(cls.__name__)
-  return LayerType(tuple(names), _layouts(module, tuple(names)))
+  return LayerType(tuple(names), _layouts(module))
 
 
 def of_graph(graph: Any) -> dict[Path, LayerType]:
