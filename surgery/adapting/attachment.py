@@ -18,13 +18,13 @@ from surgery.host.manager import Host
 from surgery.model import layouts, quantised
 from surgery.model.checkpoint import Checkpoint, Leaf, LeftOut, dtype_name
 from surgery.model.layers import LayerTypes
-from surgery.model.manifest import Manifest
 from surgery.model.records import (
   AdapterRecord,
   Pending,
   Records,
   SiteRecord,
   WeightSpec,
+  written,
 )
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
@@ -346,14 +346,19 @@ def attach(
         f"{paths.show(one.site.path)}: adapter type '{adapter.name}' calls a "
         f'weight {weight!r} in init and in init_shared. Name one otherwise.'
       )
+  if isinstance(where, Selection):
+    text: str | tuple[str, ...] = tuple(map(paths.literal, where))
+  else:
+    text = written(where.text)
   record = AdapterRecord(
     name,
     adapter,
     True,
     site_records,
     shared,
-    seed if waiting else None,
+    seed,
     waiting,
+    to=text,
   )
   for one in site_records.values():
     check_apply(one, shared)
@@ -368,7 +373,6 @@ def attach(
   return checkpoint.replace(
     leaves=leaves,
     records=records.add(record),
-    manifest=_remembering(checkpoint.manifest, name, seed, where),
     left_out=(*checkpoint.left_out, *left),
     remarks=(*checkpoint.remarks, *taken_layouts(finder, sites)),
   )
@@ -436,20 +440,6 @@ def marked(checkpoint: Checkpoint, records: Records) -> dict[Path, Leaf]:
     path: leaf if leaf.base else leaf.replace(base=True)
     for path, leaf in checkpoint.items()
   }
-
-
-def _remembering(
-  said: Manifest,
-  name: str,
-  seed: int,
-  to: selectors.Selector | Selection,
-) -> Manifest:
-  """Returns a manifest that knows seed and selector of an adapter."""
-  shown = (
-    [paths.literal(p) for p in to] if isinstance(to, Selection) else to.text
-  )
-  known = {'name': name, 'seed': seed, 'to': shown}
-  return said.replace(adapters=(*said.adapters, known))
 
 
 def _pending(

@@ -164,7 +164,7 @@ def _left(
   if (len(sites), len(saved)) == (len(record.sites), len(record.saved)):
     return record, more
   return (
-    dataclasses.replace(record, sites=sites, saved=saved, total=None),
+    dataclasses.replace(record, sites=sites, saved=saved),
     more,
   )
 

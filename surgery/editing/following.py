@@ -113,9 +113,7 @@ def recast(records: Records, dtypes: Mapping[Path, str], host: Host) -> Records:
     shared = {n: spec(w) for n, w in record.shared.items()}
     saved = {p: spec(w) for p, w in record.saved.items()}
     records = records.replace(
-      dataclasses.replace(
-        record, sites=sites, shared=shared, saved=saved, total=None
-      )
+      dataclasses.replace(record, sites=sites, shared=shared, saved=saved)
     )
   return records
 

@@ -161,5 +161,5 @@ def _joined(
     whole = dataclasses.replace(record.adapter, patterns=patterns)  # type: ignore[type-var]
     record = dataclasses.replace(record, adapter=whole)
   return dataclasses.replace(
-    record, sites={**record.sites, site.site.path: site}, total=None
+    record, sites={**record.sites, site.site.path: site}
   )

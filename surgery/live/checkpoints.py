@@ -24,7 +24,6 @@ from surgery.live import placing
 from surgery.model import quantised
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.model.manifest import Manifest
-from surgery.model.records import Records
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
@@ -70,14 +69,13 @@ def to_checkpoint(params: bx.Params) -> Checkpoint:
   """Returns params as a checkpoint of which each leaf is a parameter."""
   notes = live.notes_of(params)
   manifest = notes.get('manifest', Manifest())
-  known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
   return quantised.marked(
     Checkpoint(
       {
         path: leaf_of(param, live.is_base(params, path))
         for path, param in params.items()
       },
-      manifest.replace(locked=params.is_locked, adapters=tuple(known)),
+      manifest.replace(locked=params.is_locked, adapters=()),
       live.records_of(params),
       'params',
     )
@@ -115,7 +113,7 @@ def to_params(
         raise errors.PluginError(f'{paths.show(path)}: {wrong}')
       data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
   _warn(checkpoint)
-  notes = {} if like is None else _noted(checkpoint, records, like)
+  notes = {} if like is None else _noted(checkpoint, like)
   if records.adapters:
     base = {p: data[p].value for p, leaf in checkpoint.items() if leaf.base}
     notes = {**notes, 'base': live.remembered(base)}
@@ -139,18 +137,11 @@ def _warn(checkpoint: Checkpoint) -> None:
       )
 
 
-def _noted(
-  checkpoint: Checkpoint, records: Records, like: bx.Params
-) -> dict[str, Any]:
-  """Returns what is known of where adapters came from, as a pass left it."""
+def _noted(checkpoint: Checkpoint, like: bx.Params) -> dict[str, Any]:
+  """Returns what is known beside the arrays, as a pass left it."""
   notes = dict(live.notes_of(like))
   if 'manifest' in notes:
     notes['manifest'] = checkpoint.manifest.replace(adapters=(), trees={})
-  notes['adapters'] = {
-    said['name']: {k: said[k] for k in ('seed', 'to') if k in said}
-    for said in checkpoint.manifest.adapters
-    if said['name'] in records.names
-  }
   return notes
 
 

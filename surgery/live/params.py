@@ -335,7 +335,7 @@ class AdaptedParams(bx.Params):
 
   def tree_flatten(self) -> tuple[Any, Any]:
     """Flattens as blox does, with the adapters as static data."""
-    return (self._data,), (self._locked, self._records)
+    return (self._data,), (self._locked, self._records.anonymous())
 
   @classmethod
   def tree_unflatten(cls, aux: Any, children: Any) -> AdaptedParams:
@@ -394,7 +394,7 @@ def _united(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what two params know of where their adapters came from."""
   both = {
     key: {**b.get(key, {}), **a.get(key, {})}
-    for key in ('adapters', 'base')
+    for key in ('base',)
     if key in a or key in b
   }
   return {**b, **a, **both}
@@ -649,7 +649,7 @@ def _grown(
   attachment.check_apply(new)
   grown = record.with_site(new, met)
   info = {site.path: cast(finding.Info, info_of(params._data[site.path]))}
-  single = dataclasses.replace(grown, sites={site.path: new}, total=None)
+  single = dataclasses.replace(grown, sites={site.path: new})
   base = params._data[site.path].value
   names = {spec.path: name for name, spec in new.weights.items()}
   drawn = attachment.weight_leaves(
@@ -770,13 +770,7 @@ def _closed(params: AdaptedParams) -> AdaptedParams:
     )
     attachment.check_frozen(record)
   result = params._clone()
-  known = {
-    a.name: {'seed': a.seed, 'to': a.pending.selector.text}
-    for a in params._records.adapters
-    if a.pending is not None
-  }
   notes = dict(params._notes)
-  notes['adapters'] = {**notes.get('adapters', {}), **known}
   if all(a.pending is not None for a in params._records.adapters):
     # Now that all parameters are there, these are the base.
     owned = params._records.owned

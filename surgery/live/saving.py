@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import blox as bx
@@ -14,7 +13,7 @@ from surgery.editing import devices
 from surgery.host.manager import Host, default_host
 from surgery.live import adoption, checkpoints
 from surgery.live import params as live
-from surgery.model import layers, manifest, record_json
+from surgery.model import layers, manifest
 from surgery.model.checkpoint import open_checkpoint
 from surgery.naming import selectors
 from surgery.naming.selection import Selection
@@ -54,11 +53,7 @@ def save(
   expect.path(path, save)
   params = _settled(expect.params(params, save))
   checkpoint = checkpoints.to_tensors(checkpoints.to_checkpoint(params))
-  notes = live.notes_of(params)
-  known = [{'name': n, **said} for n, said in notes.get('adapters', {}).items()]
-  said = checkpoint.manifest.replace(
-    adapters=record_json.to_json(checkpoint.records(host), host, known)
-  )
+  said = checkpoint.resolved(host)
   if graph is not None:
     said = said.replace(layer_types=layers.of_graph(graph))
   checkpoint.replace(manifest=said).write(path, overwrite=overwrite, host=host)
@@ -104,11 +99,7 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
     )
   params = checkpoints.to_params(checkpoints.from_tensors(checkpoint), host)
   said = checkpoint.manifest.replace(adapters=(), trees={})
-  adapters = {
-    a['name']: {k: a[k] for k in ('seed', 'to') if k in a}
-    for a in checkpoint.manifest.adapters
-  }
-  notes = {**live.notes_of(params), 'manifest': said, 'adapters': adapters}
+  notes = {**live.notes_of(params), 'manifest': said}
   return live.with_records(params, live.records_of(params), notes)
 
 
@@ -150,14 +141,12 @@ def save_adapter(
   expect.path(path, save_adapter)
   params = _settled(expect.params(params, save_adapter))
   checkpoint = checkpoints.to_tensors(checkpoints.to_checkpoint(params))
-  said = live.notes_of(params).get('adapters', {}).get(name, {})
   alone = extract.extract(
     checkpoint,
     name,
     modules_to_save=modules_to_save,
     layer_types=None if graph is None else layers.of_graph(graph),
     host=host,
-    known=said,
   )
   alone.write(path, overwrite=overwrite, host=host)
 
@@ -203,17 +192,4 @@ def load_adapter(
   after = extract.insert(
     before, alone, name=name, check_base=check_base, host=host
   )
-  result = checkpoints.to_params(after, host, like=params)
-  return _noted(
-    result, alone.manifest.adapters[0], after.records(host).names[-1]
-  )
-
-
-def _noted(
-  params: bx.Params, said: Mapping[str, Any], name: str
-) -> live.AdaptedParams:
-  """Returns params that remember seed and selector of an adapter."""
-  notes = live.notes_of(params)
-  kept = {k: said[k] for k in ('seed', 'to') if k in said}
-  notes = {**notes, 'adapters': {**notes.get('adapters', {}), name: kept}}
-  return live.with_records(params, live.records_of(params), notes)  # type: ignore[return-value]
+  return checkpoints.to_params(after, host, like=params)  # type: ignore[return-value]

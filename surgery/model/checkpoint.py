@@ -531,7 +531,8 @@ class Checkpoint(Mapping[Path, Leaf]):
     """Returns what the manifest says of each leaf."""
     told = quantised.found(self._leaves, self.manifest.metadata)
     # A base is one of adapters.
-    adapted = bool(self.manifest.adapters)
+    known = self._records
+    adapted = bool(self.manifest.adapters if known is None else known.adapters)
     return {
       path: manifest.LeafNote(
         leaf.trainable,

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
   from surgery.host.manager import Host
 
 
-# What no record holds. All but the first two are in the file of an adapter:
-# what it was trained on, and of how many adapters its weights are.
-_KEPT = ('seed', 'to', 'base', 'beneath', 'given', 'many')
+# What no record holds, and the file of an adapter does: what it was trained on,
+# and of how many adapters its weights are.
+_KEPT = ('base', 'beneath', 'given', 'many')
 
 
 def adapter_to_json(
@@ -38,6 +38,9 @@ def adapter_to_json(
     kept['seed'] = record.seed
   if record.pending is not None:
     kept['to'] = record.pending.selector.text
+  elif record.to is not None:
+    to = record.to
+    kept['to'] = to if isinstance(to, str) else list(to)
   return {
     'name': record.name,
     'type': record.adapter.name,
@@ -135,8 +138,16 @@ def adapter_from_json(
       paths.parse(p): records.WeightSpec.from_json(w)
       for p, w in data.get('saved', {}).items()
     }
+    to = data.get('to')
     return records.AdapterRecord(
-      name, adapter, bool(data['enabled']), sites, shared, saved=saved
+      name,
+      adapter,
+      bool(data['enabled']),
+      sites,
+      shared,
+      seed=data.get('seed'),
+      saved=saved,
+      to=None if to is None else records.written(to),
     )
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     if isinstance(error, errors.SurgeryError):

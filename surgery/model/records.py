@@ -171,6 +171,52 @@ class Pending:
     ]
 
 
+class Sites(Mapping[Path, SiteRecord]):
+  """The sites of an adapter by path, and the sum of their digests.
+
+  The sum lies with the sites, so that it cannot be that of others; one more
+  site costs one more digest.
+
+  Args:
+    sites: the sites.
+  """
+
+  __slots__ = ('_sites', 'total')
+
+  def __init__(self, sites: Mapping[Path, SiteRecord]) -> None:
+    self._sites = dict(sites)
+    self.total = sum(r.digest for r in self._sites.values()) % _MODULUS
+
+  def with_site(self, record: SiteRecord) -> Sites:
+    """Returns these with a site added or replaced."""
+    new = Sites({})
+    new._sites = {**self._sites, record.site.path: record}
+    old = self._sites.get(record.site.path)
+    less = old.digest if old else 0
+    new.total = (self.total + record.digest - less) % _MODULUS
+    return new
+
+  def __getitem__(self, path: Path) -> SiteRecord:
+    return self._sites[path]
+
+  def __iter__(self) -> Iterator[Path]:
+    return iter(self._sites)
+
+  def __len__(self) -> int:
+    return len(self._sites)
+
+  def __repr__(self) -> str:
+    return f'Sites({self._sites!r})'
+
+  def __reduce__(self) -> Any:
+    return Sites, (self._sites,)  # Digests may be of this process.
+
+
+def written(to: Any) -> str | tuple[str, ...]:
+  """Returns a selector as it was written, one text or several."""
+  return to if isinstance(to, str) else tuple(to)
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterRecord:
   """One adapter: a named instance of a type on its sites.
@@ -181,7 +227,8 @@ class AdapterRecord:
     enabled: whether it takes part in what layers get.
     sites: its sites by path of their primary parameter.
     shared: weights that its sites share, by name.
-    seed: from which its weights derive; None once it is closed.
+    seed: from which its weights derive, where that is known.
+    to: the selector by which it was attached, where that is known.
     pending: what it still looks for; None once it is closed.
     saved: where it keeps its own values of parameters that it does not rewrite,
       by path of the parameter; they stand in place of what is stored there.
@@ -195,23 +242,25 @@ class AdapterRecord:
   seed: int | None = None
   pending: Pending | None = None
   saved: Mapping[Path, WeightSpec] = dataclasses.field(default_factory=dict)
-  # The sum of the sites' digests; kept so that growing by one costs one.
-  total: int | None = dataclasses.field(default=None, repr=False)
+  to: str | tuple[str, ...] | None = None
 
   def __post_init__(self) -> None:
-    if self.total is None:
-      total = sum(r.digest for r in self.sites.values()) % _MODULUS
-      object.__setattr__(self, 'total', total)
+    if not isinstance(self.sites, Sites):
+      object.__setattr__(self, 'sites', Sites(self.sites))
 
   @functools.cached_property
   def digest(self) -> int:
-    """128 bits that stand for all that a compiled function depends on."""
+    """128 bits that stand for all that a compiled function depends on.
+
+    Where the adapter came from is none of it, unless it still initialises.
+    """
+    assert isinstance(self.sites, Sites)
     waiting = [self.seed, self.pending.token] if self.pending else None
     return _hash(
       self.name,
       _token(self.adapter),
       self.enabled,
-      self.total,
+      self.sites.total,
       len(self.sites),
       _weights(self.shared),
       waiting,
@@ -222,9 +271,9 @@ class AdapterRecord:
     )
 
   def __reduce__(self) -> Any:
-    fields = dataclasses.fields(self)
-    values = (getattr(self, f.name) for f in fields if f.name != 'total')
-    return AdapterRecord, tuple(values)
+    # Without the digest: it may stand for an object of this process.
+    names = (f.name for f in dataclasses.fields(self))
+    return AdapterRecord, tuple(getattr(self, name) for name in names)
 
   @property
   def route(self) -> WeightSpec | None:
@@ -233,22 +282,32 @@ class AdapterRecord:
 
   def with_site(self, record: SiteRecord, met: Iterable[int]) -> AdapterRecord:
     """Returns this record with a site added or replaced."""
-    old = self.sites.get(record.site.path)
-    assert self.total is not None
-    total = self.total + record.digest - (old.digest if old else 0)
+    assert isinstance(self.sites, Sites)
     pending = self.pending
     if pending is not None:
       pending = dataclasses.replace(pending, met=pending.met | frozenset(met))
     return dataclasses.replace(
-      self,
-      sites={**self.sites, record.site.path: record},
-      total=total % _MODULUS,
-      pending=pending,
+      self, sites=self.sites.with_site(record), pending=pending
     )
 
   def closed(self) -> AdapterRecord:
     """Returns this record without what only initialisation needs."""
-    return dataclasses.replace(self, pending=None, seed=None)
+    if self.pending is None:
+      return self
+    return dataclasses.replace(
+      self, pending=None, to=written(self.pending.selector.text)
+    )
+
+  @property
+  def origin(self) -> tuple[Any, ...]:
+    """Where it came from, which no compiled function depends on."""
+    return self.seed, self.to
+
+  def anonymous(self) -> AdapterRecord:
+    """Returns this record without where it came from."""
+    if self.pending is not None or self.origin == (None, None):
+      return self
+    return dataclasses.replace(self, seed=None, to=None)
 
   def check_met(self, verb: str) -> None:
     """Raises if the adapter still looks for some of what it was attached to.
@@ -308,6 +367,9 @@ class Probe:
 class Records:
   """All adapters of a model, innermost first. Immutable and interned.
 
+  Two are equal if a compiled function cannot tell them; they are one object
+  only if their adapters came from the same seeds and selectors, too.
+
   Attributes:
     adapters: their records, in the order in which they were attached.
     probe: an object that is told which parameters a traced call asks for.
@@ -315,6 +377,7 @@ class Records:
 
   __slots__ = (
     '__weakref__',
+    '_anonymous',
     '_chains',
     '_digest',
     '_idle',
@@ -333,6 +396,7 @@ class Records:
   adapters: tuple[AdapterRecord, ...]
   probe: Probe | None
   _digest: int
+  _anonymous: Records | None
   _owned: dict[Path, str] | None
   _idle: frozenset[Path] | None
   _chains: dict[Path, Chain] | None
@@ -349,15 +413,17 @@ class Records:
     self.adapters = adapters
     self.probe = probe
     self._digest = digest
+    self._anonymous = None
     self._owned = None
     self._idle = None
     self._chains = None
     self._standing = None
+    key = _hash(digest, [a.origin for a in adapters])
     with cls._interning:
-      known = cls._interned.get(digest)
+      known = cls._interned.get(key)
       if known is not None and known._same(adapters):
         return known
-      cls._interned[digest] = self
+      cls._interned[key] = self
     return self
 
   def _same(self, adapters: tuple[AdapterRecord, ...]) -> bool:
@@ -563,6 +629,19 @@ class Records:
     """Returns records in which no adapter looks for sites."""
     return Records((a.closed() for a in self.adapters), self.probe)
 
+  def anonymous(self) -> Records:
+    """Returns records without where adapters came from.
+
+    What transformations return is this: a program that was compiled for one
+    model would otherwise say of another that it came from the first one's seed.
+    """
+    if self._anonymous is None:
+      new = Records((a.anonymous() for a in self.adapters), self.probe)
+      if new is self:
+        return self
+      self._anonymous = new
+    return self._anonymous
+
   def probed(self, probe: Probe | None) -> Records:
     """Returns records that tell `probe` what is asked for."""
     return Records(self.adapters, probe)
@@ -600,7 +679,9 @@ def unite(a: Records, b: Records) -> Records:
       merged.append(ours.pop(0))
     while theirs and theirs[0].name != name:
       merged.append(theirs.pop(0))
-    merged += ours[:1]
+    # One of them may have been through a transformation.
+    known = [r for r in (*ours[:1], *theirs[:1]) if r.origin != (None, None)]
+    merged += known[:1] or ours[:1]
     del ours[:1], theirs[:1]
   united = Records(merged, a.probe)
   united.check_standing()

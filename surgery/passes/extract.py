@@ -27,7 +27,6 @@ def extract(
   modules_to_save: selectors.Text | Selection | None = None,
   layer_types: LayerTypes | None = None,
   host: Host,
-  known: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
   """Returns an adapter without its base.
 
@@ -41,7 +40,6 @@ def extract(
     modules_to_save: what goes along instead; `[]` for nothing.
     layer_types: types of layers; by default those of the checkpoint.
     host: knows the adapter's type.
-    known: seed and selector, where they are known.
 
   Raises:
     AdapterError: for an unknown name, if there is not only one, or for a value
@@ -71,7 +69,7 @@ def extract(
   )
   along = trained.chosen(checkpoint, record, modules_to_save, types, host)
   record, fresh = trained.added(checkpoint, record, along)
-  entry = record_json.adapter_to_json(record, host, {**said, **(known or {})})
+  entry = record_json.adapter_to_json(record, host, said)
   entry |= bound.said_of(checkpoint, record, along, host)
   many = fitting.many_of(checkpoint, record)
   if many is not None:
@@ -153,7 +151,7 @@ def _renamed(
     saved[path] = dataclasses.replace(spec, path=to)
   return (
     dataclasses.replace(
-      record, name=name, sites=sites, shared=shared, saved=saved, total=None
+      record, name=name, sites=sites, shared=shared, saved=saved
     ),
     moved,
   )
@@ -203,11 +201,4 @@ def insert(
     new[target] = leaf.replace(metadata=metadata)
   records = checkpoint.records(host)
   leaves = attachment.inserted(attachment.marked(checkpoint, records), new)
-  known = {k: said[k] for k in ('seed', 'to') if k in said}
-  return checkpoint.replace(
-    leaves=leaves,
-    records=records.add(renamed),
-    manifest=checkpoint.manifest.replace(
-      adapters=(*checkpoint.manifest.adapters, {'name': name, **known})
-    ),
-  )
+  return checkpoint.replace(leaves=leaves, records=records.add(renamed))

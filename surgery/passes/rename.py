@@ -15,7 +15,6 @@ from surgery.host.manager import Host
 from surgery.model import quantised
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.model.layers import LayerType, LayerTypes
-from surgery.model.manifest import Manifest
 from surgery.model.records import AdapterRecord, Records, SiteRecord, WeightSpec
 from surgery.naming import paths, renaming, selectors
 from surgery.naming.paths import Path
@@ -78,11 +77,13 @@ def renamed(
       if not names.decided(part):
         names.follow(part, quantised.beside(part, of, names(of)))
   leaves = _leaves(checkpoint, names, records)
-  for old, new in zip(records.adapters, moved, strict=True):
-    said = _remembering(said, old, new, names)
+  told = [
+    _meaning(old, new, names)
+    for old, new in zip(records.adapters, moved, strict=True)
+  ]
   return checkpoint.replace(
     leaves=leaves,
-    records=Records(moved, records.probe),
+    records=Records(told, records.probe),
     manifest=said.replace(
       trees=trees, layer_types=_layer_types(said.layer_types, names)
     ),
@@ -275,7 +276,7 @@ def _moved(record: AdapterRecord, names: _Names, host: Host) -> AdapterRecord:
       _check_same(record, record.sites[path], one.site, who)
       one = dataclasses.replace(one, interceptor=who)
     sites[one.site.path] = one
-  return dataclasses.replace(record, sites=sites, saved=saved, total=None)
+  return dataclasses.replace(record, sites=sites, saved=saved)
 
 
 def _saved(record: AdapterRecord, names: _Names) -> dict[Path, WeightSpec]:
@@ -411,28 +412,22 @@ def _patterns(
   return {**own, **{s: v for s, v in used.items() if s not in own}}
 
 
-def _remembering(
-  said: Manifest, old: AdapterRecord, new: AdapterRecord, names: _Names
-) -> Manifest:
-  """Returns a manifest whose selector of an adapter means what it meant.
-
-  One that means something else now is left out.
-  """
-  if old is new:
-    return said
+def _meaning(
+  old: AdapterRecord, new: AdapterRecord, names: _Names
+) -> AdapterRecord:
+  """Returns a record whose selector means what it meant, or that has none."""
+  if old is new or new.to is None:
+    return new
+  to = _followed(new.to, names)
+  read = selectors.parse(to if isinstance(to, str) else list(to))
   sites = [one.site for one in new.sites.values()]
-  entries = []
-  for entry in said.adapters:
-    if entry.get('name') == new.name and 'to' in entry:
-      entry = {**entry, 'to': _followed(entry['to'], names)}
-      read = selectors.parse(entry['to'])
-      if not all(read.matches(s.path, s.types) for s in sites):
-        entry = {k: v for k, v in entry.items() if k != 'to'}
-    entries.append(entry)
-  return said.replace(adapters=tuple(entries))
+  same = all(read.matches(s.path, s.types) for s in sites)
+  return dataclasses.replace(new, to=to if same else None)
 
 
-def _followed(to: selectors.Text, names: _Names) -> selectors.Text:
+def _followed(
+  to: str | tuple[str, ...], names: _Names
+) -> str | tuple[str, ...]:
   if isinstance(to, str):
     return _selector(to, names)
-  return [_selector(text, names) for text in to]
+  return tuple(_selector(text, names) for text in to)

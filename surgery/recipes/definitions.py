@@ -24,7 +24,6 @@ _GIVEN = (
   'layer_types',
   'graph',
   'pending',
-  'known',
 )
 _UNIONS = (types.UnionType, typing.Union)
 _SCALARS: dict[Any, str] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -168,7 +170,9 @@ def test_a_compiled_call_never_returns_another_tenants_notes(traced):
   call(one)
   _, after = call(two)
   assert {} == after._notes
-  assert {'seed': 2, 'to': '**/hidden*'} == two._notes['adapters']['default']
+  assert [(None, None)] == [a.origin for a in after.records.adapters]
+  assert [(2, '**/hidden*')] == [a.origin for a in two.records.adapters]
+  assert one.records is not two.records and one.records == two.records
 
 
 def test_types_of_layers_are_not_taken_from_another_model(net):
@@ -229,3 +233,36 @@ def test_lowered_and_compiled_programs_take_other_tenants(net):
   models.close(model(two, x)[0], compiled(two))
   with pytest.raises(TypeError):
     compiled(surgery.disable(two))
+
+
+def test_where_an_adapter_came_from_survives_verbs_and_files(net, tmp_path):
+  _, base, _ = net
+  params = surgery.attach(base, LORA, to='**/hidden*', seed=7)
+  origin = [(7, '**/hidden*')]
+  found = lambda p: [a.origin for a in p.records.adapters]
+  assert origin == found(params)
+  assert origin == found(surgery.disable(surgery.freeze(params)))
+  surgery.save(tmp_path / 'm.msgpack', params)
+  assert origin == found(surgery.load(tmp_path / 'm.msgpack'))
+  surgery.save_adapter(tmp_path / 'a.msgpack', params)
+  assert origin == found(surgery.load_adapter(tmp_path / 'a.msgpack', base))
+  # A transformation cannot say, and a half that went through one is put
+  # together with one that did not.
+  train, rest = params.split()
+  train = jax.jit(lambda p: p)(train)
+  assert [(None, None)] == found(train)
+  assert origin == found(train.merge(rest))
+
+
+def test_a_record_with_other_sites_is_another(net):
+  """The sum of its sites' digests is that of its sites, however it is made."""
+  _, base, _ = net
+  records = surgery.attach(base, LORA, to='**/hidden*').records
+  record = records.adapters[0]
+  fewer = dict(list(record.sites.items())[:1])
+  less = dataclasses.replace(record, sites=fewer)
+  assert record.digest != less.digest
+  again = less
+  for one in list(record.sites.values())[1:]:
+    again = again.with_site(one, ())
+  assert record.digest == again.digest

@@ -137,7 +137,7 @@ def test_flags_come_back_when_an_adapter_is_enabled_again(net):
   off = surgery.disable(params, 'one')
   assert not [p for p in off.split()[0].keys() if '.one' in p[-1]]
   for half in off.split():
-    assert half.records is off.records
+    assert half.records == off.records
   back = surgery.enable(off.split()[0].merge(off.split()[1]), 'one')
   for one, other in zip(params.split(), back.split(), strict=True):
     assert one.keys() == other.keys()

@@ -46,7 +46,7 @@ def _attach(params, name='default', **kwargs):
 def test_flatten_and_unflatten_keep_all(adapted):
   leaves, structure = jax.tree.flatten(adapted)
   back = jax.tree.unflatten(structure, leaves)
-  assert adapted.records is back.records
+  assert adapted.records == back.records
   models.assert_equal_params(adapted, back)
 
 
@@ -63,7 +63,7 @@ def test_leaves_are_those_of_plain_params(adapted):
 def test_map_keeps_the_class(adapted):
   doubled = jax.tree.map(lambda w: w, adapted)
   assert isinstance(doubled, surgery.AdaptedParams)
-  assert adapted.records is doubled.records
+  assert adapted.records == doubled.records
 
 
 def test_map_over_adapted_and_plain_is_refused_by_jax(net, adapted):
@@ -90,7 +90,7 @@ def test_a_half_alone_says_what_is_missing(net, adapted):
 
 def test_lock_and_unlock_keep_all(adapted):
   unlocked = adapted.unlocked()
-  assert adapted.records is unlocked.records
+  assert adapted.records == unlocked.records
   assert not unlocked.is_locked
   assert jax.tree.structure(adapted) == jax.tree.structure(unlocked.locked())
 
@@ -104,7 +104,7 @@ def test_a_new_layer_under_unlocked_params_is_not_adapted(net, adapted):
   )
   _, params = layer(adapted.unlocked(), jnp.ones((1, 4)))
   assert ('net', 'hidden9', 'lora_a') not in params
-  assert adapted.records is params.locked().records
+  assert adapted.records == params.locked().records
 
 
 def test_eval_shape(net, adapted):
@@ -163,13 +163,13 @@ def test_jvp_of_grad(net, adapted):
 def test_device_put(net, adapted):
   model, _, x = net
   moved = jax.device_put(adapted, jax.devices()[0])
-  assert adapted.records is moved.records
+  assert adapted.records == moved.records
   models.close(model(adapted, x)[0], model(moved, x)[0])
 
 
 def test_block_until_ready_and_transfer_to_the_host(adapted):
   host = jax.device_get(jax.block_until_ready(adapted))
-  assert adapted.records is host.records
+  assert adapted.records == host.records
 
 
 # Donation.
@@ -227,7 +227,7 @@ def test_two_containers_unite_their_adapters(net):
   both = one.merge(two)
   assert ('one', 'two') == both.records.names
   models.close(model(models.dense(both), x)[0], model(both, x)[0])
-  assert {'one', 'two'} == set(both._notes['adapters'])
+  assert [0, 1] == [a.seed for a in both.records.adapters]
 
 
 def test_containers_whose_adapters_differ_are_refused(net):
@@ -268,7 +268,7 @@ def test_containers_of_two_models_unite():
 def test_plain_params_take_values_but_no_adapters(net, adapted):
   _, base, _ = net
   back = adapted.merge(base)
-  assert adapted.records is back.records
+  assert adapted.records == back.records
   models.assert_equal_params(adapted, back)
 
 
@@ -359,7 +359,7 @@ def test_another_process_reads_a_pickle(adapted, tmp_path):
     'params = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n'
     'again = surgery.attach(surgery.detach(params), surgery.LoRA(rank=2),\n'
     "                       to='**/hidden*')\n"
-    'assert again.records is params.records\n'
+    'assert again.records == params.records\n'
     'value = surgery.merge(params)["net", "mlp", "hidden0", "kernel"].value\n'
     'print(numpy.asarray(value).tobytes().hex())\n'
   )
@@ -494,7 +494,7 @@ step = jax.jit(lambda p: (model(p, x)[0], p), out_shardings=(None, shardings),
                donate_argnums=0)
 out, after = step(placed)
 models.close(expected, out)
-assert params.records is after.records
+assert params.records == after.records
 models.close(expected, model(after, x)[0])
 merged = surgery.merge(after)
 models.close(expected, jax.jit(lambda p: model(p, x)[0])(merged))
