@@ -15,7 +15,7 @@ from typing import Any
 
 from surgery import once
 from surgery.contract import adapter, config, hookspecs, lowrank, site
-from surgery.host import manager
+from surgery.host import discovery, manager
 
 _HEAD = """\
 # Hooks and the contract
@@ -66,7 +66,7 @@ CHAPTERS: dict[str, dict[str, Any]] = {
   'The host': {
     'surgery.Host': manager.Host,
     'surgery.default_host': manager.default_host,
-    'PluginInfo': manager.PluginInfo,
+    'PluginInfo': discovery.PluginInfo,
     'surgery.PluginWarning': manager.PluginWarning,
   },
 }

@@ -156,11 +156,13 @@ def cli(
   What is asked for goes to stdout, all else to stderr. Completion of verbs and
   of names inside of files: eval "$(_SURGERY_COMPLETE=bash_source surgery)".
   """
-  from surgery.host import manager
+  from surgery.host import environment, manager
 
   if wanted is not None or ctx.obj is _OWN:
     platform.claim(wanted)
-  if blocked or any(variable in os.environ for variable in manager.VARIABLES):
+  if blocked or any(
+    variable in os.environ for variable in environment.VARIABLES
+  ):
     # A host of this command's own, so that nothing is global.
     ctx.with_resource(manager.used(manager.from_environment(block=blocked)))
 

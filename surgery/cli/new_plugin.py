@@ -16,7 +16,8 @@ from surgery import errors, version
 from surgery.cli import plugin_kinds, shared
 from surgery.cli.command import Command
 from surgery.contract.site import ParamSpec, Site
-from surgery.host.manager import DISTRIBUTION, default_host
+from surgery.host.discovery import DISTRIBUTION
+from surgery.host.manager import default_host
 
 _NAME = re.compile(r'[a-z][a-z0-9]*(_[a-z0-9]+)*')
 

@@ -15,13 +15,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
-import importlib.metadata
 import inspect
-import itertools
 import os
 import pathlib
-import sys
 import threading
 import traceback
 import warnings
@@ -30,96 +26,16 @@ from typing import Any
 
 import pluggy
 
-from surgery import errors, once, version
+from surgery import errors, once
 from surgery.contract import hookspecs
 from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
-from surgery.host import foreign, location
+from surgery.host import discovery, environment, foreign, location, registering
 from surgery.naming import paths
-
-ADAPTERS = 'surgery.adapters'
-PLUGINS = 'surgery.plugins'
-VARIABLES = (
-  'SURGERY_PLUGINS',
-  'SURGERY_PREFER',
-  'SURGERY_STRICT_PLUGINS',
-  'SURGERY_TRACE',
-)
-# The library's own.
-DISTRIBUTION = 'blox-surgery'
 
 
 class PluginWarning(UserWarning):
   """A plugin could not be loaded; the rest goes on without it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PluginInfo:
-  """What is known of one plugin.
-
-  Attributes:
-    name: name of its entry point, or under which it was registered.
-    kind: `adapter` or `plugin`.
-    distribution: name of the distribution that it came from, or empty.
-    version: that distribution's version, or empty.
-    state: `available` (not imported yet), `loaded`, `broken` or `blocked`.
-    reason: why it is broken.
-    hooks: names of the hooks that it implements, where it is loaded.
-    traceback: where it broke, for `surgery plugins show`.
-  """
-
-  name: str
-  kind: str
-  distribution: str = ''
-  version: str = ''
-  state: str = 'available'
-  reason: str = ''
-  hooks: tuple[str, ...] = ()
-  traceback: str = ''
-
-  @property
-  def origin(self) -> str:
-    """Distribution and version, or where else it came from."""
-    if not self.distribution:
-      return 'given to the host'
-    return f'{self.distribution} {self.version}'.rstrip()
-
-
-@dataclasses.dataclass
-class _Entry:
-  """A plugin that is known by name; loaded or not."""
-
-  info: PluginInfo
-  entry_point: importlib.metadata.EntryPoint | None
-  value: Any = None
-  error: BaseException | None = None
-
-
-_HOOKS = tuple(n for n in sorted(vars(hookspecs)) if n.startswith('surgery_'))
-# What comes with the library, as its own distribution says it.
-_OWN = {
-  ADAPTERS: {'lora': 'surgery.builtin.lora:LoRA'},
-  PLUGINS: {'files': 'surgery.files.plugin', 'passes': 'surgery.passes.plugin'},
-}
-
-
-def _entries(group: str, kind: str, installed: bool) -> list[_Entry]:
-  """Returns what is known by name, of installed distributions or of ours."""
-  found = []
-  if not installed:
-    for name, value in _OWN[group].items():
-      info = PluginInfo(name, kind, DISTRIBUTION, version.VERSION)
-      point = importlib.metadata.EntryPoint(name, value, group)
-      found.append(_Entry(info, point))
-    return found
-  for point in importlib.metadata.entry_points(group=group):
-    dist = point.dist
-    info = PluginInfo(
-      point.name, kind, dist.name if dist else '', dist.version if dist else ''
-    )
-    found.append(_Entry(info, point))
-  # The order of installation decides nothing.
-  return sorted(found, key=lambda e: (e.info.name, e.info.distribution))
 
 
 class Host:
@@ -184,20 +100,24 @@ class Host:
   # Adapter types.
 
   @once.attribute
-  def _adapters(self) -> dict[str, list[_Entry]]:
-    found: dict[str, list[_Entry]] = {}
-    for entry in _entries(ADAPTERS, 'adapter', self._entry_points):
+  def _adapters(self) -> dict[str, list[discovery.Entry]]:
+    found: dict[str, list[discovery.Entry]] = {}
+    for entry in discovery.entries(
+      discovery.ADAPTERS, 'adapter', self._entry_points
+    ):
       found.setdefault(entry.info.name, []).append(entry)
     return found
 
-  def _blocked(self, info: PluginInfo) -> bool:
+  def _blocked(self, info: discovery.PluginInfo) -> bool:
     """Whether a plugin must not be loaded."""
     if info.name in self._block:
       return True
-    own = info.distribution in ('', DISTRIBUTION)
+    own = info.distribution in ('', discovery.DISTRIBUTION)
     return not own and self._only is not None and info.name not in self._only
 
-  def _chosen(self, entries: list[_Entry], what: str) -> list[_Entry]:
+  def _chosen(
+    self, entries: list[discovery.Entry], what: str
+  ) -> list[discovery.Entry]:
     """Returns those of the same name that are meant: one, or none.
 
     Raises:
@@ -247,8 +167,8 @@ class Host:
       raise errors.UnknownAdapterType(
         f"unknown adapter type '{name}'."
         f'{errors.suggest(name, self.adapter_names())} Adapter types come '
-        f"from installed distributions (entry points in '{ADAPTERS}'); "
-        '`surgery plugins` lists them.'
+        'from installed distributions (entry points in '
+        f"'{discovery.ADAPTERS}'); `surgery plugins` lists them."
       )
     entry = self._load(entries[0])
     if entry.error is not None:
@@ -265,7 +185,7 @@ class Host:
     entries = self._chosen(self._adapters.get(name, []), 'adapter type')
     return entries[0].info.origin if entries else ''
 
-  def _load(self, entry: _Entry) -> _Entry:
+  def _load(self, entry: discovery.Entry) -> discovery.Entry:
     """Loads an entry once; what goes wrong is kept in it."""
     with self._lock:
       if entry.value is not None or entry.error is not None:
@@ -275,9 +195,9 @@ class Host:
         with foreign.printing():
           value = entry.entry_point.load()
           if entry.info.kind == 'plugin':
-            value = _object(value, entry.info.name)
+            value = registering.object_of(value, entry.info.name)
         if entry.info.kind == 'adapter':
-          _check_type(value, entry.info.name)
+          registering.check_type(value, entry.info.name)
         entry.value = value
         entry.info = dataclasses.replace(entry.info, state='loaded')
       # A plugin is somebody else's code, and may even end the process.
@@ -286,8 +206,8 @@ class Host:
         entry.info = dataclasses.replace(
           entry.info,
           state='broken',
-          reason=f'{type(error).__name__}: {error}{_line(error)}'
-          f'{_release(entry)}',
+          reason=f'{type(error).__name__}: {error}{discovery.line_of(error)}'
+          f'{discovery.release(entry)}',
           traceback=''.join(traceback.format_exception(error)),
         )
       return entry
@@ -307,7 +227,7 @@ class Host:
     """
     with self._lock:
       if inspect.isclass(plugin) and issubclass(plugin, Adapter):
-        _check_type(plugin, plugin.name)
+        registering.check_type(plugin, plugin.name)
         if plugin.name in self._types:
           raise errors.PluginError(
             f"adapter type '{plugin.name}' is registered already, as "
@@ -317,12 +237,12 @@ class Host:
           self._types[plugin.name] = plugin
         return
       with foreign.printing():
-        plugin = _object(plugin, None)
+        plugin = registering.object_of(plugin, None)
       # What is wrong with it is said now, not when a hook is first called.
-      _register(_without_plugins(), plugin, None)
+      registering.register(registering.without_plugins(), plugin, None)
       self._given.append(plugin)
       if self._manager is not None:
-        _register(self._manager, plugin, None)
+        registering.register(self._manager, plugin, None)
 
   def _is_meant(self, cls: type[Adapter]) -> bool:
     """Whether a type that is given is the one of its name.
@@ -334,7 +254,7 @@ class Host:
     others = [
       entry.info
       for entry in self._adapters.get(cls.name, ())
-      if not self._blocked(entry.info) and not _is_entry(cls, entry)
+      if not self._blocked(entry.info) and not discovery.is_entry(cls, entry)
     ]
     wanted = self._prefer.get(cls.name)
     if not others or wanted == cls.__name__:
@@ -350,26 +270,26 @@ class Host:
     )
 
   @once.attribute
-  def _plugin_entries(self) -> list[_Entry]:
-    return _entries(PLUGINS, 'plugin', self._entry_points)
+  def _plugin_entries(self) -> list[discovery.Entry]:
+    return discovery.entries(discovery.PLUGINS, 'plugin', self._entry_points)
 
   @property
   def manager(self) -> pluggy.PluginManager:
     """The plugin manager, with all plugins loaded."""
     with self._lock:
       if self._manager is None:
-        manager = _without_plugins()
+        manager = registering.without_plugins()
         # The last that was registered is asked first.
         for entry in reversed(self._wanted()):
           self._load_plugin(manager, entry)
         for plugin in self._given:
-          _register(manager, plugin, None)
+          registering.register(manager, plugin, None)
         if self._trace is not None:
           manager.add_hookcall_monitoring(lambda *_: None, self._traced)
         self._manager = manager
       return self._manager
 
-  def _wanted(self) -> list[_Entry]:
+  def _wanted(self) -> list[discovery.Entry]:
     """Returns the plugins that may be loaded; of one name only one.
 
     Raises:
@@ -392,14 +312,14 @@ class Host:
       wanted += meant
     return wanted
 
-  def _broken(self, entry: _Entry, error: errors.PluginError) -> None:
+  def _broken(self, entry: discovery.Entry, error: errors.PluginError) -> None:
     entry.error = error
     entry.info = dataclasses.replace(
-      entry.info, state='broken', reason=f'{error}{_release(entry)}'
+      entry.info, state='broken', reason=f'{error}{discovery.release(entry)}'
     )
     self._report(entry)
 
-  def _report(self, entry: _Entry) -> None:
+  def _report(self, entry: discovery.Entry) -> None:
     """Warns of a broken plugin, or raises if that was asked for."""
     text = f"plugin '{entry.info.name}' of {entry.info.origin} is broken"
     if self._strict:
@@ -424,11 +344,13 @@ class Host:
     )
     self._trace(f'{hook}({said}) asked of {", ".join(names)} → {result}')
 
-  def _load_plugin(self, manager: pluggy.PluginManager, entry: _Entry) -> None:
+  def _load_plugin(
+    self, manager: pluggy.PluginManager, entry: discovery.Entry
+  ) -> None:
     self._load(entry)
     if entry.error is None:
       try:
-        _register(manager, entry.value, entry.info.name)
+        registering.register(manager, entry.value, entry.info.name)
         hooks = manager.get_hookcallers(entry.value) or []
         entry.info = dataclasses.replace(
           entry.info, hooks=tuple(sorted(h.name for h in hooks))
@@ -463,7 +385,11 @@ class Host:
           result = caller(**arguments)
         elif not caller.get_hookimpls() and self._trace is None:
           # Nobody else has a say: a model of ten thousand layers asks often.
-          result = extra(**{n: arguments[n] for n in _names(extra.__func__)})
+          result = extra(
+            **{
+              n: arguments[n] for n in registering.arguments_of(extra.__func__)
+            }
+          )
         else:
           result = caller.call_extra([extra], arguments)
     except errors.SurgeryError:
@@ -495,7 +421,9 @@ class Host:
     in its order.
     """
     if extra is not None:
-      answer = extra(**{n: arguments[n] for n in _names(extra.__func__)})
+      answer = extra(
+        **{n: arguments[n] for n in registering.arguments_of(extra.__func__)}
+      )
       if answer is not None and not fits(answer):
         return self._type_called(extra)
     for impl in reversed(caller.get_hookimpls()):
@@ -531,7 +459,7 @@ class Host:
         return f"plugin '{impl.plugin_name}' of {entry.info.origin}"
     return f"plugin '{impl.plugin_name}'"
 
-  def plugins(self) -> list[PluginInfo]:
+  def plugins(self) -> list[discovery.PluginInfo]:
     """Returns all plugins that are known, without importing adapter types."""
     _ = self.manager  # Loads plugins with hooks, so that states are true.
     infos = [
@@ -540,7 +468,9 @@ class Host:
       for info in self._offered(entries)
     ]
     infos += [
-      PluginInfo(name, 'adapter', state='loaded', hooks=_hooks_of(cls))
+      discovery.PluginInfo(
+        name, 'adapter', state='loaded', hooks=registering.hooks_of(cls)
+      )
       for name, cls in self._types.items()
     ]
     infos += [e.info for e in self._plugin_entries]
@@ -548,7 +478,7 @@ class Host:
       hooks = self.manager.get_hookcallers(plugin) or []
       name = self.manager.get_name(plugin) or repr(plugin)
       infos.append(
-        PluginInfo(
+        discovery.PluginInfo(
           name,
           'plugin',
           state='loaded',
@@ -557,7 +487,9 @@ class Host:
       )
     return sorted(infos, key=lambda i: (i.kind, i.name, i.distribution))
 
-  def _offered(self, entries: list[_Entry]) -> Iterator[PluginInfo]:
+  def _offered(
+    self, entries: list[discovery.Entry]
+  ) -> Iterator[discovery.PluginInfo]:
     """Yields the adapter types of one name; at most one can be had."""
     try:
       meant, reason = self._chosen(entries, 'adapter type'), ''
@@ -566,7 +498,9 @@ class Host:
     for entry in entries:
       info = entry.info
       if info.state == 'loaded':
-        info = dataclasses.replace(info, hooks=_hooks_of(entry.value))
+        info = dataclasses.replace(
+          info, hooks=registering.hooks_of(entry.value)
+        )
       if self._blocked(info) or (entry not in meant and not reason):
         info = dataclasses.replace(info, state='blocked')
       elif reason:
@@ -629,7 +563,7 @@ class Host:
     if impl is None:
       return None
     for entry in self._plugin_entries:
-      own = entry.info.distribution == DISTRIBUTION
+      own = entry.info.distribution == discovery.DISTRIBUTION
       if own and entry.value is not None and entry.value is impl.plugin:
         return None
     return self._called(impl)
@@ -725,131 +659,6 @@ class _Observed:
     self._host.ask('surgery_finished', event=event)
 
 
-@functools.lru_cache(maxsize=256)
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-  """Returns the arguments that an implementation takes, without self."""
-  return tuple(inspect.signature(function).parameters)[1:]
-
-
-def _hooks_of(cls: type[Adapter]) -> tuple[str, ...]:
-  """Returns the hooks that an adapter type implements, four at least."""
-  return tuple(name for name in _HOOKS if hasattr(cls, name))
-
-
-def _check_type(value: Any, name: str) -> None:
-  """Raises unless `value` is an adapter type of that name."""
-  if not (inspect.isclass(value) and issubclass(value, Adapter)):
-    raise errors.PluginError(
-      f"entry point '{name}': expected a subclass of surgery.Adapter, found "
-      f'{value!r}.'
-    )
-  if value.name != name or not name:
-    raise errors.PluginError(
-      f"entry point '{name}': its adapter type calls itself '{value.name}'. "
-      'The two names must be equal.'
-    )
-  for method in ('init', 'apply'):
-    if getattr(value, method) is getattr(Adapter, method):
-      raise errors.PluginError(
-        f"adapter type '{name}' has no method `{method}`."
-      )
-  _check_hooks(value, name)
-
-
-def _check_hooks(cls: type[Adapter], name: str) -> None:
-  """Raises unless all that a type marks as hooks are hooks.
-
-  pluggy checks plugins; it never sees an adapter type, whose methods are called
-  for the adapters in a model.
-  """
-  for method, function in inspect.getmembers(cls, inspect.isfunction):
-    if not hasattr(function, f'{hookspecs.PROJECT}_impl'):
-      continue
-    if method not in _HOOKS:
-      raise errors.PluginError(
-        f"adapter type '{name}': no hook is called '{method}'."
-        f'{errors.suggest(method, _HOOKS)}'
-      )
-    given = set(inspect.signature(getattr(hookspecs, method)).parameters)
-    extra = [a for a in _names(function) if a not in given]
-    if extra:
-      raise errors.PluginError(
-        f"adapter type '{name}': hook '{method}' has no argument '{extra[0]}'; "
-        f'it has {", ".join(sorted(given))}.'
-      )
-
-
-def _without_plugins() -> pluggy.PluginManager:
-  """Returns a manager that knows the hooks, and nobody who implements them."""
-  manager = pluggy.PluginManager(hookspecs.PROJECT)
-  manager.add_hookspecs(hookspecs)
-  return manager
-
-
-def _is_entry(cls: type[Adapter], entry: _Entry) -> bool:
-  """Whether a type is the one that an entry point names, without importing."""
-  point = entry.entry_point
-  if point is None or entry.value is cls:
-    return entry.value is cls
-  if (point.module, point.attr) == (cls.__module__, cls.__qualname__):
-    return True
-  # It may be named by a module that only passes it on.
-  return getattr(sys.modules.get(point.module), point.attr, None) is cls
-
-
-def _object(plugin: Any, name: str | None) -> Any:
-  """Returns a plugin; of a class, an object of it.
-
-  Raises:
-    PluginError: if it is an adapter type, or cannot be made without arguments.
-  """
-  kind = plugin if inspect.isclass(plugin) else type(plugin)
-  if issubclass(kind, Adapter):
-    raise errors.PluginError(
-      f"plugin '{name or kind.__name__}' is an adapter type. Its entry point "
-      "goes into the group 'surgery.adapters'."
-    )
-  if not inspect.isclass(plugin):
-    return plugin
-  try:
-    return plugin()
-  except errors.SurgeryError:
-    raise
-  except (Exception, SystemExit) as error:
-    hint = ' Give an object of the class.'
-    said = f'{type(error).__name__}: {error}.'
-    raise errors.PluginError(
-      f"plugin '{name or plugin.__name__}': {said}"
-      f'{hint if isinstance(error, TypeError) else ""}'
-    ) from error
-
-
-def _register(
-  manager: pluggy.PluginManager, plugin: Any, name: str | None
-) -> None:
-  """Registers an object with hooks, or raises and leaves nothing behind."""
-  if manager.is_registered(plugin):
-    return  # Given to the host, and known by name too.
-  shown = str(name or getattr(plugin, '__name__', type(plugin).__name__))
-  # Of those that are given to a host, several may be of one class.
-  others = (f'{shown} {number}' for number in itertools.count(2))
-  names = itertools.chain([shown], others)
-  unique = next(n for n in names if not manager.has_plugin(n))
-  try:
-    manager.register(plugin, unique)
-    manager.check_pending()
-  except (pluggy.PluginValidationError, ValueError) as error:
-    if manager.is_registered(plugin):
-      manager.unregister(plugin)
-    raise errors.PluginError(f"plugin '{shown}': {error}") from error
-  if not manager.get_hookcallers(plugin):
-    manager.unregister(plugin)
-    raise errors.PluginError(
-      f"plugin '{shown}' implements no hook. Mark its functions with "
-      'surgery.hookimpl.'
-    )
-
-
 def _short(value: Any) -> str:
   """Returns a value in a few characters, for a trace."""
   if isinstance(value, Site):
@@ -858,47 +667,8 @@ def _short(value: Any) -> str:
   return text if len(text) <= 60 else f'{text[:57]}…'
 
 
-def _line(error: BaseException) -> str:
-  """Returns the line of a plugin's file where it broke, if it was there."""
-  ours = pathlib.Path(__file__).parents[1]
-  for frame in reversed(traceback.extract_tb(error.__traceback__)):
-    file = pathlib.Path(frame.filename)
-    if (
-      file.is_file()
-      and ours not in file.parents
-      and 'importlib'
-      not in (
-        file.parent.name,
-        file.parent.parent.name,
-      )
-    ):
-      return f' ({file.name}:{frame.lineno})'
-  return ''
-
-
-def _release(entry: _Entry) -> str:
-  """Returns what a broken plugin was made for, if it says so."""
-  point = entry.entry_point
-  if point is None or point.dist is None:
-    return ''
-  wanted = [
-    text
-    for text in point.dist.requires or ()
-    if text.replace('_', '-').lower().startswith(DISTRIBUTION)
-  ]
-  if not wanted:
-    return ''
-  return f' (it requires {wanted[0]}; this is {version.VERSION})'
-
-
 def from_environment(**changes: Any) -> Host:
   """Returns a host as the environment's variables want it.
-
-  `SURGERY_PLUGINS`, a list with commas, names the plugins of other
-  distributions that may be loaded; empty, there are none. `SURGERY_PREFER=
-  name=distribution,…` says which of two is meant. `SURGERY_STRICT_PLUGINS=1`
-  makes a broken plugin an error. `SURGERY_TRACE=1` prints calls of hooks to
-  stderr.
 
   Args:
     **changes: further arguments of the host.
@@ -906,28 +676,7 @@ def from_environment(**changes: Any) -> Host:
   Raises:
     PluginError: for a variable that cannot be read.
   """
-  listed = lambda text: [t.strip() for t in text.split(',') if t.strip()]
-  options: dict[str, Any] = {}
-  only = os.environ.get('SURGERY_PLUGINS')
-  if only is not None:
-    options['only'] = listed(only)
-  prefer = {}
-  for item in listed(os.environ.get('SURGERY_PREFER', '')):
-    name, sign, distribution = item.partition('=')
-    if not (name and sign and distribution):
-      raise errors.PluginError(
-        f'SURGERY_PREFER: expected name=distribution, found {item!r}.'
-      )
-    prefer[name] = distribution
-  options['prefer'] = prefer
-  options['strict'] = _is_on('SURGERY_STRICT_PLUGINS')
-  if _is_on('SURGERY_TRACE'):
-    options['trace'] = lambda line: print(line, file=sys.stderr)
-  return Host(**{**options, **changes})
-
-
-def _is_on(variable: str) -> bool:
-  return os.environ.get(variable, '') not in ('', '0')
+  return Host(**{**environment.options(), **changes})
 
 
 @once.once

@@ -18,6 +18,7 @@ from surgery.adapting import attachment, drawing
 from surgery.builtin.lora import LoRA
 from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
+from surgery.live import described
 from surgery.live import params as live
 from surgery.model.records import AdapterRecord, Records, SiteRecord, WeightSpec
 from surgery.naming import paths
@@ -64,7 +65,7 @@ def _orphans(params: bx.Params) -> list[tuple[Path, bx.Param]]:
   return [
     (path, param)
     for path, param in params.items()
-    if path not in owned and live.owner_of(param)
+    if path not in owned and described.owner_of(param)
   ]
 
 
@@ -81,7 +82,8 @@ def adopted(params: bx.Params) -> bx.Params:
   if lost:
     path, param = lost[0]
     raise errors.AdapterError(
-      f'{paths.show(path)}: a weight of adapter {live.owner_of(param)!r} whose '
+      f'{paths.show(path)}: a weight of adapter '
+      f'{described.owner_of(param)!r} whose '
       'record is not in these params: the model would go on unadapted. Records '
       'are lost by plain.merge(adapted); write adapted.merge(plain), or load '
       'the adapter with surgery.load_adapter.'
@@ -89,7 +91,7 @@ def adopted(params: bx.Params) -> bx.Params:
   by_site: dict[tuple[str, Path], dict[str, bx.Param]] = {}
   for path, param in orphans:
     said = param.metadata[TAG]
-    key = (live.owner_of(param) or '', (*path[:-1], said['param']['name']))
+    key = (described.owner_of(param) or '', (*path[:-1], said['param']['name']))
     by_site.setdefault(key, {})[path[-1]] = param
   records = live.records_of(params)
   for (name, site_path), weights in by_site.items():

@@ -19,8 +19,8 @@ import numpy as np
 
 from surgery import errors, jaxcompat
 from surgery.host.manager import Host
+from surgery.live import described, placing
 from surgery.live import params as live
-from surgery.live import placing
 from surgery.model import quantised
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.model.manifest import Manifest
@@ -48,14 +48,14 @@ def leaf_of(param: bx.Param, base: bool = False) -> Leaf:
     'metadata': param.metadata,
     'base': base,
   }
-  if live.is_key(value):
+  if described.is_key(value):
     return Leaf(load, key=_impl(value), **flags)
   shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
   if shape is None or dtype is None:
     return Leaf(load, **flags)
   scalar = isinstance(value, np.generic)
   return Leaf(
-    load, tuple(shape), live.dtype_name(dtype), scalar=scalar, **flags
+    load, tuple(shape), described.dtype_name(dtype), scalar=scalar, **flags
   )
 
 
@@ -116,7 +116,7 @@ def to_params(
   notes = {} if like is None else _noted(checkpoint, like)
   if records.adapters:
     base = {p: data[p].value for p, leaf in checkpoint.items() if leaf.base}
-    notes = {**notes, 'base': live.remembered(base)}
+    notes = {**notes, 'base': described.remembered(base)}
   return live.make(data, checkpoint.manifest.locked, records, notes)
 
 
@@ -194,7 +194,7 @@ def _structure(value: Any, where: Path, found: dict[Path, Any]) -> Any:
 
 def _numpy(value: Any) -> Any:
   """Returns an array, a key's data or a scalar as a file holds it."""
-  if live.is_key(value):
+  if described.is_key(value):
     return np.asarray(jax.random.key_data(value))
   return np.asarray(value) if isinstance(value, jax.Array) else value
 
@@ -204,7 +204,7 @@ def _tensor(value: Any, leaf: Leaf) -> Leaf:
   load: Callable[[], Any] = functools.partial(_numpy, value)
   if isinstance(value, _SCALARS):
     return leaf.replace(load=load, shape=None, dtype=None, key=None, codes=None)
-  key = _impl(value) if live.is_key(value) else None
+  key = _impl(value) if described.is_key(value) else None
   if key is not None:
     # Only its shape is needed here; the data are read when they are written.
     struct = jax.eval_shape(jax.random.key_data, value)

@@ -12,7 +12,7 @@ from surgery import errors
 from surgery.adapting import compute, drawing
 from surgery.builtin.lora import LoRA
 from surgery.contract.site import ParamSpec, Site
-from surgery.live import adoption
+from surgery.live import adoption, described
 from surgery.live import params as live
 from surgery.naming import paths
 
@@ -107,7 +107,7 @@ class LoraLinear(bx.Linear):
     spec = ParamSpec(
       'kernel',
       tuple(kernel.shape[-2:]),
-      live.dtype_name(kernel.dtype),
+      described.dtype_name(kernel.dtype),
       'io',
       sharding[-2:] if len(sharding) == len(kernel.shape) else (),
     )

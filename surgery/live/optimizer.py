@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from surgery import errors
+from surgery.live import described
 from surgery.live import params as live
 from surgery.naming import paths
 from surgery.naming.paths import Path
@@ -192,7 +193,7 @@ def _still(value: Any, gradient: Any) -> Any:
   Negative zero, since adding the positive one turns -0.0 into 0.0.
   """
   dtype = getattr(value, 'dtype', None)
-  if live.is_key(value) or dtype == jax.dtypes.float0:
+  if described.is_key(value) or dtype == jax.dtypes.float0:
     return gradient  # Nothing can be added to it.
   if dtype is None:
     return type(value)() if isinstance(value, (int, float, complex)) else value

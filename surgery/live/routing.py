@@ -13,7 +13,7 @@ import numpy as np
 
 from surgery import errors, jaxcompat
 from surgery.editing import devices
-from surgery.live import adoption
+from surgery.live import adoption, described
 from surgery.live import params as live
 from surgery.model.records import ROUTE, AdapterRecord, Records, WeightSpec
 from surgery.naming import paths
@@ -205,7 +205,7 @@ def _same(a: Any, b: Any) -> bool:
 def _same_array(a: Any, b: Any) -> bool:
   if a is b:
     return True
-  if live.is_key(a) and live.is_key(b):
+  if described.is_key(a) and described.is_key(b):
     if jax.random.key_impl(a) != jax.random.key_impl(b):
       return False
     a, b = jax.random.key_data(a), jax.random.key_data(b)

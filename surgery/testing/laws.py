@@ -30,8 +30,8 @@ from surgery.factoring import explain as explaining
 from surgery.factoring import walking
 from surgery.factoring.transform import factored
 from surgery.host.manager import Host
+from surgery.live import described, saving, verbs
 from surgery.live import params as live
-from surgery.live import saving, verbs
 from surgery.model.checkpoint import open_checkpoint
 from surgery.naming import paths
 from surgery.testing import hurry, models
@@ -235,7 +235,7 @@ class Case:
 
 
 def _plain(value: Any) -> np.ndarray:
-  if live.is_key(value):
+  if described.is_key(value):
     value = jax.random.key_data(value)
   return np.asarray(value)
 
@@ -459,7 +459,7 @@ def file_merge_is_live_merge(case: Case) -> None:
     merged.write(after, host=host, format='msgpack')
     found = open_checkpoint(after, host=host, format='msgpack')
     for path, param in verbs.merge(params, host=host).items():
-      if live.is_key(param.value):
+      if described.is_key(param.value):
         continue
       a, b = np.asarray(param.value), np.asarray(found[path].load())
       if a.dtype != b.dtype or a.tobytes() != b.tobytes():

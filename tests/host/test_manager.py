@@ -12,7 +12,7 @@ import pytest
 import surgery
 from surgery import errors
 from surgery.contract.site import ParamSpec, Site
-from surgery.host import manager as host_module
+from surgery.host import discovery
 from surgery.host.manager import Host
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -289,8 +289,8 @@ def test_what_comes_with_the_library_needs_no_installed_distribution(
   monkeypatch.setattr(importlib.metadata, 'entry_points', asked)
   host = Host(plugins=[Double], entry_points=False)
   points = table['project']['entry-points']
-  assert points['surgery.adapters'] == host_module._OWN['surgery.adapters']
-  assert points['surgery.plugins'] == host_module._OWN['surgery.plugins']
+  assert points['surgery.adapters'] == discovery._OWN['surgery.adapters']
+  assert points['surgery.plugins'] == discovery._OWN['surgery.plugins']
   known = lambda infos: {
     (i.name, i.origin) for i in infos if i.distribution == 'blox-surgery'
   }
