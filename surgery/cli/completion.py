@@ -245,6 +245,14 @@ def formats(
   return items(default_host().formats, incomplete)
 
 
+def maps(ctx: click.Context, param: click.Parameter, incomplete: str) -> Found:
+  """Completes the name of a map."""
+  del ctx, param
+  from surgery.host.manager import default_host
+
+  return items(default_host().maps, incomplete)
+
+
 def dtypes(
   ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> Found:

@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
   'freeze': 'Freeze parameters.',
   'inspect': 'Show what a file holds.',
   'keep': 'Leave out all other tensors.',
+  'maps': 'List maps of names between frameworks, or show one.',
   'merge': 'Fold adapters into the base.',
   'new-plugin': 'Write a plugin to begin with.',
   'plugins': 'List plugins, or show one.',

@@ -167,6 +167,21 @@ def surgery_methods() -> Mapping[str, Callable[..., Any]]:
 
 
 @hookspec
+def surgery_maps() -> Mapping[str, Mapping[str, Any]]:
+  """Offers maps of names between PyTorch's checkpoints and trees of JAX.
+
+  Called: once a host, when a map is looked up by name.
+  Order: all are asked; a name that two offer is an error.
+  Return: by name, what the YAML of a map says: `rules`, a list of `TORCH <->
+  JAX` or of `{rule: TORCH <-> JAX, axes: [1, 0]}`; and where there are some
+  `about`, a text, and `left-out`, patterns of tensors that models compute by
+  themselves.
+  May raise: no. A map that cannot be read is an error when it is used.
+  Since: 0.1.
+  """
+
+
+@hookspec
 def surgery_started(event: Event) -> None:
   """Observes that a verb starts; for progress and provenance.
 
@@ -242,4 +257,8 @@ OFFERS: dict[str, Kind] = {
     'an object with suffixes (a tuple of text), open and write',
   ),
   'surgery_methods': (callable, 'a function from a list of arrays to an array'),
+  'surgery_maps': (
+    lambda value: isinstance(value, Mapping) and 'rules' in value,
+    "a mapping with 'rules'",
+  ),
 }

@@ -67,7 +67,11 @@ class Entry:
 # What comes with the library, as its own distribution says it.
 _OWN = {
   ADAPTERS: {'lora': 'surgery.builtin.lora:LoRA'},
-  PLUGINS: {'files': 'surgery.files.plugin', 'passes': 'surgery.passes.plugin'},
+  PLUGINS: {
+    'files': 'surgery.files.plugin',
+    'maps': 'surgery.interop.maps.plugin',
+    'passes': 'surgery.passes.plugin',
+  },
 }
 
 

@@ -591,6 +591,11 @@ class Host:
     """Methods that combine checkpoints or adapters, by name."""
     return self._offers('surgery_methods')
 
+  @once.attribute
+  def maps(self) -> Mapping[str, Any]:
+    """Maps of names between frameworks, by name, as data."""
+    return self._offers('surgery_maps')
+
   def format_of(self, path: Any, name: str | None = None) -> Any:
     """Returns the format of a file, the index of a set, or a folder's model.
 

@@ -498,18 +498,20 @@ def _folder(
   before: Checkpoint,
   after: Checkpoint,
   host: Host,
-) -> folders.Folder:
+) -> folders.Folder | None:
   """Returns what is written to a folder beside the tensors."""
   form = _format(target)
   if form not in host.formats:
     raise errors.FormatError(
       f'unknown format {form!r}.{errors.suggest(form, host.formats)}'
     )
-  suffix = host.formats[form].suffixes[0]
+  suffixes = host.formats[form].suffixes
+  if not suffixes:
+    return None  # The format's models are folders, which it writes by itself.
   return folders.planned(
     before,
     after,
-    suffix,
+    suffixes[0],
     host,
     like=target.like,
     given=target.config,

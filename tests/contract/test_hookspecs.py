@@ -18,6 +18,7 @@ def test_the_hooks_are_those_of_the_design():
     'surgery_formats',
     'surgery_freeze_param',
     'surgery_intercept_param',
+    'surgery_maps',
     'surgery_match_layer',
     'surgery_merge_param',
     'surgery_methods',

@@ -1,0 +1,47 @@
+"""`surgery maps`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from surgery.cli import completion
+from surgery.cli.command import Command
+from surgery.host.manager import default_host
+
+
+@click.command(cls=Command)
+@click.argument('name', required=False, shell_complete=completion.maps)
+@click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
+def command(name: str | None, as_json: bool) -> None:
+  r"""List maps of names between frameworks, or show one, a file of YAML.
+
+  \b
+  surgery maps
+  surgery maps llama-flax > my.yaml
+  """
+  from surgery.interop import maps
+  from surgery.recipes import text
+
+  host = default_host()
+  if name is not None:
+    maps.find(name, host)  # Says what it could have been.
+    data = maps.data(name, host)
+    click.echo(json.dumps(data) if as_json else text.write(data).rstrip())
+    return
+  rows = [
+    {
+      'name': one,
+      'of': host.offered_by('surgery_maps', one) or 'surgery',
+      'about': str(said.get('about', '')),
+    }
+    for one, said in host.maps.items()
+  ]
+  if as_json:
+    click.echo(json.dumps(rows))
+    return
+  width = max(len(row['name']) for row in rows)
+  for row in rows:
+    whose = '' if row['of'] == 'surgery' else f'  ({row["of"]})'
+    click.echo(f'{row["name"]:<{width}}  {row["about"]}{whose}')
