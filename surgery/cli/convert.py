@@ -35,12 +35,19 @@ from surgery.cli.command import Command
   help='With --map: to which side; by default the one where all tensors find a '
   'place.',
 )
+@click.option(
+  '--root',
+  metavar='PATH',
+  help="With --map: where all lies in the tree, e.g. 'params' of flax, or the "
+  "name of blox's graph.",
+)
 @writing.converts
 def command(
   file: pathlib.Path,
   form: str | None,
   name: str | None,
   way: str | None,
+  root: str | None,
   output: writing.Output,
 ) -> None:
   r"""Write IN in another format, or in files of another size; same bits.
@@ -53,19 +60,21 @@ def command(
   """
   output = output.to(format=form)
   if name is None:
-    if way is not None:
-      raise click.UsageError('--direction goes with --map.')
+    for option, value in (('--direction', way), ('--root', root)):
+      if value is not None:
+        raise click.UsageError(f'{option} goes with --map.')
     writing.carry_out(output, [], shared.opened(file))
     return
-  writing.carry_out(output, [_step(name, way)], shared.model(file))
+  writing.carry_out(output, [_step(name, way, root)], shared.model(file))
 
 
-def _step(name: str, way: str | None) -> dict[str, Any]:
+def _step(name: str, way: str | None, root: str | None) -> dict[str, Any]:
   """Returns the step; of a map of the user's own, with all that it says."""
   from surgery.interop import maps
 
   said: Any = maps.load(pathlib.Path(name)) if maps.is_file(name) else name
-  if way is None and isinstance(said, str):
+  options = {'to': way, 'root': root}
+  options = {key: value for key, value in options.items() if value is not None}
+  if not options and isinstance(said, str):
     return {'map': said}
-  value = {'name': said}
-  return {'map': value if way is None else {**value, 'to': way}}
+  return {'map': {'name': said, **options}}

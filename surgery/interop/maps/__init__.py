@@ -140,13 +140,14 @@ class Map:
 _WAYS: tuple[Way, Way] = ('jax', 'torch')
 
 
-def parse(name: str, data: Any) -> Map:
+def parse(name: str, data: Any, root: str | None = None) -> Map:
   """Reads a map.
 
   Args:
     name: its name, for messages.
     data: what its YAML says: `rules`, and where there are some `about`, `names`
       and `left-out`.
+    root: path in the tree beneath which all lies, e.g. `params`.
 
   Raises:
     RenameError: for what cannot be a map.
@@ -167,13 +168,18 @@ def parse(name: str, data: Any) -> Map:
       f'{where}: left-out: expected a list of patterns, found {out!r:.80}.'
     )
   with errors.within(where):
-    entries = tuple(_entry(one) for one in data['rules'])
+    above = '' if root is None else f'{paths.literal(paths.parse(root))}/'
+    entries = tuple(_entry(one, above) for one in data['rules'])
     left_out = tuple(renaming.staying(text) for text in out)
   return Map(name, str(data.get('about', '')), entries, left_out)
 
 
-def _entry(raw: Any) -> Entry:
+def _entry(raw: Any, above: str) -> Entry:
   """Reads a rule: `TORCH <-> JAX`, or that with the order of axes.
+
+  Args:
+    raw: the rule.
+    above: what stands in front of names of the tree.
 
   Raises:
     RenameError: for what cannot be one.
@@ -194,7 +200,7 @@ def _entry(raw: Any) -> Entry:
     raise errors.RenameError(
       f"rule {raw['rule']!r}: expected one '{_ARROW}', found {len(sides) - 1}."
     )
-  left, right = (side.strip() for side in sides)
+  left, right = sides[0].strip(), above + sides[1].strip()
   rules = {
     'jax': renaming.parse(f'{left} -> {right}'),
     'torch': renaming.parse(f'{right} -> {left}'),
@@ -246,19 +252,22 @@ def load(path: pathlib.Path) -> dict[str, Any]:
   return read(text, str(path))
 
 
-def find(value: str | Mapping[str, Any], host: Host) -> Map:
+def find(
+  value: str | Mapping[str, Any], host: Host, root: str | None = None
+) -> Map:
   """Returns a map.
 
   Args:
     value: its name, the name of a file (`my.yaml`), or what its YAML says.
     host: whose maps there are.
+    root: path in the tree beneath which all lies.
 
   Raises:
     RenameError: if there is none, with suggestions.
   """
   if isinstance(value, Mapping):
-    return parse('of the recipe', value)
-  return parse(value, data(value, host))
+    return parse('of the recipe', value, root)
+  return parse(value, data(value, host), root)
 
 
 def data(name: str, host: Host) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ def map_(
   name: str | Mapping[str, Any],
   *,
   to: Way | None = None,
+  root: str | None = None,
   host: Host,
 ) -> Checkpoint:
   """Gives all tensors the names and axes that another framework has for them.
@@ -45,6 +46,8 @@ def map_(
     name: the map, as `surgery maps` lists them; a file of YAML; or what such a
       file says.
     to: `jax` or `torch`; by default the way in which all tensors find a place.
+    root: path in the tree beneath which all lies: the name of blox's graph, or
+      `params` of flax.
     host: whose maps there are.
 
   Raises:
@@ -54,9 +57,9 @@ def map_(
 
   Example:
     map: llama-flax
-    map: {name: bert-blox, to: torch}
+    map: {name: bert-blox, to: torch, root: net}
   """
-  found = maps.find(name, host)
+  found = maps.find(name, host, root)
   following.check_model(checkpoint, 'map')
   records = following.settled(checkpoint, 'map', host)
   owned = {path for one in records.adapters for path in one.weight_paths()}

@@ -318,3 +318,21 @@ def test_a_direction_needs_a_map(tmp_path, surgery_cli):
   )
   assert 2 == done.code
   assert '--direction goes with --map' in done.err
+
+
+def test_a_root_lies_above_all_of_the_tree(tmp_path, surgery_cli):
+  source = DATA / 'llama' / 'model.safetensors'
+  there, back = tmp_path / 'tree.msgpack', tmp_path / 'back.safetensors'
+  options = ('--map', 'llama-flax', '--root', 'params')
+  done = surgery_cli('convert', source, there, *options)
+  assert 0 == done.code, done.err
+  assert {'params'} == {path[0] for path in surgery.open(there)}
+  done = surgery_cli('convert', there, back, '--map', 'llama-flax')
+  assert 0 == done.code, done.err
+  # Its wildcards take the root for a part of PyTorch's names.
+  assert ('params', 'model', 'norm', 'weight') in surgery.open(back)
+  done = surgery_cli(
+    'convert', there, back, *options, '--no-manifest', '--force'
+  )
+  assert 0 == done.code, done.err
+  assert source.read_bytes() == back.read_bytes()
