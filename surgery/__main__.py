@@ -1,6 +1,6 @@
 """`python -m surgery` is the command `surgery`."""
 
-from surgery.cli.main import main
+from surgery.cli.entry import main
 
 if __name__ == '__main__':
   main()

@@ -188,7 +188,10 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
 
   Returns:
     0 fine, 1 differs, 2 usage, 3 an error, 4 a plugin's failure, 70 a bug of
-    this library, 130 interrupted, 129 and 143 ended by SIGHUP and SIGTERM.
+    this library, 130 interrupted.
+
+  Raises:
+    Ended: if a signal ended it, to the process that hears signals so.
   """
   if instruction := os.environ.get(completion.VARIABLE):
     return completion.answer(cli, instruction)
@@ -204,8 +207,6 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
     return error.exit_code
   except (click.Abort, KeyboardInterrupt):
     return INTERRUPTED
-  except process.Ended as ended:
-    return ended.code
   except (BrokenPipeError, SystemExit):
     # Whoever read our output has seen enough (Click answers that by exiting
     # with 1, which means something else here). Say nothing at exit either.
@@ -255,4 +256,6 @@ def main() -> None:
   """Runs the command and exits."""
   process.prepare()
   warnings.showwarning = _warn  # type: ignore[assignment]
-  sys.exit(run(own=True))
+  with process.ended_by_signals():
+    code = run(own=True)
+  sys.exit(code)

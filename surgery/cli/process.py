@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # A shell says that a program was ended by a signal with a code above this.
 _BY_SIGNAL = 128
-_SIGNALS = ('SIGTERM', 'SIGHUP')
+# Windows has no SIGHUP.
+_SIGNALS = tuple(
+  getattr(signal, name)
+  for name in ('SIGINT', 'SIGTERM', 'SIGHUP')
+  if hasattr(signal, name)
+)
+# What a signal does as Python starts, where it is not ignored.
+_UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Ended(BaseException):
@@ -20,11 +29,13 @@ class Ended(BaseException):
   are removed and the old output stays.
 
   Attributes:
-    code: exit code that it becomes.
+    number: the signal.
+    code: exit code by which shells tell of it.
   """
 
   def __init__(self, number: int) -> None:
     super().__init__(number)
+    self.number = number
     self.code = _BY_SIGNAL + number
 
 
@@ -70,19 +81,48 @@ def prepare() -> None:
     errors=stdout.errors,
     line_buffering=bool(stdout.line_buffering),
   )
-  for name in _SIGNALS:
-    number = getattr(signal, name, None)  # Windows has no SIGHUP.
-    # What `nohup` made the process ignore stays ignored.
-    if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+  """Lets signals that end the process raise `Ended`, which then ends it so.
+
+  Whoever waits for the process must be told that a signal ended it: a shell
+  leaves a loop for a program that SIGINT killed, and not for one that exits
+  with 130. So what was interrupted is cleaned up first, and then the process
+  sends itself the same signal, to which nothing listens any more.
+  """
+  # What `nohup` or a shell's `&` made the process ignore stays ignored.
+  heard = [n for n in _SIGNALS if signal.getsignal(n) in _UNTOUCHED]
+  try:
+    for number in heard:
       signal.signal(number, _end)
+    yield
+  except Ended as ended:
+    _die(ended.number)
+    raise SystemExit(ended.code) from None  # Windows has no such signals.
+  finally:
+    # Python's own end prints a traceback for what is raised in it.
+    for number in heard:
+      signal.signal(number, signal.SIG_DFL)
+
+
+def _die(number: int) -> None:
+  """Ends the process by a signal, as if nobody had listened to it.
+
+  What was printed and not handed out yet is lost, as it is where nobody
+  listens: its reader may have stopped reading.
+  """
+  if os.name == 'posix':
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _end(number: int, frame: Any) -> None:
   del frame
   # A second signal must not keep the first from cleaning up.
-  for name in _SIGNALS:
-    if (other := getattr(signal, name, None)) is not None:
-      signal.signal(other, signal.SIG_IGN)
+  for other in _SIGNALS:
+    signal.signal(other, signal.SIG_IGN)
   raise Ended(number)
 
 

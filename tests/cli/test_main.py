@@ -1,14 +1,15 @@
 """The entry point: help, exit codes, start-up."""
 
-import os
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 from surgery import errors
 from surgery.cli import main
+from tests import signals
 
 BIN = pathlib.Path(sys.executable).parent / 'surgery'
 
@@ -125,9 +126,44 @@ def test_ctrl_c_is_quiet(tmp_path):
     'main.main()\n'
   )
   done = subprocess.run(
-    [sys.executable, '-c', program],
+    signals.hearing(sys.executable, '-c', program),
     capture_output=True,
     text=True,
-    env={**os.environ},
   )
-  assert (130, '', '') == (done.returncode, done.stdout, done.stderr)
+  assert (signals.ended_by('SIGINT'), '', '') == (
+    done.returncode,
+    done.stdout,
+    done.stderr,
+  )
+
+
+@pytest.mark.parametrize('module', ['click', 'surgery.cli.main', 'numpy'])
+def test_ctrl_c_is_quiet_while_modules_are_imported(model, module):
+  program = (
+    'import os, signal, sys\n'
+    'class Stop:\n'
+    '  def find_spec(self, name, path, target=None):\n'
+    f'    if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n'
+    'sys.meta_path.insert(0, Stop())\n'
+    f'sys.argv = ["surgery", "cast", {str(model.file)!r}, "--to", "bf16",'
+    ' "-o", "out.msgpack"]\n'
+    'from surgery.cli.entry import main\n'
+    'main()\n'
+  )
+  done = subprocess.run(
+    signals.hearing(sys.executable, '-c', program),
+    cwd=model.file.parent,
+    capture_output=True,
+    text=True,
+  )
+  assert (signals.ended_by('SIGINT'), '', '') == (
+    done.returncode,
+    done.stdout,
+    done.stderr,
+  )
+
+
+def test_the_command_begins_in_the_module_that_is_quiet():
+  project = pathlib.Path(__file__).parents[2] / 'pyproject.toml'
+  scripts = tomllib.loads(project.read_text())['project']['scripts']
+  assert {'surgery': 'surgery.cli.entry:main'} == scripts

@@ -1,7 +1,6 @@
 """What becomes of the command's process: streams, signals, exit codes."""
 
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 import surgery
+from tests import signals
 from tests.files.trees import checkpoint_of
 
 BIN = pathlib.Path(sys.executable).with_name('surgery')
@@ -74,20 +74,72 @@ main.main()
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGHUP', 'SIGINT'])
 def test_a_signal_leaves_no_temporary_file(pair, name):
   done = subprocess.run(
-    [sys.executable, '-c', PROGRAM.format(name=name)],
+    signals.hearing(sys.executable, '-c', PROGRAM.format(name=name)),
     cwd=pair,
     capture_output=True,
     text=True,
   )
-  code = 128 + getattr(signal, name)
-  assert (code, '', '') == (done.returncode, done.stdout, done.stderr.strip())
+  assert (signals.ended_by(name), '', '') == (
+    done.returncode,
+    done.stdout,
+    done.stderr,
+  )
+  assert ['a.msgpack', 'b.msgpack'] == sorted(p.name for p in pair.iterdir())
+
+
+def test_ctrl_c_stops_the_loop_of_a_script(pair):
+  # A terminal sends the signal to all of the foreground, so to both.
+  program = pair / 'program.py'
+  program.write_text(
+    PROGRAM.format(name='SIGINT').replace('os.kill(os.getpid()', 'os.killpg(0')
+  )
+  loop = (
+    'for one in 1 2 3; do echo $one; '
+    f'{sys.executable} program.py; done; echo after'
+  )
+  done = subprocess.run(
+    signals.hearing('bash', '-c', loop),
+    cwd=pair,
+    capture_output=True,
+    text=True,
+    start_new_session=True,
+  )
+  assert (signals.ended_by('SIGINT'), '1\n', '') == (
+    done.returncode,
+    done.stdout,
+    done.stderr,
+  )
+  assert {'a.msgpack', 'b.msgpack', 'program.py'} == {
+    p.name for p in pair.iterdir()
+  }
+
+
+def test_a_second_signal_does_not_stop_the_cleaning(pair):
+  program = PROGRAM.format(name='SIGINT').replace(
+    'write = output',
+    'from surgery.files import atomic\n'
+    'unlink = atomic.pathlib.Path.unlink\n'
+    'def slow(*a, **k):\n'
+    '  os.kill(os.getpid(), signal.SIGINT)\n'
+    '  os.kill(os.getpid(), signal.SIGTERM)\n'
+    '  unlink(*a, **k)\n'
+    'atomic.pathlib.Path.unlink = slow\n'
+    'write = output',
+  )
+  done = subprocess.run(
+    signals.hearing(sys.executable, '-c', program),
+    cwd=pair,
+    capture_output=True,
+    text=True,
+  )
+  assert (signals.ended_by('SIGINT'), '') == (done.returncode, done.stderr)
   assert ['a.msgpack', 'b.msgpack'] == sorted(p.name for p in pair.iterdir())
 
 
 def test_what_nohup_ignores_stays_ignored(pair):
   program = PROGRAM.format(name='SIGHUP')
   done = subprocess.run(
-    ['nohup', sys.executable, '-c', program],
+    signals.hearing('nohup', sys.executable, '-c', program),
     cwd=pair,
     capture_output=True,
     text=True,

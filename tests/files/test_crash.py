@@ -18,6 +18,7 @@ import pytest
 
 import surgery
 from surgery import errors
+from tests import signals
 from tests.files.trees import checkpoint_of
 
 COUNT = int(os.environ.get('SURGERY_CRASHES', '48'))
@@ -145,7 +146,7 @@ except KeyboardInterrupt:
 """
   for size in (0, 100):
     child = subprocess.Popen(
-      [sys.executable, '-c', program, str(path), str(size)],
+      signals.hearing(sys.executable, '-c', program, path, size),
       stdout=subprocess.PIPE,
       text=True,
     )
