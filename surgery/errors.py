@@ -171,3 +171,18 @@ def suggest(word: str, known: Iterable[str]) -> str:
     shown = ', '.join(known[:12]) + (', …' if len(known) > 12 else '')
     return f' Known: {shown}.'
   return ''
+
+
+def listed(items: Iterable[str], most: int = 5, separator: str = ', ') -> str:
+  """Returns `a, b and 7 more`: so many of a list as a line can hold.
+
+  Args:
+    items: texts.
+    most: how many of them are shown.
+    separator: what stands between them; `; ` where they are sentences.
+  """
+  items = list(items)
+  more = len(items) - most
+  shown = separator.join(items[:most])
+  comma = '' if separator == ', ' else separator.rstrip()
+  return f'{shown}{comma} and {more} more' if more > 0 else shown

@@ -19,6 +19,7 @@ from surgery.naming import paths
 if TYPE_CHECKING:
   from surgery.looking.verify import Verified
   from surgery.model.checkpoint import Checkpoint
+  from surgery.naming.paths import Path
 
 
 @click.command(cls=Command)
@@ -30,14 +31,24 @@ if TYPE_CHECKING:
   is_flag=True,
   help='Add the digests that are missing, replacing FILE.',
 )
+@click.option(
+  '--allow-missing',
+  is_flag=True,
+  help='Pass over tensors without a digest, if others have one.',
+)
 @shared.quiet_option
 @shared.json_option
 def command(
-  files: tuple[pathlib.Path, ...], write: bool, quiet: bool, as_json: bool
+  files: tuple[pathlib.Path, ...],
+  write: bool,
+  allow_missing: bool,
+  quiet: bool,
+  as_json: bool,
 ) -> int:
   r"""Recompute the digests of tensors; exit with 1 if one differs.
 
-  Of several files all are looked at. With --quiet the exit code tells.
+  A tensor without a digest cannot be checked: exits with 3. Of several files
+  all are looked at. With --quiet the exit code tells.
 
   \b
   surgery verify base.msgpack
@@ -49,7 +60,7 @@ def command(
   def one(file: pathlib.Path) -> int:
     # The tensors of several files are told apart by the names of the files.
     prefix = f'{file}: ' if len(files) > 1 else ''
-    code, report = _verify(file, prefix, write, quiet, as_json)
+    code, report = _verify(file, prefix, write, allow_missing, quiet, as_json)
     reports.append(report)
     return code
 
@@ -66,7 +77,12 @@ def command(
 
 
 def _verify(
-  file: pathlib.Path, prefix: str, write: bool, quiet: bool, as_json: bool
+  file: pathlib.Path,
+  prefix: str,
+  write: bool,
+  allow_missing: bool,
+  quiet: bool,
+  as_json: bool,
 ) -> tuple[int, dict[str, object]]:
   """Verifies one file; returns its exit code, and what is found as JSON."""
   opened = shared.opened(file)
@@ -92,7 +108,24 @@ def _verify(
         f'{file}: no digest was added: first see to what differs.', err=True
       )
   code = codes.DIFFERS if wrong else 0
+  unchecked = [one.path for one in found if one.state == 'missing']
+  if unchecked and not added and not allow_missing:
+    # A difference that was found weighs more than what was not looked at.
+    code = code or codes.FAILED
+    click.echo(f'error: {file}: {_unchecked(unchecked, len(found))}', err=True)
   return code, _data(file, found, states, added)
+
+
+def _unchecked(unchecked: list[Path], count: int) -> str:
+  """Says of which tensors nothing is known."""
+  one = len(unchecked) == 1
+  return (
+    f'{len(unchecked)} of {count} tensors {"has" if one else "have"} no digest '
+    f'and {"was" if one else "were"} not checked: '
+    f'{errors.listed(map(paths.show, unchecked))}. Give --write to add the '
+    f'{"digest" if one else "digests"} of what is there now, or '
+    f'--allow-missing to pass {"it" if one else "them"} over.'
+  )
 
 
 def _verified(opened: Checkpoint, quiet: bool) -> list[Verified]:
@@ -150,7 +183,7 @@ def _summary(
   if states['differs']:
     parts.append(f'{states["differs"]} differ')
   if states['missing']:
-    what = 'added' if added else 'without a digest (--write adds it)'
+    what = 'added' if added else 'without a digest'
     parts.append(f'{states["missing"]} {what}')
   return f'{file}: {", ".join(parts)}'
 

@@ -82,15 +82,61 @@ def test_nothing_is_written_where_nothing_is_missing(model, surgery_cli):
   assert before == (model.file.stat().st_ino, model.file.read_bytes())
 
 
-def test_some_without_a_digest_are_told_of(model, tmp_path, surgery_cli):
+@pytest.fixture
+def some(model, tmp_path):
+  """A file of which one tensor has a digest and five have none."""
   file = tmp_path / 'some.msgpack'
   ckpt = surgery.open(model.file)
-  first = next(iter(ckpt))
-  leaves = {**ckpt, first: ckpt[first].replace(digest=None)}
+  _, *rest = ckpt
+  leaves = {**ckpt, **{p: ckpt[p].replace(digest=None) for p in rest}}
   ckpt.replace(leaves=leaves).write(file)
-  result = surgery_cli('verify', file)
-  assert 0 == result.code
-  assert '5 ok, 1 without a digest (--write adds it)' in result.err
+  return file
+
+
+def test_what_was_not_checked_is_an_error(some, surgery_cli):
+  for quiet in ((), ('-q',)):
+    result = surgery_cli('verify', some, *quiet)
+    assert (3, '') == (result.code, result.out)
+    unknown = list(surgery.open(some))[1:]
+    listed = ', '.join('/'.join(path) for path in unknown)
+    assert (
+      f'error: {some}: 5 of 6 tensors have no digest and were not checked: '
+      f'{listed}. Give --write to add the digests of what is there now, or '
+      '--allow-missing to pass them over.'
+    ) == result.err.splitlines()[-1]
+  result = surgery_cli('verify', some, '--json')
+  assert 3 == result.code
+  data = json.loads(result.out)
+  assert (1, 0, 5) == (data['ok'], data['differs'], data['missing'])
+
+
+def test_tensors_without_a_digest_are_passed_over_on_request(some, surgery_cli):
+  result = surgery_cli('verify', some, '--allow-missing')
+  assert (0, '') == (result.code, result.out)
+  assert f'{some}: 1 ok, 5 without a digest\n' == result.err
+  assert 0 == surgery_cli('verify', some, '--write').code
+  assert 0 == surgery_cli('verify', some).code
+
+
+def test_no_file_of_several_may_go_unchecked(model, some, surgery_cli):
+  result = surgery_cli('verify', some, model.file)
+  assert 3 == result.code
+  assert f'{model.file}: 6 ok' in result.err
+  assert 0 == surgery_cli('verify', some, model.file, '--allow-missing').code
+
+
+def test_a_difference_weighs_more_than_what_is_unknown(some, surgery_cli):
+  first = next(iter(surgery.open(some)))
+  damage(some, '/'.join(first))
+  result = surgery_cli('verify', some)
+  assert 1 == result.code
+  assert '5 of 6 tensors have no digest' in result.err
+
+
+def test_nothing_to_compare_with_is_never_fine(plain, surgery_cli):
+  result = surgery_cli('verify', plain, '--allow-missing')
+  assert 3 == result.code
+  assert 'no tensor has a digest' in result.err
 
 
 def test_nothing_is_added_where_something_differs(model, tmp_path, surgery_cli):
