@@ -14,11 +14,19 @@ from surgery.naming import paths
 from surgery.recipes import definitions, text
 from surgery.recipes.spec import Spec
 
+# Before a digest that does not tell models apart whose tensors look alike.
+_STRUCTURE = 'structure-'
+
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-  """Returns a digest of names, dtypes, shapes and known digests of tensors.
+  """Returns a digest that identifies a model as far as that is known.
 
-  No tensor is read for it.
+  No tensor is read for it: it is a digest of names, dtypes, shapes, plain
+  values, and the digests of tensors that are on record.
+
+  Returns:
+    `xxh3:…`, or `structure-xxh3:…` where a tensor has no digest, so that
+    another model with other values may have the same.
   """
   from surgery.files.digest import Digester
 
@@ -26,15 +34,17 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     [
       paths.show(path),
       leaf.dtype,
-      None if leaf.shape is None else list(leaf.shape),
+      repr(leaf.load()) if leaf.shape is None else list(leaf.shape),
       leaf.digest,
     ]
     for path, leaf in checkpoint.items()
   ]
   said = json.dumps(rows, ensure_ascii=False, separators=(',', ':'))
   digester = Digester()
-  digester.update(said.encode())
-  return digester.digest()
+  digester.update(said.encode(errors='surrogatepass'))
+  tensors = [one for one in checkpoint.values() if one.shape is not None]
+  known = all(one.digest is not None for one in tensors)
+  return f'{"" if known else _STRUCTURE}{digester.digest()}'
 
 
 def entry(
@@ -102,6 +112,12 @@ def lines(
     said = [f'surgery {one["version"]}'] if one.get('version') else []
     said += [f'{i["file"]} {i["digest"]}' for i in _inputs(one)]
     yield f'# {", ".join(said)}'
+  read = [str(i['digest']) for one in entries for i in _inputs(one)]
+  if any(one.startswith(_STRUCTURE) for one in read):
+    yield (
+      f'# {_STRUCTURE}…: tensors had no digest, so it is that of names, dtypes '
+      'and shapes; see surgery verify --write'
+    )
   others = len(history) - len(entries)
   if others:
     yield f'# {others} more that are no recipes of this program'

@@ -1,5 +1,6 @@
 import json
 
+import flax.serialization
 import numpy as np
 import pytest
 
@@ -161,3 +162,50 @@ def test_steps_of_plugins_that_are_gone_are_shown():
   }
   made = history.as_recipe([entry], 'out.msgpack', HOST)
   assert [step, 'theirs'] == made['steps']
+
+
+def test_a_digest_of_the_structure_is_not_called_one_of_the_model(
+  here, surgery_cli
+):
+  said = {}
+  for name, value in (('a', 1), ('b', 2)):
+    tree = {'net': {'w': np.full(3, value, 'float32')}, 'steps': 7}
+    (here / f'{name}.msgpack').write_bytes(flax.serialization.to_bytes(tree))
+    out = f'{name}-out.msgpack'
+    surgery_cli('freeze', f'{name}.msgpack', '-o', out)
+    first, second, *rest = surgery_cli('inspect', out, '--history').out.split(
+      '\n'
+    )
+    said[name] = first.rpartition(' ')[2]
+    assert '# structure-…: tensors had no digest' in second
+    assert 'inputs:' == rest[0]
+    recorded = surgery.open(out).manifest.history[-1]['inputs'][0]['digest']
+    assert said[name] == recorded
+  # Other values, and nothing that tells them apart.
+  assert said['a'] == said['b']
+  assert said['a'].startswith('structure-xxh3:')
+  for name in said:
+    surgery_cli('verify', f'{name}.msgpack', '--write')
+    surgery_cli('freeze', f'{name}.msgpack', '-o', f'{name}2.msgpack')
+    history = surgery.open(f'{name}2.msgpack').manifest.history
+    said[name] = history[-1]['inputs'][0]['digest']
+    assert said[name].startswith('xxh3:')
+  assert said['a'] != said['b']
+
+
+def test_one_tensor_without_a_digest_is_enough(here):
+  def of(*digests, value=3):
+    leaves = {
+      (str(k),): surgery.Leaf(
+        lambda: np.zeros(2, 'float32'), (2,), 'float32', digest=digest
+      )
+      for k, digest in enumerate(digests)
+    }
+    plain = surgery.Leaf(lambda: value, None, None)
+    return history.fingerprint(surgery.Checkpoint({**leaves, ('step',): plain}))
+
+  assert of('xxh3:0', 'xxh3:1').startswith('xxh3:')
+  assert of('xxh3:0', None).startswith('structure-xxh3:')
+  # Plain values have no digests of their own.
+  assert of('xxh3:0').startswith('xxh3:')
+  assert of('xxh3:0') != of('xxh3:0', value=4)
