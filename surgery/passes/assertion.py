@@ -22,22 +22,27 @@ from surgery.naming.paths import Path
 _SHOWN = 5
 
 
+# Returns why something does not hold, or None. It is given whether tensors may
+# be read; if they may not, None also means that it cannot be known yet.
+_Reason = Callable[[bool], str | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Test:
   """Something that holds or does not.
 
   Attributes:
     text: what has to hold.
-    reason: returns why it does not hold; None if it does.
-    values: whether tensors have to be read to know.
+    reason: returns why it does not hold.
+    values: whether tensors have to be read to know that it holds.
     opposite: returns why its opposite does not hold, where that is more than
       that it does.
   """
 
   text: str
-  reason: Callable[[], str | None]
+  reason: _Reason
   values: bool = False
-  opposite: Callable[[], str | None] | None = None
+  opposite: _Reason | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +126,19 @@ bit |
     host,
   )
   test = _read(condition, asked)
-  if test.values:
+  # A plan must not promise what names and shapes alone make impossible.
+  _raise(test, read=False)
+  if not test.values:
+    return checkpoint
 
-    def run() -> None:
-      _raise(test)
+  def run() -> None:
+    _raise(test, read=True)
 
-    return checkpoint.replace(
-      checks=(*checkpoint.checks, Check(test.text, run))
-    )
-  _raise(test)
-  return checkpoint
+  return checkpoint.replace(checks=(*checkpoint.checks, Check(test.text, run)))
 
 
-def _raise(test: _Test) -> None:
-  why = test.reason()
+def _raise(test: _Test, *, read: bool) -> None:
+  why = test.reason(read)
   if why is not None:
     raise errors.CheckError(f'{test.text}: {why}')
 
@@ -161,40 +165,42 @@ def _read(condition: Any, asked: _Asked) -> _Test:
 
 
 def _all(tests: Sequence[_Test]) -> _Test:
-  def reason() -> str | None:
-    found = ((one, one.reason()) for one in tests)
+  def reason(read: bool) -> str | None:
+    found = ((one, one.reason(read)) for one in tests)
     wrong = [f'{one.text}: {why}' for one, why in found if why is not None]
     return '; '.join(wrong) or None
 
-  def opposite() -> str | None:
-    return _any([_not(one) for one in tests]).reason()
+  def opposite(read: bool) -> str | None:
+    return _any([_not(one) for one in tests]).reason(read)
 
   text = ' and '.join(one.text for one in tests)
   return _Test(text, reason, any(one.values for one in tests), opposite)
 
 
 def _any(tests: Sequence[_Test]) -> _Test:
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
     wrong = []
     for one in tests:
-      why = one.reason()
+      why = one.reason(read)
       if why is None:
         return None
       wrong.append(f'{one.text}: {why}')
     return '; '.join(wrong)
 
-  def opposite() -> str | None:
-    return _all([_not(one) for one in tests]).reason()
+  def opposite(read: bool) -> str | None:
+    return _all([_not(one) for one in tests]).reason(read)
 
   text = ' or '.join(one.text for one in tests)
   return _Test(text, reason, any(one.values for one in tests), opposite)
 
 
 def _not(test: _Test) -> _Test:
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
     if test.opposite is not None:
-      return test.opposite()
-    return 'it holds.' if test.reason() is None else None
+      return test.opposite(read)
+    if test.values and not read:
+      return None
+    return 'it holds.' if test.reason(read) is None else None
 
   return _Test(f'not ({test.text})', reason, test.values, test.reason)
 
@@ -259,14 +265,16 @@ def _listed(found: Sequence[str]) -> str:
 def _exists(given: Any, asked: _Asked) -> _Test:
   select = _options('exists', given)['of']
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
+    del read  # It needs no values.
     try:
       asked.chosen(select)
     except errors.SelectorError as error:
       return str(error)
     return None
 
-  def opposite() -> str | None:
+  def opposite(read: bool) -> str | None:
+    del read  # It needs no values.
     # Of several that must not be there, one is too many.
     found = asked.chosen(select, missing='pass')
     shown = [paths.show(p) for p in found]
@@ -283,7 +291,8 @@ def _count(given: Any, asked: _Asked) -> _Test:
       f"'count': is: expected a number, found {wanted!r}."
     )
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
+    del read  # It needs no values.
     found = len(asked.chosen(said['of'], missing='pass'))
     if found != wanted or not wanted:
       return None if found == wanted else f'found {found}.'
@@ -315,7 +324,8 @@ def _shape(given: Any, asked: _Asked) -> _Test:
       and all(w in ('*', n) for n, w in zip(shape, wanted, strict=True))
     )
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
+    del read  # It needs no values.
     wrong = [
       f'{paths.show(p)} is {asked.model[p]}'
       for p in asked.chosen(said['of'])
@@ -331,7 +341,8 @@ def _dtype(given: Any, asked: _Asked) -> _Test:
   said = _options('dtype', given, 'is')
   wanted = rounding.SHORT.get(said['is'], said['is'])
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
+    del read  # It needs no values.
     wrong = [
       f'{paths.show(p)} is {asked.model[p]}'
       for p in asked.chosen(said['of'])
@@ -360,9 +371,9 @@ def _finite(given: Any, asked: _Asked) -> _Test:
   select = _options('finite', given)['of']
   chosen = _arrays(asked, select)
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
     wrong = []
-    for path in chosen:
+    for path in chosen if read else ():
       leaf = asked.model[path]
       if not (rounding.is_float(leaf.dtype) or 'complex' in str(leaf.dtype)):
         continue
@@ -397,9 +408,9 @@ def _zero(given: Any, asked: _Asked) -> _Test:
   said = _options('zero', given, eps=0)
   chosen = _arrays(asked, said['of'])
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
     wrong = []
-    for path in chosen:
+    for path in chosen if read else ():
       most = max(
         (_difference(b, None) for _, b in regions.blocks(asked.model[path])),
         key=lambda x: math.inf if math.isnan(x) else x,
@@ -422,12 +433,14 @@ def _equal(given: Any, asked: _Asked) -> _Test:
       quantised.refuse(a, 'assert')
       quantised.refuse(b, 'assert')
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
     wrong = []
     for one, a, other, b in compared:
       what = f'{one} and {other}'
       if a.shape != b.shape:
         wrong.append(f'{what}: {a} against {b}')
+        continue
+      if not read:
         continue
       most = _apart(a, b)
       if not most <= said['eps']:
@@ -499,7 +512,7 @@ def _unchanged(given: Any, asked: _Asked) -> _Test:
   universe = asked.stored.replace(leaves=both)
   exempt = set(choosing.chosen(universe, select, types, asked.host))
 
-  def reason() -> str | None:
+  def reason(read: bool) -> str | None:
     wrong = []
     for path in both:
       if path in exempt:
@@ -508,15 +521,15 @@ def _unchanged(given: Any, asked: _Asked) -> _Test:
         wrong.append(f'{paths.show(path)} is gone')
       elif path not in original:
         wrong.append(f'{paths.show(path)} is new')
-      elif not _same(original[path], asked.stored[path]):
+      elif not _same(original[path], asked.stored[path], read):
         wrong.append(f'{paths.show(path)} has changed')
     return _listed(wrong) if wrong else None
 
   return _Test(f'only {_shown(select)} have changed', reason, values=True)
 
 
-def _same(a: Leaf, b: Leaf) -> bool:
-  """Whether two tensors have the same bytes."""
+def _same(a: Leaf, b: Leaf, read: bool) -> bool:
+  """Whether two tensors have the same bytes, or may have if none is read."""
   if a.load is b.load:
     return True
   if (a.shape, a.dtype, a.key) != (b.shape, b.dtype, b.key):
@@ -525,7 +538,7 @@ def _same(a: Leaf, b: Leaf) -> bool:
     return bool(a.load() == b.load())
   if a.digest is not None and a.digest == b.digest:
     return True
-  return regions.same_bytes(a, b)
+  return not read or regions.same_bytes(a, b)
 
 
 _CONDITIONS: dict[str, Callable[[Any, _Asked], _Test]] = {

@@ -92,10 +92,40 @@ def _performed(recipe: Spec, models: _Models, host: Host) -> None:
   for number, step in enumerate(recipe.steps):
     definition, arguments = steps[number]
     alias = step.on or first
+    before = {id(one) for ckpt in models.now.values() for one in ckpt.checks}
     with _placed(recipe, number, step):
-      models.now[step.result or alias] = _done(
-        definition, arguments, models, alias, host
-      )
+      after = _done(definition, arguments, models, alias, host)
+    if any(id(one) not in before for one in after.checks):
+      after = _with_place(after, before, _place(recipe, number, step))
+    models.now[step.result or alias] = after
+
+
+def _with_place(after: Checkpoint, known: set[int], place: str) -> Checkpoint:
+  """Returns a checkpoint whose new checks say which step asked for them.
+
+  They run after all steps, when it is too late to see.
+  """
+  checks = (
+    one if id(one) in known else _checked(one, place) for one in after.checks
+  )
+  return after.replace(checks=tuple(checks))
+
+
+def _checked(check: checkpoints.Check, place: str) -> checkpoints.Check:
+  """Returns a check that says in which step it is asked for."""
+
+  def run() -> None:
+    with errors.within(place):
+      check.run()
+
+  return dataclasses.replace(check, run=run)
+
+
+def _place(recipe: Spec, number: int, step: Step) -> str:
+  """Returns where a step stands; a verb of the shell has no file."""
+  if not recipe.origin:
+    return step.name
+  return f'{recipe.where("steps", number)}: step {number + 1} ({step.name})'
 
 
 def _defined(
@@ -129,12 +159,10 @@ def _check_alias(alias: str, known: set[str]) -> None:
 @contextlib.contextmanager
 def _placed(recipe: Spec, number: int, step: Step) -> Iterator[None]:
   """Says of errors in which step of which recipe they are."""
-  if not recipe.origin:
-    with errors.within(step.name):  # It is a verb of the shell.
+  with errors.within(_place(recipe, number, step)):
+    if not recipe.origin:
       yield
-    return
-  place = f'{recipe.where("steps", number)}: step {number + 1} ({step.name})'
-  with errors.within(place):
+      return
     try:
       yield
     except (errors.PluginError, errors.CheckError):

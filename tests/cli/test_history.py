@@ -195,7 +195,7 @@ def test_a_digest_of_the_structure_is_not_called_one_of_the_model(
 
 def test_one_tensor_without_a_digest_is_enough(here):
   def of(*digests, value=3):
-    leaves = {
+    leaves: dict[tuple[str, ...], surgery.Leaf] = {
       (str(k),): surgery.Leaf(
         lambda: np.zeros(2, 'float32'), (2,), 'float32', digest=digest
       )
