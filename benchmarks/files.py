@@ -223,10 +223,10 @@ def make(path: pathlib.Path, dtype: str, size: float, seed: int = 0) -> None:
   import surgery
   from surgery.adapting.attachment import attach
   from surgery.files import arrays
-  from surgery.model import checkpoint
+  from surgery.model import checkpoint, sizes
 
   host = surgery.default_host()
-  itemsize = checkpoint.itemsize(dtype)
+  itemsize = sizes.itemsize(dtype)
   rng = np.random.default_rng(seed)
   scale = size / 2.5e9
   noise = rng.normal(0, 0.02, 1 << 22).astype(np.float32)

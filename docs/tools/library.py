@@ -12,7 +12,7 @@ from typing import Any
 import surgery
 from docs.tools import hooks
 from surgery import testing
-from surgery.testing import laws
+from surgery.testing import cases
 
 _HEAD = """\
 # Reference
@@ -55,7 +55,7 @@ def markdown() -> str:
     one = getattr(testing, name)
     lines += hooks.documented(f'surgery.testing.{name}', one)
   lines += ['### Laws', '']
-  lines += [f'* `{law}`: {laws.summary(law)}' for law in testing.LAWS]
+  lines += [f'* `{law}`: {cases.summary(law)}' for law in testing.LAWS]
   return '\n'.join(lines).rstrip() + '\n'
 
 

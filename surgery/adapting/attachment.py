@@ -16,7 +16,11 @@ from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
 from surgery.host.manager import Host
 from surgery.model import layouts, quantised
-from surgery.model.checkpoint import Checkpoint, Leaf, LeftOut, dtype_name
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+  LeftOut,
+)
 from surgery.model.layers import LayerTypes
 from surgery.model.records import (
   AdapterRecord,
@@ -25,6 +29,9 @@ from surgery.model.records import (
   SiteRecord,
   WeightSpec,
   written,
+)
+from surgery.model.sizes import (
+  dtype_name,
 )
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path

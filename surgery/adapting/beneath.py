@@ -22,7 +22,15 @@ from surgery import errors
 from surgery.contract import hookspecs
 from surgery.host.manager import Host, default_host
 from surgery.model import manifest
-from surgery.model.checkpoint import Beneath, Checkpoint, Index, Leaf, grid
+from surgery.model.checkpoint import (
+  Beneath,
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  Index,
+  grid,
+)
 from surgery.model.records import Chain, Records
 from surgery.naming import paths
 from surgery.naming.paths import Path

@@ -22,15 +22,14 @@ from surgery.adapting.compute import Fetch
 from surgery.contract.adapter import Interceptor
 from surgery.contract.site import Site
 from surgery.editing import devices
-from surgery.model import checkpoint
-from surgery.model.checkpoint import Index, grid
+from surgery.model.grid import BLOCK, Index, grid
 from surgery.model.records import AdapterRecord, Chain, SiteRecord
 from surgery.naming.paths import Path
 
 Shape = tuple[int, ...]
 
 # Largest number of elements of what may be computed whole for each block.
-_WHOLE = 4 * checkpoint.BLOCK
+_WHOLE = 4 * BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _cut(kind: _Kind) -> cutting.Cut | None:
     math.prod(kind.site.param(name).shape) * math.prod(kind.stack)
     for name, _ in kind.others
   ]
-  if max(sizes, default=0) > checkpoint.BLOCK:
+  if max(sizes, default=0) > BLOCK:
     return None
   axes = len(next(grid(kind.shape)))
   with compute.precise(kind.base, kind.dtype):
@@ -272,7 +271,7 @@ def of(
   Returns:
     None if it is small, or an adapter needs more than a block for a block.
   """
-  if math.prod(shape) <= checkpoint.BLOCK:
+  if math.prod(shape) <= BLOCK:
     return None
   for _, record in chain:
     core = record.site.param(path[-1]).shape
@@ -337,7 +336,7 @@ def _answer(
   fetch: Fetch,
   chains: Mapping[Path, Chain],
 ) -> Any:
-  if chain and value.size > checkpoint.BLOCK and _here(chain, fetch, value):
+  if chain and value.size > BLOCK and _here(chain, fetch, value):
     shape, dtype = tuple(value.shape), str(value.dtype)
     part = functools.partial(_sliced, value)
     blocks = of(chain, path, shape, dtype, part, fetch, chains)

@@ -13,7 +13,13 @@ from surgery.adapting import blocks, compute
 from surgery.contract import hookspecs
 from surgery.host import foreign
 from surgery.host.manager import Host
-from surgery.model.checkpoint import Checkpoint, Index, Leaf
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  Index,
+)
 from surgery.model.records import AdapterRecord, Chain, Records
 from surgery.naming import paths
 from surgery.naming.paths import Path

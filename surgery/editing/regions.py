@@ -16,7 +16,17 @@ import numpy as np
 from surgery import errors
 from surgery.files import arrays
 from surgery.model import quantised
-from surgery.model.checkpoint import BLOCK, Index, Leaf, grid, itemsize
+from surgery.model.checkpoint import (
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+  Index,
+  grid,
+)
+from surgery.model.sizes import (
+  itemsize,
+)
 from surgery.naming import paths
 from surgery.naming.paths import Path
 

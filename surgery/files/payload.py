@@ -19,8 +19,14 @@ from surgery.files import source as sources
 from surgery.files.digest import Digester
 from surgery.files.output import Output
 from surgery.files.source import Source
-from surgery.model import checkpoint
-from surgery.model.checkpoint import Index, Leaf, grid
+from surgery.model import sizes
+from surgery.model.checkpoint import (
+  Leaf,
+)
+from surgery.model.grid import (
+  Index,
+  grid,
+)
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
@@ -43,7 +49,7 @@ class Payload:
     self.shape = shape
     self.dtype = dtype
     self.scalar = scalar
-    self.nbytes = checkpoint.nbytes(dtype, math.prod(shape))
+    self.nbytes = sizes.nbytes(dtype, math.prod(shape))
 
   def write(self, output: Output, count: int) -> None:
     """Writes the next `count` bytes."""

@@ -20,7 +20,15 @@ import numpy as np
 from surgery import errors
 from surgery.files import arrays
 from surgery.files.digest import Digester
-from surgery.model.checkpoint import PACKED, Index, Leaf
+from surgery.model.checkpoint import (
+  Leaf,
+)
+from surgery.model.grid import (
+  Index,
+)
+from surgery.model.sizes import (
+  PACKED,
+)
 from surgery.naming import paths
 from surgery.naming.paths import Path
 

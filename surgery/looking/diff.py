@@ -16,9 +16,19 @@ import numpy as np
 from surgery.editing import choosing
 from surgery.files import arrays, source
 from surgery.host.manager import Host
-from surgery.model.checkpoint import PACKED, Checkpoint, Index, Leaf, grid
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  Index,
+  grid,
+)
 from surgery.model.layers import LayerTypes
 from surgery.model.manifest import Manifest
+from surgery.model.sizes import (
+  PACKED,
+)
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection

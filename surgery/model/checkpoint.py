@@ -9,105 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import inspect
-import itertools
 import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from surgery import errors, expect
 from surgery.host import foreign
 from surgery.host.manager import Host, default_host
-from surgery.model import manifest, quantised
+from surgery.model import manifest, quantised, sizes
+from surgery.model.grid import Index, grid
 from surgery.model.records import Records
 from surgery.naming import paths
 from surgery.naming.paths import Path
-
-Index = tuple[slice, ...]
-
-# A tensor is computed in blocks of at most that many elements. Live params and
-# files have the same blocks, so that they have the same bits.
-BLOCK = 1 << 20
-
-# Bytes an element as stored, for all dtypes that a file can hold. What is
-# narrower than a byte takes one.
-_SIZES = {
-  1: (
-    'bool int1 int2 int4 int8 uint1 uint2 uint4 uint8 float4_e2m1fn '
-    'float6_e2m3fn float6_e3m2fn float8_e3m4 float8_e4m3 float8_e4m3b11fnuz '
-    'float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu'
-  ),
-  2: 'int16 uint16 float16 bfloat16',
-  4: 'int32 uint32 float32 complex32 bcomplex32',
-  8: 'int64 uint64 float64 complex64',
-  16: 'complex128',
-}
-_ITEMSIZE = {
-  name: size for size, names in _SIZES.items() for name in names.split()
-}
-# Bits an element where elements share bytes. Such tensors are copied, not read.
-PACKED = {
-  'packed_float4_e2m1fn': 4,
-  'packed_float6_e2m3fn': 6,
-  'packed_float6_e3m2fn': 6,
-}
-# Kinds and bits of others, which only memory holds: `complex256`.
-_BITS = re.compile(r'(?:int|uint|float|complex|datetime|timedelta)(\d+)\b.*')
-
-
-@functools.cache
-def itemsize(dtype: str) -> int:
-  """Returns bytes an element as stored; int4 and the like take one byte."""
-  if dtype in _ITEMSIZE:
-    return _ITEMSIZE[dtype]
-  bits = _BITS.fullmatch(dtype)
-  return max(int(bits[1]) // 8, 1) if bits else 1
-
-
-def nbytes(dtype: str, size: int) -> int:
-  """Returns how many bytes elements of a dtype take as stored."""
-  if dtype in PACKED:
-    return -(-size * PACKED[dtype] // 8)
-  return size * itemsize(dtype)
-
-
-def grid(shape: tuple[int, ...], most: int = BLOCK) -> Iterator[Index]:
-  """Returns the blocks of an array, in C order; they are contiguous.
-
-  Args:
-    shape: shape of the array.
-    most: largest number of elements of a block.
-
-  Returns:
-    For each block slices of its leading axes, whose bounds are numbers; the
-    empty tuple, which is the whole, if the array is one block.
-  """
-  if math.prod(shape) <= most:
-    yield ()
-    return
-  # Axes in front of the one that is cut are taken one by one.
-  axis = next(k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most)
-  rows = max(1, most // max(1, math.prod(shape[axis + 1 :])))
-  for front in itertools.product(*map(range, shape[:axis])):
-    before = tuple(slice(i, i + 1) for i in front)
-    for start in range(0, shape[axis], rows):
-      yield (*before, slice(start, min(start + rows, shape[axis])))
-
-
-@functools.lru_cache(maxsize=256)
-def dtype_name(dtype: Any) -> str:
-  """Returns a dtype's text; numpy makes it anew each time."""
-  return str(dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _names(dtype: Any) -> tuple[str, str]:
-  # The name leaves the order of bytes out, the text may be JAX's own.
-  return str(getattr(dtype, 'name', dtype)), str(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +140,12 @@ class Leaf:
     if self.shape is None:
       return None
     shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
-    sizes = tuple(cut.stop - cut.start for cut in index)
-    expected = (*sizes, *self.shape[len(index) :])
+    cuts = tuple(cut.stop - cut.start for cut in index)
+    expected = (*cuts, *self.shape[len(index) :])
     if shape is None or dtype is None:
       said = self.with_fields(shape=expected)
       return f'expected {said}, found a value of type {type(value).__name__}.'
-    names = _names(dtype)
+    names = sizes.names_of(dtype)
     if tuple(shape) != expected or self.dtype not in names:
       said = self.with_fields(shape=expected)
       found = Leaf(self.load, tuple(shape), names[0])
@@ -252,7 +168,7 @@ class Leaf:
   @property
   def nbytes(self) -> int:
     """Number of bytes as stored; 0 if it is no array."""
-    return 0 if self.dtype is None else nbytes(self.dtype, self.size)
+    return 0 if self.dtype is None else sizes.nbytes(self.dtype, self.size)
 
   def __str__(self) -> str:
     if self.shape is None:

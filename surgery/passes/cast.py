@@ -13,7 +13,15 @@ from surgery.adapting.beneath import handles_adapters
 from surgery.editing import choosing, following, rounding
 from surgery.files import arrays
 from surgery.host.manager import Host
-from surgery.model.checkpoint import Checkpoint, Finding, Index, Leaf, grid
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Finding,
+  Leaf,
+)
+from surgery.model.grid import (
+  Index,
+  grid,
+)
 from surgery.model.layers import LayerTypes
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path

@@ -14,7 +14,13 @@ from surgery.editing.regions import Region, Shape
 from surgery.files import arrays
 from surgery.files.digest import Digester
 from surgery.host.manager import Host
-from surgery.model.checkpoint import Checkpoint, Leaf, grid
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  grid,
+)
 from surgery.naming import paths, renaming
 from surgery.naming.paths import Path
 from surgery.passes.reshape import scalar

@@ -17,7 +17,14 @@ from surgery import errors
 from surgery.host import foreign
 from surgery.host.manager import Host
 from surgery.model import manifest
-from surgery.model.checkpoint import Check, Checkpoint, Index, Leaf
+from surgery.model.checkpoint import (
+  Check,
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  Index,
+)
 from surgery.naming import paths
 from surgery.naming.paths import Path
 

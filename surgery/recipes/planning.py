@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.model import manifest
-from surgery.model.checkpoint import BLOCK, itemsize
+from surgery.model.grid import (
+  BLOCK,
+)
+from surgery.model.sizes import (
+  itemsize,
+)
 from surgery.naming import paths
 
 if TYPE_CHECKING:

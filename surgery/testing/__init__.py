@@ -21,8 +21,13 @@ from typing import Any, ClassVar
 from surgery import errors
 from surgery.contract.adapter import Adapter
 from surgery.testing import laws as _laws
+from surgery.testing.cases import (
+  LAWS,
+  Broken,
+  Case,
+  Declared,
+)
 from surgery.testing.formats import FormatConformance
-from surgery.testing.laws import LAWS, Broken, Case, Declared
 from surgery.testing.passes import PassConformance
 from surgery.testing.policies import PolicyConformance, TermConformance
 

@@ -14,7 +14,7 @@ import math
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import blox as bx
@@ -29,232 +29,24 @@ from surgery.contract.adapter import Adapter
 from surgery.factoring import explain as explaining
 from surgery.factoring import walking
 from surgery.factoring.transform import factored
-from surgery.host.manager import Host
 from surgery.live import described, saving, verbs
 from surgery.live import params as live
 from surgery.model.checkpoint import open_checkpoint
 from surgery.naming import paths
 from surgery.testing import hurry, models
+from surgery.testing.cases import (
+  LAWS,
+  Case,
+  Declared,
+  Law,
+  plain,
+  snapshot,
+)
 
-# How far outputs may differ where programs are compiled otherwise.
-TOLERANCES = {'float32': 2e-5, 'bfloat16': 5e-2, 'float16': 1e-2}
-
-
-class Broken(AssertionError):  # noqa: N818 - it is what pytest reports.
-  """A law that an adapter type breaks.
-
-  Attributes:
-    law: its name.
-  """
-
-  def __init__(self, message: str, law: str = '') -> None:
-    super().__init__(message)
-    self.law = law
-
-
-@dataclasses.dataclass(frozen=True)
-class Declared:
-  """What a type says that it does not do.
-
-  Attributes:
-    identity: whether a new adapter changes nothing.
-    mergeable: whether it can be merged.
-    trains: whether it has weights that train.
-    factored: whether its low-rank values stay factored.
-    unsupported: kinds of layers that it does not serve.
-    too_large: options with values that no layer can have; None for a rank of
-      10,000 where the type has that option, empty if nothing bounds it.
-    seeded: whether what looks drawn differs from seed to seed.
-    multiple_of: what divides the numbers of inputs and outputs of layers.
-  """
-
-  identity: bool = True
-  mergeable: bool = True
-  trains: bool = True
-  factored: bool = True
-  unsupported: tuple[str, ...] = ()
-  too_large: Mapping[str, Any] | None = None
-  seeded: bool = True
-  multiple_of: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """An adapter on a model.
-
-  Attributes:
-    adapter: the adapter.
-    kind: the kind of layers.
-    dtype: dtype of the base.
-    declared: what the type says of itself.
-    law: name of the law that is looked at.
-  """
-
-  adapter: Adapter
-  kind: str
-  dtype: str
-  declared: Declared
-  law: str = ''
-
-  @functools.cached_property
-  def host(self) -> Host:
-    """A host that knows this type and no other."""
-    return Host(plugins=[type(self.adapter)], only=())
-
-  def twin(self) -> Case:
-    """Returns the same case of a type that is the same, and new.
-
-    `init` and `apply` are compiled once for an adapter and layers that look
-    alike; for a twin they are run again.
-    """
-    cls = type(self.adapter)
-    twin: Any = type(cls.__name__, (cls,), {'__module__': cls.__module__})
-    options = {
-      field.name: getattr(self.adapter, field.name)
-      for field in dataclasses.fields(self.adapter)  # type: ignore[arg-type]
-      if field.init
-    }
-    return dataclasses.replace(self, adapter=twin(**options))
-
-  def model(self) -> models.Model:
-    """Returns the model."""
-    return models.model(
-      self.kind, self.dtype, multiple_of=self.declared.multiple_of
-    )
-
-  def attached(self, of: models.Model, **options: Any) -> bx.Params:
-    """Returns the model's params with the adapter, as it begins."""
-    adapter = options.pop('adapter', self.adapter)
-    return models.attached(of, adapter, self.host, **options)
-
-  def trained(self, of: models.Model, **options: Any) -> bx.Params:
-    """Returns the same with weights that do something."""
-    return models.stirred(self.attached(of, **options))
-
-  # What laws say.
-
-  def broken(self, what: str, site: str = '') -> Broken:
-    """Returns the error for this law."""
-    at = f', at {site}' if site else ''
-    return Broken(
-      f"law '{self.law}' is broken by {self.adapter!r} on {self.kind} layers "
-      f'of {self.dtype}{at}: {what}\nThe law: {summary(self.law)}\nReproduce: '
-      f'surgery.testing.check({self.adapter!r}, {self._options()})',
-      self.law,
-    )
-
-  def _options(self) -> str:
-    """Returns the arguments of `check` that look at this case."""
-    said: dict[str, Any] = {
-      'laws': [self.law],
-      'kinds': [self.kind],
-      'dtypes': [self.dtype],
-    }
-    for field in dataclasses.fields(self.declared):
-      value = getattr(self.declared, field.name)
-      usual = field.default
-      if field.name == 'mergeable':
-        usual = type(self.adapter).mergeable
-      if value != usual:
-        said[field.name] = list(value) if isinstance(value, tuple) else value
-    return ', '.join(f'{name}={value!r}' for name, value in said.items())
-
-  def look(self) -> None:
-    """Looks at the law.
-
-    Raises:
-      Broken: if the adapter breaks it, or raises what it should not.
-    """
-    try:
-      # Accelerators round products to fewer bits unless they are told not to,
-      # and laws compare with what a dtype holds.
-      with jax.default_matmul_precision('highest'):
-        LAWS[self.law](self)
-    except Broken:
-      raise
-    except errors.SurgeryError as error:
-      hint = ''
-      if isinstance(error, errors.SiteError):
-        hint = (
-          ' If the type is not meant for such layers, say so: unsupported = '
-          f'({self.kind!r},). If it is meant for other sizes, say which: '
-          'multiple_of = 4 makes all numbers of inputs and outputs multiples.'
-        )
-      raise self.broken(f'{type(error).__name__}: {error}{hint}') from error
-
-  def close(self, expected: Any, actual: Any, what: str) -> None:
-    """Raises unless two outputs are equal but for rounding."""
-    self._compare(expected, actual, what, TOLERANCES[self.dtype])
-
-  def same(self, expected: Any, actual: Any, what: str) -> None:
-    """Raises unless two outputs are equal to the bit."""
-    self._compare(expected, actual, what, 0.0)
-
-  def _compare(
-    self, expected: Any, actual: Any, what: str, most: float
-  ) -> None:
-    a, b = np.asarray(expected), np.asarray(actual)
-    if a.shape != b.shape or a.dtype != b.dtype:
-      raise self.broken(
-        f'{what}: expected {a.dtype}{a.shape}, found {b.dtype}{b.shape}.'
-      )
-    if not most and a.tobytes() == b.tobytes():
-      return
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    apart = np.abs(x - y).max(initial=0)
-    size = max(np.abs(x).max(initial=0), 1.0)
-    if not apart <= most * size or not most:
-      allowed = f'at most {most * size:.2g}' if most else 'the same bits'
-      raise self.broken(
-        f'{what}: expected {allowed} between them, they differ by up to '
-        f'{apart:.3g}.'
-      )
-
-  def same_params(
-    self, expected: bx.Params, actual: bx.Params, what: str
-  ) -> None:
-    """Raises unless params are equal: paths, flags and bits."""
-    if sorted(expected.keys()) != sorted(actual.keys()):
-      odd = set(expected.keys()) ^ set(actual.keys())
-      raise self.broken(f'{what}: one has {paths.show(min(odd))}.')
-    for path, param in expected.items():
-      other = actual[path]
-      if param.trainable != other.trainable:
-        raise self.broken(f'{what}: the flag differs.', paths.show(path))
-      a, b = _plain(param.value), _plain(other.value)
-      if a.dtype != b.dtype or a.shape != b.shape or a.tobytes() != b.tobytes():
-        raise self.broken(f'{what}: values differ.', paths.show(path))
-
-  def raises(self, function: Callable[[], Any], what: str) -> None:
-    """Raises unless a call is refused."""
-    try:
-      function()
-    except errors.SurgeryError:
-      return
-    raise self.broken(f'{what}: expected an error, and there was none.')
-
-
-def _plain(value: Any) -> np.ndarray:
-  if described.is_key(value):
-    value = jax.random.key_data(value)
-  return np.asarray(value)
-
-
-def _snapshot(params: bx.Params) -> dict[Any, bytes]:
-  return {path: _plain(p.value).tobytes() for path, p in params.items()}
-
-
-Law = Callable[[Case], None]
-LAWS: dict[str, Law] = {}
 # Laws about dtypes are looked at for all of them, others in float32.
 ALL_DTYPES: set[str] = set()
 # Laws that do not depend on the kind of layer.
 ONE_KIND: set[str] = set()
-
-
-def summary(law: str) -> str:
-  """Returns a law in a sentence."""
-  return ' '.join((LAWS[law].__doc__ or '').split('\n\n')[0].split())
 
 
 def _law(*, dtypes: bool = False, kinds: bool = True) -> Callable[[Law], Law]:
@@ -367,7 +159,7 @@ def what_is_drawn_depends_on_the_seed(case: Case) -> None:
     for spec in site.weights.values()
   }
   for name, spec in record.weights():
-    a, b = _plain(one[spec.path].value), _plain(two[spec.path].value)
+    a, b = plain(one[spec.path].value), plain(two[spec.path].value)
     same = a.tobytes() == b.tobytes()
     if not case.declared.seeded and not same:
       raise case.broken(
@@ -413,7 +205,7 @@ def how_axes_are_stored_does_not_matter(case: Case) -> None:
   for path, param in straight.items():
     if models.is_weight(param):
       what = f"{paths.show(path)}, drawn for a kernel of layout 'io' and 'oi'"
-      case.close(_plain(param.value), _plain(other[path].value), what)
+      case.close(plain(param.value), plain(other[path].value), what)
   if not case.declared.mergeable:
     return
   one, two = verbs.merge(straight, host=host), verbs.merge(other, host=host)
@@ -493,9 +285,9 @@ def what_is_not_finite_is_not_merged(case: Case) -> None:
     )
   )
   params = jax.tree.map(lambda w: w * jnp.nan, spoilt).merge(rest)
-  before = _snapshot(params)
+  before = snapshot(params)
   case.raises(lambda: verbs.merge(params, host=case.host), 'merging NaN')
-  if before != _snapshot(params):
+  if before != snapshot(params):
     raise case.broken('the refused merge changed the params.')
 
 
@@ -679,7 +471,7 @@ def wrong_names_change_nothing(case: Case) -> None:
   """Unknown and taken names are refused, and nothing changes."""
   model, host = case.model(), case.host
   params = case.attached(model)
-  before = _snapshot(params)
+  before = snapshot(params)
   for verb in (verbs.detach, verbs.disable, verbs.merge):
     call = functools.partial(verb, params, 'x', host=host)
     case.raises(call, 'unknown name')
@@ -687,7 +479,7 @@ def wrong_names_change_nothing(case: Case) -> None:
   for name in ('', 'a.b', 'a/b', '..'):
     call = functools.partial(case.attached, model, name=name)
     case.raises(call, f'the name {name!r}')
-  if before != _snapshot(params):
+  if before != snapshot(params):
     raise case.broken('a refused call changed the params.')
 
 
@@ -695,13 +487,13 @@ def wrong_names_change_nothing(case: Case) -> None:
 def what_the_caller_holds_stays(case: Case) -> None:
   """Attaching, merging and saving change nothing that was passed in."""
   model, host = case.model(), case.host
-  config, before = case.adapter.config(), _snapshot(model.params)
+  config, before = case.adapter.config(), snapshot(model.params)
   params = case.trained(model)
-  held = _snapshot(params)
+  held = snapshot(params)
   model(params)
   if case.declared.mergeable:
     verbs.merge(params, host=host)
-  if before != _snapshot(model.params) or held != _snapshot(params):
+  if before != snapshot(model.params) or held != snapshot(params):
     raise case.broken('params that were passed in have changed.')
   if config != case.adapter.config():
     raise case.broken('the configuration has changed.')

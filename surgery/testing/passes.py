@@ -14,7 +14,14 @@ from surgery import errors
 from surgery.host.manager import Host
 from surgery.live import saving, verbs
 from surgery.live.applying import apply
-from surgery.model.checkpoint import Checkpoint, Leaf, grid, open_checkpoint
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+  open_checkpoint,
+)
+from surgery.model.grid import (
+  grid,
+)
 from surgery.naming import paths
 from surgery.recipes.recipe import Recipe
 from surgery.testing import suites

@@ -30,7 +30,9 @@ from surgery.naming import paths
 from surgery.naming.paths import Path
 from surgery.once import once
 from surgery.testing import models
-from surgery.testing.laws import Broken
+from surgery.testing.cases import (
+  Broken,
+)
 
 S = TypeVar('S', bound='Suite')
 

@@ -3,7 +3,13 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+)
 from tests.cli.saved import assert_same, planned, steps, values
 
 

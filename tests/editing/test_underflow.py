@@ -10,7 +10,13 @@ import pytest
 
 import surgery
 from surgery.editing import rounding
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+)
 
 NARROW = [
   name

@@ -9,7 +9,14 @@ import pytest
 import surgery
 from surgery.files import source
 from surgery.looking import verify
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf, grid
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+  grid,
+)
 from surgery.recipes.recipe import Recipe
 
 SUFFIXES = ('.msgpack', '.safetensors')

@@ -9,7 +9,13 @@ from surgery import errors
 from surgery.files import payload
 from surgery.files.digest import digest
 from surgery.files.output import Output
-from surgery.model.checkpoint import BLOCK, Leaf, grid
+from surgery.model.checkpoint import (
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+  grid,
+)
 
 SHAPE = (3, BLOCK // 2)
 VALUE = np.arange(np.prod(SHAPE), dtype='float32').reshape(SHAPE)

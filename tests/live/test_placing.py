@@ -207,7 +207,8 @@ same(plain[A].value, jax.jit(lambda: adapted(known)[A].value)())
 # As on a machine with an accelerator: JAX's default is another platform.
 ACCELERATOR = """
 from jax._src import xla_bridge
-from surgery.passes import devices, drawing
+from surgery.adapting import drawing
+from surgery.editing import devices
 
 cpu = jax.local_devices(backend='cpu')[0]
 fast = jax.devices()[0]
@@ -286,10 +287,10 @@ assert {fast} == made[A].value.devices()
 def test_files_are_computed_on_the_cpu(accelerator, tmp_path):
   accelerator(f"""
 import pathlib
-from surgery.model import checkpoint
-from surgery.passes import blocks, compute
+from surgery.model import grid
+from surgery.adapting import blocks, compute
 
-checkpoint.BLOCK = 64  # So that there are several.
+grid.BLOCK = 64  # So that there are several.
 folder = pathlib.Path({str(tmp_path)!r})
 saved = params(jnp.asarray(kernel))
 surgery.save(folder / 'base.msgpack', saved)

@@ -11,7 +11,14 @@ import pytest
 
 import surgery
 from surgery.looking import diff
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf, grid
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+  grid,
+)
 from surgery.model.layers import LayerType
 from surgery.model.manifest import Manifest
 
@@ -337,7 +344,7 @@ def test_other_entries_of_the_manifest_are_told():
 PROGRAM = """
 import resource, sys
 import surgery
-from surgery.passes import diff
+from surgery.looking import diff
 a, b = (surgery.open(f) for f in sys.argv[1:])
 list(diff.diff(a.replace(leaves={}), b.replace(leaves={}), host=surgery.Host()))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,7 +6,13 @@ import pytest
 import surgery
 from surgery.files.digest import digest
 from surgery.looking import verify
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+)
 
 
 def leaf(value, **options):

@@ -8,7 +8,13 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given
 
-from surgery.model.checkpoint import BLOCK, Leaf, grid
+from surgery.model.checkpoint import (
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+  grid,
+)
 
 shapes = st.lists(st.integers(1, 9), max_size=4).map(tuple)
 

@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 from surgery.files import arrays
-from surgery.model.checkpoint import Leaf, itemsize
+from surgery.model.checkpoint import (
+  Leaf,
+)
+from surgery.model.sizes import (
+  itemsize,
+)
 
 ML_DTYPES = [
   name

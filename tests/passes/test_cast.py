@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.editing import rounding
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf, grid
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+  grid,
+)
 from surgery.model.manifest import Manifest
 from surgery.passes.cast import cast, names
 from surgery.passes.extract import extract, insert

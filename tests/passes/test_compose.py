@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+)
 from tests.passes.test_rename import adapted, model, saved, stirred
 
 OPTIMIZED = True

@@ -11,7 +11,13 @@ import pytest
 
 import surgery
 from surgery.adapting.attachment import attach
-from surgery.model.checkpoint import BLOCK, Checkpoint, Leaf
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+)
+from surgery.model.grid import (
+  BLOCK,
+)
 from surgery.passes.merge import merge
 from tests.live import models
 

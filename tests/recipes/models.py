@@ -9,6 +9,7 @@ import numpy as np
 
 import surgery
 from surgery.model import checkpoint as checkpoints
+from surgery.model import grid as grids
 from surgery.model.checkpoint import Checkpoint, Leaf
 
 HOST = surgery.default_host()
@@ -104,7 +105,7 @@ class SmallBlocks:
   def __enter__(self) -> None:
     from unittest import mock
 
-    grid = checkpoints.grid
+    grid = grids.grid
 
     def small(shape: Any, most: int = self._elements) -> Any:
       return grid(shape, most)

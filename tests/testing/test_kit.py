@@ -588,7 +588,7 @@ class Picky(_Scale):
 @pytest.mark.parametrize(
   ('adapter', 'said'),
   [
-    (Wrong(), 'PluginError: net/layers/query'),
+    (Wrong(), 'PluginError: attach: net/layers/query'),
     (Picky(), "say so: unsupported = ('linear',)"),
   ],
 )

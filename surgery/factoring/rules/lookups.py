@@ -11,6 +11,10 @@ import numpy as np
 
 from surgery.contract import lowrank
 from surgery.contract.lowrank import ROW
+from surgery.factoring.labelled import (
+  multiplied,
+  product,
+)
 from surgery.factoring.rules.products import joined, row_axis
 from surgery.factoring.rules.table import Table, only, ordered
 from surgery.factoring.views import (
@@ -19,8 +23,6 @@ from surgery.factoring.views import (
   Looked,
   View,
   cast,
-  multiplied,
-  product,
   times,
   widens,
 )

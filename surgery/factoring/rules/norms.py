@@ -8,9 +8,17 @@ from typing import Any
 import jax.numpy as jnp
 
 from surgery.contract.lowrank import RANK
+from surgery.factoring.labelled import (
+  product,
+)
 from surgery.factoring.rules.products import joined
 from surgery.factoring.rules.table import Table, is_number, ordered
-from surgery.factoring.views import Decline, Labels, Squared, cast, product
+from surgery.factoring.views import (
+  Decline,
+  Labels,
+  Squared,
+  cast,
+)
 
 RULES = Table()
 rule = RULES.rule

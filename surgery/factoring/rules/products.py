@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from surgery.contract.lowrank import RANK, ROW
+from surgery.factoring.labelled import (
+  multiplied,
+  product,
+)
 from surgery.factoring.rules.table import Table, ordered
 from surgery.factoring.views import (
   EXACT,
@@ -21,8 +25,6 @@ from surgery.factoring.views import (
   Term,
   View,
   cast,
-  multiplied,
-  product,
   times,
 )
 from surgery.live.primitives import flat_primitive

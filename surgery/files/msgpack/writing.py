@@ -15,8 +15,15 @@ from surgery.files.msgpack.values import ARRAY, SCALAR
 from surgery.files.output import Output
 from surgery.files.progress import Told
 from surgery.model import manifest as manifests
-from surgery.model.checkpoint import PACKED, Checkpoint, Leaf, nested
+from surgery.model.checkpoint import (
+  Checkpoint,
+  Leaf,
+  nested,
+)
 from surgery.model.manifest import LeafNote
+from surgery.model.sizes import (
+  PACKED,
+)
 from surgery.naming import paths
 from surgery.naming.paths import Path
 

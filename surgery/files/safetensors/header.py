@@ -16,7 +16,7 @@ from surgery import errors
 from surgery.files import arrays, strict_json
 from surgery.files.safetensors import dtypes, names
 from surgery.files.source import MappedFile
-from surgery.model import checkpoint
+from surgery.model import sizes
 
 START = 8
 _KEYS = {'dtype', 'shape', 'data_offsets'}
@@ -129,7 +129,7 @@ def _entry(file: MappedFile, raw: bytes, name: str, data: Any) -> Entry:
   if not _sizes(at) or len(at) != 2:
     expected = 'expected where its bytes start and end'
     raise _wrong(file, raw, name, expected, repr(at))
-  nbytes = checkpoint.nbytes(dtypes.NAMES[tag], math.prod(shape))
+  nbytes = sizes.nbytes(dtypes.NAMES[tag], math.prod(shape))
   if at[1] - at[0] != nbytes:
     expected = f'expected {nbytes} bytes for {tag}{shape}'
     raise _wrong(file, raw, name, expected, f'{at[1] - at[0]}')

@@ -20,8 +20,8 @@ from surgery.files.safetensors import (
   names,
 )
 from surgery.files.safetensors.header import Entry
-from surgery.model import checkpoint as checkpoints
 from surgery.model import manifest as manifests
+from surgery.model import sizes
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.model.manifest import LeafNote, Manifest
 from surgery.naming import paths
@@ -141,7 +141,7 @@ class Layout:
       kinds[called[path]] = self._kind(path, leaf)
     self._extras.paths.update(names.odd(self._paths.items()))
     self._order = sorted(
-      kinds, key=lambda name: -checkpoints.itemsize(kinds[name][1])
+      kinds, key=lambda name: -sizes.itemsize(kinds[name][1])
     )
     self._entries = self._placed(kinds)
 
@@ -162,7 +162,7 @@ class Layout:
     start = 0
     for name in self._order:
       shape, dtype = kinds[name]
-      stop = start + checkpoints.nbytes(dtype, math.prod(shape))
+      stop = start + sizes.nbytes(dtype, math.prod(shape))
       tag, stored = dtypes.stored(shape, dtype)
       placed[name] = Entry(tag, stored, start, stop)
       start = stop
