@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     unfreeze,
   )
   from surgery.live.weights import regulariser, weights, with_weights
+  from surgery.looking.stats import TensorStats, stats
   from surgery.model.checkpoint import Checkpoint, Leaf
   from surgery.model.checkpoint import open_checkpoint as open
   from surgery.naming.selection import Selection
@@ -136,6 +137,7 @@ _HOMES = {
     'trainable_mask',
     'unfreeze',
   ),
+  'looking.stats': ('TensorStats', 'stats'),
   'live.weights': ('regulariser', 'weights', 'with_weights'),
   'adapting.beneath': ('handles_adapters',),
   'editing.choosing': ('select',),
@@ -180,6 +182,7 @@ __all__ = [
   'SiteError',
   'SiteWarning',
   'SurgeryError',
+  'TensorStats',
   'UnknownAdapterType',
   'UnreachedError',
   'adapters',
@@ -215,6 +218,7 @@ __all__ = [
   'save_adapter',
   'select',
   'stack_adapters',
+  'stats',
   'trainable_mask',
   'unfreeze',
   'weights',

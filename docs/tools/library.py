@@ -23,7 +23,7 @@ have [a page of their own](plugins/hooks.md), and so do [the steps](steps.md).
 
 CHAPTERS: dict[str, tuple[str, ...]] = {
   'Checkpoints': ('Checkpoint', 'Leaf'),
-  'Being sure': ('check', 'explain', 'adapters'),
+  'Being sure': ('check', 'explain', 'adapters', 'stats', 'TensorStats'),
   'Under training': (
     'weights',
     'with_weights',

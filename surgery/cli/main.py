@@ -43,6 +43,7 @@ VERBS: dict[str, str] = {
   'rename': 'Rename tensors and layers.',
   'run': 'Do the steps of a recipe.',
   'select': 'Print the tensors that selectors mean.',
+  'stats': 'Show norms, moments, zeros, NaN and infinity.',
   'unfreeze': 'Let parameters train again.',
   'verify': 'Check tensors against their digests.',
 }
