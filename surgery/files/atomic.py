@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
 import secrets
@@ -18,6 +17,7 @@ import stat
 from collections.abc import Iterator
 
 from surgery import errors
+from surgery.files import system
 
 _SUFFIX = '.tmp'
 # Of further files of a writer, which live as long as its first.
@@ -58,9 +58,13 @@ def writing(
       try:
         yield fd
         os.fsync(fd)
-        publish(temporary, target, shown, overwrite)
+        if system.RENAMES_OPEN:
+          # Still locked, so nobody takes it for a dead writer's.
+          publish(temporary, target, shown, overwrite)
       finally:
         os.close(fd)
+      if not system.RENAMES_OPEN:
+        publish(temporary, target, shown, overwrite)
     except BaseException:
       temporary.unlink(missing_ok=True)
       raise
@@ -96,8 +100,18 @@ def _mode(target: pathlib.Path, shown: str, overwrite: bool) -> int | None:
 
 @contextlib.contextmanager
 def folder(path: pathlib.Path) -> Iterator[int]:
-  """Yields a descriptor of the folder; opening it names it if it is none."""
-  fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+  """Yields a descriptor of the folder; opening it names it if it is none.
+
+  Where folders cannot be opened it is -1, and nothing is synchronised.
+  """
+  if not system.FOLDER:
+    if not path.is_dir():
+      raise NotADirectoryError(
+        errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)
+      )
+    yield -1
+    return
+  fd = os.open(path, system.READ | system.FOLDER)
   try:
     yield fd
   finally:
@@ -116,22 +130,19 @@ def create(target: pathlib.Path, mode: int | None) -> tuple[int, pathlib.Path]:
   Returns:
     Its descriptor and path.
   """
-  flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
   while True:
     name = f'{prefix(target)}{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}'
     temporary = target.with_name(name)
     try:
-      fd = os.open(temporary, flags, 0o666 if mode is None else mode)
+      fd = os.open(temporary, system.CREATE, 0o666 if mode is None else mode)
     except FileExistsError:
       continue
     try:
       if mode is not None:
-        os.fchmod(fd, mode)
-      # Without locks nobody can tell that a temporary file is dead.
-      with contextlib.suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        system.set_mode(fd, temporary, mode)
+      system.lock(fd)
       # Another writer may have removed it before it was locked.
-      if os.fstat(fd).st_nlink:
+      if os.fstat(fd).st_nlink or not system.locks():
         return fd, temporary
     except BaseException:
       os.close(fd)
@@ -167,10 +178,10 @@ def clean(target: pathlib.Path) -> None:
 
 def _remove_dead(path: pathlib.Path) -> None:
   """Removes a temporary file, or raises OSError if its writer lives."""
-  fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+  fd = os.open(path, system.READ | system.NO_LINK | system.NO_WAIT)
   try:
     if stat.S_ISREG(os.fstat(fd).st_mode):
-      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      system.lock_dead(fd)
       # The first goes last, so that who is killed here can be cleaned up, too.
       for other in path.parent.iterdir():
         if other.name.startswith(f'{path.stem}.') and other.suffix == _PART:
@@ -203,5 +214,7 @@ def publish(
 
 def sync_folder(fd: int) -> None:
   """Makes the new name last; the file is there already, so never raises."""
+  if fd < 0:
+    return  # Folders cannot be opened here.
   with contextlib.suppress(OSError):
     os.fsync(fd)

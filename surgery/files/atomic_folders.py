@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
 import secrets
@@ -19,7 +18,7 @@ import shutil
 from collections.abc import Iterator
 
 from surgery import errors
-from surgery.files import atomic
+from surgery.files import atomic, system
 
 _SUFFIX = '.folder'
 
@@ -41,6 +40,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       (folder / 'config.json').write_text('{}')
   """
   shown = pathlib.Path(os.fsdecode(path))
+  system.needs_folders('a folder', str(shown))
   check(shown)
   target = pathlib.Path(os.path.realpath(shown.parent)) / shown.name
   with atomic.folder(target.parent) as parent:
@@ -100,10 +100,8 @@ def _create(target: pathlib.Path) -> tuple[int, pathlib.Path]:
       hidden.mkdir()
     except FileExistsError:
       continue
-    fd = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    # Without locks nobody can tell that a hidden folder is dead.
-    with contextlib.suppress(OSError):
-      fcntl.flock(fd, fcntl.LOCK_EX)
+    fd = os.open(hidden, system.READ | system.FOLDER)
+    system.lock(fd)
     # Another writer may have removed it before it was locked.
     if os.fstat(fd).st_nlink:
       return fd, hidden
@@ -126,7 +124,7 @@ def _clean(target: pathlib.Path) -> None:
   for path in found:
     # One that is locked, gone or not ours is left alone.
     with contextlib.suppress(OSError), atomic.folder(path) as fd:
-      fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      system.lock_dead(fd)
       shutil.rmtree(path, ignore_errors=True)
 
 
@@ -134,7 +132,7 @@ def _settle(folder: pathlib.Path) -> None:
   """Puts all that a folder holds on the disk."""
   for path in sorted(folder.rglob('*')):
     if path.is_file() and not path.is_symlink():
-      fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+      fd = os.open(path, system.READ)
       try:
         os.fsync(fd)
       finally:

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import os
 import pathlib
 from collections.abc import Iterator
 
-from surgery.files import atomic
+from surgery.files import atomic, system
 from surgery.host import location
 
 
@@ -45,6 +44,7 @@ class Writing:
   def __init__(
     self, target: pathlib.Path, shown: str, count: int, overwrite: bool
   ) -> None:
+    system.needs_folders('a set of files', shown)
     self._target = target
     self._shown = shown
     self._overwrite = overwrite
@@ -61,10 +61,9 @@ class Writing:
   @contextlib.contextmanager
   def next(self) -> Iterator[int]:
     """Yields a descriptor; what is written to it becomes the next file."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     self._begun += 1
     path = atomic.part(self._temporary, self._begun)
-    fd = os.open(path, flags, 0o666)
+    fd = os.open(path, system.CREATE, 0o666)
     try:
       yield fd
       os.fsync(fd)
@@ -83,8 +82,7 @@ class Writing:
     """
     os.fsync(self.fd)
     # Of two who write the same set one comes too late, and nothing is mixed.
-    with contextlib.suppress(OSError):
-      fcntl.flock(folder, fcntl.LOCK_EX)
+    system.lock(folder)
     self._check()
     if self._overwrite and _named_by(self.index) != self._old:
       # Its files may have the names that were free when this began.

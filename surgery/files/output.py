@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 
 from surgery import errors
+from surgery.files import system
 from surgery.files.progress import Progress, Told
 from surgery.files.source import MappedFile
 
@@ -26,6 +27,8 @@ _CANNOT = {
   errno.EOPNOTSUPP,
   errno.EPERM,
   errno.ETXTBSY,
+  # macOS sends files to sockets alone.
+  errno.ENOTSOCK,
   # What is mapped is not there any more.
   errno.EFAULT,
 }
@@ -214,13 +217,15 @@ def _by_range(source: MappedFile, target: int, start: int, length: int) -> int:
 def _by_sendfile(
   source: MappedFile, target: int, start: int, length: int
 ) -> int:
+  if not hasattr(os, 'sendfile'):
+    return 0
   return os.sendfile(target, source.fd, start, length)
 
 
 def _by_reading(
   source: MappedFile, target: int, start: int, length: int
 ) -> int:
-  data = os.pread(source.fd, min(length, _BUFFER), start)
+  data = system.read_at(source.fd, min(length, _BUFFER), start)
   _write(target, data)
   return len(data)
 

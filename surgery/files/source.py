@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from surgery import errors
-from surgery.files import arrays
+from surgery.files import arrays, system
 from surgery.files.digest import Digester
 from surgery.model.checkpoint import (
   Leaf,
@@ -73,8 +73,7 @@ class MappedFile:
 
   def __init__(self, path: str | os.PathLike[str]) -> None:
     self.name = os.fsdecode(path)
-    # Without O_NONBLOCK to open a pipe would wait for its writer.
-    self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    self.fd = os.open(path, system.READ | system.NO_WAIT)
     weakref.finalize(self, os.close, self.fd)
     status = os.fstat(self.fd)
     if stat.S_ISDIR(status.st_mode):
