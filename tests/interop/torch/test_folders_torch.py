@@ -1,0 +1,147 @@
+"""Folders that we write, loaded by transformers, against models cut by torch."""
+
+import json
+
+import numpy as np
+import pytest
+
+import surgery
+
+torch = pytest.importorskip('torch', reason='torch is not installed here')
+transformers = pytest.importorskip(
+  'transformers', reason='transformers is not installed here'
+)
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+def loaded(folder, **options):
+  """The model in a folder; nothing of it is drawn, left over or of other sizes."""
+  config = json.loads((folder / 'config.json').read_text())
+  cls = getattr(transformers, config['architectures'][0])
+  model, said = cls.from_pretrained(folder, output_loading_info=True, **options)
+  for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
+    assert not said[what], (what, said[what])
+  return model.eval()
+
+
+def output(model):
+  with torch.no_grad():
+    if model.config.model_type == 'vit':
+      return model(torch.arange(192.0).reshape(1, 3, 8, 8) / 200).logits
+    ids = torch.tensor([[5, 7, 11, 2, 3]])
+    if model.config.model_type == 't5':
+      return model(ids, decoder_input_ids=ids[:, :3]).logits
+    found = model(ids)
+    return found.logits if hasattr(found, 'logits') else found[0]
+
+
+def close(expected, found):
+  np.testing.assert_allclose(
+    expected.float().numpy(), found.float().numpy(), rtol=1e-5, atol=1e-5
+  )
+
+
+def written(source, steps, **target):
+  out = source.with_name(f'{source.name}-out')
+  outputs = {'out': {'path': f'{out}/', **target}}
+  surgery.Recipe(steps, outputs=outputs).run(model=source)
+  return out
+
+
+LAYERS = {
+  'llama': 'model/layers', 'mistral': 'model/layers', 'qwen2': 'model/layers',
+  'qwen3': 'model/layers', 'gemma': 'model/layers', 'gemma2': 'model/layers',
+  'gemma3': 'model/layers', 'gpt2': 'transformer/h', 'bert': 'encoder/layer',
+  'bert-mlm': 'bert/encoder/layer', 'vit': 'vit/encoder/layer',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_a_model_without_a_layer(hf, name):
+  source = hf(name)
+  names = surgery.open(source)
+  # What is stored may be the model without its head.
+  place = LAYERS[name]
+  if not any(path[0] == place.split('/')[0] for path in names):
+    place = place.split('/', 1)[1]
+  out = written(source, [{'drop': f'{place}/0'}, {'renumber': f'{place}/<i>'}])
+  expected = loaded(source)
+  layers = (m for m in expected.modules() if isinstance(m, torch.nn.ModuleList))
+  del next(layers)[0]
+  close(output(expected), output(loaded(out)))
+
+
+@pytest.mark.parametrize('name', [*LAYERS, 't5'])
+def test_a_model_in_half_precision(hf, name):
+  source = hf(name)
+  out = written(source, [{'cast': 'bf16'}])
+  found = loaded(out, dtype='auto')
+  assert found.dtype == torch.bfloat16
+  close(output(loaded(source, dtype=torch.bfloat16)), output(found))
+
+
+@pytest.mark.parametrize('name', [*LAYERS, 't5'])
+def test_a_set_of_files(hf, name):
+  source = hf(name)
+  out = written(source, [], **{'shard-size': '8KB'})
+  assert (out / 'model.safetensors.index.json').exists()
+  close(output(loaded(source)), output(loaded(out)))
+
+
+@pytest.mark.parametrize('name', ['llama', 'qwen3', 'gemma', 't5'])
+def test_a_larger_vocabulary(hf, name):
+  source = hf(name)
+  table = 'shared/weight' if name == 't5' else '**/embed_tokens/weight'
+  selected = [table, 'lm_head/weight'] if name in ('llama', 'qwen3') else table
+  steps = [{'resize-vocab': {'select': selected, 'size': 48}}]
+  found = output(loaded(written(source, steps)))
+  assert found.shape[-1] == 48
+  close(output(loaded(source)), found[..., :40])
+
+
+@pytest.mark.parametrize('name', ['llama', 'mistral', 'qwen3'])
+def test_heads_less(hf, name):
+  source = hf(name)
+  size = json.loads((source / 'config.json').read_text())['head_dim']
+  # Of four heads with two keys the last two go, and with them their key.
+  cut = lambda what, axis, stop: {
+    'slice': {'select': f'**/{what}/weight', 'axis': axis, 'keep': f':{stop}'}
+  }
+  out = written(
+    source,
+    [
+      cut('q_proj', 0, 2 * size), cut('k_proj', 0, size),
+      cut('v_proj', 0, size), cut('o_proj', 1, 2 * size),
+    ],
+  )  # fmt: skip
+  found = loaded(out)
+  assert (2, 1) == (
+    found.config.num_attention_heads,
+    found.config.num_key_value_heads,
+  )
+  expected = loaded(source)
+  with torch.no_grad():
+    for layer in expected.model.layers:
+      layer.self_attn.o_proj.weight[:, 2 * size :] = 0
+  close(output(expected), output(found))
+
+
+def test_a_head_of_its_own(hf):
+  source = hf('gemma')
+  rule = 'model/embed_tokens/weight -> lm_head/weight'
+  out = written(
+    source, [{'untie': rule}, {'scale': {'select': 'lm_head', 'by': 2.0}}]
+  )
+  close(2 * output(loaded(source)), output(loaded(out)))
+
+
+def test_maps_there_and_back_are_the_model(hf, tmp_path):
+  for name, one in (('llama', 'llama-flax'), ('bert', 'bert-blox')):
+    source = hf(name)
+    tree = tmp_path / f'{name}.msgpack'
+    surgery.Recipe([{'map': one}]).run(model=source, out=tree)
+    out = tmp_path / f'{name}-again'
+    outputs = {'out': {'path': f'{out}/', 'like': str(source)}}
+    surgery.Recipe([{'map': one}], outputs=outputs).run(model=tree)
+    close(output(loaded(source)), output(loaded(out)))
