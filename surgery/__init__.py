@@ -240,4 +240,5 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-  return sorted([*globals(), *__all__])
+  # What is imported here is no part of the library's names.
+  return sorted({*__all__, *(n for n in globals() if n.startswith('__'))})

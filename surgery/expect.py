@@ -71,7 +71,7 @@ def wrong(
   name = _name(verb)
   return errors.SurgeryError(
     f'{name}: expected {expected}, found {type(value).__name__}. '
-    f'Write surgery.{name}({_arguments(verb)}).'
+    f'Write surgery.{name}({arguments(verb)}).'
   )
 
 
@@ -80,8 +80,8 @@ def _name(verb: Callable[..., Any]) -> str:
   return 'open' if verb.__name__ == 'open_checkpoint' else verb.__name__
 
 
-def _arguments(verb: Callable[..., Any]) -> str:
-  """Returns the arguments of a public function that have to be given."""
+def arguments(verb: Callable[..., Any]) -> str:
+  """Returns the arguments of a function that have to be given, as text."""
   parameters = inspect.signature(verb).parameters.values()
   required = [
     p.name if p.kind is not p.KEYWORD_ONLY else f'{p.name}=…'

@@ -198,3 +198,39 @@ def test_a_pool_of_processes_reports_errors_and_answers():
         assert 12 == caught.value.offset
     there = pool.submit(answered, adapted, x).result()
   np.testing.assert_array_equal(np.asarray(layer(adapted, x)[0]), there)
+
+
+def layer(params, x):
+  return x @ params['net', 'kernel'].value
+
+
+def made(strict):
+  return surgery.factored(layer, strict=strict)
+
+
+@pytest.mark.parametrize(
+  'passed',
+  [lambda f: pickle.loads(pickle.dumps(f)), copy.copy, copy.deepcopy],
+)
+def test_a_factored_function_goes_where_its_model_goes(passed):
+  fast = passed(made(True))
+  params = bx.Params()
+  params['net', 'kernel'] = bx.Param(jnp.eye(3))
+  x = jnp.arange(6.0).reshape(2, 3)
+  assert np.array_equal(x, fast(params, x))
+  assert 'layer' == fast.__name__
+
+
+def test_a_factored_function_comes_out_of_a_pool():
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    fast = pool.submit(made, True).result()
+  assert fast.__wrapped__ is layer
+
+
+def test_a_factored_function_is_a_method_of_its_class():
+  class Owner:
+    call = surgery.factored(lambda self, params, x: (self, x))
+
+  owner = Owner()
+  assert owner is owner.call(bx.Params(), 1.0)[0]

@@ -52,3 +52,10 @@ def test_annotations_are_there_at_run_time(function):
   parameters = list(inspect.signature(function).parameters)
   given = [n for n in parameters if n not in ('self', 'cls')]
   assert {*given, 'return'} == hints.keys()
+
+
+def test_dir_has_the_public_names_once_and_nothing_private():
+  names = dir(surgery)
+  assert len(set(names)) == len(names)
+  assert [] == [n for n in names if n.startswith('_') and not n.endswith('__')]
+  assert set(surgery.__all__) == {n for n in names if not n.startswith('__')}

@@ -337,11 +337,17 @@ def weights_of(
     value = fetch(spec.path)
     found = stack_of(spec.path, value.shape, spec.shape)
     if found != stack:
+      many = (
+        'If they are many adapters (surgery.stack_adapters), say by '
+        'surgery.route which row of an input has which, and call '
+        'surgery.factored(model). Otherwise map'
+        if found > stack
+        else 'Map'
+      )
       raise errors.SiteError(
         f'{paths.show(spec.path)} has {found} stacked axes, '
-        f"{paths.show(where)} has {stack}. Map, scan or stack an adapter's "
-        'weights along with the parameter that it rewrites, or say by '
-        'surgery.route which row of an input has which of many adapters.'
+        f"{paths.show(where)} has {stack}. {many}, scan or stack an adapter's "
+        'weights along with the parameter that it rewrites.'
       )
     weights[weight] = value
   for weight, spec in shared.items():

@@ -58,23 +58,46 @@ def check_order(records: Records, names: Sequence[str]) -> None:
         )
 
 
-def check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
-  """Raises unless all that an adapter rewrites and needs is there.
+def check_whole(
+  checkpoint: Checkpoint, record: AdapterRecord, done: str = 'merged'
+) -> None:
+  """Raises unless all that one adapter rewrites and needs is there.
+
+  Args:
+    checkpoint: the model.
+    record: the adapter.
+    done: what is to be done with it, for messages.
 
   Raises:
-    AdapterError: naming what is missing.
+    AdapterError: naming what is missing, or if it holds several adapters.
   """
-  rewritten = [
-    (*one.site.layer, spec.name)
-    for one in record.sites.values()
-    for spec in one.site.params
-  ]
-  for path in (*rewritten, *record.saved, *record.weight_paths()):
+  for path in record.needed():
     if path not in checkpoint:
       raise errors.AdapterError(
-        f'{paths.show(path)}: adapter {record.name!r} cannot be merged without '
+        f'{paths.show(path)}: adapter {record.name!r} cannot be {done} without '
         'it. Put the halves that split() made together first: a.merge(b).'
       )
+  if record.route or _is_stacked(checkpoint, record):
+    raise errors.AdapterError(
+      f'adapter {record.name!r} holds several adapters, since '
+      f'surgery.stack_adapters: stacked adapters cannot be {done}, as a layer '
+      'has one parameter for all of them. Take the params of one adapter, as '
+      'they were before they were stacked.'
+    )
+
+
+def _is_stacked(checkpoint: Checkpoint, record: AdapterRecord) -> bool:
+  """Whether weights have an axis that the parameter does not have."""
+  for path, one in record.sites.items():
+    stack = _rank(checkpoint, path) - len(one.site.primary.shape)
+    for spec in one.weights.values():
+      if _rank(checkpoint, spec.path) - len(spec.shape) > stack:
+        return True
+  return False
+
+
+def _rank(checkpoint: Checkpoint, path: Path) -> int:
+  return len(checkpoint[path].shape or ())
 
 
 def fold(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -168,6 +169,19 @@ def _widened(value: Any, annotation: Any) -> Any:
   return float(value) if annotation is float else value
 
 
+def _plain(value: Any) -> Any:
+  """Returns a scalar of numpy as the number, or text, of Python that it is.
+
+  Exactly that one: `np.float32(0.1)` is 0.10000000149011612.
+  """
+  if isinstance(value, tuple):
+    return tuple(map(_plain, value))
+  numpy = sys.modules.get('numpy')  # Nobody has a scalar of it otherwise.
+  if numpy is not None and isinstance(value, numpy.generic):
+    return value.item()
+  return value
+
+
 def _finite(value: Any) -> bool:
   if isinstance(value, tuple):
     return all(map(_finite, value))
@@ -178,19 +192,20 @@ def check(cls: type, key: str, value: Any) -> Any:
   """Returns an option's value if it has its type and lies in its range.
 
   An integer becomes a float where the option is one, so that `alpha=8` and
-  `alpha=8.0` are one configuration.
+  `alpha=8.0` are one configuration; a scalar of numpy becomes Python's.
 
   Raises:
     ConfigError: naming the adapter type, the option, what was expected and
       what was found.
   """
   annotation = _hints(cls)[key]
-  if not _conforms(value, annotation):
+  plain = _plain(value)
+  if not _conforms(plain, annotation):
     raise errors.ConfigError(
       f'{_where(cls, key)}: expected {type_name(annotation)}, found '
       f'{value!r} ({type(value).__name__}).'
     )
-  value = _widened(value, annotation)
+  value = _widened(plain, annotation)
   if not _finite(value):
     raise errors.ConfigError(
       f'{_where(cls, key)}: expected a finite number, found {value!r}.'

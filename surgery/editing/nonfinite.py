@@ -63,6 +63,7 @@ def checked(
   inputs: Sequence[np.ndarray] = (),
   start: Sequence[int] = (),
   nonfinite: NonFinite = 'refuse',
+  option: bool = True,
 ) -> np.ndarray:
   """Returns a result, unless it is NaN or infinite where no input is.
 
@@ -76,6 +77,7 @@ def checked(
     inputs: what it was computed from.
     start: index of the block's first element.
     nonfinite: `'allow'` returns every result.
+    option: whether the step has an option `nonfinite`, to be named.
 
   Raises:
     CastError: naming the first such number.
@@ -94,10 +96,10 @@ def checked(
   first = np.unravel_index(int(np.argmax(bad)), bad.shape)
   offset = (*start, *[0] * (bad.ndim - len(start)))
   index = [int(a) + b for a, b in zip(first, offset, strict=True)]
+  advice = ' To write it all the same, give nonfinite: allow.' if option else ''
   raise errors.CastError(
     f'{verb}: {paths.show(path)}: the result at index {index} is '
-    f'{_reason(block[first], after, first, inputs)} To write it all the same, '
-    'give nonfinite: allow.'
+    f'{_reason(block[first], after, first, inputs)}{advice}'
   )
 
 

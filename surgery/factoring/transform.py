@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import operator
+import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
+import blox as bx
 import jax
 import numpy as np
 
@@ -17,6 +18,7 @@ from surgery.adapting import compute
 from surgery.factoring import fallback
 from surgery.factoring.views import Misrouted
 from surgery.factoring.walking import DropoutLost, Kind, Note, Walk, makes
+from surgery.live import adoption
 from surgery.live import params as live
 from surgery.live.stashed import Stash
 from surgery.naming import paths
@@ -84,10 +86,51 @@ def factored(model: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
     fast = surgery.factored(model)
     grads = jax.grad(lambda p, x: loss(fast(p, x)[0]))(params, x)
   """
-  signature = inspect.signature(expect.model(model, factored))
-  seen: fallback.Seen = set()
+  expect.model(model, factored)
+  return _Factored(model, strict)
 
-  def call(*args: Any, **kwargs: Any) -> Any:
+
+class _Factored(Generic[P, R]):
+  """A model in which low-rank parameters stay factored.
+
+  An object rather than a function, so that it goes to another process where
+  the model does.
+  """
+
+  __wrapped__: Callable[P, R]
+
+  def __init__(self, model: Callable[P, R], strict: bool) -> None:
+    functools.update_wrapper(self, model, updated=())  # type: ignore[arg-type]
+    self.__wrapped__ = model
+    self.__name__ = getattr(model, '__name__', type(model).__name__)
+    self._signature = inspect.signature(model)
+    self._strict = strict
+    self._seen: fallback.Seen = set()
+
+  def __repr__(self) -> str:
+    return f'surgery.factored({self.__wrapped__!r})'
+
+  def __get__(self, instance: Any, owner: Any = None) -> Any:
+    # As the attribute of a class it is a method, like the function it wraps.
+    return self if instance is None else types.MethodType(self, instance)
+
+  def __reduce__(self) -> Any:
+    # What was warned of here was not warned of there.
+    return _Factored, (self.__wrapped__, self._strict)
+
+  def __copy__(self) -> _Factored[P, R]:
+    return self
+
+  def __deepcopy__(self, memo: Any) -> _Factored[P, R]:
+    return self
+
+  def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    return self._called(args, kwargs)  # type: ignore[no-any-return]
+
+  def _called(self, args: Any, kwargs: Any) -> Any:
+    model, signature = self.__wrapped__, self._signature
+    strict, seen = self._strict, self._seen
+    _check_params(model, signature, args, kwargs)
     drops = any(map(_counters, _all_params((args, kwargs))))
     if drops:
       drops, kwargs = _training(signature, args, kwargs)
@@ -142,9 +185,44 @@ def factored(model: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
     fallback.report(lost, strict=strict, seen=seen)
     return result
 
-  with contextlib.suppress(AttributeError, TypeError):
-    functools.update_wrapper(call, model, updated=())
-  return call
+
+def _check_params(
+  model: Callable[..., Any],
+  signature: inspect.Signature,
+  args: Any,
+  kwargs: dict[str, Any],
+) -> None:
+  """Raises if params are not where they belong, or have lost adapters.
+
+  Raises:
+    SurgeryError: if another argument stands in the place of params.
+    AdapterError: for weights of an adapter that is not on record.
+  """
+  found = [
+    value
+    for value in _nodes((args, kwargs), bx.Params)
+    if isinstance(value, bx.Params)
+  ]
+  with errors.within('factored'):
+    adoption.refuse_lost(found)
+  try:
+    given = signature.bind(*args, **_arguments(signature, kwargs)).arguments
+  except TypeError:
+    return  # The model says what it takes.
+  place = 'params' if 'params' in given else next(iter(given), '')
+  if place != 'params' and not _is_layer(model):
+    return  # Any argument of a function may hold params.
+  if found and place and not _nodes(given[place], bx.Params):
+    raise errors.SurgeryError(
+      f'factored: expected bx.Params as {place!r}, found '
+      f'{type(given[place]).__name__}, and params in another place. Call the '
+      f'factored model as the model: fast({expect.arguments(model)}).'
+    )
+
+
+def _is_layer(model: Callable[..., Any]) -> bool:
+  """Whether a model is a module or a method of one, which take params first."""
+  return isinstance(getattr(model, '__self__', model), bx.Module)
 
 
 def _flattened(tree: Any) -> tuple[list[Any], Any]:
@@ -332,14 +410,20 @@ def _gives_low_rank(params: live.AdaptedParams, path: paths.Path) -> bool:
 # Dropout.
 
 
-def _all_params(tree: Any) -> Iterator[live.AdaptedParams]:
-  is_params = lambda value: isinstance(value, live.AdaptedParams)
+def _nodes(tree: Any, kind: type) -> list[Any]:
+  """Returns the objects of a class in a pytree, or among arguments."""
+  is_one = lambda value: isinstance(value, kind)
   try:
-    leaves = jax.tree.leaves(tree, is_leaf=is_params)
+    leaves = jax.tree.leaves(tree, is_leaf=is_one)
   except (TypeError, ValueError):
-    args, kwargs = tree  # Some argument is no pytree.
+    # Some argument is no pytree.
+    args, kwargs = tree if isinstance(tree, tuple) else ((tree,), {})
     leaves = [*args, *kwargs.values()]
-  yield from filter(is_params, leaves)
+  return [leaf for leaf in leaves if is_one(leaf)]
+
+
+def _all_params(tree: Any) -> Iterator[live.AdaptedParams]:
+  yield from _nodes(tree, live.AdaptedParams)
 
 
 def _counters(params: live.AdaptedParams) -> list[paths.Path]:

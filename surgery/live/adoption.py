@@ -8,7 +8,7 @@ are an adapter like any other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import blox as bx
@@ -60,13 +60,36 @@ def adapter_of(param: bx.Param) -> Adapter:
   return _TYPES[said['type']].from_config(said['config'])
 
 
-def _orphans(params: bx.Params) -> list[tuple[Path, bx.Param]]:
+_Found = list[tuple[Path, bx.Param]]
+
+
+def _orphans(params: bx.Params) -> _Found:
   owned = live.records_of(params).owned
   return [
     (path, param)
     for path, param in params.items()
     if path not in owned and described.owner_of(param)
   ]
+
+
+def refuse_lost(many: Iterable[bx.Params]) -> None:
+  """Raises unless the weights of adapters are on record.
+
+  Args:
+    many: params that are used together; what is on record in one of them, as
+      in a half that `split()` made, is not lost.
+
+  Raises:
+    AdapterError: naming a weight whose record is lost.
+  """
+  many = list(many)
+  owned: set[Path] | None = None
+  for params in many:
+    for path, param in _lost(_orphans(params)):
+      if owned is None:
+        owned = {path for one in many for path in live.records_of(one).owned}
+      if path not in owned:
+        _refuse([(path, param)])
 
 
 def adopted(params: bx.Params) -> bx.Params:
@@ -78,16 +101,7 @@ def adopted(params: bx.Params) -> bx.Params:
   orphans = _orphans(params)
   if not orphans:
     return params
-  lost = [(path, param) for path, param in orphans if TAG not in param.metadata]
-  if lost:
-    path, param = lost[0]
-    raise errors.AdapterError(
-      f'{paths.show(path)}: a weight of adapter '
-      f'{described.owner_of(param)!r} whose '
-      'record is not in these params: the model would go on unadapted. Records '
-      'are lost by plain.merge(adapted); write adapted.merge(plain), or load '
-      'the adapter with surgery.load_adapter.'
-    )
+  _refuse(_lost(orphans))
   by_site: dict[tuple[str, Path], dict[str, bx.Param]] = {}
   for path, param in orphans:
     said = param.metadata[TAG]
@@ -97,6 +111,22 @@ def adopted(params: bx.Params) -> bx.Params:
   for (name, site_path), weights in by_site.items():
     records = _with_site(records, name, site_path, weights)
   return live.with_records(params, records)
+
+
+def _lost(orphans: _Found) -> _Found:
+  # A layer that makes its own weights tags them with what a record says.
+  return [(path, param) for path, param in orphans if TAG not in param.metadata]
+
+
+def _refuse(lost: _Found) -> None:
+  for path, param in lost:
+    owner = described.owner_of(param)
+    raise errors.AdapterError(
+      f'{paths.show(path)}: a weight of adapter {owner!r} whose '
+      'record is not in these params: the model would go on unadapted. Records '
+      'are lost by plain.merge(adapted); write adapted.merge(plain), or load '
+      'the adapter with surgery.load_adapter.'
+    )
 
 
 def site_record(

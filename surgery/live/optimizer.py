@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from surgery import errors
-from surgery.live import described
+from surgery.live import adoption, described
 from surgery.live import params as live
 from surgery.naming import paths
 from surgery.naming.paths import Path
@@ -104,6 +104,8 @@ def optimizer(tx: Any, params: Any) -> Any:
       f'{type(tx).__name__} and {type(params).__name__}.'
     )
   inner = optax.with_extra_args_support(tx)
+  with errors.within('optimizer'):
+    adoption.refuse_lost(_all_params(params))
   plan = [trained(one) for one in _all_params(params)]
   if not any(plan):
     raise errors.SurgeryError(

@@ -155,6 +155,8 @@ class AdaptedParams(bx.Params):
     rng: Any = None,
   ) -> tuple[Any, bx.Params]:
     self._refuse_owned(path)
+    if path not in self._data:
+      self._refuse_half(path)
     value, params = super()._get(
       path, shape, init, dtype, trainable, metadata, rng
     )
@@ -191,6 +193,23 @@ class AdaptedParams(bx.Params):
         f'{paths.show(path)}: a layer asks for this parameter, and it is a '
         f'weight of adapter {owner!r}. Attach the adapter under another '
         'name=.'
+      )
+
+  def _refuse_half(self, path: Path) -> None:
+    """Raises if a parameter is missing since these params are a half.
+
+    A layer would make it anew in params that are not locked.
+
+    Raises:
+      AdapterError: naming the parameter.
+    """
+    records = self._records
+    # Before initialisation is over something is missing all the time.
+    if not records.pending and missing_of(self):
+      raise errors.AdapterError(
+        f'{paths.show(path)}: the model asks for this parameter, and these '
+        'params are a half that split() made, without it. Put the halves '
+        'together before calling the model: half.merge(rest).'
       )
 
   def _answered(self, path: Path, value: Any, without: str = '') -> Any:
@@ -390,6 +409,16 @@ def _united(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     if key in a or key in b
   }
   return {**b, **a, **both}
+
+
+def missing_of(params: bx.Params) -> list[Path]:
+  """Returns what adapters need and params lack, as halves of params do."""
+  return [
+    path
+    for record in records_of(params).adapters
+    for path in record.needed()
+    if path not in params
+  ]
 
 
 def records_of(params: bx.Params) -> Records:

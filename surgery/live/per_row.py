@@ -66,9 +66,12 @@ def _with(
     for n, spec in adapter.shared.items()
     if n != ROUTE
   }
-  index = None
+  index, many = None, 0
   if adapter.route is not None:
     index = fetch(adapter.route.path)
+    many = min(
+      (w.shape[stack] for w in weights.values() if w.ndim > stack), default=0
+    )
     weights = {
       n: _picked(w, index, record.weights[n].shape, stack, path)
       for n, w in weights.items()
@@ -106,9 +109,7 @@ def _with(
   with compute.as_written(v.dtype for v in (value, *weights.values())):
     a, b = factors(weights, value)
   if index is not None:
-    # No adapter: the base alone.
-    off = (index < 0).reshape((-1, *[1] * (b.ndim - 1)))
-    b = jnp.where(off, jnp.zeros((), b.dtype), b)
+    a, b = (_chosen(factor, index, many) for factor in (a, b))
   ins = len(record.site.param(path[-1]).in_shape)
   front = tuple(range(stack))
   whole = tuple(range(value.ndim))
@@ -137,6 +138,23 @@ def _picked(
       f'shape {("many", *core)} at a site, found {tuple(weight.shape)}. Put '
       'them together by surgery.stack_adapters.'
     )
-  # What lies outside is NaN, so that it is seen.
-  taken = jnp.take(weight, jnp.maximum(index, 0), axis=stack, mode='fill')
+  # `_chosen` overwrites the rows for which this takes a neighbour's.
+  taken = jnp.take(weight, index, axis=stack, mode='clip')
   return jnp.moveaxis(taken, stack, 0)
+
+
+def _chosen(factor: Any, index: Any, many: int) -> Any:
+  """Returns a factor of rows that have the adapter that the index names.
+
+  Args:
+    factor: the rows' factors, the axis of rows in front.
+    index: the number of an adapter for each row; -1 is the base alone, and its
+      row is zero. Of any other number that is none, the row is NaN, so that it
+      is seen: a traced index cannot be refused.
+    many: how many adapters there are.
+  """
+  rows = (-1, *[1] * (factor.ndim - 1))
+  base = (index == -1).reshape(rows)
+  known = ((index >= 0) & (index < many)).reshape(rows)
+  number = lambda value: jnp.asarray(value, factor.dtype)
+  return jnp.where(known, factor, jnp.where(base, number(0), number(jnp.nan)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import blox as bx
@@ -80,6 +80,14 @@ def stack_adapters(
     routed = surgery.route(params, jnp.array([2, 0, 0, 1]))
     y, _ = surgery.factored(model)(routed, x)  # x: four rows
   """
+  if isinstance(many, (bx.Params, Mapping, str)) or not isinstance(
+    many, Iterable
+  ):
+    raise errors.AdapterError(
+      'stack_adapters: expected a list of params, each with the adapter, found '
+      f'{type(many).__name__}. Write surgery.stack_adapters([first, second]).'
+    )
+  many = list(many)
   if not many:
     raise errors.AdapterError('stack_adapters: expected at least one params.')
   whole = [_params(one, 'stack_adapters') for one in many]
@@ -150,12 +158,49 @@ def _check_alike(
       f'{", ".join(ours)}. Attach them in one order.'
     )
   for name in ours:
-    if other.records.get(name).digest != first.records.get(name).digest:
+    mine, yours = first.records.get(name), other.records.get(name)
+    if mine.digest != yours.digest:
+      differ = next(_differences(mine, yours))
       raise errors.AdapterError(
         f'stack_adapters: adapter {name!r} of params {number} differs from '
-        "the first one's in type, configuration, state or sites. Only "
-        'adapters that are alike can be stacked.'
+        f"the first one's: {differ}. Only adapters that are alike can be "
+        'stacked.'
       )
+
+
+def _differences(first: AdapterRecord, other: AdapterRecord) -> Iterator[str]:
+  """Yields in what two adapters differ, in words, the plainest first."""
+  mine, yours = first.adapter, other.adapter
+  if type(mine) is not type(yours):
+    yield f'its type is {yours.name!r} instead of {mine.name!r}'
+  options = mine.config(), yours.config()
+  changed = [
+    f'{key} is {options[1].get(key)!r} instead of {options[0].get(key)!r}'
+    for key in {**options[0], **options[1]}
+    if options[0].get(key) != options[1].get(key)
+  ]
+  if changed:
+    yield ', '.join(changed)
+  if first.enabled != other.enabled:
+    yield f'it is {"enabled" if other.enabled else "disabled"}'
+  for path in (*first.sites, *other.sites):
+    if path not in first.sites or path not in other.sites:
+      has = '' if path in other.sites else 'not '
+      yield f'it is {has}attached to {paths.show(path)}'
+  for path, one in first.sites.items():
+    shapes = [
+      {name: spec.shape for name, spec in site.weights.items()}
+      for site in (one, other.sites[path])
+    ]
+    for name in {**shapes[0], **shapes[1]}:
+      if shapes[0].get(name) != shapes[1].get(name):
+        yield (
+          f'{name} of {paths.show(path)} has the shape {shapes[1].get(name)} '
+          f'instead of {shapes[0].get(name)}'
+        )
+    if one.digest != other.sites[path].digest:
+      yield f'the parameter {paths.show(path)} is another'
+  yield 'it is in another state'
 
 
 def _check_base(
@@ -264,8 +309,8 @@ def route(
 
   Args:
     params: params with stacked adapters, see `stack_adapters`.
-    index: integers of shape `(rows,)`; -1 is the base alone. One beyond the
-      last adapter gives NaN where it is traced.
+    index: integers of shape `(rows,)`; -1 is the base alone. Any other number
+      that is no adapter's is an error, and gives NaN where it is traced.
     names: the adapters that are meant; all by default.
 
   Returns:
@@ -277,7 +322,9 @@ def route(
       weights are not stacked.
   """
   params = _params(params, 'route')
-  index = jnp.asarray(index)
+  # Not JAX's array at once: that would narrow what numpy has in 64 bits.
+  of_jax = any(isinstance(i, jax.Array) for i in jax.tree.leaves(index))
+  index = jnp.asarray(index) if of_jax else np.asarray(index)
   if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
     raise errors.AdapterError(
       'route: expected an index of integers of shape (rows,), found '
@@ -291,11 +338,19 @@ def route(
     spec = WeightSpec(path, tuple(index.shape), 'int32', False)
     shared = {**record.shared, ROUTE: spec}
     records = records.replace(dataclasses.replace(record, shared=shared))
-    param = bx.Param(index.astype('int32'), False, {'adapter': name})
+    param = bx.Param(_narrowed(index), False, {'adapter': name})
     result = live.with_param(result, path, param)
   routed = live.with_records(result, records)
   assert isinstance(routed, live.AdaptedParams)
   return routed
+
+
+def _narrowed(index: Any) -> Any:
+  """Returns an index as int32; what is no adapter's number stays none's."""
+  own, wide = jnp.iinfo(index.dtype), jnp.iinfo('int32')
+  # A cast alone would make -1, or the number of an adapter, of large ones.
+  least, most = max(own.min, wide.min), min(own.max, wide.max)
+  return jnp.asarray(index).clip(least, most).astype('int32')
 
 
 def _check(

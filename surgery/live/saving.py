@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import blox as bx
@@ -15,7 +16,7 @@ from surgery.live import adoption, checkpoints
 from surgery.live import params as live
 from surgery.model import layers, manifest
 from surgery.model.checkpoint import open_checkpoint
-from surgery.naming import selectors
+from surgery.naming import paths, selectors
 from surgery.naming.selection import Selection
 from surgery.passes import extract
 
@@ -48,15 +49,34 @@ def save(
     FormatError: for a value or metadata that a file cannot hold.
     AdapterError: if an adapter has matched nothing yet.
     FileExistsError: if the file exists and `overwrite` is False.
+
+  Warns:
+    UserWarning: if params are a half that `split()` made.
   """
   host = host or default_host()
   expect.path(path, save)
   params = _settled(expect.params(params, save))
+  _warn_of_half(params, f'save: the params for {path}')
   checkpoint = checkpoints.to_tensors(checkpoints.to_checkpoint(params))
   said = checkpoint.resolved(host)
   if graph is not None:
     said = said.replace(layer_types=layers.of_graph(graph))
   checkpoint.replace(manifest=said).write(path, overwrite=overwrite, host=host)
+
+
+def _warn_of_half(params: bx.Params, what: str) -> None:
+  """Warns if params lack some of what their adapters need."""
+  missing = live.missing_of(params)
+  if missing:
+    more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
+    warnings.warn(
+      f'{what} are a half that split() made: {paths.show(missing[0])}{more} '
+      'that an adapter needs are not in them, and no model can use them alone. '
+      'Put the halves together, half.merge(rest); to save an adapter without '
+      'its base, call surgery.save_adapter with all params.',
+      UserWarning,
+      stacklevel=4,
+    )
 
 
 def _settled(params: Any) -> bx.Params:
@@ -90,6 +110,9 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
   Raises:
     FormatError: if the file is not what it should be.
     UnknownAdapterType: if an adapter's type is not installed.
+
+  Warns:
+    UserWarning: if the file holds a half that `split()` made.
   """
   host = host or default_host()
   checkpoint = open_checkpoint(expect.path(path, load), host=host)
@@ -100,6 +123,7 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
   params = checkpoints.to_params(checkpoints.from_tensors(checkpoint), host)
   said = checkpoint.manifest.replace(adapters=(), trees={})
   notes = {**live.notes_of(params), 'manifest': said}
+  _warn_of_half(params, f'load: the params in {path}')
   return live.with_records(params, live.records_of(params), notes)
 
 

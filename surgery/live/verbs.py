@@ -843,6 +843,8 @@ def trainable_mask(params: Params) -> bx.Params:
     Params of the same structure with a bool for every array.
   """
   expect.params(params, trainable_mask)
+  with errors.within('trainable_mask'):
+    adoption.refuse_lost([params])
   idle = live.records_of(params).idle
   data = {}
   for path, param in params.items():

@@ -338,6 +338,14 @@ class AdapterRecord:
     """Returns the paths of all weights that the adapter added."""
     return [spec.path for _, spec in self.weights()]
 
+  def needed(self) -> Iterator[Path]:
+    """Yields what has to be there to use the adapter: bases and weights."""
+    for record in self.sites.values():
+      for spec in record.site.params:
+        yield (*record.site.layer, spec.name)
+    yield from self.saved
+    yield from self.weight_paths()
+
 
 Chain = tuple[tuple[AdapterRecord, SiteRecord], ...]
 # The shared weight that says which row of an input has which of many adapters.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery import errors
-from surgery.adapting import attachment, compute
+from surgery.adapting import attachment, compute, merged
 from surgery.adapting.beneath import handles_adapters
 from surgery.contract.lowrank import LowRank
 from surgery.editing import devices, following, nonfinite
@@ -75,12 +75,20 @@ def combine_adapters(
   Raises:
     AdapterError: for an unknown name, or a type that does not add.
     ConfigError: for a density or rank that cannot be.
+    SiteError: for weights with NaN or infinity, when leaves are loaded.
 
   Example:
     combine-adapters: {weights: {a: 0.7, b: 0.3}, method: ties, density: 0.5}
   """
   records = following.settled(checkpoint, 'combine', host)
+  if not isinstance(weights, Mapping):
+    raise errors.ConfigError(
+      "expected weights by adapter, as {'a': 0.7, 'b': 0.3}, found "
+      f'{type(weights).__name__}.'
+    )
   chosen = [_checked(records.get(one)) for one in weights]
+  for record in chosen:
+    merged.check_whole(checkpoint, record, 'combined')
   _check(weights, method, density, rank)
   shapes: dict[Path, SiteRecord] = {}
   for record in chosen:
@@ -252,7 +260,9 @@ class _Combined:
       wide = self._held.pop(number)
       with np.errstate(all='ignore'):
         factor = wide.astype(np.float32)
-      nonfinite.checked(wide, factor, self._path, 'combine-adapters')
+      nonfinite.checked(
+        wide, factor, self._path, 'combine-adapters', option=False
+      )
       return factor.reshape(like.shape or ())
 
     return like.replace(load=load, heavy=True)
@@ -325,7 +335,32 @@ class _Combined:
     with devices.beside(*found.values()):
       plain = {n: compute.widened(jnp.asarray(w)) for n, w in found.items()}
       result = one(plain)
+    self._check_finite(adapter, found, result)
     return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
+
+  def _check_finite(
+    self, adapter: AdapterRecord, weights: Mapping[str, Any], update: Any
+  ) -> None:
+    """Raises if an update cannot be combined with others.
+
+    Methods compare and decompose numbers, and NaN is lost or fails there.
+
+    Raises:
+      SiteError: naming the weight that is to blame.
+    """
+    specs = {**adapter.sites[self._path].weights, **adapter.shared}
+    for name, value in weights.items():
+      if not compute.finite(value):
+        raise errors.SiteError(
+          f'{paths.show(self._path)}: weight {paths.show(specs[name].path)} of '
+          f'adapter {adapter.name!r} has NaN or infinity, so its update cannot '
+          'be combined. Mend the adapter, or leave it out.'
+        )
+    if not all(map(compute.finite, jax.tree.leaves(update))):
+      raise errors.SiteError(
+        f'{paths.show(self._path)}: the weights of adapter {adapter.name!r} '
+        'are finite, and the update that it makes of them is not. Leave it out.'
+      )
 
 
 def _rank(site: SiteRecord, adapter: AdapterRecord) -> int:

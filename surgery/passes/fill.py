@@ -223,7 +223,9 @@ def random(
         values = values * np.float32(scale) + np.float32(mean)
       after = rounding.rounded(values, name)
       start = [cut.start for cut in region]
-      return nonfinite.checked(values, after, path, 'random', start=start)
+      return nonfinite.checked(
+        values, after, path, 'random', start=start, option=False
+      )
 
     return regions.computed(
       Leaf(lambda: None, sizes, name), sizes, block, [], anywhere=False

@@ -1,5 +1,10 @@
 """Options of an adapter type: checks that an author cannot switch off."""
 
+import json
+from typing import Any
+
+import ml_dtypes
+import numpy as np
 import pytest
 
 import surgery
@@ -154,3 +159,70 @@ def test_a_class_that_says_what_nobody_reads_is_refused(said, message):
 def test_what_is_a_types_own_is_not_mistaken():
   members = {'name': 'own', 'scale': 3, '_rewrite': 1, 'merge': None}
   assert 8 == type('Own', (Silent,), members)().rank
+
+
+class Mixed(surgery.Adapter):
+  """Has options of all kinds."""
+
+  name = 'mixed'
+  flag: bool = False
+  text: str = ''
+  number: float | None = None
+  sizes: tuple[int, ...] = ()
+
+  def init(self, site, key):
+    return {}
+
+  def apply(self, site, name, base, weights):
+    return base
+
+
+@pytest.mark.parametrize(
+  ('option', 'value', 'expected'),
+  [
+    ('flag', np.bool_(True), True),
+    ('text', np.str_('a'), 'a'),
+    ('number', np.float64(0.1), 0.1),
+    ('number', np.float32(0.1), 0.10000000149011612),
+    ('number', np.float16(0.5), 0.5),
+    ('number', ml_dtypes.bfloat16(0.25), 0.25),
+    ('number', np.int8(3), 3.0),
+    ('sizes', (np.int64(2), np.uint8(3), 4), (2, 3, 4)),
+  ],
+)
+def test_scalars_of_numpy_are_those_of_python(option, value, expected):
+  alone = getattr(Mixed(**{option: value}), option)
+  ((_, ((_, by_pattern),)),) = Mixed(patterns={'a': {option: value}}).patterns
+  for found in (alone, by_pattern):
+    assert expected == found
+    kinds = [type(v) for v in (found if isinstance(found, tuple) else [found])]
+    assert all(kind.__module__ == 'builtins' for kind in kinds)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'rank': np.float32(4)}, r'expected int, found np.float32\(4.0\)'),
+    ({'rank': np.bool_(True)}, 'expected int, found np.True_'),
+    ({'rank': np.int64(0)}, 'expected a value >= 1, found 0'),
+    ({'rank': np.array(4)}, 'expected int, found array'),
+    ({'alpha': np.float32('nan')}, 'expected a finite number, found nan'),
+    ({'alpha': np.complex64(1)}, 'expected float'),
+  ],
+)
+def test_scalars_of_numpy_are_checked(options, message):
+  with pytest.raises(surgery.ConfigError, match=message):
+    Silent(**options)
+
+
+def test_a_configuration_of_numpy_is_that_of_python():
+  given: dict[str, Any] = {
+    'rank': np.int64(4),
+    'alpha': np.float32(8),
+    'rslora': np.bool_(1),
+  }
+  one = surgery.LoRA(**given)
+  other = surgery.LoRA(rank=4, alpha=8.0, rslora=True)
+  assert other == one
+  assert hash(other) == hash(one)
+  assert json.dumps(other.config()) == json.dumps(one.config())

@@ -45,6 +45,29 @@ LORA = surgery.LoRA(rank=1)
       'Write surgery.save(path, params).',
     ),
     (
+      lambda p: surgery.stack_adapters(p),
+      'stack_adapters: expected a list of params, each with the adapter, found '
+      'AdaptedParams. Write surgery.stack_adapters([first, second]).',
+    ),
+    (
+      lambda p: surgery.stack_adapters({'a': p}),
+      'stack_adapters: expected a list of params, each with the adapter, found '
+      'dict. Write surgery.stack_adapters([first, second]).',
+    ),
+    (
+      lambda p: surgery.factored(model)(X, p),
+      "factored: expected bx.Params as 'params', found ArrayImpl, and params in "
+      'another place. Call the factored model as the model: fast(params, x).',
+    ),
+    (
+      lambda p: surgery.factored(
+        bx.Linear(bx.Graph('a').child('b'), 3, None).__call__
+      )(X, p),
+      "factored: expected bx.Params as 'params', found ArrayImpl, and params in "
+      'another place. Call the factored model as the model: '
+      'fast(params, inputs).',
+    ),
+    (
       lambda p: surgery.load(p),
       'load: expected a path, found AdaptedParams. Write surgery.load(path).',
     ),

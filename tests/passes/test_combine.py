@@ -198,6 +198,7 @@ def test_small_tensors_keep_something():
   [
     ({'a': 1.0, 'x': 1.0}, {}, surgery.AdapterError, "no adapter 'x'"),
     ({}, {}, surgery.AdapterError, 'expected adapters, found none'),
+    (['a', 'b'], {}, surgery.ConfigError, 'expected weights by adapter'),
     ({'a': float('nan')}, {}, surgery.ConfigError, 'expected a finite weight'),
     ({'a': 1.0}, {'method': 'tise'}, surgery.ConfigError, "mean 'ties'"),
     ({'a': 1.0}, {'density': 0.0}, surgery.ConfigError, 'a share above 0'),
@@ -309,3 +310,62 @@ def test_others_stay_enabled(both):
   kept = surgery.combine_adapters(params, {'a': 1.0}, keep=True)
   on = {i.name for i in surgery.adapters(kept) if i.enabled}
   assert {'b', 'other', 'combined'} == on
+
+
+METHODS = (
+  'linear',
+  'cat',
+  'svd',
+  'ties',
+  'magnitude_prune',
+  'dare_linear',
+  'dare_ties',
+)
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_an_adapter_that_is_not_finite_is_named(both, method, value):
+  path = ('mlp', 'hidden0', 'lora_b.b')
+  wrong = both[path].value.at[0, 0].set(value)
+  params = written(both, {path: wrong})
+  with pytest.raises(
+    surgery.SiteError,
+    match=r"hidden0/kernel: weight mlp/hidden0/lora_b\.b of adapter 'b' has NaN "
+    'or infinity',
+  ) as caught:
+    surgery.combine_adapters(params, {'a': 1.0, 'b': 0.5}, method=method)
+  assert 'nonfinite' not in str(caught.value)
+
+
+def test_a_sum_that_is_too_large_names_no_option_that_is_not_there(both):
+  with pytest.raises(surgery.CastError, match='too large') as caught:
+    surgery.combine_adapters(both, {'a': 1e60})
+  assert 'nonfinite' not in str(caught.value)
+
+
+@pytest.mark.parametrize('routed', [False, True])
+@pytest.mark.parametrize(
+  ('verb', 'done'),
+  [
+    (lambda p: surgery.combine_adapters(p, {'a': 1.0}), 'combined'),
+    (surgery.merge, 'merged'),
+  ],
+)
+def test_stacked_adapters_are_refused(both, routed, verb, done):
+  params = surgery.stack_adapters([both, both], names='a')
+  if routed:
+    params = surgery.route(params, [0, 1], names='a')
+  with pytest.raises(
+    surgery.AdapterError, match=f"'a' holds several .* cannot be {done}"
+  ):
+    verb(params)
+
+
+@pytest.mark.parametrize('part', [0, 1])
+def test_a_half_is_refused(both, part):
+  half = both.split(lambda path, param: path[-1] == 'kernel')[part]
+  with pytest.raises(
+    surgery.AdapterError, match='cannot be combined without it. Put the halves'
+  ):
+    surgery.combine_adapters(half, {'a': 1.0})
