@@ -68,7 +68,7 @@ def complexity(function: Function) -> int:
   return count
 
 
-def annotations(function: Function) -> Iterator[tuple[str, str]]:
+def annotated(function: Function) -> Iterator[tuple[str, str]]:
   """Yields the kind and the text of each annotation."""
   arguments = function.args
   for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
@@ -100,7 +100,7 @@ def main() -> None:
       where = f'{file.relative_to(ROOT.parent)}:{one.lineno} {one.name}'
       bodies.append((body(one), where))
       branched.append((complexity(one), where))
-      for kind, written in annotations(one):
+      for kind, written in annotated(one):
         kinds[kind].append(written == 'Any')
   print(f'lines {sum(lengths)}, modules {len(lengths)}')
   print(f'module lines: {statistics.median(lengths)} / {max(lengths)}')
