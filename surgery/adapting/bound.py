@@ -21,7 +21,7 @@ from surgery.files import arrays
 from surgery.files.digest import Digester
 from surgery.host.manager import Host
 from surgery.model.checkpoint import Checkpoint, Leaf
-from surgery.model.records import AdapterRecord, Records
+from surgery.model.records import AdapterRecord, Records, WeightSpec
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
@@ -276,6 +276,87 @@ def _matched(
       return None
     found.append(match)
   return found
+
+
+# Whether it is there already.
+
+
+def check_new(
+  checkpoint: Checkpoint, alone: Checkpoint, record: AdapterRecord, host: Host
+) -> None:
+  """Raises if an adapter from a file is the very one that takes part already.
+
+  A copy of a file is a slip, not a second adapter, and what it adds would
+  count twice. Digests on record tell adapters apart; those that are missing
+  are computed only where all else is equal.
+
+  Args:
+    checkpoint: the model.
+    alone: the file of the adapter.
+    record: the adapter.
+    host: knows types of adapters.
+
+  Raises:
+    AdapterError: naming both.
+  """
+  for other in checkpoint.records(host).adapters:
+    if not other.enabled or not _same(checkpoint, other, alone, record):
+      continue
+    spec = next(iter(_specs(other).values()))
+    source = checkpoint[spec.path].source
+    file = '' if source is None else f' (in {source.file.name})'
+    raise errors.AdapterError(
+      f'{alone.origin}: adapter {record.name!r} is the same as '
+      f'{other.name!r}{file}, which is attached: same type, options, layers '
+      'and weights, so its update would count twice. Leave one of them out; '
+      'if twice is meant, give check-same: false (check_same=False).'
+    )
+
+
+def _specs(record: AdapterRecord) -> dict[Any, WeightSpec]:
+  """Returns all weights of an adapter by what they are to it."""
+  return {
+    **{
+      (path, weight): spec
+      for path, one in record.sites.items()
+      for weight, spec in one.weights.items()
+    },
+    **record.shared,
+    **record.saved,
+  }
+
+
+def _same(
+  checkpoint: Checkpoint,
+  one: AdapterRecord,
+  alone: Checkpoint,
+  other: AdapterRecord,
+) -> bool:
+  """Whether an attached adapter is one of a file, whatever they are called."""
+  mine, theirs = _specs(one), _specs(other)
+  if (
+    one.adapter.name != other.adapter.name
+    or _plain(one.adapter.config()) != _plain(other.adapter.config())
+    or set(one.sites) != set(other.sites)
+    or set(mine) != set(theirs)
+    or not mine
+  ):
+    return False
+  pairs = [
+    (checkpoint[spec.path], alone[theirs[key].path])
+    for key, spec in mine.items()
+    if spec.path in checkpoint
+  ]
+  # What costs nothing comes first.
+  if any(
+    (a.shape, a.dtype) != (b.shape, b.dtype)
+    or (a.digest and b.digest and a.digest != b.digest)
+    for a, b in pairs
+  ):
+    return False
+  return len(pairs) == len(mine) and all(
+    digest(a) == digest(b) for a, b in pairs
+  )
 
 
 def _differences(

@@ -84,6 +84,11 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   is_flag=True,
   help='With --from: take a base with other values.',
 )
+@click.option(
+  '--no-check-same',
+  is_flag=True,
+  help='With --from: attach an adapter that is attached already once more.',
+)
 @writing.writes
 def command(
   file: pathlib.Path,
@@ -96,6 +101,7 @@ def command(
   layout: tuple[str, ...],
   source: pathlib.Path | None,
   no_check_base: bool,
+  no_check_same: bool,
   output: writing.Output,
 ) -> None:
   r"""Attach an adapter to the model in FILE.
@@ -111,12 +117,17 @@ def command(
     _refuse_with_from(
       to=to, set=settings, seed=seed, stacked=stacked, layout=layout
     )
-    _insert(file, source, name, not no_check_base, output)
+    checks = {
+      **({'check-base': False} if no_check_base else {}),
+      **({'check-same': False} if no_check_same else {}),
+    }
+    _insert(file, source, name, checks, output)
     return
   if not to:
     raise click.UsageError("give --to SELECTOR, e.g. --to '**/query'.")
-  if no_check_base:
-    raise click.UsageError('--no-check-base goes with --from.')
+  for given, option in ((no_check_base, 'base'), (no_check_same, 'same')):
+    if given:
+      raise click.UsageError(f'--no-check-{option} goes with --from.')
   assert kind is not None
   adapter = _configured(kind, settings)
   value: dict[str, object] = {
@@ -153,14 +164,12 @@ def _insert(
   file: pathlib.Path,
   source: pathlib.Path,
   name: str | None,
-  check_base: bool,
+  checks: dict[str, object],
   output: writing.Output,
 ) -> None:
-  value: dict[str, object] = {'from': 'adapter'}
+  value: dict[str, object] = {'from': 'adapter', **checks}
   if name is not None:
     value['name'] = name
-  if not check_base:
-    value['check-base'] = False
   before = shared.model(file)
   others = {'adapter': shared.opened(source)}
   writing.carry_out(output, [{'attach': value}], before, others)

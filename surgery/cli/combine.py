@@ -92,7 +92,9 @@ def command(
   for number, (attached, path) in enumerate(shared.pairs(sources, '--with')):
     alias = f'adapter{number}'
     others[alias] = shared.opened(pathlib.Path(path))
-    steps.append({'attach': {'from': alias, 'name': attached}})
+    # How much each of them counts is said here, that of a twin too.
+    step = {'from': alias, 'name': attached, 'check-same': False}
+    steps.append({'attach': step})
   value: dict[str, Any] = {
     'weights': _numbers(weights),
     'method': method,

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
   help='With --with: take a base with other values.',
 )
 @click.option(
+  '--no-check-same',
+  is_flag=True,
+  help='With --with: take the same adapter twice.',
+)
+@click.option(
   '--no-check-finite',
   is_flag=True,
   help='Write a result that has NaN or infinity.',
@@ -43,6 +48,7 @@ def command(
   names: tuple[str, ...],
   sources: tuple[pathlib.Path, ...],
   no_check_base: bool,
+  no_check_same: bool,
   no_check_finite: bool,
   output: writing.Output,
 ) -> None:
@@ -53,8 +59,9 @@ def command(
   surgery merge base.msgpack --with a.msgpack -o merged.msgpack
   surgery merge base.msgpack --with a.msgpack --with b.msgpack -o ab.msgpack
   """
-  if no_check_base and not sources:
-    raise click.UsageError('--no-check-base goes with --with.')
+  for given, option in ((no_check_base, 'base'), (no_check_same, 'same')):
+    if given and not sources:
+      raise click.UsageError(f'--no-check-{option} goes with --with.')
   if sources and names:
     raise click.UsageError(
       '--adapter does not go with --with: a file holds one adapter.'
@@ -68,7 +75,10 @@ def command(
     step = {'merge': _meant(list(names), anyway)}
     writing.carry_out(output, [step], before)
     return
-  unchecked = {'check-base': False} if no_check_base else {}
+  unchecked = {
+    **({'check-base': False} if no_check_base else {}),
+    **({'check-same': False} if no_check_same else {}),
+  }
   if len(sources) == 1:
     others = {'adapter': shared.opened(sources[0])}
     steps = [{'merge': {'with': 'adapter', **unchecked, **anyway}}]

@@ -14,6 +14,9 @@ OPTIONS = {
   'check-finite: false (check_finite=False)': (
     '--no-check-finite (in a recipe check-finite: false)'
   ),
+  'check-same: false (check_same=False)': (
+    '--no-check-same (in a recipe check-same: false)'
+  ),
   '(manifest=True)': '',
   'check_base=False': '--no-check-base',
   'overwrite=True': '--force',

@@ -31,6 +31,7 @@ def attach(
   layout: str | Mapping[str, str] | None = None,
   from_: Checkpoint | None = None,
   check_base: bool = True,
+  check_same: bool = True,
   layer_types: LayerTypes | None = None,
   host: Host,
 ) -> Checkpoint:
@@ -49,6 +50,8 @@ def attach(
     from_: attach the adapter of this input instead of a new one.
     check_base: whether the base must have the values and the adapters beneath
       that it was trained over.
+    check_same: whether it is an error that the very same adapter is attached
+      and enabled already.
     layer_types: types of layers; by default those of the checkpoint.
     host: whose hooks are asked.
 
@@ -56,6 +59,7 @@ def attach(
     UnknownAdapterType: if nothing offers the type.
     ConfigError: for a wrong option.
     SelectorError: if a selector matches nothing.
+    AdapterError: if the same adapter is attached already.
 
   Example:
     attach: {adapter: lora, to: '**/{query,value}', set: {rank: 8}}
@@ -77,7 +81,12 @@ def attach(
           f'{key} does not go with from: the file says it.'
         )
     return extract.insert(
-      checkpoint, from_, name=name, check_base=check_base, host=host
+      checkpoint,
+      from_,
+      name=name,
+      check_base=check_base,
+      check_same=check_same,
+      host=host,
     )
   if to is None:
     raise errors.ConfigError("give to, e.g. to: '**/query'.")

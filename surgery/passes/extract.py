@@ -164,6 +164,7 @@ def insert(
   *,
   name: str | None = None,
   check_base: bool = True,
+  check_same: bool = False,
   host: Host,
 ) -> Checkpoint:
   """Attaches an adapter that `extract` took out.
@@ -174,12 +175,13 @@ def insert(
     name: its name here; the one that it had by default.
     check_base: whether the base must have the very values that it had, and the
       adapters beneath that it was trained over.
+    check_same: whether the very same adapter may not take part already.
     host: knows the adapter's type.
 
   Raises:
     BaseMismatchError: if the base is another one.
-    AdapterError: if the name is taken, or an enabled adapter was saved with
-      another value of the same parameter.
+    AdapterError: if the name is taken, an enabled adapter was saved with
+      another value of the same parameter, or is the same adapter.
     FormatError: if `alone` is no adapter, or its tensors are not those that its
       configuration makes.
   """
@@ -189,6 +191,8 @@ def insert(
   attachment.check_name(name, checkpoint.records(host))
   fitting.check_base(checkpoint, record)
   fitting.check_file(alone, record, checkpoint, said.get(fitting.MANY))
+  if check_same:
+    bound.check_new(checkpoint, alone, record, host)
   beneath = bound.check(checkpoint, record, said, host) if check_base else []
   record = trained.settled(
     checkpoint, alone, record, beneath, bound.digest, host

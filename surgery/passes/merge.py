@@ -18,6 +18,7 @@ def merge(
   *,
   with_: Checkpoint | None = None,
   check_base: bool = True,
+  check_same: bool = True,
   check_finite: bool = True,
   host: Host,
 ) -> Checkpoint:
@@ -32,6 +33,8 @@ def merge(
     with_: an adapter without its base, to merge instead of what is attached.
     check_base: whether its base must have the values and the adapters beneath
       that it was trained over.
+    check_same: whether it is an error that the very same adapter is attached
+      and enabled.
     check_finite: whether a result with NaN or infinity is an error.
     host: whose hooks are asked.
 
@@ -40,7 +43,7 @@ def merge(
 
   Raises:
     AdapterError: for an unknown name, one that is disabled, or one of which
-      something is missing.
+      something is missing; or if the one from elsewhere is attached already.
     OrderError: if an adapter inside does not commute.
     SiteError: if a result is not finite.
 
@@ -56,7 +59,7 @@ def merge(
         'names do not go with an adapter from elsewhere, which is one.'
       )
     checkpoint = extract.insert(
-      checkpoint, with_, check_base=check_base, host=host
+      checkpoint, with_, check_base=check_base, check_same=check_same, host=host
     )
     names = checkpoint.records(host).names[-1]
   return merged.fold(checkpoint, names, check_finite=check_finite, host=host)

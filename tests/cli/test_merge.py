@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,3 +211,91 @@ def test_adapters_in_files_may_give_what_is_not_finite(
   assert 0 == surgery_cli(*args, '--no-check-finite').code
   merged = surgery.load(out)['model', 'net', 'query', 'kernel'].value
   assert jnp.isnan(merged).all()
+
+
+def test_a_copy_of_an_adapter_is_not_merged_beside_it(
+  model, tmp_path, out, surgery_cli
+):
+  file = saved_alone(tmp_path, model.params, 'x', 1)
+  copies = [shutil.copy(file, tmp_path / 'copy.msgpack')]
+  # The same adapter under another name and in another format.
+  other = tmp_path / 'other.safetensors'
+  assert 0 == surgery_cli('convert', file, other).code
+  renamed = tmp_path / 'renamed.msgpack'
+  params = surgery.load_adapter(file, model.params, name='y')
+  surgery.save_adapter(renamed, params, 'y')
+  for copy in (*copies, other, renamed):
+    options = ('--with', file, '--with', copy)
+    result = surgery_cli('merge', model.file, *options, '-o', out)
+    assert 3 == result.code, copy
+    assert f'{copy}: adapter ' in result.err
+    assert f'(in {file})' in result.err
+    assert 'its update would count twice' in result.err
+    assert '--no-check-same' in result.err
+    assert not out.exists()
+  twice = surgery_cli(
+    'merge', model.file, *options, '--no-check-same', '-o', out
+  )
+  assert 0 == twice.code, twice.err
+  expected = model.params
+  for name in 'ab':
+    expected = surgery.load_adapter(file, expected, name=name)
+  assert_same(surgery.merge(expected), out)
+
+
+def test_an_adapter_of_other_weights_is_no_copy(
+  model, tmp_path, out, surgery_cli
+):
+  first = saved_alone(tmp_path, model.params, 'x', 1)
+  for number, options in ((2, {}), (1, {'alpha': 3})):
+    folder = tmp_path / f'{number}-{len(options)}'
+    folder.mkdir()
+    other = saved_alone(folder, model.params, 'x', number, **options)
+    result = surgery_cli(
+      'merge', model.file, '--with', first, '--with', other, '-o', out,
+      '--force',
+    )  # fmt: skip
+    assert 0 == result.code, result.err
+
+
+@pytest.mark.parametrize('digests', [True, False])
+def test_an_adapter_that_is_attached_is_not_attached_again(
+  model, tmp_path, out, surgery_cli, digests
+):
+  file = saved_alone(tmp_path, model.params, 'x', 1)
+  adapted = tmp_path / 'adapted.msgpack'
+  surgery_cli('attach', model.file, '--from', file, '-o', adapted)
+  if not digests:
+    # They are computed where they are not on record.
+    opened = surgery.open(adapted)
+    leaves = {p: leaf.replace(digest=None) for p, leaf in opened.items()}
+    opened.replace(leaves=leaves).write(adapted, overwrite=True)
+  again = ('--from', file, '--name', 'y', '-o', out)
+  result = surgery_cli('attach', adapted, *again)
+  assert 3 == result.code
+  assert "adapter 'x' is the same as 'x'" in result.err
+  result = surgery_cli('merge', adapted, '--with', file, '-o', out)
+  assert 3 == result.code
+  # One that is switched off adds nothing.
+  off = tmp_path / 'off.msgpack'
+  surgery_cli('disable', adapted, '--adapter', 'x', '-o', off)
+  assert 0 == surgery_cli('attach', off, *again).code
+  result = surgery_cli('attach', adapted, *again, '--no-check-same', '--force')
+  assert 0 == result.code, result.err
+
+
+def test_a_recipe_says_where_an_adapter_comes_twice(
+  model, tmp_path, out, surgery_cli
+):
+  file = saved_alone(tmp_path, model.params, 'x', 1)
+  recipe = tmp_path / 'r.yaml'
+  recipe.write_text(
+    f'inputs: {{model: {model.file}, a: {file}, b: {file}}}\n'
+    'steps:\n'
+    '  - attach: {from: a, name: one}\n'
+    '  - merge: {with: b}\n'
+  )
+  result = surgery_cli('run', recipe, f'out={out}')
+  assert 3 == result.code
+  assert f'{recipe}:4: step 2 (merge): ' in result.err
+  assert "is the same as 'one'" in result.err
