@@ -80,6 +80,10 @@ class SiteWarning(UserWarning):
   """A layer that a selector names is left out: a type cannot serve it."""
 
 
+class ShardWarning(UserWarning):
+  """A file that is opened alone is one of several that make a model."""
+
+
 class CastError(SurgeryError, ValueError):
   """A dtype cannot hold a value that is to be cast to it."""
 

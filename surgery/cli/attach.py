@@ -164,7 +164,7 @@ def _insert(
   file: pathlib.Path,
   source: pathlib.Path,
   name: str | None,
-  checks: dict[str, object],
+  checks: dict[str, bool],
   output: writing.Output,
 ) -> None:
   value: dict[str, object] = {'from': 'adapter', **checks}

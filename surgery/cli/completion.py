@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -160,10 +161,13 @@ def _opened(ctx: click.Context) -> Checkpoint | None:
   file = next((one for one in given if one), None)
   if file is None:
     return None
-  try:
-    return checkpoint.open_checkpoint(pathlib.Path(file))
-  except (OSError, errors.SurgeryError):
-    return None
+  with warnings.catch_warnings():
+    # What is printed would stand in the middle of what is being typed.
+    warnings.simplefilter('ignore')
+    try:
+      return checkpoint.open_checkpoint(pathlib.Path(file))
+    except (OSError, errors.SurgeryError):
+      return None
 
 
 def _depth(text: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from surgery import errors
 
@@ -49,6 +51,40 @@ def numbered(path: pathlib.Path) -> tuple[str, int, int] | None:
   if match is None:
     return None
   return f'{match[1]}{path.suffix}', int(match[2]), int(match[3])
+
+
+def part_of(path: pathlib.Path) -> str | None:
+  """Says of which set a file is a part, if it is one of several.
+
+  Args:
+    path: a file, and not an index.
+
+  Returns:
+    What tells it, as the end of a sentence; None for a model of its own.
+  """
+  if is_index(path) or not path.is_file():
+    return None
+  for index in sorted(path.parent.glob(f'*{glob.escape(path.suffix)}{INDEX}')):
+    if path.name in _named(index):
+      return f'{index} names it as a part of its model. Open that instead'
+  found = numbered(path)
+  if found is None or found[2] < 2:
+    return None
+  of, number, count = found
+  return (
+    f'its name says that it is number {number} of {count} files. Fetch them '
+    f'all, and open their index ({of}{INDEX}) instead'
+  )
+
+
+def _named(index: pathlib.Path) -> Collection[str]:
+  """Returns the files that an index names; of what is no index, none."""
+  try:
+    return set(json.loads(index.read_bytes())['weight_map'].values())
+  except (OSError, ValueError, LookupError, TypeError):
+    return ()
+  except (AttributeError, RecursionError):  # A list, or lists in lists.
+    return ()
 
 
 def in_folder(folder: pathlib.Path, suffixes: Iterable[str]) -> pathlib.Path:

@@ -13,11 +13,12 @@ import inspect
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from surgery import errors, expect
-from surgery.host import foreign
+from surgery.host import foreign, location
 from surgery.host.manager import Host, default_host
 from surgery.model import manifest, quantised, sizes
 from surgery.model.grid import Index, grid
@@ -577,7 +578,8 @@ def open_checkpoint(
     host: whose formats are known.
 
   Returns:
-    A checkpoint whose leaves are read when they are asked for.
+    A checkpoint whose leaves are read when they are asked for. Of one file of
+    a set that is opened alone a `ShardWarning` says so.
 
   Raises:
     FormatError: if it is not what it should be, with path and offset.
@@ -598,8 +600,21 @@ def open_checkpoint(
       f'{found}: open of {host.format_called(form)} returned '
       f'{type(opened).__name__}, expected a surgery.Checkpoint.'
     )
+  _warn_of_part(pathlib.Path(os.fsdecode(found)))
   config = quantised.config_of(pathlib.Path(os.fsdecode(found)))
   return quantised.marked(opened, config)
+
+
+def _warn_of_part(path: pathlib.Path) -> None:
+  """Warns that a file is not a whole model, where its place or name says so."""
+  set_of = location.part_of(path)
+  if set_of is not None:
+    warnings.warn(
+      f'{path}: opened alone, and {set_of}: the other tensors are not there, '
+      'and nothing that the index says of this one.',
+      errors.ShardWarning,
+      stacklevel=3,
+    )
 
 
 def nested(leaves: Mapping[Path, Any]) -> dict[str, Any]:

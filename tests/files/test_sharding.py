@@ -70,6 +70,7 @@ def test_files_are_called_as_on_hubs(written):
   ] == names(written.parent)
 
 
+@pytest.mark.filterwarnings('ignore::surgery.ShardWarning')
 def test_the_index_tells_where_each_tensor_is(written):
   index = listed(written)
   sign = '/' if written.suffix == '.msgpack' else '.'
@@ -270,6 +271,7 @@ def test_a_file_that_is_missing_is_named_with_what_is_in_it(written):
   assert 'layer_0' in said
 
 
+@pytest.mark.filterwarnings('ignore::surgery.ShardWarning')
 def test_a_model_of_its_own_is_no_part(written):
   file, *_ = listed(written)['weight_map'].values()
   part = surgery.model.checkpoint.open_checkpoint(written.with_name(file))
