@@ -37,6 +37,8 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
 @click.command(cls=Command)
 @shared.file
 @click.option(
+  # In other verbs --adapter is the name of one.
+  '--type',
   '--adapter',
   'kind',
   metavar='TYPE',
@@ -107,12 +109,12 @@ def command(
   r"""Attach an adapter to the model in FILE.
 
   \b
-  surgery attach base.msgpack --adapter lora --to '**/{query,value}' \
+  surgery attach base.msgpack --type lora --to '**/{query,value}' \
     --set rank=8 --seed 0 -o adapted.msgpack
   surgery attach base.msgpack --from a.msgpack -o adapted.msgpack
   """
   if (kind is None) == (source is None):
-    raise click.UsageError('give --adapter TYPE, or --from FILE.')
+    raise click.UsageError('give --type TYPE, or --from FILE.')
   if source is not None:
     _refuse_with_from(
       to=to, set=settings, seed=seed, stacked=stacked, layout=layout

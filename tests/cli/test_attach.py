@@ -201,7 +201,7 @@ def test_history_records_the_pass_with_its_arguments(model, out, surgery_cli):
       '--set rank: given twice',
     ),
     (('--adapter', 'lora'), 2, 'give --to SELECTOR'),
-    (('--to', '**'), 2, 'give --adapter TYPE, or --from FILE'),
+    (('--to', '**'), 2, 'give --type TYPE, or --from FILE'),
     (('--from', 'x', '--to', '**'), 2, '--to does not go with --from'),
     (
       ('--adapter', 'lora', '--to', '**', '--layout', 'xy', '--set', 'rank=1'),
