@@ -14,10 +14,12 @@ from surgery import version
 if TYPE_CHECKING:
   from surgery.adapting.beneath import handles_adapters
   from surgery.builtin.lora import LoRA
+  from surgery.builtin.peft import PeftLoRA
   from surgery.contract.adapter import Adapter, named_key
   from surgery.contract.config import field
   from surgery.contract.hookspecs import Refusal, hookimpl
   from surgery.contract.lowrank import LowRank
+  from surgery.contract.peft import PeftLayer, PeftMapping, PeftModule
   from surgery.contract.site import ParamSpec, Site
   from surgery.editing.choosing import select
   from surgery.errors import (
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
 # Where each public name lives.
 _HOMES = {
   'builtin.lora': ('LoRA',),
+  'builtin.peft': ('PeftLoRA',),
   'contract.adapter': ('Adapter', 'named_key'),
   'model.checkpoint': ('Checkpoint', 'Leaf', 'open_checkpoint'),
   'contract.config': ('field',),
@@ -109,6 +112,7 @@ _HOMES = {
   'contract.hookspecs': ('Refusal', 'hookimpl'),
   'host.manager': ('Host', 'PluginWarning', 'default_host'),
   'contract.lowrank': ('LowRank',),
+  'contract.peft': ('PeftLayer', 'PeftMapping', 'PeftModule'),
   'naming.selection': ('Selection',),
   'contract.site': ('ParamSpec', 'Site'),
   'live.applying': ('apply',),
@@ -171,6 +175,10 @@ __all__ = [
   'LowRank',
   'OrderError',
   'ParamSpec',
+  'PeftLayer',
+  'PeftLoRA',
+  'PeftMapping',
+  'PeftModule',
   'PluginError',
   'PluginWarning',
   'QuantisedError',

@@ -143,6 +143,11 @@ def _given(
 # Checking.
 
 
+def is_unknown(said: Mapping[str, Any]) -> bool:
+  """Whether the file of an adapter does not know its base: others wrote it."""
+  return said.get(BASE, {}) is None
+
+
 def check(
   checkpoint: Checkpoint,
   record: AdapterRecord,

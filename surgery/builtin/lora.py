@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from surgery import errors
+from surgery.builtin.peft import PeftLoRA
 from surgery.contract.adapter import Adapter, named_key
 from surgery.contract.config import field
 from surgery.contract.lowrank import LowRank
@@ -33,6 +34,7 @@ class LoRA(Adapter):
   adds = True
   counters = ('lora_dropout',)
   rank_axes: ClassVar[Mapping[str, int]] = {'lora_a': -1, 'lora_b': 0}
+  peft = PeftLoRA()
 
   rank: int = field(default=8, ge=1, doc='Rank of the update.')
   alpha: float | None = field(

@@ -82,6 +82,14 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   help='Attach the adapter in this file instead of a new one.',
 )
 @click.option(
+  '--names',
+  'rules',
+  multiple=True,
+  metavar="'OLD -> NEW'",
+  help='With --from, for an adapter of another program: what its modules are '
+  'called in FILE. May be repeated.',
+)
+@click.option(
   '--no-check-base',
   is_flag=True,
   help='With --from: take a base with other values.',
@@ -102,6 +110,7 @@ def command(
   stacked: int | None,
   layout: tuple[str, ...],
   source: pathlib.Path | None,
+  rules: tuple[str, ...],
   no_check_base: bool,
   no_check_same: bool,
   output: writing.Output,
@@ -123,10 +132,12 @@ def command(
       **({'check-base': False} if no_check_base else {}),
       **({'check-same': False} if no_check_same else {}),
     }
-    _insert(file, source, name, checks, output)
+    _insert(file, source, name, rules, checks, output)
     return
   if not to:
     raise click.UsageError("give --to SELECTOR, e.g. --to '**/query'.")
+  if rules:
+    raise click.UsageError('--names goes with --from.')
   for given, option in ((no_check_base, 'base'), (no_check_same, 'same')):
     if given:
       raise click.UsageError(f'--no-check-{option} goes with --from.')
@@ -166,12 +177,15 @@ def _insert(
   file: pathlib.Path,
   source: pathlib.Path,
   name: str | None,
+  rules: tuple[str, ...],
   checks: dict[str, bool],
   output: writing.Output,
 ) -> None:
   value: dict[str, object] = {'from': 'adapter', **checks}
   if name is not None:
     value['name'] = name
+  if rules:
+    value['names'] = list(rules)
   before = shared.model(file)
   others = {'adapter': shared.opened(source)}
   writing.carry_out(output, [{'attach': value}], before, others)

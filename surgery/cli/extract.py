@@ -72,12 +72,21 @@ def step(
 @shared.file
 @shared.adapters('The adapter; the only one by default.')
 @modules
+@click.option(
+  '--to',
+  'form',
+  metavar='FORMAT',
+  shell_complete=completion.formats,
+  help='msgpack, safetensors, peft (a folder), …; what the suffix says by '
+  'default.',
+)
 @writing.writes
 def command(
   file: pathlib.Path,
   names: tuple[str, ...],
   select: tuple[str, ...],
   none: bool,
+  form: str | None,
   output: writing.Output,
 ) -> None:
   r"""Write an adapter to a file of its own, bound to its base by digests.
@@ -85,8 +94,9 @@ def command(
   \b
   surgery extract adapted.msgpack --adapter default -o a.msgpack
   surgery extract adapted.msgpack --modules-to-save '**/head' -o a.msgpack
+  surgery extract adapted.msgpack --to peft -o folder/
   """
   before = shared.model(file)
   writing.carry_out(
-    output.to(of='adapter'), [step(names, select, none)], before
+    output.to(of='adapter', format=form), [step(names, select, none)], before
   )

@@ -12,6 +12,7 @@ import click
 from surgery.cli import shared
 from surgery.cli.command import Command
 from surgery.host.manager import default_host
+from surgery.interop.peft import config as peft
 from surgery.model import manifest, record_json
 from surgery.model.layers import LayerTypes
 from surgery.naming import paths
@@ -123,6 +124,7 @@ def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:
       paths.show(p): list(t.names) for p, t in said.layer_types.items()
     },
     'adapters': list(said.adapters),
+    **({'peft': said.extra[peft.KEY]} if peft.KEY in said.extra else {}),
     'history': list(said.history),
   }
 
@@ -164,6 +166,8 @@ def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
   for index, adapter in enumerate(said.adapters):
     note = ' (innermost)' if index == 0 and len(said.adapters) > 1 else ''
     lines.append(f'adapter {record_json.describe(adapter)}{note}')
+  if peft.KEY in said.extra:
+    lines += ['', f'PEFT {peft.describe(said.extra[peft.KEY])}']
   leaves = [opened[p] for p in chosen]
   # An adapter that is disabled does not train; its flags stay.
   off = {one['name'] for one in said.adapters if not one.get('enabled', True)}

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
   'the first lies innermost.',
 )
 @click.option(
+  '--names',
+  'rules',
+  multiple=True,
+  metavar="'OLD -> NEW'",
+  help='With --with, for an adapter of another program: what its modules are '
+  'called in FILE. May be repeated.',
+)
+@click.option(
   '--no-check-base',
   is_flag=True,
   help='With --with: take a base with other values.',
@@ -47,6 +55,7 @@ def command(
   file: pathlib.Path,
   names: tuple[str, ...],
   sources: tuple[pathlib.Path, ...],
+  rules: tuple[str, ...],
   no_check_base: bool,
   no_check_same: bool,
   no_check_finite: bool,
@@ -57,11 +66,14 @@ def command(
   \b
   surgery merge adapted.msgpack -o merged.msgpack
   surgery merge base.msgpack --with a.msgpack -o merged.msgpack
+  surgery merge model.safetensors --with peft-folder/ -o merged.safetensors
   surgery merge base.msgpack --with a.msgpack --with b.msgpack -o ab.msgpack
   """
   for given, option in ((no_check_base, 'base'), (no_check_same, 'same')):
     if given and not sources:
       raise click.UsageError(f'--no-check-{option} goes with --with.')
+  if rules and not sources:
+    raise click.UsageError('--names goes with --with.')
   if sources and names:
     raise click.UsageError(
       '--adapter does not go with --with: a file holds one adapter.'
@@ -75,15 +87,19 @@ def command(
     step = {'merge': _meant(list(names), anyway)}
     writing.carry_out(output, [step], before)
     return
-  unchecked = {
+  unchecked: dict[str, Any] = {
     **({'check-base': False} if no_check_base else {}),
     **({'check-same': False} if no_check_same else {}),
   }
   if len(sources) == 1:
     others = {'adapter': shared.opened(sources[0])}
-    steps = [{'merge': {'with': 'adapter', **unchecked, **anyway}}]
+    called = {'with-names': list(rules)} if rules else {}
+    given = {'with': 'adapter', **unchecked, **called, **anyway}
+    steps: list[dict[str, Any]] = [{'merge': given}]
   else:
     # All are held against the base before one of them changes it.
+    if rules:
+      unchecked['names'] = list(rules)
     steps, others = _together(before, sources, unchecked, anyway)
   writing.carry_out(output, steps, before, others)
 

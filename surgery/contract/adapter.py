@@ -17,6 +17,7 @@ from surgery import errors
 from surgery.aliases import Array, Weights
 from surgery.contract import config, hookspecs
 from surgery.contract.lowrank import LowRank
+from surgery.contract.peft import PeftMapping
 from surgery.contract.site import Site
 from surgery.naming import selectors
 
@@ -137,6 +138,8 @@ class Adapter(_Configured):
       these weights together; `apply` takes the rank from their shapes then.
     version: number of the type's options, at least 1, which files record; it
       is raised when their names or meaning change, see `upgraded`.
+    peft: how PEFT stores options and weights, a `surgery.PeftMapping`, if it
+      has the method. Subclasses do not inherit it: they compute another thing.
     patterns: options for some sites only, by selector; the first selector that
       matches a site decides, e.g. `{'**/query': {'rank': 16}}`.
 
@@ -160,6 +163,7 @@ class Adapter(_Configured):
   mergeable: ClassVar[bool] = True
   rank_axes: ClassVar[Mapping[str, int]] = {}
   version: ClassVar[int] = 1
+  peft: ClassVar[PeftMapping | None] = None
 
   patterns: Any = dataclasses.field(default=(), repr=False)
 
@@ -415,6 +419,11 @@ def _check_class(cls: type[Adapter]) -> None:
         f"adapter type '{cls.name}': {flag}: expected True or False, found "
         f'{getattr(cls, flag)!r}.'
       )
+  if cls.peft is not None and not isinstance(cls.peft, PeftMapping):
+    raise errors.PluginError(
+      f"adapter type '{cls.name}': peft: expected a surgery.PeftMapping, found "
+      f'{cls.peft!r}.'
+    )
   _check_version(cls)
   _check_rank_axes(cls)
   _check_spelling(cls)

@@ -182,6 +182,21 @@ def surgery_maps() -> Mapping[str, Mapping[str, Any]]:
 
 
 @hookspec
+def surgery_adapter_files() -> Mapping[str, Any]:
+  """Offers other programs' ways to store an adapter, beside formats of files.
+
+  Called: once a host, when an adapter is attached or merged from a file.
+  Order: all are asked; a name that two offer is an error.
+  Return: by name, objects with `knows(alone)`, which says by names and manifest
+  whether a `Checkpoint` holds such an adapter, and `bound(alone, base, *,
+  names, host)`, which returns it as `extract` makes one of `base`: with
+  records, so that all else goes on as with an adapter of ours.
+  May raise: no. The methods may: a `SurgeryError`.
+  Since: 0.2.
+  """
+
+
+@hookspec
 def surgery_started(event: Event) -> None:
   """Observes that a verb starts; for progress and provenance.
 
@@ -226,6 +241,12 @@ def _is_interceptor(value: Any) -> bool:
   )
 
 
+def _is_adapter_file(value: Any) -> bool:
+  return callable(getattr(value, 'knows', None)) and callable(
+    getattr(value, 'bound', None)
+  )
+
+
 def _is_format(value: Any) -> bool:
   suffixes = getattr(value, 'suffixes', None)
   return (
@@ -255,6 +276,10 @@ OFFERS: dict[str, Kind] = {
   'surgery_formats': (
     _is_format,
     'an object with suffixes (a tuple of text), open and write',
+  ),
+  'surgery_adapter_files': (
+    _is_adapter_file,
+    'an object with knows(alone) and bound(alone, base, *, names, host)',
   ),
   'surgery_methods': (callable, 'a function from a list of arrays to an array'),
   'surgery_maps': (

@@ -69,6 +69,7 @@ _OWN = {
   ADAPTERS: {'lora': 'surgery.builtin.lora:LoRA'},
   PLUGINS: {
     'files': 'surgery.files.plugin',
+    'interop': 'surgery.interop.plugin',
     'maps': 'surgery.interop.maps.plugin',
     'passes': 'surgery.passes.plugin',
   },

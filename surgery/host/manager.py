@@ -596,6 +596,11 @@ class Host:
     """Maps of names between frameworks, by name, as data."""
     return self._offers('surgery_maps')
 
+  @once.attribute
+  def adapter_files(self) -> Mapping[str, Any]:
+    """Other programs' ways to store an adapter, by name."""
+    return self._offers('surgery_adapter_files')
+
   def format_of(self, path: Any, name: str | None = None) -> Any:
     """Returns the format of a file, the index of a set, or a folder's model.
 
@@ -630,6 +635,12 @@ class Host:
         )
       forms = [self.formats[name]]
     known = [suffix for form in forms for suffix in form.suffixes]
+    for form in forms:
+      # A format whose models are folders says of each whether it is one.
+      if hasattr(form, 'recognises') and form.recognises(path):
+        return form, path
+    if name is not None and hasattr(forms[0], 'recognises'):
+      return forms[0], path
     if path.is_dir():
       path = location.in_folder(path, known)
     elif name is not None:

@@ -135,6 +135,7 @@ def save_adapter(
   *,
   modules_to_save: selectors.Text | Selection | None = None,
   graph: bx.Graph | None = None,
+  format: str | None = None,
   overwrite: bool = True,
   host: Host | None = None,
 ) -> None:
@@ -152,6 +153,8 @@ def save_adapter(
     modules_to_save: the layers or parameters that are saved along instead, as
       selectors or a selection; `[]` for none.
     graph: the model's graph, for `type:` selectors.
+    format: name of the format, where the suffix does not tell it: `peft` for a
+      folder of PEFT.
     overwrite: whether an existing file may be replaced.
     host: whose formats are known.
 
@@ -172,7 +175,7 @@ def save_adapter(
     layer_types=None if graph is None else layers.of_graph(graph),
     host=host,
   )
-  alone.write(path, overwrite=overwrite, host=host)
+  alone.write(path, format=format, overwrite=overwrite, host=host)
 
 
 @devices.transfers()
@@ -182,20 +185,25 @@ def load_adapter(
   name: str | None = None,
   *,
   check_base: bool = True,
+  names: extract.Names = None,
   host: Host | None = None,
 ) -> live.AdaptedParams:
-  """Attaches an adapter that `save_adapter` wrote.
+  """Attaches an adapter that `save_adapter` wrote, or PEFT.
 
   What was trained along is put back: as long as the adapter is enabled it
   stands in place of what the base has, which is kept, so that `detach` gives
   the very base.
 
   Args:
-    path: the file.
+    path: the file, or a folder of PEFT.
     params: the base; not changed.
     name: the adapter's name here; the one that it was saved under by default.
     check_base: whether the base must have the very values that the adapter
-      was saved with, and the adapters beneath that it was trained over.
+      was saved with, and the adapters beneath that it was trained over, where
+      the file says them.
+    names: for an adapter of another program: what its modules are called in
+      `params`, by name (`{'mlp.hidden0': 'net/hidden0'}`), or as rules of
+      `rename`.
     host: knows formats and adapters' types.
 
   Raises:
@@ -214,6 +222,6 @@ def load_adapter(
   )
   before = checkpoints.to_checkpoint(params)
   after = extract.insert(
-    before, alone, name=name, check_base=check_base, host=host
+    before, alone, name=name, check_base=check_base, names=names, host=host
   )
   return checkpoints.to_params(after, host, like=params)  # type: ignore[return-value]

@@ -502,7 +502,8 @@ class Checkpoint(Mapping[Path, Leaf]):
 
     host = host or default_host()
     target = pathlib.Path(os.fsdecode(path))
-    if target.is_dir():
+    folders = hasattr(host.formats.get(format or ''), 'recognises')
+    if target.is_dir() and not folders:
       raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if location.is_index(target):
       raise errors.FormatError(
@@ -515,6 +516,8 @@ class Checkpoint(Mapping[Path, Leaf]):
       options['shard_size'] = shard_size
     if progress is not None:
       options['progress'] = progress
+    if 'host' in inspect.signature(form.write).parameters:
+      options['host'] = host  # It writes what types of adapters say.
     whole = self.stored(host, 'write') if self.shows_layers else self
     said = whole.resolved(host)
     if metadata:
@@ -550,7 +553,7 @@ def _taken(
 
 
 def _of_format(
-  form: Any, host: Host, method: str, *args: Any, **options: Any
+  form: Any, host: Host, method: str, /, *args: Any, **options: Any
 ) -> Any:
   """Calls a method of a format; of a plugin's, says whose it is if it fails."""
   called = host.format_called(form)

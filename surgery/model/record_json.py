@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
   from surgery.host.manager import Host
 
 
+# What the file of another program said of an adapter.
+FOREIGN = 'foreign'
 # What no record holds, and the file of an adapter does: what it was trained on,
 # and of how many adapters its weights are.
 _KEPT = ('base', 'beneath', 'given', 'many')
@@ -41,6 +44,8 @@ def adapter_to_json(
   elif record.to is not None:
     to = record.to
     kept['to'] = to if isinstance(to, str) else list(to)
+  if record.foreign is not None:
+    kept[FOREIGN] = json.loads(record.foreign)
   return {
     'name': record.name,
     'type': record.adapter.name,
@@ -148,6 +153,7 @@ def adapter_from_json(
       seed=data.get('seed'),
       saved=saved,
       to=None if to is None else records.written(to),
+      foreign=json.dumps(data[FOREIGN]) if FOREIGN in data else None,
     )
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     if isinstance(error, errors.SurgeryError):

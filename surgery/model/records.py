@@ -229,6 +229,7 @@ class AdapterRecord:
     shared: weights that its sites share, by name.
     seed: from which its weights derive, where that is known.
     to: the selector by which it was attached, where that is known.
+    foreign: what the file of another program said of it, as JSON text.
     pending: what it still looks for; None once it is closed.
     saved: where it keeps its own values of parameters that it does not rewrite,
       by path of the parameter; they stand in place of what is stored there.
@@ -243,6 +244,7 @@ class AdapterRecord:
   pending: Pending | None = None
   saved: Mapping[Path, WeightSpec] = dataclasses.field(default_factory=dict)
   to: str | tuple[str, ...] | None = None
+  foreign: str | None = None
 
   def __post_init__(self) -> None:
     if not isinstance(self.sites, Sites):
@@ -301,13 +303,18 @@ class AdapterRecord:
   @property
   def origin(self) -> tuple[Any, ...]:
     """Where it came from, which no compiled function depends on."""
-    return self.seed, self.to
+    return self.seed, self.to, self.foreign
+
+  @property
+  def is_known(self) -> bool:
+    """Whether anything is known of where it came from."""
+    return any(one is not None for one in self.origin)
 
   def anonymous(self) -> AdapterRecord:
     """Returns this record without where it came from."""
-    if self.pending is not None or self.origin == (None, None):
+    if self.pending is not None or not self.is_known:
       return self
-    return dataclasses.replace(self, seed=None, to=None)
+    return dataclasses.replace(self, seed=None, to=None, foreign=None)
 
   def check_met(self, verb: str) -> None:
     """Raises if the adapter still looks for some of what it was attached to.
@@ -688,7 +695,7 @@ def unite(a: Records, b: Records) -> Records:
     while theirs and theirs[0].name != name:
       merged.append(theirs.pop(0))
     # One of them may have been through a transformation.
-    known = [r for r in (*ours[:1], *theirs[:1]) if r.origin != (None, None)]
+    known = [r for r in (*ours[:1], *theirs[:1]) if r.is_known]
     merged += known[:1] or ours[:1]
     del ours[:1], theirs[:1]
   united = Records(merged, a.probe)

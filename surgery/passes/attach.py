@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery import errors
@@ -32,6 +32,7 @@ def attach(
   from_: Checkpoint | None = None,
   check_base: bool = True,
   check_same: bool = True,
+  names: str | Sequence[str] | Mapping[str, str] | None = None,
   layer_types: LayerTypes | None = None,
   host: Host,
 ) -> Checkpoint:
@@ -52,6 +53,8 @@ def attach(
       that it was trained over.
     check_same: whether it is an error that the very same adapter is attached
       and enabled already.
+    names: with from, for an adapter of another program: what its modules are
+      called in this model, by name, or as rules of `rename`.
     layer_types: types of layers; by default those of the checkpoint.
     host: whose hooks are asked.
 
@@ -86,8 +89,11 @@ def attach(
       name=name,
       check_base=check_base,
       check_same=check_same,
+      names=names,
       host=host,
     )
+  if names is not None:
+    raise errors.ConfigError('attach: names goes with from.')
   if to is None:
     raise errors.ConfigError("give to, e.g. to: '**/query'.")
   if isinstance(adapter, str):

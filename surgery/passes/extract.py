@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgery import errors
 from surgery.adapting import attachment, bound, fitting, trained
 from surgery.adapting.beneath import handles_adapters
+from surgery.host import foreign
 from surgery.host.manager import Host
 from surgery.model import manifest, record_json
 from surgery.model.checkpoint import Checkpoint, Leaf
@@ -17,6 +19,11 @@ from surgery.model.records import AdapterRecord, WeightSpec
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
+
+_nothing = contextlib.nullcontext
+
+# What the modules of another program's adapter are called in a base.
+Names = str | Sequence[str] | Mapping[str, str] | None
 
 
 @handles_adapters
@@ -104,6 +111,45 @@ def _check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
     )
 
 
+def _ours(
+  alone: Checkpoint, base: Checkpoint, names: Names, host: Host
+) -> Checkpoint:
+  """Returns an adapter of another program as one of ours, for a base.
+
+  Raises:
+    ConfigError: if `names` are given for an adapter of ours.
+    SurgeryError: if it cannot be read, or does not fit the base.
+  """
+  if alone.manifest.adapters:
+    if names is not None:
+      raise errors.ConfigError(
+        f'{alone.origin or "the file"}: names are for adapters of other '
+        'programs. This one says itself where it goes; rename the model.'
+      )
+    return alone
+  for kind, one in host.adapter_files.items():
+    owner = host.offered_by('surgery_adapter_files', kind)
+    # What a plugin does wrong is said with its name.
+    with foreign.code(f'{kind!r} of {owner}') if owner else _nothing():
+      if one.knows(alone):
+        return _adopted(one.bound(alone, base, names=names, host=host), kind)
+  return alone
+
+
+def _adopted(found: Any, kind: str) -> Checkpoint:
+  """Returns what another program's adapter became, if it is an adapter.
+
+  Raises:
+    PluginError: naming what it is instead.
+  """
+  if isinstance(found, Checkpoint) and len(found.manifest.adapters) == 1:
+    return found
+  raise errors.PluginError(
+    f'adapter file {kind!r}: bound returned {found!r}, expected a Checkpoint '
+    'with one adapter on record, as extract makes it.'
+  )
+
+
 def _only(alone: Checkpoint) -> Mapping[str, Any]:
   if alone.manifest.kind != manifest.ADAPTER or not alone.manifest.adapters:
     raise errors.FormatError(
@@ -165,17 +211,21 @@ def insert(
   name: str | None = None,
   check_base: bool = True,
   check_same: bool = False,
+  names: Names = None,
   host: Host,
 ) -> Checkpoint:
-  """Attaches an adapter that `extract` took out.
+  """Attaches an adapter that `extract` took out, or another program saved.
 
   Args:
     checkpoint: the base.
     alone: the adapter.
     name: its name here; the one that it had by default.
     check_base: whether the base must have the very values that it had, and the
-      adapters beneath that it was trained over.
+      adapters beneath that it was trained over, where the file says them.
     check_same: whether the very same adapter may not take part already.
+    names: for an adapter of another program: what its modules are called in
+      this base, where it calls them otherwise; by name, or as rules of
+      `rename`.
     host: knows the adapter's type.
 
   Raises:
@@ -185,6 +235,7 @@ def insert(
     FormatError: if `alone` is no adapter, or its tensors are not those that its
       configuration makes.
   """
+  alone = _ours(alone, checkpoint, names, host)
   said = _only(alone)
   record = record_json.adapter_from_json(said, host)
   name = record.name if name is None else name
@@ -193,6 +244,7 @@ def insert(
   fitting.check_file(alone, record, checkpoint, said.get(fitting.MANY))
   if check_same:
     bound.check_new(checkpoint, alone, record, host)
+  check_base = check_base and not bound.is_unknown(said)
   beneath = bound.check(checkpoint, record, said, host) if check_base else []
   record = trained.settled(
     checkpoint, alone, record, beneath, bound.digest, host

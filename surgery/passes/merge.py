@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from surgery import errors
 from surgery.adapting import merged
@@ -19,6 +19,7 @@ def merge(
   with_: Checkpoint | None = None,
   check_base: bool = True,
   check_same: bool = True,
+  with_names: str | Sequence[str] | Mapping[str, str] | None = None,
   check_finite: bool = True,
   host: Host,
 ) -> Checkpoint:
@@ -35,6 +36,8 @@ def merge(
       that it was trained over.
     check_same: whether it is an error that the very same adapter is attached
       and enabled.
+    with_names: for one of another program: what its modules are called in this
+      model, by name, or as rules of `rename`.
     check_finite: whether a result with NaN or infinity is an error.
     host: whose hooks are asked.
 
@@ -59,7 +62,14 @@ def merge(
         'names do not go with an adapter from elsewhere, which is one.'
       )
     checkpoint = extract.insert(
-      checkpoint, with_, check_base=check_base, check_same=check_same, host=host
+      checkpoint,
+      with_,
+      check_base=check_base,
+      check_same=check_same,
+      names=with_names,
+      host=host,
     )
     names = checkpoint.records(host).names[-1]
+  elif with_names is not None:
+    raise errors.AdapterError('merge: with-names goes with `with`.')
   return merged.fold(checkpoint, names, check_finite=check_finite, host=host)

@@ -509,7 +509,7 @@ def plan(
     if target.plain is not None:
       _check_plain(target, after, host)
     folder = None
-    if target.is_folder:
+    if target.is_folder and not _is_folder_format(target, host):
       folder = _folder(recipe, target, models.opened[main], after, host)
     outputs.append(
       Output(name, target, dict(models.opened), main, after, folder)
@@ -545,6 +545,11 @@ def _folder(
     given=target.config,
     tied=any(step.name == 'tie' for step in recipe.steps),
   )
+
+
+def _is_folder_format(target: Target, host: Host) -> bool:
+  """Whether a format writes the whole of a folder itself, as PEFT's does."""
+  return hasattr(host.formats.get(target.format or ''), 'recognises')
 
 
 def _format(target: Target) -> str:

@@ -14,6 +14,7 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 def test_the_hooks_are_those_of_the_design():
   assert [
+    'surgery_adapter_files',
     'surgery_finished',
     'surgery_formats',
     'surgery_freeze_param',

@@ -310,3 +310,28 @@ def test_the_page_on_adapters_trains_what_trains_alone():
     before, after = adapted[path].value, names['params'][path].value
     moved = {bits(v) for v in (before, param.value, after)}
     assert (3 if param.trainable else 1) == len(moved), path
+
+
+def test_the_mapping_of_the_page_on_peft_reads_and_writes(tmp_path):
+  [code] = [
+    one
+    for one in re.findall(
+      r'```python\n(.*?)```', (DOCS / 'peft.md').read_text(), re.DOTALL
+    )
+    if 'class' in one
+  ]
+  scope: dict[str, Any] = {}
+  exec(code, scope)
+  host = surgery.Host(plugins=[scope['Scale']])
+  params = bx.Params()
+  params['net', 'kernel'] = bx.Param(jnp.ones((4, 3)))
+  params = params.locked()
+  adapted = surgery.attach(params, scope['Scale'](), to='net', host=host)
+  adapted = surgery.with_weights(
+    adapted, 'default', {('net', 'kernel'): {'scale': jnp.arange(3.0)}}
+  )
+  folder = tmp_path / 'folder'
+  surgery.save_adapter(folder, adapted, format='peft', host=host)
+  again = surgery.load_adapter(folder, params, host=host)
+  found = surgery.merge(again)['net', 'kernel'].value
+  np.testing.assert_array_equal(found, jnp.ones((4, 3)) * jnp.arange(3.0))

@@ -406,7 +406,7 @@ def test_only_some_plugins_of_others_are_loaded(installed):
   installed('b', 'b_mod', ADAPTER, adapters='mine = b_mod:Mine')
   host = Host(only=[])
   assert {} == dict(host.methods)
-  assert {'msgpack', 'safetensors'} == set(host.formats)
+  assert {'msgpack', 'peft', 'safetensors'} == set(host.formats)
   assert 'lora' in host.adapter_names() and 'mine' not in host.adapter_names()
   assert 'mine' in Host(only=['mine']).adapter_names()
   states = {i.name: i.state for i in host.plugins()}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import surgery
+from surgery_lora_family.peft import PeftBiasLoRA
 
 
 class BiasLoRA(surgery.LoRA):
@@ -22,6 +23,7 @@ class BiasLoRA(surgery.LoRA):
 
   name = 'lora-bias'
   rewrites = ('kernel', 'bias')
+  peft = PeftBiasLoRA()
 
   def serves(self, site: surgery.Site) -> str | None:
     """Returns why a site cannot be served: above all, that it has no bias."""

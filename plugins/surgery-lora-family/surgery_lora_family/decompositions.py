@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import surgery
+from surgery_lora_family.peft import PeftOLoRA, PeftPiSSA
 
 
 class _Decomposed(surgery.Adapter):
@@ -84,6 +85,7 @@ class PiSSA(_Decomposed):
   """
 
   name = 'pissa'
+  peft = PeftPiSSA()
 
   def _factors(
     self, matrix: jax.Array, rank: int
@@ -102,6 +104,7 @@ class OLoRA(_Decomposed):
   """
 
   name = 'olora'
+  peft = PeftOLoRA()
 
   def _factors(
     self, matrix: jax.Array, rank: int

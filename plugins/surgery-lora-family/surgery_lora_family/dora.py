@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import surgery
+from surgery_lora_family.peft import PeftDoRA
 
 
 def _norm(value: jax.Array, site: surgery.Site) -> jax.Array:
@@ -27,6 +28,7 @@ class DoRA(surgery.LoRA):
 
   name = 'dora'
   adds = False
+  peft = PeftDoRA()
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
     """Returns `lora_a`, `lora_b` (zeros) and `magnitude`.

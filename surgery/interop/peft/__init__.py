@@ -1,0 +1,1 @@
+"""Folders of PEFT: read beside a base, and written."""

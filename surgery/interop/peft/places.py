@@ -1,0 +1,225 @@
+"""Where the modules of a PEFT folder are in a model.
+
+PEFT calls a module as its model does, behind `base_model.model.`. A saved base
+may lack the name that a head's class puts in front of it (`transformer.h.0`
+beside `h.0`), or have one more; a JAX model may call all otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from surgery import errors
+from surgery.contract.adapter import DEFAULT_PARAMS
+from surgery.naming import paths, renaming
+from surgery.naming.paths import Path
+
+PREFIX = 'base_model.model.'
+# What PEFT puts between a module and what it wraps.
+_WRAPPED = re.compile(r'\.base_layer(?=\.|$)')
+# How many names may be missing or superfluous in front.
+_DEEPEST = 2
+
+# The parameter of a module that is adapted, the most likely first.
+_PARAMS = ('weight', *DEFAULT_PARAMS, 'in_proj_weight')
+
+
+def name_of(path: Path) -> str:
+  """Returns a path as torch writes names."""
+  return '.'.join(path)
+
+
+def plain(name: str) -> str:
+  """Returns a module's name without the wrappers of PEFT."""
+  return _WRAPPED.sub('', name)
+
+
+class Places:
+  """Finds modules and parameters of a base by their names in PEFT.
+
+  Args:
+    base: the parameters of the base.
+    modules: names of all modules that have weights.
+    names: what they are called in the base, if anything was said of it.
+    origin: the folder, for messages.
+
+  Raises:
+    FormatError: if some have no place, or several places are as good.
+    RenameError: for a rule of `names` that decides nothing.
+  """
+
+  def __init__(
+    self,
+    base: Iterable[Path],
+    modules: Sequence[str],
+    names: Any,
+    origin: str,
+  ) -> None:
+    self._base = list(base)
+    self._known = {name_of(path): path for path in self._base}
+    self._layers: dict[str, Path] = {}
+    for path in self._base:
+      for n in range(1, len(path)):
+        self._layers.setdefault(name_of(path[:n]), path[:n])
+    self._origin = origin
+    self._there: Callable[[str], str] = lambda name: name
+    self._back: Callable[[str], str | None] = lambda name: name
+    if names is None:
+      self._find_prefix(modules)
+    else:
+      self._there, self._back = _named(names, modules, self._base, origin)
+
+  def layer(self, module: str) -> Path | None:
+    """Returns the layer that a module is, if there is one."""
+    return self._layers.get(self._there(plain(module)))
+
+  def param(self, module: str) -> Path | None:
+    """Returns the parameter of a module that is adapted, if there is one."""
+    layer = self._there(plain(module))
+    for name in _PARAMS:
+      if f'{layer}.{name}' in self._known:
+        return self._known[f'{layer}.{name}']
+    return None
+
+  def tensor(self, name: str) -> Path | None:
+    """Returns the parameter that a tensor of the base's own is, if any."""
+    module, _, param = plain(name).rpartition('.')
+    layer = self._there(module) if module else ''
+    front = f'{layer}.' if layer else ''
+    for one in (param, *_ALIKE.get(param, ())):
+      if f'{front}{one}' in self._known:
+        return self._known[f'{front}{one}']
+    return None
+
+  def modules(self) -> dict[str, Path]:
+    """Returns the parameters that can be adapted, by their module's name."""
+    found: dict[str, Path] = {}
+    for path in self._base:
+      name = self._back(name_of(path[:-1])) if path[-1] in _PARAMS else None
+      if name is not None:
+        found.setdefault(name, path)
+    return found
+
+  def _find_prefix(self, modules: Sequence[str]) -> None:
+    """Sees which name in front is missing, or one too many.
+
+    Raises:
+      FormatError: if no change of it, or more than one, gives all modules a
+        place.
+    """
+    plains = [plain(module) for module in modules]
+    if all(self.param(one) is not None for one in plains) or not plains:
+      return
+    counts = {('', ''): sum(map(self._has, plains))}
+    for old, new in self._prefixes(plains):
+      there = _replacing(old, new)
+      counts[old, new] = sum(self._has(there(one)) for one in plains)
+    most = max(counts.values())
+    fitting = [change for change, count in counts.items() if count == most]
+    if most == len(plains) and len(fitting) > 1:
+      shown = ' or '.join(f'{old!r} is {new!r}' for old, new in fitting)
+      raise errors.FormatError(
+        f'{self._origin}: modules have no place in the base under their names, '
+        f'and several as good if the part in front {shown}. Say which by names='
+        " (--names), e.g. 'encoder/** -> model/encoder/**'."
+      )
+    if most:  # Where some are missing, messages are about these alone.
+      old, new = fitting[0]
+      self._there, self._back = _replacing(old, new), _replacing(new, old)
+
+  def _prefixes(self, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns what may stand in front, in the folder and in the base."""
+    split = [tuple(name.split('.')) for name in names]
+    fronts = {
+      name_of(one[:n]) + '.'
+      for one in split
+      for n in range(1, _DEEPEST + 1)
+      if n < len(one)
+    }
+    ours = {
+      name_of(path[:n]) + '.'
+      for path in self._base
+      for n in range(1, _DEEPEST + 1)
+      if n < len(path)
+    }
+    # One is taken away, or one is added; both at once would be a guess.
+    return [(one, '') for one in sorted(fronts)] + [
+      ('', one) for one in sorted(ours)
+    ]
+
+  def _has(self, layer: str) -> bool:
+    return any(f'{layer}.{name}' in self._known for name in _PARAMS)
+
+
+# What torch and JAX call the same parameter.
+_ALIKE = {'weight': ('kernel', 'embedding', 'scale')}
+
+
+def _replacing(old: str, new: str) -> Callable[[str], str]:
+  """Returns a function that puts one name in front in another's place."""
+
+  def replaced(name: str) -> str:
+    if not name.startswith(old):
+      return name
+    return new + name[len(old) :]
+
+  return replaced
+
+
+def _named(
+  names: Any, modules: Sequence[str], base: Sequence[Path], origin: str
+) -> tuple[Callable[[str], str], Callable[[str], str | None]]:
+  """Returns what modules are called by what somebody said, and back.
+
+  Raises:
+    ConfigError: if it is neither a mapping nor rules.
+    RenameError: for a rule that decides nothing.
+  """
+  if isinstance(names, Mapping):
+    table = {_dotted(old): _dotted(new) for old, new in names.items()}
+  elif isinstance(names, str) or (
+    isinstance(names, Sequence) and all(isinstance(n, str) for n in names)
+  ):
+    rules = [
+      renaming.parse(rule)
+      for rule in ([names] if isinstance(names, str) else names)
+    ]
+    # Rules are for parameters, as in `rename`: a module stands for its weight.
+    universe = {(*plain(m).split('.'), 'weight'): plain(m) for m in modules}
+    found = renaming.targets(rules, universe)
+    table = {universe[old]: name_of(new[:-1]) for old, new in found.items()}
+    for rule in rules:
+      for old in universe:
+        new = rule.apply(old[:-1])
+        if new is not None:
+          table.setdefault(universe[old], name_of(new))
+  else:
+    raise errors.ConfigError(
+      f'names: expected names by name, or rules OLD -> NEW, found {names!r}.'
+    )
+  del base, origin
+  # Ends of names that are said stand for all beneath them.
+  back = {new: old for old, new in table.items()}
+  return _beneath(table), _beneath(back)
+
+
+def _beneath(table: Mapping[str, str]) -> Callable[[str], str]:
+  def replaced(name: str) -> str:
+    parts = name.split('.')
+    for n in range(len(parts), 0, -1):
+      front = '.'.join(parts[:n])
+      if front in table:
+        return '.'.join((table[front], *parts[n:]))
+    return name
+
+  return replaced
+
+
+def _dotted(text: str) -> str:
+  """Returns a module's name, however it is written."""
+  path = paths.parse(text) if '/' in text else tuple(text.split('.'))
+  if path and path[-1] in _PARAMS:
+    path = path[:-1]
+  return name_of(path)

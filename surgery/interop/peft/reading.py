@@ -1,0 +1,641 @@
+"""An adapter of PEFT as one of ours, beside the base that it is for.
+
+A folder says what its modules are called and how large their weights are; which
+axes of a parameter are inputs, only the base tells. So it becomes an adapter of
+ours when it meets its base, and all that can be done to such a one follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (numpy knows the names of its dtypes then)
+import numpy as np
+
+from surgery import errors
+from surgery.adapting import attachment, drawing, finding
+from surgery.contract import config as options
+from surgery.contract.adapter import Adapter
+from surgery.contract.peft import (
+  CONV,
+  EMBEDDING,
+  LINEAR,
+  PeftLayer,
+  PeftMapping,
+  PeftModule,
+)
+from surgery.contract.site import Site
+from surgery.host.manager import Host
+from surgery.interop.peft import axes, places, targets
+from surgery.interop.peft import config as configs
+from surgery.model import manifest, record_json
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.layers import LayerType
+from surgery.model.records import AdapterRecord, SiteRecord, WeightSpec
+from surgery.naming import paths
+from surgery.naming.paths import Path
+
+# The name of an adapter that has none.
+NAME = 'default'
+# What an entry keeps of a folder, beside its configuration.
+CONFIG, MODULES, SAVED = 'config', 'modules', 'saved'
+
+# Layers whose embeddings PEFT saves of its own accord, as it names them and as
+# models do.
+_EMBEDDINGS = (
+  'embed_in',
+  'embed_out',
+  'embed_tokens',
+  'lm_head',
+  'shared',
+  'word_embeddings',
+  'wte',
+)
+
+
+def knows(alone: Checkpoint) -> bool:
+  """Whether a checkpoint is a folder of PEFT."""
+  return configs.KEY in alone.manifest.extra
+
+
+def bound(
+  alone: Checkpoint, base: Checkpoint, names: Any, host: Host
+) -> Checkpoint:
+  """Returns an adapter of PEFT as `extract` would make it of a base.
+
+  Args:
+    alone: the folder.
+    base: the model.
+    names: what modules are called in the base, if otherwise.
+    host: knows adapter types.
+
+  Raises:
+    FormatError: if a tensor has no place, a place no tensor, or shapes are not
+      those that the configuration makes.
+    ConfigError: for a configuration that cannot be done.
+  """
+  said = alone.manifest.extra[configs.KEY]
+  origin = alone.origin or 'the folder'
+  cls, mapping = configs.chosen(said, origin, host)
+  config = configs.checked(said, mapping, origin)
+  folder = Folder.of(alone, mapping, config, origin)
+  return _Binding(folder, base, names, cls, host).checkpoint(said)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """The tensors of a folder, by what they are of.
+
+  Attributes:
+    leaves: all of them.
+    mapping: how the type is stored.
+    config: the configuration, with defaults.
+    origin: where it lies, for messages.
+    modules: tensors by module and name within it.
+    shared: tensors of no module, by the name that `init_shared` gives them.
+    others: tensors of the base's own, by name.
+    strange: names that are none of these.
+  """
+
+  leaves: Mapping[Path, Leaf]
+  mapping: PeftMapping
+  config: Mapping[str, Any]
+  origin: str
+  modules: dict[str, dict[str, Path]]
+  shared: dict[str, Path]
+  others: dict[str, Path]
+  strange: list[str]
+
+  @classmethod
+  def of(
+    cls,
+    alone: Mapping[Path, Leaf],
+    mapping: PeftMapping,
+    config: Mapping[str, Any],
+    origin: str,
+  ) -> Folder:
+    """Returns the tensors of a folder, told apart by their names."""
+    found = cls(alone, mapping, config, origin, {}, {}, {}, [])
+    shared = {f'base_model.{n}': ours for ours, n in mapping.shared.items()}
+    # The longest first: one may be the end of another.
+    known = sorted(mapping.names, key=len, reverse=True)
+    for path in alone:
+      name = places.name_of(path)
+      if name in shared:
+        found.shared[shared[name]] = path
+        continue
+      if not name.startswith(places.PREFIX):
+        found.strange.append(name)
+        continue
+      name = name[len(places.PREFIX) :]
+      tensor = next((t for t in known if name.endswith(f'.{t}')), None)
+      if tensor is None:
+        found.others[name] = path
+      else:
+        module = name[: -len(tensor) - 1]
+        found.modules.setdefault(module, {})[tensor] = path
+    return found
+
+  def module(self, name: str) -> PeftModule:
+    """Returns a module as mappings see it."""
+    shapes = {
+      tensor: self.leaves[path].shape or ()
+      for tensor, path in self.modules[name].items()
+    }
+    return PeftModule(places.plain(name), shapes, self.config)
+
+
+class _Binding:
+  """Brings a folder and a base together.
+
+  Args:
+    folder: the folder.
+    base: the model.
+    names: what modules are called in it, if otherwise.
+    cls: the adapter type.
+    host: whose hooks are asked.
+  """
+
+  def __init__(
+    self,
+    folder: Folder,
+    base: Checkpoint,
+    names: Any,
+    cls: type[Adapter],
+    host: Host,
+  ) -> None:
+    self._folder = folder
+    self._base = base
+    self._cls = cls
+    self._host = host
+    self._mapping = folder.mapping
+    self._config = folder.config
+    self._origin = folder.origin
+    self._info = attachment.info_of(base, base.records(host))
+    wanted = list(folder.modules) or [
+      name.rpartition('.')[0] for name in folder.others
+    ]
+    self._places = places.Places(self._info, wanted, names, folder.origin)
+
+  def checkpoint(self, said: Mapping[str, Any]) -> Checkpoint:
+    """Returns the adapter."""
+    found = self._found()
+    saved = self._saved()
+    self._check_all(found, saved)
+    if not found and not saved:
+      raise errors.FormatError(
+        f'{self._origin}: it holds no weights of peft_type '
+        f'{self._mapping.peft_type!r}.'
+      )
+    layers = self._layers(found)
+    adapter = self._adapter(layers)
+    sites, leaves = self._sites(adapter, layers)
+    shared, more = self._shared(adapter, sites)
+    leaves.update(more)
+    record = AdapterRecord(NAME, adapter, True, sites, shared)
+    leaves.update(self._drawn(record, leaves))
+    kept: dict[Path, WeightSpec] = {}
+    for path, name in saved.items():
+      spec, leaf = self._keep(path, name, leaves)
+      kept[path] = spec
+      leaves[spec.path] = leaf
+    told = {
+      CONFIG: dict(said),
+      MODULES: {
+        paths.show(path): [layer.name, layer.kind]
+        for path, layer in layers.items()
+      },
+      SAVED: {paths.show(path): name for path, name in saved.items()},
+    }
+    record = dataclasses.replace(
+      record, saved=kept, foreign=json.dumps({configs.KEY: told})
+    )
+    # PEFT does not say what it was trained on.
+    entry = record_json.adapter_to_json(record, self._host, {'base': None})
+    return Checkpoint(
+      leaves,
+      manifest.Manifest(kind=manifest.ADAPTER, locked=True, adapters=(entry,)),
+      origin=self._origin,
+    )
+
+  # Names.
+
+  def _found(self) -> dict[Path, str]:
+    """Returns the modules that have a place, by their parameter."""
+    found: dict[Path, str] = {}
+    for name in self._folder.modules:
+      path = self._places.param(name)
+      if path is None:
+        continue
+      if path in found:
+        raise errors.FormatError(
+          f'{self._origin}: modules {found[path]!r} and {name!r} are both '
+          f'{paths.show(path)} in the base.'
+        )
+      found[path] = name
+    return found
+
+  def _saved(self) -> dict[Path, str]:
+    """Returns the tensors of the base's own that have a place there."""
+    found: dict[Path, str] = {}
+    for name in self._folder.others:
+      path = self._places.tensor(name)
+      if path is not None and self._is_meant(name):
+        found[path] = name
+    return found
+
+  def _is_meant(self, name: str) -> bool:
+    """Whether the configuration says that a tensor of the base is saved."""
+    module, _, param = name.rpartition('.')
+    if targets.saved(self._config, self._origin)(places.plain(module)):
+      return True
+    if param == 'bias':
+      return not configs.is_nothing(self._config['bias'])
+    return places.plain(module).rpartition('.')[2] in _EMBEDDINGS
+
+  def _check_all(
+    self, found: Mapping[Path, str], saved: Mapping[Path, str]
+  ) -> None:
+    """Raises unless each tensor has a place, and each place its tensors.
+
+    Raises:
+      FormatError: listing both.
+    """
+    folder = self._folder
+    meant = targets.meant(self._config, self._origin)
+    homeless = [
+      *folder.strange,
+      *(n for n in folder.modules if n not in found.values()),
+      *(n for n in folder.others if n not in saved.values()),
+    ]
+    unmeant = [
+      name
+      for name in found.values()
+      if meant is not None and not meant(places.plain(name))
+    ]
+    empty = []
+    there = {places.plain(name) for name in found.values()}
+    for name, path in self._places.modules().items():
+      info = self._info[path]
+      matrix = len(info.shape) > 1 and info.dtype.startswith(
+        ('float', 'bfloat')
+      )
+      if meant is not None and meant(name) and name not in there and matrix:
+        empty.append(name)
+    empty += self._unsaved(found, saved)
+    problems = [
+      f'{what}: {_listed(names)}'
+      for what, names in (
+        ('no place in the base for', homeless),
+        ('not meant by target_modules', unmeant),
+        ('no tensors for', empty),
+      )
+      if names
+    ]
+    if problems:
+      raise errors.FormatError(
+        f'{self._origin}: the adapter does not fit the base. '
+        f'{"; ".join(problems)}. Where the base calls modules otherwise, say '
+        'so by names= (--names); where another class of model was adapted, '
+        'take its base.'
+      )
+
+  def _unsaved(
+    self, found: Mapping[Path, str], saved: Mapping[Path, str]
+  ) -> list[str]:
+    """Returns parameters that the configuration says are saved, and are not."""
+    whole = targets.saved(self._config, self._origin)
+    bias = self._config['bias']
+    layers = {path[:-1] for path in found}
+    missing = []
+    for path in self._info:
+      if path in saved or path in found:
+        continue
+      module = places.name_of(path[:-1])
+      alone = path[-1] == 'bias' and not configs.is_nothing(bias)
+      if whole(module) or (alone and (bias == 'all' or path[:-1] in layers)):
+        missing.append(places.name_of(path))
+    return missing
+
+  # Axes.
+
+  def _layers(self, found: Mapping[Path, str]) -> dict[Path, PeftLayer]:
+    """Returns modules with their sites, whose axes have roles."""
+    types: dict[Path, LayerType] = {}
+    kinds: dict[Path, str] = {}
+    known = self._base.manifest.layer_types
+    rows = {}
+    for path, name in found.items():
+      module = self._folder.module(name)
+      kinds[path] = self._kind(module, path)
+      rows[path] = axes.Sought(
+        paths.show(path),
+        module.name,
+        kinds[path],
+        self._info[path].shape,
+        *self._mapping.sizes(module),
+        known[path[:-1]].layouts.get(path[-1]) if path[:-1] in known else None,
+        path[-1],
+      )
+    letters = axes.found(
+      rows, bool(self._config['fan_in_fan_out']), self._origin
+    )
+    for path, one in letters.items():
+      told = known.get(path[:-1])
+      types[path[:-1]] = LayerType(
+        told.names if told else (),
+        {**(told.layouts if told else {}), path[-1]: one},
+      )
+    plain = attachment.check_adapter(self._plain())
+    finder = finding.Finder(plain, self._host, types)
+    params = finding.by_layer(self._info)
+    layers = {}
+    for path, name in found.items():
+      layer = path[:-1]
+      site = finder.site(layer, path[-1], params[layer], True)
+      layers[path] = PeftLayer(
+        name,
+        kinds[path],
+        site,
+        kinds[path] == CONV and not letters[path].startswith('o'),
+        functools.partial(_stored, self._base[path], site),
+        self._config,
+      )
+    return layers
+
+  def _kind(self, module: PeftModule, path: Path) -> str:
+    told = self._mapping.kind(module)
+    if told is not None:
+      return told
+    if path[-1] == 'embedding':
+      return EMBEDDING
+    count = len(self._info[path].shape)
+    return CONV if count > 2 and path[-1] == 'weight' else LINEAR
+
+  def _plain(self) -> Adapter:
+    """Returns an adapter of the type, of which only the class matters."""
+    name = next(iter(self._folder.modules), None)
+    said = {} if name is None else self._options(name)
+    return self._made(said, {})
+
+  # Options.
+
+  def _options(self, name: str) -> dict[str, Any]:
+    with errors.within(self._origin):
+      return dict(self._mapping.options(self._folder.module(name)))
+
+  def _made(
+    self, general: Mapping[str, Any], patterns: Mapping[str, Mapping[str, Any]]
+  ) -> Adapter:
+    cls = self._cls
+    with errors.within(f'{self._origin}: its configuration'):
+      return cls(
+        **options.from_json(cls, general),
+        patterns={s: options.from_json(cls, v) for s, v in patterns.items()},
+      )
+
+  def _adapter(self, layers: Mapping[Path, PeftLayer]) -> Adapter:
+    """Returns the adapter; what most modules have is its configuration."""
+    said = {path: self._options(one.name) for path, one in layers.items()}
+    general = usual(list(said.values()))
+    return self._made(general, patterns_of(said, general))
+
+  # Weights.
+
+  def _sites(
+    self, adapter: Adapter, layers: Mapping[Path, PeftLayer]
+  ) -> tuple[dict[Path, SiteRecord], dict[Path, Leaf]]:
+    """Returns the records of sites, and their weights as leaves.
+
+    Raises:
+      FormatError: for all tensors that are not those of the configuration.
+    """
+    sites: dict[Path, SiteRecord] = {}
+    leaves: dict[Path, Leaf] = {}
+    problems: list[str] = []
+    for path, layer in layers.items():
+      who = attachment.intercept(self._host, adapter, layer.site)
+      try:
+        record = attachment.site_record(
+          adapter, NAME, layer.site, who, leaves.__contains__
+        )
+      except errors.SiteError as error:
+        problems.append(str(error).rstrip('.'))
+        continue
+      weights, wrong = self._weights(layer, record)
+      problems += wrong
+      specs = {
+        name: dataclasses.replace(spec, dtype=weights[name].dtype or spec.dtype)
+        if name in weights
+        else spec
+        for name, spec in record.weights.items()
+      }
+      sites[path] = dataclasses.replace(record, weights=specs)
+      leaves.update((specs[n].path, leaf) for n, leaf in weights.items())
+    if problems:
+      raise errors.FormatError(
+        f'{self._origin}: the tensors are not those that its configuration '
+        f'makes. {"; ".join(problems)}.'
+      )
+    return sites, leaves
+
+  def _weights(
+    self, layer: PeftLayer, record: SiteRecord
+  ) -> tuple[dict[str, Leaf], list[str]]:
+    """Returns a site's weights, and what is wrong with its tensors."""
+    mapping, there = self._mapping, self._folder.modules[layer.name]
+    ours = {
+      name: np.zeros(spec.shape, 'float32')
+      for name, spec in record.weights.items()
+      if name not in mapping.drawn
+    }
+    # What is written of such weights is what has to be there.
+    made = mapping.tensors(layer, ours)
+    found = {n: self._folder.leaves[p].shape for n, p in there.items()}
+    wrong = compared(layer.name, {n: a.shape for n, a in made.items()}, found)
+    if wrong:
+      return {}, wrong
+    tensors = {n: self._folder.leaves[p] for n, p in there.items()}
+    dtype = _common(tensors.values())
+    return {
+      name: Leaf(
+        functools.partial(_weight, mapping, layer, tensors, name, dtype),
+        record.weights[name].shape,
+        dtype,
+        record.weights[name].trainable,
+        {'adapter': NAME},
+      )
+      for name in ours
+    }, []
+
+  def _shared(
+    self, adapter: Adapter, sites: Mapping[Path, SiteRecord]
+  ) -> tuple[dict[str, WeightSpec], dict[Path, Leaf]]:
+    """Returns what the sites share, as specifications and leaves.
+
+    Raises:
+      FormatError: for tensors that are missing or of another shape.
+    """
+    if type(adapter).init_shared is Adapter.init_shared:
+      return {}, {}
+    made = drawing.shared_shapes(adapter, [one.site for one in sites.values()])
+    zeros = {n: np.zeros(shape, 'float32') for n, shape in made.items()}
+    expected = {
+      n: a.shape for n, a in self._mapping.shared_tensors(zeros).items()
+    }
+    there = {n: self._folder.leaves[p] for n, p in self._folder.shared.items()}
+    named = self._mapping.shared
+    wrong = compared(
+      'base_model',
+      {named[n]: shape for n, shape in expected.items()},
+      {named[n]: leaf.shape for n, leaf in there.items()},
+    )
+    if wrong:
+      raise errors.FormatError(
+        f'{self._origin}: the shared tensors are not those that its '
+        f'configuration makes. {"; ".join(wrong)}.'
+      )
+    specs, leaves = {}, {}
+    for name, shape in made.items():
+      path = attachment.shared_path(name, NAME)
+      dtype = there[name].dtype or 'float32'
+      trains = attachment.trains(adapter, name, dtype)
+      specs[name] = WeightSpec(path, tuple(shape), dtype, trains)
+      leaves[path] = Leaf(
+        functools.partial(_shared_weight, self._mapping, there, name),
+        tuple(shape),
+        dtype,
+        trains,
+        {'adapter': NAME},
+      )
+    return specs, leaves
+
+  def _drawn(
+    self, record: AdapterRecord, leaves: Mapping[Path, Leaf]
+  ) -> dict[Path, Leaf]:
+    """Returns the weights that PEFT does not have, as `init` draws them."""
+    if not self._mapping.drawn:
+      return {}
+    made = attachment.weight_leaves(
+      self._base, self._base.records(self._host), record, 0, self._info
+    )
+    return {p: leaf for p, leaf in made.items() if p not in leaves}
+
+  def _keep(
+    self, path: Path, name: str, leaves: Mapping[Path, Leaf]
+  ) -> tuple[WeightSpec, Leaf]:
+    """Returns a tensor of the base's own as an adapter keeps it."""
+    leaf = self._folder.leaves[self._folder.others[name]]
+    shape = self._info[path].shape
+    leaf = axes.as_stored(leaf, shape, path[-1], name)
+    to = attachment.weight_path(
+      path[:-1], path[-1], 'saved', NAME, leaves.__contains__
+    )
+    assert leaf.shape is not None and leaf.dtype is not None
+    spec = WeightSpec(to, leaf.shape, leaf.dtype, True)
+    return spec, leaf.replace(metadata={'adapter': NAME})
+
+
+def _common(tensors: Iterable[Leaf]) -> str:
+  """Returns the dtype that tensors have, float32 if they have several."""
+  dtypes = {leaf.dtype or 'float32' for leaf in tensors}
+  return dtypes.pop() if len(dtypes) == 1 else 'float32'
+
+
+def _stored(leaf: Leaf, site: Site) -> Any:
+  """Returns a parameter with its inputs in front."""
+  value = np.asarray(leaf.load())
+  return value.transpose(site.primary.order).astype('float32')
+
+
+def _weight(
+  mapping: PeftMapping,
+  layer: PeftLayer,
+  tensors: Mapping[str, Leaf],
+  name: str,
+  dtype: str,
+) -> Any:
+  """Returns one weight of a site, computed of its module's tensors."""
+  loaded = {n: np.asarray(leaf.load()) for n, leaf in tensors.items()}
+  found = mapping.weights(layer, loaded)
+  if name not in found:
+    raise errors.PluginError(
+      f'peft_type {mapping.peft_type!r}: peft.weights returned '
+      f'{", ".join(found) or "nothing"}, expected {name!r} as well, which init '
+      'makes and `drawn` does not name.'
+    )
+  return np.ascontiguousarray(found[name]).astype(dtype, copy=False)
+
+
+def _shared_weight(
+  mapping: PeftMapping, tensors: Mapping[str, Leaf], name: str
+) -> Any:
+  loaded = {n: np.asarray(leaf.load()) for n, leaf in tensors.items()}
+  return np.ascontiguousarray(mapping.shared_weights(loaded)[name])
+
+
+def compared(
+  where: str,
+  expected: Mapping[str, tuple[int, ...]],
+  found: Mapping[str, tuple[int, ...] | None],
+) -> list[str]:
+  """Returns what differs between expected and found names and shapes."""
+  wrong = []
+  for name, shape in expected.items():
+    if name not in found:
+      wrong.append(f'{where}.{name} is missing')
+    elif found[name] != shape:
+      wrong.append(
+        f'{where}.{name}: expected shape {shape}, found {found[name]}'
+      )
+  wrong += [f'{where}.{n} is superfluous' for n in found if n not in expected]
+  return wrong
+
+
+def usual(said: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the options that most modules have."""
+  found: dict[str, Any] = {}
+  for option in said[0] if said else ():
+    values = [one[option] for one in said]
+    found[option] = max(values, key=values.count)
+  return found
+
+
+def patterns_of(
+  said: Mapping[Path, Mapping[str, Any]], general: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Returns the options that are not the usual ones, by selector.
+
+  What all layers of a name have in common is one selector; others are named.
+
+  Args:
+    said: options by the path of the parameter.
+    general: the usual ones.
+  """
+  others = {
+    path: {k: v for k, v in one.items() if v != general[k]}
+    for path, one in said.items()
+  }
+  alike: dict[Path, list[Path]] = {}
+  for path in said:
+    alike.setdefault(path[-2:], []).append(path)
+  patterns: dict[str, dict[str, Any]] = {}
+  for end, members in alike.items():
+    first = others[members[0]]
+    if all(others[one] == first for one in members):
+      if first:
+        patterns[f'**/{paths.literal(end)}'] = first
+    else:
+      patterns.update(
+        (paths.literal(p), others[p]) for p in members if others[p]
+      )
+  return patterns
+
+
+def _listed(names: list[str]) -> str:
+  more = f' and {len(names) - 8} more' if len(names) > 8 else ''
+  return ', '.join(sorted(names)[:8]) + more

@@ -1,0 +1,364 @@
+"""An adapter of ours as a folder of PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (numpy knows the names of its dtypes then)
+import numpy as np
+
+from surgery import errors
+from surgery.contract import config as options
+from surgery.contract.adapter import Adapter
+from surgery.contract.peft import (
+  CONV,
+  EMBEDDING,
+  LINEAR,
+  PeftLayer,
+  PeftMapping,
+  PeftModule,
+  Shapes,
+)
+from surgery.files import atomic_folders
+from surgery.files.safetensors import writing as safetensors
+from surgery.host.manager import Host
+from surgery.interop.peft import config as configs
+from surgery.interop.peft import folder as folders
+from surgery.interop.peft import places, reading, targets
+from surgery.model import manifest, record_json
+from surgery.model.checkpoint import Checkpoint, Leaf
+from surgery.model.manifest import Manifest
+from surgery.model.records import ROUTE, AdapterRecord, SiteRecord
+from surgery.naming import paths
+from surgery.naming.paths import Path
+
+# What a layer is called that looks rows up, where nothing else tells.
+_EMBEDDING_NAMES = re.compile(
+  r'(.*_)?(emb|embed|embeds|embedding|embeddings)|embed_tokens|wte|wpe|shared'
+)
+
+
+def write_folder(
+  checkpoint: Checkpoint, path: str | os.PathLike[str], host: Host
+) -> None:
+  """Writes an adapter as a folder, whole or not at all.
+
+  Args:
+    checkpoint: the adapter without its base, or an unchanged folder of PEFT.
+    path: the folder: a new name, or an empty folder.
+    host: knows the adapter's type.
+
+  Raises:
+    FormatError: if it is no adapter, or none that PEFT has.
+    FileExistsError: if there is something in the folder, or it is a file.
+    OSError: if it cannot be written.
+  """
+  tensors, said = converted(checkpoint, host)
+  leaves = {tuple(name.split('.')): leaf for name, leaf in tensors.items()}
+  whole = Checkpoint(leaves, Manifest(metadata={'format': 'pt'}))
+  text = json.dumps(said, indent=2, sort_keys=True)
+  with atomic_folders.writing(path) as where:
+    safetensors.write_file(whole, where / folders.TENSORS, manifest=False)
+    (where / folders.CONFIG).write_text(text)
+
+
+def converted(
+  checkpoint: Checkpoint, host: Host
+) -> tuple[dict[str, Leaf], dict[str, Any]]:
+  """Returns the tensors of a folder by name, and its configuration.
+
+  Raises:
+    FormatError: if it is no adapter, or none that PEFT has.
+  """
+  if reading.knows(checkpoint):
+    same = {places.name_of(path): leaf for path, leaf in checkpoint.items()}
+    return same, dict(checkpoint.manifest.extra[configs.KEY])
+  entries = checkpoint.manifest.adapters
+  origin = checkpoint.origin or 'the model'
+  if checkpoint.manifest.kind != manifest.ADAPTER or len(entries) != 1:
+    raise errors.FormatError(
+      f'{origin}: PEFT has folders of one adapter without its base, and this '
+      'is a model. Write the adapter: surgery extract … --to peft.'
+    )
+  return _Writer(checkpoint, entries[0], host).converted()
+
+
+class _Writer:
+  """Converts one adapter.
+
+  Args:
+    checkpoint: the adapter without its base.
+    entry: what its manifest says of it.
+    host: knows its type.
+  """
+
+  def __init__(
+    self, checkpoint: Checkpoint, entry: Mapping[str, Any], host: Host
+  ) -> None:
+    self._leaves = checkpoint
+    self._record: AdapterRecord = record_json.adapter_from_json(entry, host)
+    self._kept: Mapping[str, Any] = entry.get(configs.KEY) or {}
+    self._origin = f'adapter {self._record.name!r}'
+    self._types = checkpoint.manifest.layer_types
+    mapping = configs.mapping_of(type(self._record.adapter))
+    if mapping is None:
+      names = ', '.join(repr(c.name) for c, _ in configs.mappings(host))
+      raise errors.FormatError(
+        f'{self._origin}: PEFT has no adapter type '
+        f"'{self._record.adapter.name}'. It has "
+        f'{names or "none that is installed"}. Merge it instead, and ship the '
+        'model.'
+      )
+    self._mapping: PeftMapping = mapping
+
+  def converted(self) -> tuple[dict[str, Leaf], dict[str, Any]]:
+    """Returns tensors and configuration."""
+    if ROUTE in self._record.shared or self._kept.get('many') is not None:
+      raise errors.FormatError(
+        f'{self._origin}: it is several adapters, one for each row of a batch. '
+        'PEFT has one in a folder; save them one by one.'
+      )
+    layers: dict[str, tuple[PeftLayer, SiteRecord]] = {}
+    for path, one in self._record.sites.items():
+      layer = self._layer(path, one)
+      if layer.name in layers:
+        raise errors.FormatError(
+          f'{self._origin}: two parameters of {layer.name!r} have weights, and '
+          'PEFT has one for a module.'
+        )
+      layers[layer.name] = layer, one
+    at: dict[str, tuple[Any, Shapes]] = {
+      name: (
+        one.interceptor,
+        {n: self._shape(spec.path) for n, spec in one.weights.items()},
+      )
+      for name, (_, one) in layers.items()
+    }
+    shapes = {
+      name: {n: a.shape for n, a in self._shown(*both).items()}
+      for name, both in layers.items()
+    }
+    saved = self._saved(at)
+    said, kept = self._config(at, shapes, list(saved))
+    tensors: dict[str, Leaf] = {}
+    for name, (layer, one) in layers.items():
+      # What was in a configuration decides numbers as long as it is kept.
+      known = dataclasses.replace(layer, config=kept)
+      made = self._tensors(known, one)
+      tensors.update(
+        (f'{places.PREFIX}{name}.{n}', leaf) for n, leaf in made.items()
+      )
+    tensors.update(self._shared())
+    tensors.update((f'{places.PREFIX}{n}', leaf) for n, leaf in saved.items())
+    return tensors, said
+
+  def _shape(self, path: Path) -> tuple[int, ...]:
+    return self._leaves[path].shape or ()
+
+  def _layer(self, path: Path, one: SiteRecord) -> PeftLayer:
+    """Returns the module that a site is."""
+    for name, spec in one.weights.items():
+      if len(self._shape(spec.path)) != len(spec.shape):
+        raise errors.FormatError(
+          f'{paths.show(path)}: its weight {name!r} is that of several layers '
+          f'that are stacked, of shape {self._shape(spec.path)}. PEFT has one '
+          'module a layer: unstack the model first.'
+        )
+    kept = self._kept.get(reading.MODULES, {}).get(paths.show(path))
+    name, kind = kept or (places.name_of(path[:-1]), self._kind(path, one))
+    letters = one.site.primary.layout
+    last = kind == CONV and not letters.startswith('o')
+    return PeftLayer(name, kind, one.site, last)
+
+  def _kind(self, path: Path, one: SiteRecord) -> str:
+    spec = one.site.primary
+    types = one.site.types
+    if spec.name == 'embedding' or 'Embed' in types:
+      return EMBEDDING
+    if any('Conv' in name for name in types):
+      return CONV
+    count = len(spec.shape)
+    if spec.name == 'weight':
+      if count > 2:
+        return CONV
+      looked = len(path) > 1 and _EMBEDDING_NAMES.fullmatch(path[-2])
+      return EMBEDDING if spec.layout == 'io' and looked else LINEAR
+    # A kernel of three axes may have heads, one of four is moved over images.
+    return (
+      CONV if count > 3 and spec.layout == 'i' * (count - 1) + 'o' else LINEAR
+    )
+
+  def _weights(self, one: SiteRecord) -> dict[str, Leaf]:
+    return {
+      name: self._leaves[spec.path]
+      for name, spec in one.weights.items()
+      if name not in self._mapping.drawn
+    }
+
+  def _shown(self, layer: PeftLayer, one: SiteRecord) -> dict[str, Any]:
+    """Returns tensors of a module, of which only shape and dtype mean much."""
+    return self._mapping.tensors(layer, _zeros(self._weights(one)))
+
+  def _tensors(self, layer: PeftLayer, one: SiteRecord) -> dict[str, Leaf]:
+    weights, shown = self._weights(one), self._shown(layer, one)
+    return {
+      name: Leaf(
+        functools.partial(_tensor, self._mapping, layer, weights, name),
+        tuple(value.shape),
+        str(value.dtype),
+      )
+      for name, value in shown.items()
+    }
+
+  def _shared(self) -> dict[str, Leaf]:
+    weights = {n: self._leaves[s.path] for n, s in self._record.shared.items()}
+    if not weights:
+      return {}
+    shown = self._mapping.shared_tensors(_zeros(weights))
+    return {
+      f'base_model.{self._mapping.shared[name]}': Leaf(
+        functools.partial(_shared_tensor, self._mapping, weights, name),
+        tuple(value.shape),
+        str(value.dtype),
+      )
+      for name, value in shown.items()
+    }
+
+  def _saved(self, at: Mapping[str, Any]) -> dict[str, Leaf]:
+    """Returns the base's own parameters that are saved, by name."""
+    kept = self._kept.get(reading.SAVED, {})
+    found: dict[str, Leaf] = {}
+    for path, spec in self._record.saved.items():
+      leaf = self._leaves[spec.path]
+      module, last = places.name_of(path[:-1]), path[-1]
+      name = kept.get(paths.show(path))
+      if name is None:
+        alike = {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}
+        inner = '.base_layer' if module in at else ''
+        if inner and last != 'bias':
+          raise errors.FormatError(
+            f'{paths.show(path)}: it is adapted, and was trained itself as '
+            'well. PEFT does not save both; leave it out by modules_to_save.'
+          )
+        name = '.'.join(
+          filter(None, (f'{module}{inner}', alike.get(last, last)))
+        )
+      found[name] = _as_torch(leaf) if last == 'kernel' else leaf
+    return found
+
+  # The configuration.
+
+  def _config(
+    self,
+    at: Mapping[str, tuple[Any, Shapes]],
+    shapes: Mapping[str, Shapes],
+    saved: list[str],
+  ) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Returns what was kept where it still holds, and otherwise a new one.
+
+    Returns:
+      The configuration, and with defaults the one that was kept, if it was.
+    """
+    kept = self._kept.get(reading.CONFIG) or {}
+    if kept and self._holds(kept, at, shapes, saved):
+      return dict(kept), configs.checked(kept, self._mapping, self._origin)
+    with errors.within(self._origin):
+      said = self._mapping.config(self._record.adapter, at)
+    conv1d = any(
+      one.site.primary.layout == 'io' and one.site.primary.name == 'weight'
+      for path, one in self._record.sites.items()
+      if self._layer(path, one).kind == LINEAR
+    )
+    plain = {name: places.plain(name) for name in at}
+    modules = list(
+      dict.fromkeys(
+        n.rpartition('.')[0] for n in saved if '.base_layer.' not in n
+      )
+    )
+    bias = any('.base_layer.' in name for name in saved)
+    fresh = {
+      'peft_type': self._mapping.peft_type,
+      'task_type': None,
+      'base_model_name_or_path': None,
+      'inference_mode': True,
+      **{k: kept[k] for k in kept if k not in ('layers_pattern',)},
+      **said,
+      'target_modules': sorted(plain.values()),
+      'modules_to_save': modules or None,
+      # PEFT passes biases on that a folder has, under any name of this kind.
+      'bias': f'{self._mapping.peft_type.lower()}_only' if bias else 'none',
+    }
+    for key in ('exclude_modules', 'layers_to_transform', 'layers_pattern'):
+      fresh.pop(key, None)
+    if conv1d or 'fan_in_fan_out' in fresh:
+      fresh['fan_in_fan_out'] = conv1d
+    return fresh, {}
+
+  def _holds(
+    self,
+    kept: Mapping[str, Any],
+    at: Mapping[str, tuple[Any, Shapes]],
+    shapes: Mapping[str, Shapes],
+    saved: list[str],
+  ) -> bool:
+    """Whether a configuration still says what the adapter is."""
+    if kept.get('peft_type') != self._mapping.peft_type:
+      return False
+    names = {name for name, _ in self._kept.get(reading.MODULES, {}).values()}
+    if names != set(at) or set(saved) != set(
+      self._kept.get(reading.SAVED, {}).values()
+    ):
+      return False
+    config = configs.checked(kept, self._mapping, self._origin)
+    meant = targets.meant(config, self._origin)
+    if meant is not None and not all(meant(places.plain(n)) for n in at):
+      return False
+    for name, (who, _) in at.items():
+      module = PeftModule(places.plain(name), shapes[name], config)
+      cls: Any = type(self._record.adapter)
+      said = options.from_json(cls, self._mapping.options(module))
+      if not isinstance(who, Adapter) or cls(**said) != who:
+        return False
+    return all(one.drawn_rank is None for one in self._record.sites.values())
+
+
+def _zeros(weights: Mapping[str, Leaf]) -> dict[str, np.ndarray]:
+  return {
+    name: np.zeros(leaf.shape or (), leaf.dtype)
+    for name, leaf in weights.items()
+  }
+
+
+def _tensor(
+  mapping: PeftMapping, layer: PeftLayer, weights: Mapping[str, Leaf], name: str
+) -> Any:
+  """Returns one tensor of a module, computed of its site's weights."""
+  loaded = {n: np.asarray(leaf.load()) for n, leaf in weights.items()}
+  return np.ascontiguousarray(mapping.tensors(layer, loaded)[name])
+
+
+def _shared_tensor(
+  mapping: PeftMapping, weights: Mapping[str, Leaf], name: str
+) -> Any:
+  loaded = {n: np.asarray(leaf.load()) for n, leaf in weights.items()}
+  return np.ascontiguousarray(mapping.shared_tensors(loaded)[name])
+
+
+def _as_torch(leaf: Leaf) -> Leaf:
+  """Returns a kernel of JAX with its outputs in front, as torch has it."""
+  count = len(leaf.shape or ())
+  if count < 2:
+    return leaf
+  order = (count - 1, count - 2, *range(count - 2))
+  shape = tuple((leaf.shape or ())[a] for a in order)
+
+  def load() -> Any:
+    return np.ascontiguousarray(np.asarray(leaf.load()).transpose(order))
+
+  return leaf.replace(load=load, shape=shape)
