@@ -88,7 +88,8 @@ class PeftLayer(_Named):
     base: returns the primary parameter as stored, of shape `in_shape +
       out_shape`, float32.
     config: `adapter_config.json`, with PEFT's defaults for absent keys; empty
-      when a folder is written.
+      when a folder is written anew.
+    options: the type's options that hold for the site.
   """
 
   name: str
@@ -97,6 +98,7 @@ class PeftLayer(_Named):
   channels_last: bool = False
   base: Callable[[], Any] | None = None
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def kernel(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import surgery
+from surgery_orthogonal.peft import PeftBOFT, PeftHRA, PeftOFT
 
 __all__ = ['BOFT', 'HRA', 'OFT']
 
@@ -19,12 +20,11 @@ def _rows(base: jax.Array, site: surgery.Site) -> jax.Array:
   return base.reshape(math.prod(site.in_shape), -1)
 
 
-def _rotations(numbers: jax.Array, size: int) -> jax.Array:
-  """Returns orthogonal matrices by Cayley, `(I - Q)·(I + Q)⁻¹`.
+def _skew(numbers: jax.Array, size: int) -> jax.Array:
+  """Returns skew-symmetric matrices of what is above their diagonals.
 
   Args:
-    numbers: `(blocks, size·(size - 1) / 2)`, what is above the diagonals of the
-      skew-symmetric `Q`.
+    numbers: `(blocks, size·(size - 1) / 2)`.
     size: rows of a block.
 
   Returns:
@@ -33,9 +33,36 @@ def _rotations(numbers: jax.Array, size: int) -> jax.Array:
   upper = np.triu_indices(size, 1)
   q = jnp.zeros((len(numbers), size, size), numbers.dtype)
   q = q.at[:, upper[0], upper[1]].set(numbers)
-  q = q - q.transpose(0, 2, 1)
-  one = jnp.eye(size, dtype=q.dtype)
+  return q - q.transpose(0, 2, 1)
+
+
+def _cayley(q: jax.Array) -> jax.Array:
+  """Returns orthogonal matrices `(I - Q)·(I + Q)⁻¹`, for each `Q`."""
+  one = jnp.eye(q.shape[-1], dtype=q.dtype)
   return jnp.linalg.solve(one + q, one - q)
+
+
+def _rotations(numbers: jax.Array, size: int) -> jax.Array:
+  """Returns orthogonal matrices for what is above the diagonals of `Q`."""
+  return _cayley(_skew(numbers, size))
+
+
+def _series(numbers: jax.Array, size: int, terms: int) -> jax.Array:
+  """Returns almost orthogonal matrices, by a series of `(I - Q)⁻¹`.
+
+  `(I + Q)·(I - Q)⁻¹ = I + 2·Q + 2·Q² + …`, of whose last term half is taken, as
+  PEFT does (`num_cayley_neumann_terms`); it is the inverse of Cayley's rotation.
+  """
+  q = _skew(numbers, size)
+  one = jnp.eye(size, dtype=q.dtype)
+  total, power = jnp.broadcast_to(one, q.shape) + 2 * q, q
+  if terms == 2:
+    return total
+  # With three terms as with four: PEFT adds the half of a term in any case.
+  for _ in range(max(terms - 3, 1)):
+    power = power @ q
+    total = total + 2 * power
+  return total + power @ q
 
 
 class OFT(surgery.Adapter):
@@ -48,9 +75,16 @@ class OFT(surgery.Adapter):
   """
 
   name = 'oft'
+  peft = PeftOFT()
 
   block_size: int = surgery.field(
     default=2, ge=2, doc='Rows of a block; a divisor of the number of inputs.'
+  )
+  terms: int | None = surgery.field(
+    default=None,
+    ge=2,
+    doc='Compute the rotations by a series of so many terms, as PEFT does by '
+    'default; exactly by default.',
   )
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
@@ -76,7 +110,11 @@ class OFT(surgery.Adapter):
     """Returns the turned parameter, of the shape of `base`."""
     del name
     numbers = weights['oft_q']
-    turn = _rotations(numbers, self.block_size)
+    turn = (
+      _rotations(numbers, self.block_size)
+      if self.terms is None
+      else _series(numbers, self.block_size, self.terms)
+    )
     blocks = _rows(base, site).reshape(len(numbers), self.block_size, -1)
     # Not an einsum: `factored` turns blocks of inputs, and no matrix.
     turned = lambda turn, block: surgery.LowRank(None, turn, block).dense()
@@ -96,6 +134,7 @@ class BOFT(surgery.Adapter):
   """
 
   name = 'boft'
+  peft = PeftBOFT()
 
   block_size: int | None = surgery.field(
     default=None, ge=2, doc='Rows of a block; 4 if blocks is not given either.'
@@ -105,6 +144,11 @@ class BOFT(surgery.Adapter):
   )
   factors: int = surgery.field(
     default=1, ge=1, doc='Number of butterfly factors; 1 is OFT with a scale.'
+  )
+  whole: bool = surgery.field(
+    default=False,
+    doc='Weights are whole matrices, of which the skew-symmetric part counts, '
+    'as PEFT has them.',
   )
 
   def check(self) -> None:
@@ -151,21 +195,23 @@ class BOFT(surgery.Adapter):
     return rows % (size << (self.factors - 1)) == 0
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `boft_q` and `boft_s`.
+    """Returns `boft_q` and `boft_s`, or with `whole` `boft_r` and `boft_s`.
 
-    They are zeros `(factors, blocks, block_size·(block_size - 1) / 2)`, and
-    ones `out_shape`.
+    They are zeros `(factors, blocks, block_size·(block_size - 1) / 2)`, or
+    `(factors, blocks, block_size, block_size)`, and ones `out_shape`.
 
     Raises:
       SiteError: if blocks or butterfly do not fit the inputs.
     """
     del key
     size = self._size(site)
-    shape = (self.factors, site.in_size // size, size * (size - 1) // 2)
-    return {
-      'boft_q': jnp.zeros(shape, 'float32'),
-      'boft_s': jnp.ones(site.out_shape, 'float32'),
-    }
+    front = (self.factors, site.in_size // size)
+    scale = jnp.ones(site.out_shape, 'float32')
+    if self.whole:
+      matrices = jnp.zeros((*front, size, size), 'float32')
+      return {'boft_r': matrices, 'boft_s': scale}
+    numbers = jnp.zeros((*front, size * (size - 1) // 2), 'float32')
+    return {'boft_q': numbers, 'boft_s': scale}
 
   def apply(
     self, site: surgery.Site, name: str, base: jax.Array, weights: Any
@@ -173,8 +219,12 @@ class BOFT(surgery.Adapter):
     """Returns the turned and scaled parameter, of the shape of `base`."""
     del name
     size, matrix = self._size(site), _rows(base, site)
-    for k, numbers in enumerate(weights['boft_q']):
-      turn = _rotations(numbers, size)
+    for k, numbers in enumerate(weights['boft_r' if self.whole else 'boft_q']):
+      turn = (
+        _cayley((numbers - numbers.swapaxes(-1, -2)) / 2)
+        if self.whole
+        else _rotations(numbers, size)
+      )
       shape = (len(turn), size, matrix.shape[1])
       if k == 0:  # Neighbours; their number may be odd.
         matrix = jnp.einsum('kij,kjo->kio', turn, matrix.reshape(shape))
@@ -199,6 +249,7 @@ class HRA(surgery.Adapter):
   """
 
   name = 'hra'
+  peft = PeftHRA()
 
   rank: int = surgery.field(default=8, ge=2, doc='Number of reflections; even.')
 

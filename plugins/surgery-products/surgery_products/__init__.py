@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import surgery
+from surgery_products.peft import PeftLoHa, PeftLoKr
 
 __all__ = ['LoHa', 'LoKr']
 
@@ -35,6 +36,7 @@ class LoHa(surgery.Adapter):
   """
 
   name = 'loha'
+  peft = PeftLoHa()
   adds = True
 
   rank: int = surgery.field(default=8, ge=1, doc='Rank of each product.')
@@ -99,6 +101,7 @@ class LoKr(surgery.Adapter):
   """
 
   name = 'lokr'
+  peft = PeftLoKr()
   adds = True
 
   rank: int = surgery.field(default=8, ge=1, doc='Rank of the large factor.')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import surgery
+from surgery_scaling.peft import PeftIA3
 
 if TYPE_CHECKING:
   import jax
@@ -22,6 +23,7 @@ class IA3(surgery.Adapter):
 
   name = 'ia3'
   rewrites = ('kernel', 'bias')
+  peft = PeftIA3()
 
   feedforward: bool = surgery.field(
     default=False, doc='Scale inputs instead of outputs and bias.'

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import surgery
+from surgery_shared.peft import PeftVBLoRA
 from surgery_shared.sharing import refuse_patterns
 
 __all__ = ['VBLoRA']
@@ -30,6 +31,7 @@ class VBLoRA(surgery.Adapter):
   """
 
   name = 'vb-lora'
+  peft = PeftVBLoRA()
   adds = True
 
   rank: int = surgery.field(default=4, ge=1, doc='Rank of the update.')

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import surgery
+from surgery_shared.peft import PeftVeRA
 from surgery_shared.sharing import refuse_patterns
 
 __all__ = ['VeRA']
@@ -27,6 +28,7 @@ class VeRA(surgery.Adapter):
   """
 
   name = 'vera'
+  peft = PeftVeRA()
   frozen = ('vera_a', 'vera_b')
   adds = True
 

@@ -68,14 +68,13 @@ class Sought:
     """Whether a layout gives the numbers of inputs and outputs."""
     sizes = dict(zip('io', (self.inputs, self.outputs), strict=True))
     if self.kind == CONV:
-      axes = [
-        size for size, c in zip(self.shape, letters, strict=True) if c == 'i'
-      ]
-      channel = axes[0] if letters.startswith('o') else axes[-1]
-      out = self.shape[letters.index('o')]
-      return channel == (self.inputs or channel) and out == (
-        self.outputs or out
-      )
+      pairs = zip(self.shape, letters, strict=True)
+      axes = [size for size, letter in pairs if letter == 'i']
+      channels = axes[0] if letters.startswith('o') else axes[-1]
+      # Some types take the channels and the kernel together.
+      ours = (None, channels, math.prod(axes))
+      outputs = self.shape[letters.index('o')]
+      return self.inputs in ours and self.outputs in (None, outputs)
     for letter, size in sizes.items():
       axes = [
         n for n, c in zip(self.shape, letters, strict=True) if c == letter

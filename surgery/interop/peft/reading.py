@@ -426,7 +426,8 @@ class _Binding:
       except errors.SiteError as error:
         problems.append(str(error).rstrip('.'))
         continue
-      weights, wrong = self._weights(layer, record)
+      told = dataclasses.replace(layer, options=said_by(who))
+      weights, wrong = self._weights(told, record)
       problems += wrong
       specs = {
         name: dataclasses.replace(spec, dtype=weights[name].dtype or spec.dtype)
@@ -576,6 +577,11 @@ def _shared_weight(
 ) -> Any:
   loaded = {n: np.asarray(leaf.load()) for n, leaf in tensors.items()}
   return np.ascontiguousarray(mapping.shared_weights(loaded)[name])
+
+
+def said_by(who: Any) -> dict[str, Any]:
+  """Returns the options of an adapter at a site; none of what is no adapter."""
+  return who.config() if isinstance(who, Adapter) else {}
 
 
 def compared(

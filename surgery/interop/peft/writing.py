@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401 (numpy knows the names of its dtypes then)
 import numpy as np
 
 from surgery import errors
-from surgery.contract import config as options
+from surgery.contract import config as checking
 from surgery.contract.adapter import Adapter
 from surgery.contract.peft import (
   CONV,
@@ -174,7 +174,8 @@ class _Writer:
     name, kind = kept or (places.name_of(path[:-1]), self._kind(path, one))
     letters = one.site.primary.layout
     last = kind == CONV and not letters.startswith('o')
-    return PeftLayer(name, kind, one.site, last)
+    options = reading.said_by(one.interceptor)
+    return PeftLayer(name, kind, one.site, last, options=options)
 
   def _kind(self, path: Path, one: SiteRecord) -> str:
     spec = one.site.primary
@@ -322,7 +323,7 @@ class _Writer:
     for name, (who, _) in at.items():
       module = PeftModule(places.plain(name), shapes[name], config)
       cls: Any = type(self._record.adapter)
-      said = options.from_json(cls, self._mapping.options(module))
+      said = checking.from_json(cls, self._mapping.options(module))
       if not isinstance(who, Adapter) or cls(**said) != who:
         return False
     return all(one.drawn_rank is None for one in self._record.sites.values())

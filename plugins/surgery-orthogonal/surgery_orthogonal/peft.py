@@ -1,0 +1,230 @@
+"""OFT, BOFT and HRA in the folders of PEFT."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import surgery
+
+Arrays = Mapping[str, Any]
+Layers = Mapping[str, tuple[Any, Mapping[str, tuple[int, ...]]]]
+
+
+class _Turning(surgery.PeftMapping):
+  """What all have: linear layers alone.
+
+  PEFT turns the patches of a convolution in a call, and its kernel when it
+  merges, which are not the same.
+  """
+
+  def check_linear(self, layer: surgery.PeftLayer) -> None:
+    """Raises for a convolution.
+
+    Raises:
+      SiteError: naming it.
+    """
+    if layer.kind == 'conv':
+      raise surgery.SiteError(
+        f'{layer.name}: a convolution, of which PEFT computes something else '
+        'in a call than it merges.'
+      )
+
+
+class PeftOFT(_Turning):
+  """`oft_R.weight` `(blocks, block_size·(block_size - 1) / 2)`."""
+
+  peft_type = 'OFT'
+  names = ('oft_R.weight',)
+  defaults: ClassVar[Mapping[str, Any]] = {
+    'r': 0,
+    'oft_block_size': 32,
+    'use_cayley_neumann': True,
+    'num_cayley_neumann_terms': 5,
+  }
+  ignored = ('eps', 'init_weights', 'module_dropout')
+  off: ClassVar[Mapping[str, str]] = {
+    'block_share': 'all blocks of a layer are one',
+    'coft': 'rotations are kept small in a call',
+  }
+
+  def options(self, module: surgery.PeftModule) -> dict[str, Any]:
+    """Returns the size of blocks, and how rotations are computed."""
+    config = module.config
+    terms = config['num_cayley_neumann_terms']
+    return {
+      'block_size': self._size(module),
+      'terms': terms if config['use_cayley_neumann'] else None,
+    }
+
+  def _size(self, module: surgery.PeftModule) -> int:
+    """Returns the rows of a block.
+
+    PEFT takes another than the configured size where that does not divide the
+    inputs, so the tensor says it, and has to agree where it can.
+    """
+    shape = module.shapes['oft_R.weight']
+    blocks, numbers = shape if len(shape) == 2 else (0, 0)
+    size = (1 + math.isqrt(1 + 8 * numbers)) // 2
+    said = module.config['oft_block_size']
+    if said and blocks * size % said == 0:
+      return int(said)
+    return size
+
+  def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
+    """Returns the inputs: as many as all blocks have rows."""
+    shape = module.shapes['oft_R.weight']
+    numbers = shape[-1] if shape else 0
+    return (shape[0] if shape else 0) * (
+      (1 + math.isqrt(1 + 8 * numbers)) // 2
+    ), None
+
+  def weights(
+    self, layer: surgery.PeftLayer, tensors: Arrays
+  ) -> dict[str, Any]:
+    """Returns `oft_q`."""
+    self.check_linear(layer)
+    return {'oft_q': tensors['oft_R.weight']}
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Returns `oft_R.weight`."""
+    self.check_linear(layer)
+    return {'oft_R.weight': weights['oft_q']}
+
+  def config(self, adapter: Any, layers: Layers) -> dict[str, Any]:
+    """Returns the size of blocks, and how rotations are computed.
+
+    Raises:
+      ConfigError: for sizes or numbers of terms that differ.
+    """
+    said = [(one.block_size, one.terms) for one, _ in layers.values()]
+    several = list(dict.fromkeys(said))
+    if len(several) > 1:
+      raise surgery.ConfigError(
+        "adapter type 'oft': PEFT has one size of blocks and one number of "
+        f'terms for all modules, found {several[0]} and {several[1]}.'
+      )
+    size, terms = several[0] if several else (adapter.block_size, adapter.terms)
+    return {
+      'r': 0,
+      'oft_block_size': size,
+      'use_cayley_neumann': terms is not None,
+      **({} if terms is None else {'num_cayley_neumann_terms': terms}),
+    }
+
+
+class PeftBOFT(_Turning):
+  """`boft_R` `(factors, blocks, size, size)` and `boft_s` `(out, 1)`.
+
+  Of each block of `boft_R` only the skew-symmetric part counts; PEFT trains
+  and saves all of it.
+  """
+
+  peft_type = 'BOFT'
+  names = ('boft_R', 'boft_s')
+  defaults: ClassVar[Mapping[str, Any]] = {
+    'boft_block_size': 4,
+    'boft_block_num': 0,
+    'boft_n_butterfly_factor': 1,
+  }
+  ignored = ('boft_dropout', 'init_weights')
+
+  def options(self, module: surgery.PeftModule) -> dict[str, Any]:
+    """Returns blocks and factors; that there are whole matrices."""
+    config = module.config
+    return {
+      'block_size': config['boft_block_size'] or None,
+      'blocks': config['boft_block_num'] or None,
+      'factors': config['boft_n_butterfly_factor'],
+      'whole': True,
+    }
+
+  def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
+    """Returns the rows of all blocks, and the scaled outputs."""
+    r = module.shapes.get('boft_R', ())
+    s = module.shapes.get('boft_s', ())
+    return (r[1] * r[2] if len(r) == 4 else None), (s[0] if s else None)
+
+  def weights(
+    self, layer: surgery.PeftLayer, tensors: Arrays
+  ) -> dict[str, Any]:
+    """Returns `boft_r` and `boft_s`."""
+    self.check_linear(layer)
+    scale = layer.outputs(tensors['boft_s'].reshape(-1))
+    return {'boft_r': tensors['boft_R'], 'boft_s': scale}
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Returns `boft_R` and `boft_s`."""
+    import numpy as np
+
+    self.check_linear(layer)
+    scale = layer.torch_outputs(weights['boft_s'])[:, None]
+    if 'boft_r' in weights:
+      return {'boft_R': weights['boft_r'], 'boft_s': scale}
+    numbers = weights['boft_q']
+    size = (1 + math.isqrt(1 + 8 * numbers.shape[-1])) // 2
+    upper = np.triu_indices(size, 1)
+    skew = np.zeros((*numbers.shape[:-1], size, size), numbers.dtype)
+    skew[..., upper[0], upper[1]] = numbers
+    return {'boft_R': skew - skew.swapaxes(-1, -2), 'boft_s': scale}
+
+  def config(self, adapter: Any, layers: Layers) -> dict[str, Any]:
+    """Returns blocks and factors.
+
+    Raises:
+      ConfigError: for some that differ.
+    """
+    said = [(o.block_size, o.blocks, o.factors) for o, _ in layers.values()]
+    several = list(dict.fromkeys(said))
+    if len(several) > 1:
+      raise surgery.ConfigError(
+        "adapter type 'boft': PEFT has one size and number of blocks and one "
+        f'number of factors for all modules, found {several[0]} and '
+        f'{several[1]}.'
+      )
+    size, blocks, factors = (
+      several[0]
+      if several
+      else (adapter.block_size, adapter.blocks, adapter.factors)
+    )
+    return {
+      'boft_block_size': 0 if blocks else size or 4,
+      'boft_block_num': blocks or 0,
+      'boft_n_butterfly_factor': factors,
+    }
+
+
+class PeftHRA(_Turning):
+  """`hra_u` `(in, r)`."""
+
+  peft_type = 'HRA'
+  names = ('hra_u',)
+  fields: ClassVar[Mapping[str, str]] = {'r': 'rank'}
+  defaults: ClassVar[Mapping[str, Any]] = {'r': 8}
+  ignored = ('init_weights',)
+  off: ClassVar[Mapping[str, str]] = {
+    'apply_GS': 'the vectors are made orthogonal first'
+  }
+
+  def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
+    """Returns the inputs."""
+    return next(iter(module.shapes['hra_u']), None), None
+
+  def weights(
+    self, layer: surgery.PeftLayer, tensors: Arrays
+  ) -> dict[str, Any]:
+    """Returns `hra_u`."""
+    self.check_linear(layer)
+    return {'hra_u': tensors['hra_u']}
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Returns `hra_u`."""
+    self.check_linear(layer)
+    return {'hra_u': weights['hra_u']}

@@ -1,0 +1,86 @@
+"""IA3 in the folders of PEFT."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import surgery
+
+Arrays = Mapping[str, Any]
+Layers = Mapping[str, tuple[Any, Mapping[str, tuple[int, ...]]]]
+
+
+class PeftIA3(surgery.PeftMapping):
+  """`ia3_l` `(out, 1)`, or `(1, in)` where a module is feed-forward.
+
+  Of a convolution it is `(1, out, 1…)` or `(1, in, 1…)`: one number a channel,
+  where this type has one for each tap.
+  """
+
+  peft_type = 'IA3'
+  names = ('ia3_l',)
+  ignored = ('init_ia3_weights',)
+  defaults: ClassVar[Mapping[str, Any]] = {'feedforward_modules': None}
+
+  def options(self, module: surgery.PeftModule) -> dict[str, Any]:
+    """Returns whether a module is feed-forward, by PEFT's own rule."""
+    return {'feedforward': self._is_forward(module)}
+
+  def _is_forward(self, module: surgery.PeftModule) -> bool:
+    said = module.config['feedforward_modules'] or []
+    if isinstance(said, str):
+      try:
+        return re.fullmatch(said, module.name) is not None
+      except re.error as error:
+        raise surgery.ConfigError(
+          f'feedforward_modules: {said!r} is no regular expression: {error}.'
+        ) from None
+    # Ends of names, dots or not, as PEFT has it.
+    return any(module.name.endswith(one) for one in said)
+
+  def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
+    """Returns the one number that the vector says."""
+    shape = module.shapes['ia3_l']
+    count = shape[1] if len(shape) > 2 else max(shape, default=0)
+    return (count, None) if self._is_forward(module) else (None, count)
+
+  def weights(
+    self, layer: surgery.PeftLayer, tensors: Arrays
+  ) -> dict[str, Any]:
+    """Returns `scale`."""
+    scale = tensors['ia3_l'].reshape(-1)
+    if not layer.options['feedforward']:
+      return {'scale': layer.outputs(scale)}
+    taps = math.prod(layer.kernel)
+    whole = scale.repeat(taps).reshape(layer.features)
+    return {'scale': layer.inputs(whole)}
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Returns `ia3_l`.
+
+    Raises:
+      SiteError: if taps of a convolution have scales of their own.
+    """
+    scale, taps = weights['scale'], (1,) * len(layer.kernel)
+    if not layer.options['feedforward']:
+      found = layer.torch_outputs(scale)
+      return {'ia3_l': found.reshape(1, -1, *taps) if taps else found[:, None]}
+    whole = layer.torch_inputs(scale)
+    first = whole.reshape(len(whole), -1)[:, 0]
+    if (whole != first.reshape(-1, *taps)).any():
+      raise surgery.SiteError(
+        f'{layer.name}: its scales differ from tap to tap, and PEFT has one '
+        'for each channel.'
+      )
+    return {'ia3_l': first.reshape(1, -1, *taps)}
+
+  def config(self, adapter: Any, layers: Layers) -> dict[str, Any]:
+    """Returns the names of feed-forward modules."""
+    del adapter
+    names = sorted(n for n, (one, _) in layers.items() if one.feedforward)
+    return {'feedforward_modules': names}
