@@ -51,7 +51,7 @@ def _series(numbers: jax.Array, size: int, terms: int) -> jax.Array:
   """Returns almost orthogonal matrices, by a series of `(I - Q)⁻¹`.
 
   `(I + Q)·(I - Q)⁻¹ = I + 2·Q + 2·Q² + …`, of whose last term half is taken, as
-  PEFT does (`num_cayley_neumann_terms`); it is the inverse of Cayley's rotation.
+  by PEFT (`num_cayley_neumann_terms`); it is the inverse of what Cayley has.
   """
   q = _skew(numbers, size)
   one = jnp.eye(size, dtype=q.dtype)

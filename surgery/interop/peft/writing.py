@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401 (numpy knows the names of its dtypes then)
 import numpy as np
 
 from surgery import errors
+from surgery.adapting import fitting
 from surgery.contract import config as checking
 from surgery.contract.adapter import Adapter
 from surgery.contract.peft import (
@@ -103,7 +104,9 @@ class _Writer:
   ) -> None:
     self._leaves = checkpoint
     self._record: AdapterRecord = record_json.adapter_from_json(entry, host)
-    self._kept: Mapping[str, Any] = entry.get(configs.KEY) or {}
+    told = json.loads(self._record.foreign or '{}')
+    self._kept: Mapping[str, Any] = told.get(configs.KEY) or {}
+    self._many = entry.get(fitting.MANY)
     self._origin = f'adapter {self._record.name!r}'
     self._types = checkpoint.manifest.layer_types
     mapping = configs.mapping_of(type(self._record.adapter))
@@ -119,7 +122,7 @@ class _Writer:
 
   def converted(self) -> tuple[dict[str, Leaf], dict[str, Any]]:
     """Returns tensors and configuration."""
-    if ROUTE in self._record.shared or self._kept.get('many') is not None:
+    if ROUTE in self._record.shared or self._many is not None:
       raise errors.FormatError(
         f'{self._origin}: it is several adapters, one for each row of a batch. '
         'PEFT has one in a folder; save them one by one.'
