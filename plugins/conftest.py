@@ -150,3 +150,123 @@ def net(request):
     load_file(case / 'y.safetensors')['y'],
     load_file(case / 'merged_changed.safetensors'),
   )
+
+
+@dataclasses.dataclass
+class Folder:
+  """A folder of PEFT, its base, and what PEFT made of both.
+
+  Attributes:
+    path: the folder, which no test changes.
+    base: the base in torch's names and axes.
+    merged: all tensors after PEFT's merge.
+    y: PEFT's outputs.
+    tmp: where tests write.
+  """
+
+  path: pathlib.Path
+  base: pathlib.Path
+  merged: dict
+  y: np.ndarray
+  tmp: pathlib.Path
+
+  def attached(self):
+    """The base with the adapter, as a file that was written and opened."""
+    out = self.tmp / 'adapted.safetensors'
+    self._run([{'attach': {'from': 'adapter'}}], out)
+    return out
+
+  def merged_file(self):
+    """The tensors of a file into which the adapter was merged."""
+    out = self.tmp / 'merged.safetensors'
+    self._run([{'merge': {'with': 'adapter'}}], out)
+    return load_file(out)
+
+  def written(self):
+    """The tensors and the configuration that are written of it again."""
+    out = self.tmp / 'again'
+    surgery.Recipe(
+      [{'extract': None, 'as': 'alone'}],
+      inputs={'model': self.attached()},
+      outputs={'out': {'path': out, 'of': 'alone', 'format': 'peft'}},
+    ).plan().write()
+    config = json.loads((out / 'adapter_config.json').read_text())
+    return load_file(out / 'adapter_model.safetensors'), config
+
+  def _run(self, steps, out):
+    recipe = surgery.Recipe(
+      steps,
+      inputs={'model': self.base, 'adapter': self.path},
+      outputs={'out': out},
+    )
+    recipe.plan().write()
+
+  def live(self):
+    """The parameters of a JAX model after the adapter was loaded and merged."""
+    params = bx.Params()
+    for name, value in load_file(self.base).items():
+      *layer, last = name.split('.')
+      if last == 'weight' and value.ndim > 1:
+        last = 'embedding' if 'emb' in layer else 'kernel'
+      params['net', *layer, last] = bx.Param(jnp.asarray(_turned(last, value)))
+    params = surgery.load_adapter(self.path, params.locked())
+    merged = surgery.merge(params)
+    return {path[1:]: np.asarray(p.value) for path, p in merged.items()}
+
+  def check(self, exact=True):
+    """Checks merging, in a file and live, and that writing gives it back."""
+    found = self.merged_file()
+    assert set(self.merged) == set(found)
+    for name, value in self.merged.items():
+      np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
+    live = self.live()
+    for name, value in self.merged.items():
+      *layer, last = name.split('.')
+      if last == 'weight' and value.ndim > 1:
+        last = 'embedding' if 'emb' in layer else 'kernel'
+      expected = _turned(last, value)
+      np.testing.assert_allclose(
+        live[*layer, last], expected, atol=2e-5, err_msg=name
+      )
+    tensors, config = self.written()
+    expected = load_file(self.path / 'adapter_model.safetensors')
+    assert set(expected) == set(tensors)
+    compare = np.testing.assert_array_equal if exact else _almost
+    for name, value in expected.items():
+      assert (value.shape, value.dtype) == (
+        tensors[name].shape,
+        tensors[name].dtype,
+      )
+      compare(tensors[name], value, err_msg=name)
+    said = json.loads((self.path / 'adapter_config.json').read_text())
+    assert said == config
+
+
+def _turned(name, value):
+  if name != 'kernel':
+    return value
+  return value.transpose((*range(2, value.ndim), 1, 0))
+
+
+def _almost(found, expected, err_msg):
+  np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=err_msg)
+
+
+@pytest.fixture
+def folder(request, tmp_path):
+  """Returns a folder of PEFT by its path within a plugin's data."""
+  data = pathlib.Path(request.path).parent / 'data'
+
+  def made(name):
+    path = data / name
+    base = next(path.parent.glob('base*.safetensors'))
+    merged = load_file(path / 'merged_changed.safetensors')
+    return Folder(
+      path,
+      base,
+      {**load_file(base), **merged},
+      load_file(path / 'y.safetensors')['y'],
+      tmp_path,
+    )
+
+  return made

@@ -41,6 +41,10 @@ class PeftIA3(surgery.PeftMapping):
     # Ends of names, dots or not, as PEFT has it.
     return any(module.name.endswith(one) for one in said)
 
+  def kind(self, module: surgery.PeftModule) -> str | None:
+    """A vector of a convolution has an axis for each of its kernel's."""
+    return 'conv' if len(module.shapes['ia3_l']) > 2 else 'linear'
+
   def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
     """Returns the one number that the vector says."""
     shape = module.shapes['ia3_l']

@@ -374,7 +374,27 @@ class _Binding:
     if path[-1] == 'embedding':
       return EMBEDDING
     count = len(self._info[path].shape)
-    return CONV if count > 2 and path[-1] == 'weight' else LINEAR
+    known = self._base.manifest.layer_types.get(path[:-1])
+    if known is not None and known.names:
+      moved = any('Conv' in name for name in known.names)
+      return CONV if moved else LINEAR
+    if path[-1] == 'weight':
+      return CONV if count > 2 else LINEAR
+    if count == 3 and self._is_ambiguous(module, path):
+      raise errors.FormatError(
+        f'{self._origin}: {paths.show(path)} of shape '
+        f'{self._info[path].shape} may be the kernel of a convolution or of a '
+        'layer with heads, whose inputs PEFT orders in two ways. Save the '
+        'model with graph=, which records what its layers are, and attach the '
+        'adapter to the file.'
+      )
+    return CONV if count > 3 else LINEAR
+
+  def _is_ambiguous(self, module: PeftModule, path: Path) -> bool:
+    """Whether two axes of a kernel are inputs, as far as sizes tell."""
+    inputs, _ = self._mapping.sizes(module)
+    first, second, _ = self._info[path].shape
+    return inputs in (None, first * second)
 
   def _plain(self) -> Adapter:
     """Returns an adapter of the type, of which only the class matters."""

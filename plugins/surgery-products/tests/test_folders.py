@@ -1,0 +1,58 @@
+"""LoHa and LoKr in folders that PEFT wrote."""
+
+import json
+
+import numpy as np
+import pytest
+from surgery_products import LoHa, LoKr
+
+import surgery
+
+
+@pytest.mark.parametrize(
+  'name', ['loha', 'lokr', 'variants/loha_conv', 'variants/lokr']
+)
+def test_a_folder_is_merged_and_written_as_peft_does(folder, name):
+  folder(name).check()
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('variants/loha_effective', 'products of four matrices'),
+    ('variants/lokr_conv', 'only channels are cut'),
+  ],
+)
+def test_what_the_types_cannot_do_is_refused(folder, name, message):
+  with pytest.raises(surgery.SurgeryError, match=message):
+    folder(name).merged_file()
+
+
+@pytest.mark.peft('loha')
+@pytest.mark.parametrize(
+  'adapter',
+  [
+    LoHa(rank=2, alpha=3, patterns={'**/hidden1': {'rank': 3}}),
+    LoKr(rank=2, alpha=3),
+  ],
+)
+def test_an_adapter_of_ours_is_written_and_read_again(net, adapter, tmp_path):
+  params = surgery.attach(net.params, adapter, to='**/hidden*')
+  weights = surgery.weights(params)
+  weights = {
+    s: {n: w + 0.1 for n, w in some.items()} for s, some in weights.items()
+  }
+  params = surgery.with_weights(params, 'default', weights)
+  surgery.save_adapter(tmp_path / 'out', params, format='peft')
+  config = json.loads((tmp_path / 'out/adapter_config.json').read_text())
+  assert adapter.name.upper() == config['peft_type']
+  again = surgery.load_adapter(tmp_path / 'out', net.params)
+  np.testing.assert_array_equal(net.output(again), net.output(params))
+
+
+@pytest.mark.peft('loha')
+def test_factors_that_differ_have_no_folder(net, tmp_path):
+  adapter = LoKr(rank=2, patterns={'**/hidden1': {'factor': 2}})
+  params = surgery.attach(net.params, adapter, to='**/hidden*')
+  with pytest.raises(surgery.ConfigError, match='decompose_factor for all'):
+    surgery.save_adapter(tmp_path / 'out', params, format='peft')

@@ -1,0 +1,51 @@
+"""VeRA and VB-LoRA in folders that PEFT wrote."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from surgery_shared import VBLoRA, VeRA
+
+import surgery
+
+
+@pytest.mark.parametrize(
+  'name', ['vera', 'vb_lora', 'variants/vera', 'variants/vblora']
+)
+def test_a_folder_is_merged_and_written_as_peft_does(folder, name):
+  folder(name).check()
+
+
+def test_projections_that_were_not_saved_are_refused(folder):
+  with pytest.raises(surgery.SurgeryError, match='save_projection=True'):
+    folder('variants/vera_unsaved').merged_file()
+
+
+def test_a_shared_tensor_that_is_missing_is_named(folder, tmp_path):
+  one = folder('vera')
+  found = load_file(one.path / 'adapter_model.safetensors')
+  del found['base_model.vera_B']
+  save_file(found, tmp_path / 'adapter_model.safetensors')
+  config = (one.path / 'adapter_config.json').read_text()
+  (tmp_path / 'adapter_config.json').write_text(config)
+  one.path = tmp_path
+  with pytest.raises(
+    surgery.SurgeryError, match=r'base_model\.vera_B is missing'
+  ):
+    one.merged_file()
+
+
+@pytest.mark.peft('vera')
+@pytest.mark.parametrize(
+  'adapter',
+  [VeRA(rank=4), VBLoRA(rank=2, num_vectors=6, vector_length=16, topk=2)],
+)
+def test_an_adapter_of_ours_is_written_and_read_again(net, adapter, tmp_path):
+  params = surgery.attach(net.params, adapter, to='**/hidden*')
+  weights = surgery.weights(params)
+  weights = {
+    s: {n: w + 0.1 for n, w in some.items()} for s, some in weights.items()
+  }
+  params = surgery.with_weights(params, 'default', weights)
+  surgery.save_adapter(tmp_path / 'out', params, format='peft')
+  again = surgery.load_adapter(tmp_path / 'out', net.params)
+  np.testing.assert_array_equal(net.output(again), net.output(params))
