@@ -94,8 +94,8 @@ def command(
   if len(sources) == 1:
     others = {'adapter': shared.opened(sources[0])}
     called = {'with-names': list(rules)} if rules else {}
-    given = {'with': 'adapter', **unchecked, **called, **anyway}
-    steps: list[dict[str, Any]] = [{'merge': given}]
+    step = {'merge': {'with': 'adapter', **unchecked, **called, **anyway}}
+    steps: list[dict[str, Any]] = [step]
   else:
     # All are held against the base before one of them changes it.
     if rules:
