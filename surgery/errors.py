@@ -132,6 +132,13 @@ class DenseFallbackWarning(UserWarning):
   """
 
 
+class DropoutWarning(UserWarning):
+  """An adapter has dropout, and a call in training drops nothing.
+
+  Only `surgery.factored(model)` drops elements; the model by itself does not.
+  """
+
+
 class PluginError(SurgeryError):
   """A plugin is broken, unknown or breaks the contract."""
 

@@ -170,6 +170,18 @@ def is_traced(value: Any) -> bool:
   return isinstance(value, jax.core.Tracer)
 
 
+def is_differentiated(value: Any) -> bool:
+  """Whether a derivative is taken of a value, as far as that is to be seen.
+
+  The classes are no public names, and not the same in all releases; without
+  them nothing is seen.
+  """
+  return is_traced(value) and type(value).__name__ in (
+    'JVPTracer',
+    'LinearizeTracer',
+  )
+
+
 def is_array_like(value: Any) -> bool:
   """Whether a value can be an operand of a primitive."""
   return bool(jex.valid_jaxtype(value))

@@ -13,7 +13,7 @@ from surgery import errors, expect, html
 from surgery.adapting import compute
 from surgery.aliases import Params
 from surgery.factoring import transform, walking
-from surgery.live import adoption, reads
+from surgery.live import adoption, dropping, reads
 from surgery.live import params as live
 from surgery.model.records import Probe
 from surgery.naming import paths
@@ -36,6 +36,8 @@ class Use:
     dtypes: the dtypes in which its factors are used.
     stored: the dtype in which its base is stored, to which the model by itself
       rounds the parameter.
+    drops: whether an adapter drops elements there in training, which
+      `surgery.factored(model)` does and the model by itself does not.
   """
 
   factored: int = 0
@@ -44,6 +46,7 @@ class Use:
   raw: str = ''
   dtypes: tuple[str, ...] = ()
   stored: str = ''
+  drops: bool = False
 
   @property
   def state(self) -> str:
@@ -57,7 +60,8 @@ class Use:
   def __str__(self) -> str:
     raw = f', read without its adapter by {self.raw}' if self.raw else ''
     dense = f' ({", ".join(self.dense)})' if self.dense else ''
-    return f'{self.state}{dense}{self._rounding()}{raw}'
+    drops = ', dropout by surgery.factored alone' if self.drops else ''
+    return f'{self.state}{dense}{self._rounding()}{drops}{raw}'
 
   def _rounding(self) -> str:
     """Returns in what its factors are used, where precision may be lost."""
@@ -116,6 +120,7 @@ class Explanation(Mapping[Path, Use]):
         'factored': use.factored,
         'dense': dict(use.dense),
         **({'dtypes': list(use.dtypes)} if use.dtypes != ('float32',) else {}),
+        **({'drops': True} if use.drops else {}),
         **({'raw': use.raw} if use.raw else {}),
       }
       for path, use in self.items()
@@ -185,6 +190,7 @@ def explain(
       str(raw.get(path, '')),
       tuple(sorted(walk.dtypes.get(path, ()))) if often else (),
       _stored(params, path),
+      any(dropping.drops(*link) for link in compute.enabled(chain)),
     )
   return Explanation(uses)
 

@@ -18,7 +18,7 @@ from surgery.adapting import compute
 from surgery.factoring import fallback
 from surgery.factoring.views import Misrouted
 from surgery.factoring.walking import DropoutLost, Kind, Note, Walk, makes
-from surgery.live import adoption
+from surgery.live import adoption, dropping
 from surgery.live import params as live
 from surgery.live.stashed import Stash
 from surgery.naming import paths
@@ -125,7 +125,8 @@ class _Factored(Generic[P, R]):
     return self
 
   def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-    return self._called(args, kwargs)  # type: ignore[no-any-return]
+    with dropping.seen_to():
+      return self._called(args, kwargs)  # type: ignore[no-any-return]
 
   def _called(self, args: Any, kwargs: Any) -> Any:
     model, signature = self.__wrapped__, self._signature

@@ -7,7 +7,7 @@ from typing import Any
 
 from surgery import errors, expect
 from surgery.aliases import Params
-from surgery.live import adoption, reads
+from surgery.live import adoption, dropping, reads
 from surgery.live import params as live
 from surgery.model.records import Probe
 from surgery.naming import paths
@@ -38,6 +38,10 @@ def check(
     UnreachedError: naming the parameters that were never asked for, or read
       as they are stored.
     AdapterError: if no adapter is attached.
+
+  Warns:
+    DropoutWarning: if an adapter has dropout and the call, which is in
+      training, is not one of `surgery.factored(model)`: it drops nothing.
   """
   expect.model(model, check)
   params = adoption.adopted(expect.params(params, check))
@@ -48,6 +52,9 @@ def check(
   probed = live.with_records(params, records.probed(probe))
   assert isinstance(probed, live.AdaptedParams)
   raw = reads.raw_reads(model, probed, args, kwargs)
+  if dropping.in_training(model, (params, *args), kwargs):
+    for name in sorted(probe.dropless):
+      dropping.warn(name, 'in training, as is_training says by default')
   adapted = tuple(dict.fromkeys((*records.chains, *records.standing)))
   missed = [p for p in adapted if p not in probe.asked]
   if missed:

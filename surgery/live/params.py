@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from surgery import errors, jaxcompat
 from surgery.adapting import blocks, compute
-from surgery.live import described, pending, per_row, primitives
+from surgery.live import described, dropping, pending, per_row, primitives
 from surgery.live.unread import Unread
 from surgery.model.records import Records, unite
 from surgery.naming import paths
@@ -236,6 +236,11 @@ class AdaptedParams(bx.Params):
     on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
     if not on:
       return value
+    dropless = dropping.dropless(on)
+    if dropless:
+      dropping.warn_of_training(dropless, self._data)
+      if probe is not None:
+        probe.dropless.update(adapter.name for adapter, _ in dropless)
     if any(adapter.route for adapter, _ in on):
       value = per_row.answer(on, path, fetch)
     else:

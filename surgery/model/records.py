@@ -376,6 +376,8 @@ class Probe:
     """
     self.number = next(self._numbers)
     self.asked: set[Path] = set()
+    # Adapters whose dropout does nothing in the call.
+    self.dropless: set[str] = set()
     self.reads = reads
 
 

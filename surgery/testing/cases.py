@@ -14,7 +14,7 @@ import numpy as np
 from surgery import errors
 from surgery.contract.adapter import Adapter
 from surgery.host.manager import Host
-from surgery.live import described
+from surgery.live import described, dropping
 from surgery.naming import paths
 from surgery.testing import models
 
@@ -146,8 +146,9 @@ class Case:
     """
     try:
       # Accelerators round products to fewer bits unless they are told not to,
-      # and laws compare with what a dtype holds.
-      with jax.default_matmul_precision('highest'):
+      # and laws compare with what a dtype holds. Those that differentiate a
+      # model by itself mean it without dropout.
+      with jax.default_matmul_precision('highest'), dropping.seen_to():
         LAWS[self.law](self)
     except Broken:
       raise
