@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -381,14 +381,17 @@ def attach(
     leaves=leaves,
     records=records.add(record),
     left_out=(*checkpoint.left_out, *left),
-    remarks=(*checkpoint.remarks, *taken_layouts(finder, sites)),
+    remarks=(
+      *checkpoint.remarks,
+      *layouts.remarks(taken_layouts(finder, sites), 'attach'),
+    ),
   )
 
 
 def taken_layouts(
   finder: finding.Finder, sites: Iterable[Site]
-) -> Iterator[str]:
-  """Yields which layouts are taken for PyTorch's, a sentence a kind."""
+) -> dict[layouts.Layout, list[Path]]:
+  """Returns which layouts are taken for PyTorch's, and of what."""
   found: dict[layouts.Layout, list[Path]] = {}
   for site in sites:
     for spec in site.params:
@@ -396,7 +399,7 @@ def taken_layouts(
       one = finder.taken(path)
       if one is not None:
         found.setdefault(one, []).append(path)
-  yield from layouts.described(found)
+  return found
 
 
 def left_out(name: str, refused: Iterable[finding.Refused]) -> list[LeftOut]:

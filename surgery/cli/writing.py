@@ -265,9 +265,6 @@ def run(
   for one in [report, *report.get('saved', [])]:
     for line in one.get('folder', {}).get('warnings', ()):
       click.echo(f'warning: {line}', err=True)
-    for line in one.get('remarks', ()):
-      if 'is not certain' in line and not output.dry_run:
-        click.echo(f'warning: {line}.', err=True)
     for line in showing.found(one.get('found', [])):
       click.echo(line, err=True)
   if output.as_json:

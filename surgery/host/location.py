@@ -13,6 +13,7 @@ from surgery import errors
 # A set of files has an index, `out.msgpack.index.json`, that names its shards,
 # `out-00001-of-00003.msgpack`.
 INDEX = '.index.json'
+_PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle')
 _SHARD = re.compile(r'(.+)-(\d{5,})-of-(\d{5,})')
 
 
@@ -111,7 +112,7 @@ def in_folder(folder: pathlib.Path, suffixes: Iterable[str]) -> pathlib.Path:
   if not models:
     raise errors.FormatError(
       f'{folder}: expected one saved model in the folder, found none. Known '
-      f'suffixes: {", ".join(sorted(suffixes)) or "none"}.'
+      f'suffixes: {", ".join(sorted(suffixes)) or "none"}.{_pickled(folder)}'
     )
   if all(shard_of(path) for path in models):
     raise errors.FormatError(
@@ -121,6 +122,18 @@ def in_folder(folder: pathlib.Path, suffixes: Iterable[str]) -> pathlib.Path:
   raise errors.FormatError(
     f'{folder}: expected one saved model in the folder, found '
     f'{_some(models)}. Name one of them.'
+  )
+
+
+def _pickled(folder: pathlib.Path) -> str:
+  """Returns what to do about a model that is pickled, if there is one."""
+  found = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
+  if not found:
+    return ''
+  return (
+    f' {found[0].name} is a pickle, which may run any code when it is read and '
+    'is never opened. Where its origin is trusted, convert it with PyTorch: '
+    f"model.from_pretrained({str(folder)!r}).save_pretrained('out')."
   )
 
 

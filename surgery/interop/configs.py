@@ -498,14 +498,11 @@ class _Editing:
       return
     if not any(change.key == 'vocab_size' for change in self.changes):
       return
-    for name, value in self.config.items():
-      values = value if isinstance(value, list) else [value]
-      numbers = [v for v in values if type(v) is int]
-      if name.endswith('_token_id') and any(v >= size for v in numbers):
-        self._warn(
-          f'{name} is {value} in config.json, and the vocabulary has {size} '
-          'tokens.'
-        )
+    for name, value in tokens(self.config, size):
+      self._warn(
+        f'{name} is {value} in config.json, and the vocabulary has {size} '
+        'tokens.'
+      )
 
   def _check_labels(self) -> None:
     """Warns of names of classes that there are not any more."""
@@ -640,6 +637,15 @@ def _looks_stale(key: str, value: int, was: _Facts, now: _Facts) -> bool:
   if _OF_AXES.search(key):
     return value in was.axes and value not in now.axes
   return False
+
+
+def tokens(config: Mapping[str, Any], size: int) -> Iterator[tuple[str, Any]]:
+  """Yields statements of tokens that a vocabulary of some size has not."""
+  for name, value in config.items():
+    values = value if isinstance(value, list) else [value]
+    numbers = [v for v in values if type(v) is int]
+    if name.endswith('_token_id') and any(v >= size for v in numbers):
+      yield name, value
 
 
 def value_of(text: str) -> Any:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from surgery import errors
 from surgery.host import location
 from surgery.interop import configs
+from surgery.model import manifest as manifests
 
 if TYPE_CHECKING:
   from surgery.host.manager import Host
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
   from surgery.naming.paths import Path
 
 CONFIG = 'config.json'
+_GENERATION = 'generation_config.json'
 # What tells that a `config.json` is that of a model, and no other program's.
 _TELLING = ('model_type', 'architectures', '_class_name', 'auto_map')
 # What goes along. All else (weights of other programs, states of trainers,
 # cards that describe another model) stays where it is.
 _ALONG = (
   CONFIG,
-  'generation_config.json',
+  _GENERATION,
   'tokenizer*',
   'special_tokens_map.json',
   'added_tokens.json',
@@ -154,6 +156,9 @@ def planned(
       out of the folder.
     SurgeryError: if there is no configuration to state something in.
   """
+  if after.manifest.kind == manifests.ADAPTER:
+    # What is beside its base describes that.
+    return Folder(f'adapter{suffix}')
   name = _called(before, suffix)
   source = _source(before, like)
   if source is None:
@@ -176,7 +181,7 @@ def planned(
     tied=tied,
     sources=_Numbers(read, after),
   )
-  warnings = list(edited.warnings)
+  warnings = [*edited.warnings, *_tokens(source, edited)]
   if any('adapter' in leaf.metadata for leaf in after.values()):
     warnings.append(
       'an adapter is attached, whose weights other programs leave out. Merge '
@@ -186,6 +191,19 @@ def planned(
     one for one in _along(source) if one.name != CONFIG or not edited.changes
   ]
   return Folder(name, tuple(along), edited, source, tuple(warnings))
+
+
+def _tokens(source: pathlib.Path, edited: configs.Edited) -> Iterator[str]:
+  """Yields which tokens of `generation_config.json` there are not any more."""
+  size = next((c.new for c in edited.changes if c.key == 'vocab_size'), None)
+  path = source / _GENERATION
+  if size is None or not path.is_file():
+    return
+  for name, value in configs.tokens(_read(source, _GENERATION), size):
+    yield (
+      f'{name} is {value} in {_GENERATION}, and the vocabulary has {size} '
+      'tokens.'
+    )
 
 
 def _called(before: Checkpoint, suffix: str) -> str:
@@ -221,13 +239,13 @@ def _source(
   return folder if set(_TELLING) & _read(folder).keys() else None
 
 
-def _read(folder: pathlib.Path) -> dict[str, Any]:
-  """Returns the configuration of a model folder.
+def _read(folder: pathlib.Path, name: str = CONFIG) -> dict[str, Any]:
+  """Returns a configuration of a model folder.
 
   Raises:
     FormatError: if it cannot be read.
   """
-  path = folder / CONFIG
+  path = folder / name
   real = _followed(folder, path)
   if real.stat().st_size > _MOST:
     raise errors.FormatError(

@@ -12,9 +12,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from surgery import errors
 from surgery.model.layers import LayerType
 from surgery.naming import paths
 
@@ -89,12 +91,44 @@ def is_torch(leaves: Mapping[Path, Leaf], manifest: Manifest) -> bool:
   if manifest.metadata.get(FORMAT) == TORCH:
     return True
   known = any(one.names for one in manifest.layer_types.values())
-  if known or framework(leaves) != TORCH:
+  if known or framework(leaves) != TORCH or _is_turned(leaves):
     return False
   return any(
     _MARKS.search('/'.join(path)) or _by_bias(path, leaf, leaves) == 'oi'
     for path, leaf in leaves.items()
     if path[-1:] != () and path[-1].endswith('weight')
+  )
+
+
+# What takes features, which an embedding has as many of as columns.
+_TAKES_FEATURES = re.compile(
+  r'[qkv]_proj|gate_proj|up_proj|lm_head|fc1|wi(_\d)?'
+)
+
+
+def _is_turned(leaves: Mapping[Path, Leaf]) -> bool:
+  """Whether a kernel takes features by its first axis, which PyTorch's do not.
+
+  Programs of JAX may have taken PyTorch's names over, and not its layout.
+  """
+  features = {
+    leaf.shape[1]
+    for path, leaf in leaves.items()
+    if len(path) > 1
+    and leaf.shape is not None
+    and len(leaf.shape) == 2
+    and _EMBEDDING.fullmatch(path[-2])
+  }
+  if len(features) != 1:
+    return False
+  [size] = features
+  return any(
+    leaf.shape[0] == size != leaf.shape[1]
+    for path, leaf in leaves.items()
+    if len(path) > 1
+    and leaf.shape is not None
+    and len(leaf.shape) == 2
+    and _TAKES_FEATURES.fullmatch(path[-2])
   )
 
 
@@ -221,6 +255,21 @@ def rearranged(
       one, layouts={**one.layouts, path[-1]: letters}
     )
   return manifest.replace(layer_types=types)
+
+
+def remarks(
+  found: Mapping[Layout, Iterable[Path]], verb: str
+) -> tuple[str, ...]:
+  """Returns `described`, and warns of what is not certain.
+
+  Args:
+    found: tensors by layout.
+    verb: what uses them.
+  """
+  open_ = {one: some for one, some in found.items() if not one.sure}
+  for line in described(open_):
+    warnings.warn(f'{verb}: {line}.', errors.SiteWarning, stacklevel=3)
+  return tuple(described(found))
 
 
 def described(found: Mapping[Layout, Iterable[Path]]) -> Iterator[str]:

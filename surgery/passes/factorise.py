@@ -111,8 +111,8 @@ def factorise(
     return [both.leaf(int(turned)), both.leaf(int(not turned))]
 
   after = concat.parted(checkpoint, rules, 'factorise', cut, keep, host)
-  remarks = (*checkpoint.remarks, *layouts.described(taken))
-  return after.replace(remarks=remarks)
+  said = layouts.remarks(taken, 'factorise')
+  return after.replace(remarks=(*checkpoint.remarks, *said))
 
 
 class _Factors:

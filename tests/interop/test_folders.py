@@ -393,3 +393,46 @@ def test_what_a_file_cannot_hold_names_the_folder(hf, tmp_path, surgery_cli):
   assert f'{out}/model.safetensors: without a manifest' in done.err
   assert '.surgery-' not in done.err
   assert not out.exists()
+
+
+def test_an_adapter_alone_has_no_configuration_of_its_base(
+  hf, tmp_path, surgery_cli
+):
+  adapted, out = tmp_path / 'adapted', tmp_path / 'out'
+  done = surgery_cli(
+    'attach', hf('llama'), '--adapter', 'lora', '--to', '**/q_proj',
+    '--set', 'rank=2', '-o', f'{adapted}/',
+  )  # fmt: skip
+  assert 0 == done.code, done.err
+  done = surgery_cli('extract', adapted, '-o', f'{out}/')
+  assert 0 == done.code, done.err
+  assert ['adapter.safetensors'] == names(out)
+  again = tmp_path / 'again'
+  done = surgery_cli(
+    'merge', tmp_path / 'llama', '--with', out, '-o', f'{again}/'
+  )
+  assert 0 == done.code, done.err
+  assert 'model.safetensors' in names(again)
+
+
+def test_pickles_are_not_opened_and_the_message_says_what_to_do(
+  hf, tmp_path, surgery_cli
+):
+  source = hf('llama')
+  (source / 'model.safetensors').rename(source / 'pytorch_model.bin')
+  done = surgery_cli('inspect', source)
+  assert 3 == done.code
+  assert 'pytorch_model.bin is a pickle' in done.err
+  assert "save_pretrained('out')" in done.err
+
+
+def test_tokens_of_generation_beyond_the_vocabulary_are_said(hf, tmp_path):
+  source = hf('gemma')
+  said = {'eos_token_id': [1, 39], 'bos_token_id': 2}
+  (source / 'generation_config.json').write_text(json.dumps(said))
+  recipe = surgery.Recipe(
+    [{'resize-vocab': {'select': '**/embed_tokens/weight', 'size': 30}}]
+  )
+  plan = recipe.plan(model=source, out=f'{tmp_path}/out/')
+  [line] = plan.report()['folder']['warnings']
+  assert 'eos_token_id is [1, 39] in generation_config.json' in line

@@ -186,6 +186,28 @@ def test_an_option_overrides(file):
   assert after.remarks == ()
 
 
+def test_python_warns_of_what_is_not_certain(file):
+  with pytest.warns(surgery.SiteWarning, match='attach: layout .* not certain'):
+    attached(file, ['q_proj', 'odd'])
+  recipe = surgery.Recipe(
+    [{'factorise': {'rules': 'odd/weight -> {a,b}/weight', 'rank': 2}}]
+  )
+  with pytest.warns(surgery.SiteWarning, match='factorise: layout'):
+    recipe.apply(surgery.open(file))
+
+
+def test_names_of_torch_with_the_layout_of_jax_are_not_torch():
+  leaves = tree(
+    model__embed_tokens__weight=(40, 16), model__q_proj__weight=(16, 8)
+  )
+  assert not layouts.is_torch(leaves, Manifest())
+  leaves = tree(
+    model__embed_tokens__weight=(40, 16), model__q_proj__weight=(8, 16)
+  )
+  assert layouts.is_torch(leaves, Manifest())
+
+
+@pytest.mark.filterwarnings('default::surgery.errors.SiteWarning')
 def test_the_plan_says_it_and_what_is_not_certain(file, surgery_cli):
   out = file.with_name('out.msgpack')
   done = surgery_cli(
@@ -208,17 +230,6 @@ def test_the_plan_says_it_and_what_is_not_certain(file, surgery_cli):
   )  # fmt: skip
   assert 0 == done.code, done.err
   assert 'note' not in done.out
-
-
-def test_what_is_not_certain_is_said_without_a_plan_too(file, surgery_cli):
-  out = file.with_name('out.msgpack')
-  done = surgery_cli(
-    'attach', file, '--adapter', 'lora', '--set', 'rank=2',
-    '--to', 'q_proj', '--to', 'odd', '-o', out,
-  )  # fmt: skip
-  assert 0 == done.code, done.err
-  assert 'is not certain' in done.err
-  assert 'linear layer tells' not in done.err
 
 
 def test_factors_are_two_layers_of_torch(file):

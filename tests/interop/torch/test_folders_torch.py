@@ -145,3 +145,55 @@ def test_maps_there_and_back_are_the_model(hf, tmp_path):
     outputs = {'out': {'path': f'{out}/', 'like': str(source)}}
     surgery.Recipe([{'map': one}], outputs=outputs).run(model=tree)
     close(output(loaded(source)), output(loaded(out)))
+
+
+def test_features_less(hf):
+  source = hf('llama')
+  config = json.loads((source / 'config.json').read_text())
+  # As older configurations have it: the size of a head follows from others.
+  del config['head_dim']
+  (source / 'config.json').write_text(json.dumps(config))
+  rows = ['**/embed_tokens/weight', '**/{q,k,v}_proj/weight', 'lm_head/weight']
+  steps = [
+    {'slice': {'select': [*rows, '**/{gate,up}_proj/weight'], 'axis': 1,
+               'keep': ':12'}},
+    {'slice': {'select': ['**/o_proj/weight', '**/down_proj/weight'],
+               'axis': 0, 'keep': ':12'}},
+    {'slice': {'select': ['**/*norm/weight'], 'axis': 0, 'keep': ':12'}},
+  ]  # fmt: skip
+  found = loaded(written(source, steps))
+  assert (12, 4, 4) == (
+    found.config.hidden_size,
+    found.config.num_attention_heads,
+    found.config.head_dim,
+  )
+  assert torch.isfinite(output(found)).all()
+
+
+@pytest.mark.parametrize('name', ['bert', 'gpt2', 'llama', 'vit'])
+def test_feed_forward_layers_less(hf, name):
+  source = hf(name)
+  into, out_of = {
+    'bert': (['**/intermediate/dense'], '**/layer/*/output/dense'),
+    'gpt2': (['**/c_fc'], '**/mlp/c_proj'),
+    'llama': (['**/gate_proj', '**/up_proj'], '**/down_proj'),
+    'vit': (['**/intermediate/dense'], '**/layer/*/output/dense'),
+  }[name]
+  # transformers' Conv1D has its axes the other way round.
+  axis = int(name == 'gpt2')
+  cut = lambda select, axis: {
+    'slice': {'select': select, 'axis': axis, 'keep': ':20'}
+  }
+  steps = [
+    cut([f'{one}/weight' for one in into], axis),
+    cut(f'{out_of}/weight', 1 - axis),
+  ]
+  if name != 'llama':
+    steps.append(cut(f'{into[0]}/bias', 0))
+  expected = loaded(source)
+  with torch.no_grad():
+    # What takes the inner features, by whatever name.
+    for one in expected.parameters():
+      if one.ndim == 2 and one.shape[axis - 1] in (24, 64):
+        (one.T if axis else one)[:, 20:] = 0
+  close(output(expected), output(loaded(written(source, steps))))
