@@ -47,6 +47,7 @@ if TYPE_CHECKING:
   )
   from surgery.factoring.explain import Explanation, explain
   from surgery.factoring.transform import factored
+  from surgery.files.patches import apply_patch, make_patch
   from surgery.host.manager import Host, PluginWarning, default_host
   from surgery.live.applying import apply
   from surgery.live.check import check
@@ -112,6 +113,7 @@ _HOMES = {
     'UnreachedError',
   ),
   'contract.hookspecs': ('Refusal', 'hookimpl'),
+  'files.patches': ('apply_patch', 'make_patch'),
   'host.manager': ('Host', 'PluginWarning', 'default_host'),
   'contract.lowrank': ('LowRank',),
   'contract.peft': ('PeftLayer', 'PeftMapping', 'PeftModule'),
@@ -201,6 +203,7 @@ __all__ = [
   'UnreachedError',
   'adapters',
   'apply',
+  'apply_patch',
   'attach',
   'cast',
   'check',
@@ -219,6 +222,7 @@ __all__ = [
   'keep',
   'load',
   'load_adapter',
+  'make_patch',
   'merge',
   'migrate',
   'named_key',

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.cli import codes, completion, progress, shared
+from surgery.cli import codes, completion, progress, shared, showing
 from surgery.cli.command import Command
 from surgery.host.manager import default_host
 from surgery.naming import paths
@@ -43,6 +43,22 @@ if TYPE_CHECKING:
   'dtype may differ then. 0 asks for equal values. By default every bit and '
   'the dtype count.',
 )
+@click.option(
+  '--save',
+  type=shared.FILE,
+  metavar='PATCH',
+  help='Write a patch: what B has and A has not. `surgery patch` makes B of '
+  'A and it. Exit with 0.',
+)
+@click.option(
+  '--no-compress',
+  is_flag=True,
+  help='With --save: compress nothing. By default zstd is used where it makes '
+  'the patch smaller and the package zstandard is installed.',
+)
+@click.option(
+  '--force', is_flag=True, help='With --save: replace an existing file.'
+)
 @shared.quiet_option
 @shared.json_option
 def command(
@@ -51,6 +67,9 @@ def command(
   selectors: tuple[str, ...],
   top: int | None,
   tolerance: float | None,
+  save: pathlib.Path | None,
+  no_compress: bool,
+  force: bool,
   quiet: bool,
   as_json: bool,
 ) -> int:
@@ -62,7 +81,18 @@ def command(
   \b
   surgery diff base.msgpack merged.msgpack --top 5
   surgery diff base.msgpack half.msgpack '**/kernel' --tolerance 1e-2
+  surgery diff base.msgpack tuned.msgpack --save patch.safetensors
   """
+  if save is not None:
+    if selectors or top is not None or tolerance is not None:
+      raise click.UsageError(
+        '--save does not go with selectors, --top and --tolerance: a patch '
+        'holds all that differs.'
+      )
+    _save(a, b, save, force, not no_compress, quiet, as_json)
+    return 0
+  if force or no_compress:
+    raise click.UsageError('--force and --no-compress need --save.')
   if tolerance is not None and math.isnan(tolerance):
     raise click.UsageError('--tolerance: expected a number, found nan.')
   first, second = shared.opened(a), shared.opened(b)
@@ -90,6 +120,46 @@ def command(
       click.echo(line)
     click.echo(_summary(count, different, len(said), tolerance))
   return 0 if equal else codes.DIFFERS
+
+
+def _save(
+  a: pathlib.Path,
+  b: pathlib.Path,
+  save: pathlib.Path,
+  force: bool,
+  compress: bool,
+  quiet: bool,
+  as_json: bool,
+) -> None:
+  """Writes a patch."""
+  from surgery.files import patches
+  from surgery.files.patches import coding
+  from surgery.recipes import running
+  from surgery.recipes.spec import Target
+
+  running.check_target(Target(save), force)
+  if compress and not quiet and coding.zstd() is None:
+    click.echo(
+      'zstandard is not installed, so nothing is compressed: pip install '
+      "'blox-surgery[zstd]'.",
+      err=True,
+    )
+  with progress.shown(shared.opened(b).values(), quiet) as told:
+    report = patches.make_patch(
+      a,
+      b,
+      save,
+      overwrite=force,
+      compress=compress,
+      progress=told,
+      host=default_host(),
+    )
+  if as_json:
+    click.echo(json.dumps({'output': str(save), **report}))
+  elif not quiet:
+    said, sizes = showing.patch(report), (report['patch'], report['bytes'])
+    small, large = map(shared.size, sizes)
+    click.echo(f'wrote {save}: {said}; {small} for {large}', err=True)
 
 
 def _manifests(a: Checkpoint, b: Checkpoint) -> list[Difference]:

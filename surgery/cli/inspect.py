@@ -13,7 +13,7 @@ from surgery.cli import shared
 from surgery.cli.command import Command
 from surgery.host.manager import default_host
 from surgery.interop.peft import config as peft
-from surgery.model import manifest, record_json
+from surgery.model import record_json
 from surgery.model.layers import LayerTypes
 from surgery.naming import paths
 from surgery.naming.paths import Path
@@ -178,7 +178,7 @@ def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
     and not leaf.key
     and leaf.metadata.get('adapter') not in off
   )
-  what = 'adapter' if said.kind == manifest.ADAPTER else 'model'
+  what = said.kind
   lines += [
     '',
     (

@@ -38,6 +38,7 @@ VERBS: dict[str, str] = {
   'maps': 'List maps of names between frameworks, or show one.',
   'merge': 'Fold adapters into the base.',
   'new-plugin': 'Write a plugin to begin with.',
+  'patch': 'Put a model together from its base and a patch.',
   'plugins': 'List plugins, or show one.',
   'recipe-schema': 'Print the JSON schema of recipes.',
   'rename': 'Rename tensors and layers.',

@@ -93,9 +93,10 @@ def model(path: pathlib.Path) -> Checkpoint:
   """Opens a model.
 
   Raises:
-    FormatError: if it is an adapter without its base.
+    FormatError: if it is an adapter without its base, or a patch.
   """
   found = opened(path)
+  manifest.check_no_patch(found.manifest, str(path))
   if found.manifest.kind == manifest.ADAPTER:
     raise errors.FormatError(
       f'{path}: an adapter without its base, not a model. Give the base, and '

@@ -87,6 +87,19 @@ def folder(said: Mapping[str, Any]) -> Iterator[str]:
     yield f'along     {name}'
 
 
+def patch(report: Mapping[str, Any]) -> str:
+  """Returns in a line what a patch does to tensors."""
+  words = {
+    'same': 'as in the base',
+    'blocks': 'changed in blocks',
+    'whole': 'changed as a whole',
+    'new': 'new',
+    'removed': 'removed',
+  }
+  parts = [f'{report[k]} {w}' for k, w in words.items() if report[k]]
+  return ', '.join(parts) or 'no tensors'
+
+
 def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
   """Prints a plan: what is to be done, or what was done."""
   if dry_run:

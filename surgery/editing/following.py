@@ -29,8 +29,9 @@ def check_model(checkpoint: Checkpoint, verb: str) -> None:
     verb: the pass.
 
   Raises:
-    FormatError: if it is an adapter without its base.
+    FormatError: if it is an adapter without its base, or a patch.
   """
+  manifest.check_no_patch(checkpoint.manifest, checkpoint.origin)
   if checkpoint.manifest.kind == manifest.ADAPTER:
     raise errors.FormatError(
       f'{checkpoint.origin or "this"} is an adapter without its base, '

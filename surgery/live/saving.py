@@ -116,6 +116,7 @@ def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
   """
   host = host or default_host()
   checkpoint = open_checkpoint(expect.path(path, load), host=host)
+  manifest.check_no_patch(checkpoint.manifest, str(path))
   if checkpoint.manifest.kind == manifest.ADAPTER:
     raise errors.FormatError(
       f'{path}: an adapter without its base. Use surgery.load_adapter.'

@@ -21,7 +21,7 @@ from surgery.naming.paths import Path
 
 VERSION = 1
 KEY = '__surgery__'
-MODEL, ADAPTER = 'model', 'adapter'
+MODEL, ADAPTER, PATCH = 'model', 'adapter', 'patch'
 # What only the file's own format understands; not part of a `Manifest`.
 FILE = 'file'
 
@@ -31,7 +31,8 @@ class Manifest:
   """What is known of a checkpoint beside its leaves.
 
   Attributes:
-    kind: `model`, or `adapter` for an adapter without its base.
+    kind: `model`, `adapter` for an adapter without its base, or `patch` for
+      what a model has that another has not.
     locked: whether params that are loaded from it are locked.
     layer_types: types of layers, where they are known.
     trees: structure of parameters whose value is a pytree, by path; see
@@ -77,6 +78,19 @@ class LeafNote:
   digest: str | None = None
   codes: Codes | None = None
   base: bool = False
+
+
+def check_no_patch(manifest: Manifest, where: str) -> None:
+  """Raises for a patch where a model or an adapter is expected.
+
+  Raises:
+    FormatError: saying what to do with it.
+  """
+  if manifest.kind == PATCH:
+    raise errors.FormatError(
+      f'{where or "this"}: a patch, not a model: it has what a model has that '
+      'its base has not. Apply it first: surgery patch BASE PATCH -o OUT.'
+    )
 
 
 def _encode(value: Any, where: str) -> Any:
@@ -264,7 +278,8 @@ def from_json(data: Any) -> tuple[Manifest, dict[Path, LeafNote]]:
       f'manifest ({KEY}): version {version} is newer than this release reads '
       f'({VERSION}). Update blox-surgery.'
     )
-  _expect(data.get('kind') in (MODEL, ADAPTER), f'kind {data.get("kind")!r}')
+  kinds = (MODEL, ADAPTER, PATCH)
+  _expect(data.get('kind') in kinds, f'kind {data.get("kind")!r}')
   for key, kind in (
     ('tensors', dict),
     ('trees', dict),

@@ -57,7 +57,9 @@ def performed(
     PluginError: if a plugin's pass raises something that is no `SurgeryError`,
       or a pass returns something else than a checkpoint of leaves.
     AdapterError: if it leaves half an adapter.
+    FormatError: if it is given a patch.
   """
+  manifest.check_no_patch(before.manifest, before.origin)
   owner = host.offered_by('surgery_passes', name)
   what = f'pass {name!r} of {owner}' if owner else f'pass {name!r}'
 

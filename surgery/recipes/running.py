@@ -62,7 +62,9 @@ class _Models(Mapping[str, Checkpoint]):
       raise errors.RecipeError(
         f'{where}: input {alias!r} has no file. Give {alias}=FILE.'
       )
-    return checkpoints.open_checkpoint(path, host=self._host)
+    opened = checkpoints.open_checkpoint(path, host=self._host)
+    manifest.check_no_patch(opened.manifest, opened.origin)
+    return opened
 
   def __iter__(self) -> Iterator[str]:
     return iter(dict.fromkeys((*self._recipe.inputs, *self.now)))
