@@ -84,7 +84,7 @@ def test_a_half_alone_says_what_is_missing(net, adapted):
     surgery.AdapterError, match=r'lora_a.*[Mm]erge the halves'
   ):
     model(rest, x)
-  with pytest.raises(KeyError):
+  with pytest.raises(surgery.AdapterError, match='Put the halves together'):
     model(weights, x)
 
 
