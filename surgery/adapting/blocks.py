@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery import jaxcompat
-from surgery.adapting import compute, cutting
+from surgery.adapting import compute, cutting, programs
 from surgery.adapting.compute import Fetch
 from surgery.contract.adapter import Interceptor
 from surgery.contract.site import Site
@@ -94,7 +94,7 @@ class _Kind:
     return run({self.name: own, **bases}, weights)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def _cut(kind: _Kind) -> cutting.Cut | None:
   """Returns how an answer is computed in blocks; None if it cannot be."""
   sizes = [
@@ -108,8 +108,11 @@ def _cut(kind: _Kind) -> cutting.Cut | None:
     return cutting.cut(kind.function, kind.arguments(), axes, _WHOLE)
 
 
-@functools.lru_cache(maxsize=4096)
-def _program(kind: _Kind, sizes: Shape) -> Callable[..., Any]:
+# Compiled programs that are kept, of up to a few MB each.
+_PROGRAMS = programs.Programs(128)
+
+
+def _program(kind: _Kind, sizes: Shape, *arguments: Any) -> Callable[..., Any]:
   """Returns the compiled function that computes blocks of one size."""
   cut = _cut(kind)
   assert cut is not None
@@ -117,7 +120,7 @@ def _program(kind: _Kind, sizes: Shape) -> Callable[..., Any]:
   def block(starts: Any, *arguments: Any) -> Any:
     return cut(sizes, starts, arguments)
 
-  return jax.jit(block)
+  return _PROGRAMS.get((kind, sizes), block, *arguments)
 
 
 def _kind(
@@ -225,7 +228,8 @@ class Blocks:
     ):
       with compute.calling('apply', kind.who, record.site):
         with compute.precise(kind.base, kind.dtype):
-          value = _program(kind, sizes)(starts, value, *operands)
+          run = _program(kind, sizes, starts, value, *operands)
+          value = run(starts, value, *operands)
         value = compute.exact(value)
     return value
 

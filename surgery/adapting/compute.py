@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery import errors, jaxcompat
+from surgery.adapting import programs
 from surgery.contract.adapter import Interceptor
 from surgery.contract.lowrank import LowRank
 from surgery.contract.site import ParamSpec, PathNeeded, Site
@@ -251,7 +252,7 @@ def uses(
   return frozenset(used - {name})
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=1024)
 def program(
   who: Interceptor,
   site: Site,
@@ -260,8 +261,23 @@ def program(
   shared: frozenset[str],
   dtype: Any,
 ) -> Callable[[Arrays, Arrays], Any]:
-  """Returns the compiled function that answers for one kind of site."""
+  """Returns the function that answers for one kind of site, to be traced.
 
+  It is a call in the caller's program. A compiler takes calls apart; whoever
+  runs such a program operation by operation, as `jax.checkpoint` does without
+  `jit`, compiles each call as a whole, and so rounds as a merge does.
+  """
+  return jax.jit(_answering(who, site, name, stack, shared, dtype))
+
+
+def _answering(
+  who: Interceptor,
+  site: Site,
+  name: str,
+  stack: int,
+  shared: frozenset[str],
+  dtype: Any,
+) -> Callable[[Arrays, Arrays], Any]:
   def answer(bases: Arrays, weights: Arrays) -> Any:
     with as_written(v.dtype for v in (*bases.values(), *weights.values())):
       bases = {n: b.astype(wide(b.dtype)) for n, b in bases.items()}
@@ -275,7 +291,30 @@ def program(
         one = jax.vmap(one, axes)
       return one(bases, weights).astype(dtype)
 
-  return jaxcompat.inlined(answer)
+  return answer
+
+
+# Compiled programs that are kept, of up to a few MB each.
+_PROGRAMS = programs.Programs(256)
+
+
+def _run(
+  who: Interceptor,
+  site: Site,
+  name: str,
+  stack: int,
+  shared: frozenset[str],
+  dtype: Any,
+  bases: Arrays,
+  weights: Arrays,
+) -> Any:
+  """Returns the answer for one site, by the program of all that are alike."""
+  key = (who, site, name, stack, shared, dtype)
+  if any(map(jaxcompat.is_traced, (*bases.values(), *weights.values()))):
+    return program(*key)(bases, weights)
+  # Sites and adapters that differ in what `apply` does not read share one.
+  run = _PROGRAMS.get(key, _answering(*key), bases, weights)
+  return run(bases, weights)
 
 
 def anonymously(compute: Callable[[Site], Any], site: Site) -> Any:
@@ -408,8 +447,9 @@ def step(
         bases[other] = base(other)
     with precise(*(base.dtype for base in bases.values())):
       to = wide(own.dtype) if dtype is None else dtype
-      run = program(who, site, name, stack, shared_names, jnp.dtype(to))
-      value = run(bases, weights)
+      value = _run(
+        who, site, name, stack, shared_names, jnp.dtype(to), bases, weights
+      )
     return exact(value)
 
   with calling('apply', who, site):

@@ -1,4 +1,4 @@
-"""Programs that draw: kept by their text, and no more of them than said."""
+"""Programs: kept by their text, and no more of them than said."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.adapting import drawing, programs
+from surgery.adapting import blocks, compute, drawing, programs
+from surgery.model import grid
 
 KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
 
@@ -88,3 +89,88 @@ def test_no_more_programs_are_kept_than_said():
   assert made.get(3, lambda key: key + 3, KEY) is runs[3]
   again = made.get(0, lambda key: key + 0, KEY)
   assert again(np.ones(2, np.uint32)).tolist() == [1, 1]
+
+
+# What layers get.
+
+
+class Started(surgery.Adapter):
+  """Has an option for each of the two functions."""
+
+  name = 'started'
+  start: float = surgery.field(default=0.0, doc='With what it begins.')
+  scale: float = surgery.field(default=1.0, doc='By what it counts.')
+
+  def init(self, site, key):
+    return {'shift': jnp.full(site.out_shape, self.start)}
+
+  def apply(self, site, name, base, weights):
+    return base * jnp.tanh(weights['shift']) * self.scale
+
+
+def compiled(caplog):
+  """Returns how many programs were compiled of what layers get."""
+  said = [record.getMessage() for record in caplog.records]
+  done = [text for text in said if text.startswith('Finished XLA compilation')]
+  return len([text for text in done if 'answer' in text or 'block' in text])
+
+
+def merged(shape, adapter, **options):
+  params = bx.Params()
+  params['net', 'layer', 'kernel'] = bx.Param(jnp.ones(shape))
+  params['net', 'other', 'kernel'] = bx.Param(jnp.ones(shape))
+  params = surgery.attach(params.locked(), adapter, **options)
+  with jax.log_compiles():
+    done = surgery.merge(params)
+  return np.asarray(done['net', 'layer', 'kernel'].value)[0, 0]
+
+
+@pytest.mark.parametrize('shape', [(5, 7), (3, grid.BLOCK // 2)])
+def test_a_merge_depends_on_what_apply_reads_alone(shape, monkeypatch, caplog):
+  monkeypatch.setattr(compute, '_PROGRAMS', programs.Programs(8))
+  monkeypatch.setattr(blocks, '_PROGRAMS', programs.Programs(8))
+  assert np.tanh(1.0) == pytest.approx(
+    merged(shape, Started(start=1.0), to='**/layer', name='a', seed=1)
+  )
+  # A large one is computed in blocks of two sizes.
+  first = compiled(caplog)
+  assert first == (1 if shape == (5, 7) else 2)
+  # Names, seeds, selectors and what only `init` reads change no program.
+  assert np.tanh(2.0) == pytest.approx(
+    merged(shape, Started(start=2.0), to='net/*', name='b', seed=2)
+  )
+  patterns = {'**/layer': {'start': 3.0}}
+  assert np.tanh(3.0) == pytest.approx(
+    merged(shape, Started(patterns=patterns), to='**', name='c')
+  )
+  assert compiled(caplog) == first
+  # What `apply` reads does.
+  assert 2 * np.tanh(1.0) == pytest.approx(
+    merged(shape, Started(start=1.0, scale=2.0), to='**/layer')
+  )
+  assert compiled(caplog) == 2 * first
+
+
+def test_eager_answers_are_given_by_the_programs_of_merges(monkeypatch, caplog):
+  made = programs.Programs(8)
+  monkeypatch.setattr(compute, '_PROGRAMS', made)
+  params = surgery.attach(model(), surgery.LoRA(rank=2), to='**')
+  surgery.merge(params)
+  assert len(made) == 1
+  with jax.log_compiles():
+    params._get(('net', 'layer0', 'kernel'), (5, 7), None)
+  assert compiled(caplog) == 0
+  assert len(made) == 1
+
+
+def test_programs_with_weak_types_are_told_apart():
+  made = programs.Programs(8)
+  half = jnp.ones(2, jnp.bfloat16)
+  strong, weak = jnp.ones(()), jnp.asarray(1.0)
+  assert weak.weak_type
+  found = [
+    made.get('sum', lambda a, b: a + b, half, one)(half, one).dtype
+    for one in (strong, weak)
+  ]
+  assert found == [jnp.float32, jnp.bfloat16]
+  assert len(made) == 2
