@@ -15,9 +15,10 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile('surgery')
 
-# Programs that draw random numbers are the slowest to compile, and whatever is
-# compared to the bit is drawn by one of them.
-DRAWS = r'jit_(draw|_?(truncated_)?normal|_?uniform|_?threefry\w*)'
+# Most of a test is compiling, and most tests are about values, which differ by
+# rounding alone where a program is compiled in a hurry. Modules about the bits
+# that users get say `OPTIMIZED = True`.
+ALL = r'.*'
 NOTHING = r'(?!)'
 
 
@@ -85,18 +86,12 @@ def _compiler():
   return _Compiler()
 
 
-@pytest.fixture(scope='module')
-def in_a_hurry():
-  """Which programs are compiled in a hurry, by their names."""
-  return DRAWS
-
-
 @pytest.fixture(autouse=True, scope='module')
-def _compiling(request, _compiler, in_a_hurry):
+def _compiling(request, _compiler):
   """Compiles as users do in modules that say `OPTIMIZED = True`."""
   if 'jax' in sys.modules:  # Who needs none does not wait for it.
     optimized = getattr(request.module, 'OPTIMIZED', False)
-    _compiler.hurry(NOTHING if optimized else in_a_hurry)
+    _compiler.hurry(NOTHING if optimized else ALL)
 
 
 @pytest.fixture(autouse=True, scope='session')
