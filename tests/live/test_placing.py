@@ -4,6 +4,7 @@ There is no accelerator here. What one would do is done by several devices of
 the host, and by a second platform whose devices are the host's as well.
 """
 
+import json
 import os
 import pathlib
 import subprocess
@@ -74,27 +75,62 @@ plain = adapted(jnp.asarray(kernel))
 """
 
 
-def python(script, count=8, **environment):
-  """Runs a script behind `SETUP`, with a number of devices of the host."""
-  flags = f'--xla_force_host_platform_device_count={count}'
-  done = subprocess.run(
-    [sys.executable, '-W', 'error', '-c', SETUP + script],
-    capture_output=True,
+# Runs scripts one after another, each behind what `SETUP` made: importing JAX
+# takes longer than most of them.
+SERVER = """
+import json, sys, traceback
+names = {'__name__': 'scripts'}
+exec(SETUP, names)
+for line in sys.stdin:
+  wrong = ''
+  try:
+    exec(json.loads(line), dict(names))
+  except BaseException:
+    wrong = traceback.format_exc()
+  print(json.dumps(wrong), flush=True)
+"""
+
+
+def environment(count, **more):
+  """Returns the environment of a process with some devices of the host."""
+  return {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}',
+    # As here, see conftest.py.
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    **more,
+  }
+
+
+@pytest.fixture(scope='module')
+def python():
+  """Runs scripts behind `SETUP`, with eight devices of the host."""
+  with subprocess.Popen(
+    [sys.executable, '-W', 'error', '-c', f'SETUP = {SETUP!r}{SERVER}'],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
     text=True,
-    check=False,
     cwd=ROOT,
-    env={
-      **os.environ,
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': flags,
-      **environment,
-    },
-  )
-  assert 0 == done.returncode, done.stderr
-  return done.stdout
+    env=environment(8),
+  ) as process:
+    assert process.stdin and process.stdout
+
+    there, back = process.stdin, process.stdout
+
+    def run(script):
+      there.write(f'{json.dumps(script)}\n')
+      there.flush()
+      answer = back.readline()
+      assert answer, 'the process has ended; see its stderr'
+      wrong = json.loads(answer)
+      assert not wrong, wrong
+
+    yield run
+    there.close()
 
 
-def test_weights_are_split_as_the_base_is():
+def test_weights_are_split_as_the_base_is(python):
   python("""
 for kind in (AxisType.Auto, AxisType.Explicit):
   mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(kind, kind))
@@ -124,7 +160,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 """)
 
 
-def test_stacked_axes_are_split_as_those_of_the_base():
+def test_stacked_axes_are_split_as_those_of_the_base(python):
   python("""
 mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
 stack = np.stack([kernel] * 4)
@@ -136,7 +172,7 @@ same(adapted(jnp.asarray(stack), stacked=1)[A].value, made[A].value)
 """)
 
 
-def test_a_split_that_does_not_divide_a_weight_is_left_out():
+def test_a_split_that_does_not_divide_a_weight_is_left_out(python):
   python("""
 class Half(Mask):
   name = 'half'
@@ -152,7 +188,7 @@ assert P(None, 'y') == value.sharding.spec
 """)
 
 
-def test_one_device_is_the_base_s():
+def test_one_device_is_the_base_s(python):
   python("""
 third = jax.devices()[3]
 made = adapted(jax.device_put(kernel, third))
@@ -170,7 +206,7 @@ assert not plain[A].value.committed
 """)
 
 
-def test_what_is_loaded_or_combined_lies_beside_the_base(tmp_path):
+def test_what_is_loaded_or_combined_lies_beside_the_base(python, tmp_path):
   python(f"""
 import pathlib
 file = pathlib.Path({str(tmp_path)!r}) / 'a.msgpack'
@@ -187,7 +223,7 @@ assert P('x', None) == one[path[0]].value.sharding.spec, one[path[0]]
 """)
 
 
-def test_traced_draws_stay_in_the_program():
+def test_traced_draws_stay_in_the_program(python):
   python("""
 def attach(kernel):
   return adapted(kernel)
@@ -241,22 +277,23 @@ xla_bridge.register_backend_factory(
 """
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-  """Runs scripts where JAX's default is no CPU."""
+def accelerator(script):
+  """Runs a script where JAX's default is no CPU."""
   head, _, tail = SETUP.partition('kernel = np.random')
   tail = f'kernel = np.random{tail.replace("plain = adapted", "# adapted")}'
+  whole = head + REGISTERED + tail + ACCELERATOR + script
+  done = subprocess.run(
+    [sys.executable, '-W', 'error', '-c', whole],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=ROOT,
+    env=environment(1, JAX_PLATFORMS=''),
+  )
+  assert 0 == done.returncode, done.stderr
 
-  def run(script):
-    monkeypatch.setattr(
-      sys.modules[__name__], 'SETUP', head + REGISTERED + tail + ACCELERATOR
-    )
-    return python(script, count=1, JAX_PLATFORMS='')
 
-  return run
-
-
-def test_live_draws_are_computed_on_the_cpu(accelerator):
+def test_live_draws_are_computed_on_the_cpu():
   accelerator("""
 for adapter in (surgery.LoRA(rank=4), Own(), Shared()):
   drawn.clear()
@@ -271,7 +308,7 @@ for adapter in (surgery.LoRA(rank=4), Own(), Shared()):
 """)
 
 
-def test_what_is_made_before_initialisation_is_drawn_there_too(accelerator):
+def test_what_is_made_before_initialisation_is_drawn_there_too():
   accelerator("""
 graph = bx.Graph('net')
 rng = bx.Rng(graph.child('rng'))
@@ -284,7 +321,7 @@ assert {fast} == made[A].value.devices()
 """)
 
 
-def test_files_are_computed_on_the_cpu(accelerator, tmp_path):
+def test_files_are_computed_on_the_cpu(tmp_path):
   accelerator(f"""
 import pathlib
 from surgery.model import grid
@@ -305,8 +342,8 @@ def spied(make):
       return out
     return call
   return spy
-blocks._program, compute.program = map(
-  spied, (blocks._program, compute.program))
+blocks._program = spied(blocks._program)
+compute._PROGRAMS.get = spied(compute._PROGRAMS.get)
 types = surgery.LoRA(rank=4), Own(), Shared(), Mask()
 for adapter in types:
   made = surgery.attach(base, adapter, to='**')
