@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   from surgery.contract.config import field
   from surgery.contract.hookspecs import Refusal, hookimpl
   from surgery.contract.lowrank import LowRank
+  from surgery.contract.method import Method
   from surgery.contract.peft import PeftLayer, PeftMapping, PeftModule
   from surgery.contract.site import ParamSpec, Site
   from surgery.editing.choosing import select
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
   from surgery.host.manager import Host, PluginWarning, default_host
   from surgery.live.applying import apply
   from surgery.live.check import check
+  from surgery.live.combining import combine
   from surgery.live.lora_linear import LoraLinear
   from surgery.live.migrating import migrate
   from surgery.live.optimizer import optimizer
@@ -116,11 +118,13 @@ _HOMES = {
   'files.patches': ('apply_patch', 'make_patch'),
   'host.manager': ('Host', 'PluginWarning', 'default_host'),
   'contract.lowrank': ('LowRank',),
+  'contract.method': ('Method',),
   'contract.peft': ('PeftLayer', 'PeftMapping', 'PeftModule'),
   'naming.selection': ('Selection',),
   'contract.site': ('ParamSpec', 'Site'),
   'live.applying': ('apply',),
   'live.check': ('check',),
+  'live.combining': ('combine',),
   'factoring.explain': ('Explanation', 'explain'),
   'factoring.transform': ('factored',),
   'live.lora_linear': ('LoraLinear',),
@@ -178,6 +182,7 @@ __all__ = [
   'LoRA',
   'LoraLinear',
   'LowRank',
+  'Method',
   'OrderError',
   'ParamSpec',
   'PeftLayer',
@@ -207,6 +212,7 @@ __all__ = [
   'attach',
   'cast',
   'check',
+  'combine',
   'combine_adapters',
   'default_host',
   'detach',

@@ -14,7 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from surgery import once
-from surgery.contract import adapter, config, hookspecs, lowrank, site
+from surgery.contract import (
+  adapter,
+  config,
+  hookspecs,
+  lowrank,
+  method,
+  site,
+)
 from surgery.host import discovery, manager
 
 _HEAD = """\
@@ -56,6 +63,12 @@ CHAPTERS: dict[str, dict[str, Any]] = {
   'What a type is made of': {
     'surgery.field': config.field,
     'surgery.LowRank': lowrank.LowRank,
+  },
+  'Merge methods': {
+    'surgery.Method': method.Method,
+    'surgery.contract.method.Block': method.Block,
+    'surgery.contract.method.Whole': method.Whole,
+    'surgery.contract.method.Cut': method.Cut,
   },
   'What hooks are made of': {
     'surgery.hookimpl': hookspecs.hookimpl,

@@ -24,6 +24,7 @@ have [a page of their own](plugins/hooks.md), and so do [the steps](steps.md).
 CHAPTERS: dict[str, tuple[str, ...]] = {
   'Checkpoints': ('Checkpoint', 'Leaf'),
   'Patches': ('make_patch', 'apply_patch'),
+  'Merging models': ('combine', 'combine_adapters'),
   'Being sure': ('check', 'explain', 'adapters', 'stats', 'TensorStats'),
   'Under training': (
     'weights',

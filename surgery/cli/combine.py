@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
+from surgery import errors
 from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
 
 
 def _numbers(weights: tuple[str, ...]) -> dict[str, float]:
-  """Returns what each adapter counts.
+  """Returns the weight of each adapter.
 
   Raises:
     UsageError: for what is no number.
@@ -28,65 +29,206 @@ def _numbers(weights: tuple[str, ...]) -> dict[str, float]:
   return numbers
 
 
+def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
+  """Returns options of a method: `weight=0.7,0.3`, `'**/mlp:density=0.5'`.
+
+  Raises:
+    UsageError: for a value that cannot be read.
+  """
+  from surgery.recipes import text
+
+  general: dict[str, Any] = {}
+  some: dict[str, dict[str, Any]] = {}
+  for key, written in shared.pairs(settings, '--set'):
+    # Options are identifiers, so what stands before the last ':' is a selector.
+    selector, _, option = key.rpartition(':')
+    bare = ',' in written and written.lstrip()[:1] not in ('[', '{', '"', "'")
+    try:
+      value = text.read(f'[{written}]' if bare else written, f'--set {key}')[0]
+    except errors.RecipeError as error:
+      raise click.UsageError(str(error)) from None
+    if selector:
+      some.setdefault(option, {})[selector] = value
+    else:
+      general[option] = value
+  for option, values in some.items():
+    # What holds for all holds for what no selector means.
+    rest = {'**': general[option]} if option in general else {}
+    general[option] = {**values, **rest}
+  return general
+
+
+def _methods(
+  ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[Any]:
+  """Completes the name of a method."""
+  from surgery.host.manager import default_host
+
+  del ctx, param
+  return completion.items(default_host().methods, incomplete)
+
+
 @click.command(cls=Command)
-@shared.file
+@click.argument(
+  'files', nargs=-1, required=True, type=shared.FILE, metavar='FILE…'
+)
+@click.option(
+  '--base',
+  type=shared.FILE,
+  help='Of models: the model from which all were trained.',
+)
+@click.option(
+  '--method',
+  default='linear',
+  show_default=True,
+  metavar='NAME',
+  shell_complete=_methods,
+  help='How they become one: linear, mean, slerp, task_arithmetic, ties, '
+  'dare_ties, …; `surgery plugins --methods` lists them. Of adapters also cat '
+  'and svd.',
+)
+@click.option(
+  '--set',
+  'settings',
+  multiple=True,
+  metavar='[SELECTOR:]KEY=VALUE',
+  help='An option of the method: t=0.3, weight=0.7,0.3 (one for each model), '
+  "t=0,0.5,1 (over the depth), '**/mlp:density=0.5' (for some tensors).",
+)
+@click.option(
+  '--only',
+  type=click.Choice(['all', 'common']),
+  help='Of models: `common` leaves out tensors that not all have.',
+)
+@click.option(
+  '--nonfinite',
+  type=click.Choice(['refuse', 'allow']),
+  help='Of models: `allow` combines NaN and infinity.',
+)
 @click.option(
   '--weight',
   'weights',
   multiple=True,
-  required=True,
   metavar='NAME=NUMBER',
   shell_complete=completion.adapters,
-  help='What the update of an adapter counts; once for each.',
+  help='Of adapters: the weight of one in the sum; once for each.',
 )
 @click.option(
   '--with',
   'sources',
   multiple=True,
   metavar='NAME=FILE',
-  help='Attach the adapter in FILE as NAME first; may be repeated.',
+  help='Of adapters: attach the one in FILE as NAME first; may be repeated.',
 )
 @click.option(
-  '--method',
-  type=click.Choice(
-    [
-      *('linear', 'cat', 'svd', 'magnitude_prune'),
-      *('ties', 'dare_linear', 'dare_ties'),
-    ]
-  ),
-  default='linear',
-  show_default=True,
-  help='How updates become one.',
+  '--rank', type=click.IntRange(1), help='Of adapters: rank of the result.'
 )
-@click.option('--rank', type=click.IntRange(1), help='Rank of what comes out.')
 @click.option(
-  '--density', type=float, help='Share of an update that is kept, e.g. 0.5.'
+  '--density',
+  type=float,
+  help='Of adapters: share of an update that is kept, e.g. 0.5.',
 )
 @click.option('--seed', type=int, help='Of what is dropped at random.')
 @click.option(
-  '--name', default='combined', show_default=True, help="The adapter's name."
+  '--name', help="Of adapters: the result's name; `combined` by default."
 )
-@click.option('--keep', is_flag=True, help='Let the others stay, disabled.')
+@click.option(
+  '--keep', is_flag=True, help='Of adapters: let the others stay, disabled.'
+)
 @writing.writes
 def command(
-  file: pathlib.Path,
+  files: tuple[pathlib.Path, ...],
+  base: pathlib.Path | None,
+  settings: tuple[str, ...],
   weights: tuple[str, ...],
   sources: tuple[str, ...],
-  method: str,
-  rank: int | None,
-  density: float | None,
-  seed: int | None,
-  name: str,
-  keep: bool,
   output: writing.Output,
+  **given: Any,
 ) -> None:
-  r"""Make one adapter, a LoRA, of several that add something to their base.
+  r"""Make one model of several, or one adapter of those that a model has.
+
+  \b
+  surgery combine a.safetensors b.safetensors --method slerp --set t=0.3 \
+    -o ab.safetensors
+  surgery combine a.safetensors b.safetensors --base base.safetensors \
+    --method ties --set weight=0.7,0.3 --set density=0.5 -o ab.safetensors
+  surgery combine ckpt-*.safetensors --method mean -o mean.safetensors
+
+  With --weight NAME=NUMBER (and --with) it is adapters of one file that become
+  one, a LoRA; otherwise the files are models with the same tensors.
 
   \b
   surgery combine adapted.msgpack --weight a=0.7 --weight b=0.3 -o one.msgpack
   surgery combine base.msgpack --with a=a.msgpack --with b=b.msgpack \
     --weight a=1 --weight b=1 --method ties --density 0.5 -o one.msgpack
   """
+  if weights or sources:
+    refused = {'base': base, **{n: given[n] for n in ('only', 'nonfinite')}}
+    _check_free(refused, 'they are of models, and --weight means adapters')
+    if len(files) > 1:
+      raise click.UsageError(
+        f'--weight means adapters of one file, found {len(files)} files. Give '
+        'the files of adapters by --with NAME=FILE; or the weights of models '
+        'by --set weight=0.7,0.3.'
+      )
+    _adapters(files[0], weights, sources, _settings(settings), output, given)
+    return
+  refused = {n: given[n] for n in ('rank', 'density', 'name', 'keep')}
+  _check_free(
+    refused,
+    'they are of adapters, which are named by --weight NAME=NUMBER. Options of '
+    'a method for models are given by --set, e.g. --set density=0.5',
+  )
+  if len(files) == 1 and base is None and not settings:
+    raise click.UsageError(
+      "Missing option '--weight', to combine adapters of the file; or further "
+      'files or --base, to combine models.'
+    )
+  _models(files, base, _settings(settings), output, given)
+
+
+def _check_free(options: dict[str, Any], why: str) -> None:
+  """Raises if one of some options is given."""
+  given = [f'--{name}' for name, value in options.items() if value]
+  if given:
+    raise click.UsageError(f'{", ".join(given)} cannot be given here: {why}.')
+
+
+def _models(
+  files: tuple[pathlib.Path, ...],
+  base: pathlib.Path | None,
+  settings: dict[str, Any],
+  output: writing.Output,
+  given: dict[str, Any],
+) -> None:
+  """Combines whole models."""
+  first, *rest = files
+  others = {f'model{k + 2}': shared.opened(one) for k, one in enumerate(rest)}
+  value: dict[str, Any] = {'with': list(others), 'method': given['method']}
+  if base is not None:
+    others['base'] = shared.opened(base)
+    value['base'] = 'base'
+  if settings:
+    value['set'] = settings
+  value.update(_given(given, 'only', 'seed', 'nonfinite'))
+  writing.carry_out(output, [{'combine': value}], shared.model(first), others)
+
+
+def _given(given: dict[str, Any], *names: str) -> dict[str, Any]:
+  return {name: given[name] for name in names if given[name] is not None}
+
+
+def _adapters(
+  file: pathlib.Path,
+  weights: tuple[str, ...],
+  sources: tuple[str, ...],
+  settings: dict[str, Any],
+  output: writing.Output,
+  given: dict[str, Any],
+) -> None:
+  """Combines adapters of one model."""
+  if not weights:
+    raise click.UsageError("Missing option '--weight'.")
   steps: list[dict[str, Any]] = []
   others = {}
   for number, (attached, path) in enumerate(shared.pairs(sources, '--with')):
@@ -97,12 +239,13 @@ def command(
     steps.append({'attach': step})
   value: dict[str, Any] = {
     'weights': _numbers(weights),
-    'method': method,
-    'name': name,
+    'method': given['method'],
+    'name': given['name'] or 'combined',
+    **_given(given, 'rank', 'density', 'seed'),
   }
-  options = {'rank': rank, 'density': density, 'seed': seed}
-  value.update({k: v for k, v in options.items() if v is not None})
-  if keep:
+  if settings:
+    value['set'] = settings
+  if given['keep']:
     value['keep'] = True
   steps.append({'combine-adapters': value})
   writing.carry_out(output, steps, shared.model(file), others)

@@ -22,7 +22,7 @@ from surgery.host import foreign
 VERBS: dict[str, str] = {
   'attach': 'Attach an adapter to a saved model.',
   'cast': 'Cast floating tensors to another dtype.',
-  'combine': 'Make one adapter of several.',
+  'combine': 'Make one model of several, or one adapter.',
   'convert': 'Write a file in another format, or in several files.',
   'demo': 'Adapt a model to new digits, start to end.',
   'detach': 'Take adapters off; the base is as it was.',

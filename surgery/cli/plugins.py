@@ -13,7 +13,7 @@ import click
 from surgery import errors
 from surgery.cli import completion
 from surgery.cli.command import Group
-from surgery.contract import config
+from surgery.contract import config, method
 from surgery.host.manager import default_host
 
 
@@ -22,13 +22,23 @@ from surgery.host.manager import default_host
 @click.option(
   '--steps', is_flag=True, help='List the steps of recipes and whose they are.'
 )
+@click.option(
+  '--methods',
+  is_flag=True,
+  help='List the methods that combine models, with their options.',
+)
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, steps: bool) -> None:
+def command(
+  ctx: click.Context, as_json: bool, steps: bool, methods: bool
+) -> None:
   """List adapter types and plugins that are installed, with their states."""
   if ctx.invoked_subcommand is not None:
     return
   if steps:
     _list_steps(as_json)
+    return
+  if methods:
+    _list_methods(as_json)
     return
   infos = default_host().plugins()
   if as_json:
@@ -60,6 +70,38 @@ def _list_steps(as_json: bool) -> None:
   for row in rows:
     whose = '' if row['of'] == 'surgery' else f' ({row["of"]})'
     click.echo(f'{row["name"]:<{width}}  {row["summary"]}{whose}')
+
+
+def _list_methods(as_json: bool) -> None:
+  host = default_host()
+  rows: list[dict[str, Any]] = [
+    {
+      'name': name,
+      'of': host.offered_by('surgery_methods', name) or 'surgery',
+      'summary': (inspect.getdoc(cls) or '').partition('\n')[0],
+      'base': cls.base,
+      'least': cls.least,
+      'most': cls.most,
+      'options': [
+        {**one, 'name': method.option(one['name'])}
+        for one in config.declared(cls)
+      ],
+    }
+    for name, cls in host.methods.items()
+  ]
+  if as_json:
+    click.echo(json.dumps(rows))
+    return
+  for row in rows:
+    whose = '' if row['of'] == 'surgery' else f' ({row["of"]})'
+    click.echo(f'{row["name"]}: {row["summary"]}{whose}')
+    click.echo(f'    base: {row["base"]}')
+    for option in row['options']:
+      default = 'required' if option['required'] else f'= {option["default"]}'
+      bounds = f' ({option["range"]})' if option['range'] else ''
+      click.echo(
+        f'    --set {option["name"]}=…  {option["type"]}{bounds}, {default}'
+      )
 
 
 @command.command()

@@ -82,7 +82,13 @@ def type_name(annotation: Any) -> str:
 
 
 def _where(cls: type, key: str) -> str:
-  return f"adapter type '{cls.name}', option '{key}'"  # type: ignore[attr-defined]
+  return f"{called(cls)}, option '{key}'"
+
+
+def called(cls: type) -> str:
+  """Returns a class with options, for messages: `adapter type 'lora'`."""
+  kind = getattr(cls, '_called', 'adapter type')
+  return f"{kind} '{cls.name}'"  # type: ignore[attr-defined]
 
 
 def _conforms(value: Any, annotation: Any) -> bool:
@@ -255,9 +261,25 @@ def check_keys(cls: type, given: Mapping[str, Any]) -> None:
   for key in given:
     if key not in known:
       hint = errors.suggest(key, known) or ' It has no options.'
-      raise errors.ConfigError(
-        f"adapter type '{cls.name}' has no option '{key}'.{hint}"  # type: ignore[attr-defined]
-      )
+      raise errors.ConfigError(f"{called(cls)} has no option '{key}'.{hint}")
+
+
+def is_required(option: dataclasses.Field[Any]) -> bool:
+  """Whether an option has no default."""
+  return option.default is dataclasses.MISSING
+
+
+def is_tuple(cls: type, key: str) -> bool:
+  """Whether an option is a tuple of any length, of one kind of values."""
+  return typing.get_origin(_hints(cls)[key]) is tuple
+
+
+def takes_floats(cls: type, key: str) -> bool:
+  """Whether an option is a number with a fraction, or several."""
+  annotation = _hints(cls)[key]
+  if is_tuple(cls, key):
+    annotation = typing.get_args(annotation)[0]
+  return _conforms(0.5, annotation)
 
 
 def check_required(cls: type, given: Mapping[str, Any]) -> None:

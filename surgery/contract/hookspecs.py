@@ -16,6 +16,7 @@ import pluggy
 
 if TYPE_CHECKING:
   from surgery.contract.adapter import Adapter, Interceptor
+  from surgery.contract.method import Method
   from surgery.contract.site import Site
 
 # mypy: disable-error-code=empty-body
@@ -154,13 +155,15 @@ def surgery_formats() -> Mapping[str, Any]:
 
 
 @hookspec
-def surgery_methods() -> Mapping[str, Callable[..., Any]]:
-  """Offers methods that combine checkpoints or adapters, e.g. `ties`.
+def surgery_methods() -> Mapping[str, type[Method]]:
+  """Offers methods that combine models or adapters, e.g. `ties`.
 
   Called: once a host, when a method is looked up by name.
   Order: all are asked; a name that two offer is an error.
-  Return: by name, functions from a list of arrays, one a model, and keyword
-  arguments to one array.
+  Return: by name, subclasses of `surgery.Method`: frozen dataclasses whose
+  fields are options, with a function `combine` from a block of the same tensor
+  of several models to a block of the result. The verb and step `combine`,
+  `surgery.combine` and `combine_adapters` take them all.
   May raise: no.
   Since: 0.1.
   """
@@ -256,6 +259,12 @@ def _is_format(value: Any) -> bool:
   )
 
 
+def _is_method(value: Any) -> bool:
+  from surgery.contract.method import Method
+
+  return isinstance(value, type) and issubclass(value, Method)
+
+
 Kind = tuple[Callable[[Any], bool], str]
 RETURNS: dict[str, Kind] = {
   'surgery_match_layer': (_is_bool, 'True, False or None'),
@@ -281,7 +290,7 @@ OFFERS: dict[str, Kind] = {
     _is_adapter_file,
     'an object with knows(alone) and bound(alone, base, *, names, host)',
   ),
-  'surgery_methods': (callable, 'a function from a list of arrays to an array'),
+  'surgery_methods': (_is_method, 'a subclass of surgery.Method'),
   'surgery_maps': (
     lambda value: isinstance(value, Mapping) and 'rules' in value,
     "a mapping with 'rules'",

@@ -71,6 +71,7 @@ _OWN = {
     'files': 'surgery.files.plugin',
     'interop': 'surgery.interop.plugin',
     'maps': 'surgery.interop.maps.plugin',
+    'methods': 'surgery.methods.plugin',
     'passes': 'surgery.passes.plugin',
   },
 }

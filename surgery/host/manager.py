@@ -22,7 +22,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -32,6 +32,9 @@ from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
 from surgery.host import discovery, environment, foreign, location, registering
 from surgery.naming import paths
+
+if TYPE_CHECKING:
+  from surgery.contract.method import Method
 
 
 class PluginWarning(UserWarning):
@@ -587,8 +590,8 @@ class Host:
     return self._offers('surgery_passes')
 
   @once.attribute
-  def methods(self) -> Mapping[str, Callable[..., Any]]:
-    """Methods that combine checkpoints or adapters, by name."""
+  def methods(self) -> Mapping[str, type[Method]]:
+    """Methods that combine models or adapters, by name."""
     return self._offers('surgery_methods')
 
   @once.attribute

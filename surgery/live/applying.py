@@ -64,7 +64,7 @@ def apply(
   if missing and not isinstance(recipe, Recipe):
     given = {**steps.inputs, **dict.fromkeys(missing)}
     steps = Recipe([one.data() for one in steps.steps], inputs=given)
-  others = {alias: _opened(alias, one, host) for alias, one in inputs.items()}
+  others = {alias: opened(alias, one, host) for alias, one in inputs.items()}
   if isinstance(model, Checkpoint):
     before = model
   else:
@@ -82,7 +82,12 @@ def apply(
   )
 
 
-def _opened(alias: str, value: Any, host: Host) -> Checkpoint:
+def opened(alias: str, value: Any, host: Host) -> Checkpoint:
+  """Returns an input as a checkpoint: params, a file, or one already.
+
+  Raises:
+    SurgeryError: if it is something else.
+  """
   if isinstance(value, Checkpoint):
     return value
   if isinstance(value, bx.Params):

@@ -27,7 +27,7 @@ from surgery.naming import selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
 from surgery.passes import cast as casting
-from surgery.passes import combine as combining
+from surgery.passes import combine_adapters as combining
 from surgery.passes import detach as detaching
 from surgery.passes import drop as dropping
 from surgery.passes import enable as enabling
@@ -508,10 +508,11 @@ def combine_adapters(
   params: Model,
   weights: Mapping[str, float],
   *,
-  method: combining.Method = 'linear',
+  method: str = 'linear',
   name: str = 'combined',
   rank: int | None = None,
   density: float = 0.5,
+  set: Mapping[str, Any] | None = None,
   seed: int = 0,
   keep: bool = False,
   host: Host | None = None,
@@ -526,12 +527,14 @@ def combine_adapters(
     params: the model's params, or a `Checkpoint`; not changed.
     weights: for each adapter what it counts.
     method: `linear` or `cat`, `Σ w·Δ`, exactly, of the sum of the ranks; `svd`,
-      the nearest to that of rank `rank`; `magnitude_prune`, `ties`,
-      `dare_linear` and `dare_ties`, of which the result is brought to `rank`.
+      the nearest to that of rank `rank`; or any method that combines models
+      (`ties`, `dare_linear`, `slerp`, …), of which the result is brought to
+      `rank`.
     name: name of the new adapter.
     rank: its rank; of `linear` and `cat` the sum of the ranks by default, of
       others the largest rank.
-    density: share of an update that is kept, for the last four.
+    density: share of an update that is kept, of methods that have it.
+    set: further options of the method, e.g. `{'rescale': 'l1'}`.
     seed: seed of what is dropped at random.
     keep: whether the others stay, disabled, since their updates are in the sum;
       otherwise they are detached.
@@ -555,6 +558,7 @@ def combine_adapters(
     name=name,
     rank=rank,
     density=density,
+    set=set,
     seed=seed,
     keep=keep,
   )

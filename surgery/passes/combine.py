@@ -1,410 +1,390 @@
-"""Combine: several adapters become one."""
+"""Combine: several models become one."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from surgery import errors
-from surgery.adapting import attachment, compute, merged
-from surgery.adapting.beneath import handles_adapters
-from surgery.contract.lowrank import LowRank
-from surgery.editing import devices, following, nonfinite
+from surgery.contract.method import Method, is_measured
+from surgery.editing import following, regions, rounding, tensors
+from surgery.editing.nonfinite import NonFinite
+from surgery.editing.regions import Reader, Region
 from surgery.host.manager import Host
-from surgery.methods import elementwise
-from surgery.model.checkpoint import Checkpoint, Leaf
-from surgery.model.records import AdapterRecord, SiteRecord
+from surgery.methods import parameters, streaming
+from surgery.model import quantised
+from surgery.model.checkpoint import Check, Checkpoint, Leaf
 from surgery.naming import paths
 from surgery.naming.paths import Path
-from surgery.passes import arithmetic, detach, enable
-from surgery.passes.fill import generator
+from surgery.passes import arithmetic
 
-Method = Literal[
-  'cat',
-  'dare_linear',
-  'dare_ties',
-  'linear',
-  'magnitude_prune',
-  'svd',
-  'ties',
-]
-# A update as factors, (…, in, rank) and (…, rank, out), or as a whole.
-_Update = tuple[np.ndarray, np.ndarray] | np.ndarray
+_SHOWN = 5
 
 
-@handles_adapters
-def combine_adapters(
+@dataclasses.dataclass(frozen=True)
+class _Model:
+  """A model, and what messages call it."""
+
+  name: str
+  leaves: Checkpoint
+
+
+def combine(
   checkpoint: Checkpoint,
-  weights: Mapping[str, float],
+  with_: str | Sequence[str] | Sequence[Checkpoint] = (),
   *,
-  method: Method = 'linear',
-  name: str = 'combined',
-  rank: int | None = None,
-  density: float = 0.5,
+  method: str = 'linear',
+  base: Checkpoint | None = None,
+  set: Mapping[str, Any] | None = None,
+  only: Literal['all', 'common'] = 'all',
   seed: int = 0,
-  keep: bool = False,
+  nonfinite: NonFinite = 'refuse',
+  inputs: tensors.Inputs | None = None,
   host: Host,
 ) -> Checkpoint:
-  """Makes one adapter, a LoRA, of several that add something to their base.
+  """Makes one model of several that have the same tensors: merges them.
 
-  It is the updates that are combined, with the scales that they have, so
-  adapters of other ranks, scales and types can be; not the factors, of which
-  sums have cross terms.
+  Floating-point tensors are combined by the method, in float64 and rounded
+  once; all others have to be equal. What else the model has (flags, metadata,
+  the file's own) is that of the first.
 
   Args:
-    checkpoint: the model.
-    weights: for each adapter what it counts.
-    method: `linear` or `cat`, `Σ w·Δ`, exactly, of the sum of the ranks; `svd`,
-      the nearest to that of rank `rank`; `magnitude_prune`, `ties`,
-      `dare_linear` and `dare_ties`, of which the result is brought to `rank`.
-    name: name of the new adapter.
-    rank: its rank; of `linear` and `cat` the sum of the ranks by default, of
-      others the largest rank.
-    density: share of an update that is kept, for the last four.
-    seed: seed of what is dropped at random; with it adapter and path decide.
-    keep: whether the others stay, disabled, since their updates are in the sum;
-      otherwise they are detached.
-    host: whose hooks are asked.
+    checkpoint: the first model.
+    with_: names of the inputs that are the other models, in their order.
+    method: the method: linear, mean, slerp, task_arithmetic, ties, …
+    base: the input from which all models were trained, for methods on what
+      they differ in.
+    set: options of the method, e.g. `{weight: [0.7, 0.3], density: 0.5}`; each
+      a value, one a model, a list over the depth, or values by selector.
+    only: `common` leaves out tensors that not all models have, which are an
+      error otherwise.
+    seed: seed of what is drawn at random, with the path of the tensor.
+    nonfinite: `allow` combines NaN and infinity, which are an error otherwise.
+    inputs: other checkpoints by alias.
+    host: whose methods there are.
 
   Raises:
-    AdapterError: for an unknown name, or a type that does not add.
-    ConfigError: for a density or rank that cannot be.
-    SiteError: for weights with NaN or infinity, when leaves are loaded.
+    ConfigError: for an unknown method or option.
+    SurgeryError: if models do not have the same tensors, naming both sides.
+    AdapterError: if one of them has an adapter.
+    CheckError: when it is written, if tensors of integers differ.
+    CastError: when it is written, for NaN and infinity.
 
   Example:
-    combine-adapters: {weights: {a: 0.7, b: 0.3}, method: ties, density: 0.5}
+    combine: {with: [b, c], base: base, method: ties, set: {density: 0.5}}
   """
-  records = following.settled(checkpoint, 'combine', host)
-  if not isinstance(weights, Mapping):
-    raise errors.ConfigError(
-      "expected weights by adapter, as {'a': 0.7, 'b': 0.3}, found "
-      f'{type(weights).__name__}.'
+  cls, owner = found(method, host)
+  models = _models(checkpoint, with_, inputs)
+  bases = [] if base is None else [_Model(_called('the base', base), base)]
+  check_count(cls, len(models), base is not None)
+  every = [*models, *bases]
+  for one in every:
+    _check_model(one, host)
+  common = _common(every, only)
+  template = checkpoint.replace(leaves={p: checkpoint[p] for p in common})
+  options = parameters.Parameters(cls, set or {}, len(models), template, host)
+  changed, checks = {}, []
+  for path in common:
+    leaves = [one.leaves[path] for one in every]
+    _check_alike(path, every, leaves)
+    dtype = leaves[0].dtype or ''
+    if rounding.is_float(dtype) and not leaves[0].size:
+      continue
+    if rounding.is_float(dtype):
+      changed[path] = _combined(
+        path, every, base is not None, options.at(path), seed, nonfinite, owner
+      )
+    else:
+      checks += _equal(path, every, leaves)
+  if not changed:
+    raise errors.SurgeryError(
+      'the models have no floating-point tensor in common.'
     )
-  chosen = [_checked(records.get(one)) for one in weights]
-  for record in chosen:
-    merged.check_whole(checkpoint, record, 'combined')
-  _check(weights, method, density, rank)
-  shapes: dict[Path, SiteRecord] = {}
-  for record in chosen:
-    for path, site in record.sites.items():
-      shapes.setdefault(path, site)
-  if not chosen:
-    raise errors.AdapterError('expected adapters, found none.')
-  made = {
-    path: _Combined(
-      checkpoint, chosen, list(weights.values()), path, method, rank, density,
-      seed,
-    )
-    for path in shapes
-  }  # fmt: skip
-  # What is in the sum must not be added beside it.
-  leave = enable.disable if keep else detach.detach
-  after = leave(checkpoint, list(weights), host=host)
-  ranks = {path: one.rank for path, one in made.items()}
-  after = _attached(after, shapes, ranks, name, host)
-  leaves = dict(after)
-  for path, site in after.records(host).get(name).sites.items():
-    for number, weight in enumerate(('lora_a', 'lora_b')):
-      spec = site.weights[weight]
-      leaves[spec.path] = made[path].leaf(number, leaves[spec.path])
-  return after.replace(leaves=leaves)
+  gone = [path for path in checkpoint if path not in template]
+  result = tensors.edited(
+    checkpoint, 'combine', changed=changed, gone=gone, host=host
+  )
+  return result.replace(checks=(*result.checks, *checks))
 
 
-def _checked(record: AdapterRecord) -> AdapterRecord:
-  """Returns an adapter that can be combined.
+def found(method: str, host: Host) -> tuple[type[Method], str]:
+  """Returns a method, and whose it is, for messages.
 
   Raises:
-    AdapterError: if it cannot be.
+    ConfigError: if nobody offers it.
   """
-  if not record.adapter.adds:
-    raise errors.AdapterError(
-      f"adapter {record.name!r} ('{record.adapter.name}') does not "
-      'add something to its base that does not depend on it, so there is no '
-      'update to combine. Merge it instead.'
-    )
-  if record.saved:
-    shown = ', '.join(map(paths.show, record.saved))
-    raise errors.AdapterError(
-      f'adapter {record.name!r} was saved with values of its own for '
-      f'{shown}, which are no update to combine. Merge it instead, or save it '
-      'without them (modules_to_save).'
-    )
-  for path, site in record.sites.items():
-    if len(site.site.params) > 1:
-      raise errors.AdapterError(
-        f'{paths.show(path)}: adapter {record.name!r} rewrites '
-        'several parameters of a layer.'
-      )
-    if not site.site.in_shape or not site.site.out_shape:
-      raise errors.AdapterError(
-        f'{paths.show(path)}: adapter {record.name!r} adds to a '
-        'vector, and what comes out is a LoRA, which needs a matrix. Merge it '
-        'instead.'
-      )
-  return record
-
-
-def _check(
-  weights: Mapping[str, float], method: str, density: float, rank: int | None
-) -> None:
-  elementwise.check_density(density)
-  known = ('cat', 'svd', *elementwise.METHODS)
+  known = host.methods
   if method not in known:
     raise errors.ConfigError(
       f'no method is called {method!r}.{errors.suggest(method, known)}'
     )
-  for name, weight in weights.items():
-    if not math.isfinite(weight):
-      raise errors.ConfigError(
-        f'{name!r}: expected a finite weight, found {weight}.'
-      )
-  if rank is not None and rank < 1:
-    raise errors.ConfigError(f'rank: expected 1 or more, found {rank}.')
+  owner = host.offered_by('surgery_methods', method)
+  return known[method], f' of {owner}' if owner else ''
 
 
-def _attached(
+def check_count(cls: type[Method], count: int, based: bool) -> None:
+  """Raises unless a method takes so many models, and a base.
+
+  Raises:
+    ConfigError: saying what it takes.
+  """
+  if cls.base == 'required' and not based:
+    raise errors.ConfigError(
+      f"method '{cls.name}' works on what models differ in from their base, "
+      'and none is given. Give base (--base FILE).'
+    )
+  if cls.base == 'none' and based:
+    raise errors.ConfigError(
+      f"method '{cls.name}' takes no base. Leave it out, or give it as one of "
+      'the models.'
+    )
+  if count < cls.least or (cls.most is not None and count > cls.most):
+    beside = ' beside the base' if based else ''
+    if cls.most is None:
+      wanted = f'{cls.least} or more models'
+    elif cls.most == cls.least:
+      wanted = 'one model' if cls.most == 1 else f'{cls.most} models'
+    else:
+      wanted = f'{cls.least} to {cls.most} models'
+    raise errors.ConfigError(
+      f"method '{cls.name}': expected {wanted}{beside}, found {count}."
+    )
+
+
+def _called(name: str, checkpoint: Checkpoint) -> str:
+  """Returns what messages call a model: its file, if it has one."""
+  return checkpoint.origin or name
+
+
+def _models(
   checkpoint: Checkpoint,
-  sites: Mapping[Path, SiteRecord],
-  ranks: Mapping[Path, int],
-  name: str,
-  host: Host,
-) -> Checkpoint:
-  """Returns the checkpoint with a LoRA of the ranks, whose scale is one."""
-  cls: Any = host.adapter_type('lora')
-  common = max(set(ranks.values()), key=list(ranks.values()).count)
-  patterns = {
-    paths.literal(path): {'rank': one, 'alpha': float(one)}
-    for path, one in ranks.items()
-    if one != common
-  }
-  layout = {
-    paths.literal(path): site.site.primary.layout
-    for path, site in sites.items()
-  }
-  stacked = {
-    paths.literal(path): len(checkpoint[path].shape or ())
-    - len(site.site.primary.shape)
-    for path, site in sites.items()
-  }
-  return attachment.attach(
-    checkpoint,
-    cls(rank=common, alpha=float(common), patterns=patterns),
-    to=[paths.literal(path) for path in sites],
-    name=name,
-    stacked=stacked,
-    layout=layout,
-    host=host,
+  others: str | Sequence[str] | Sequence[Checkpoint],
+  inputs: tensors.Inputs | None,
+) -> list[_Model]:
+  """Returns all models, the first in front."""
+  found = [_Model(_called('the first model', checkpoint), checkpoint)]
+  given: Sequence[str | Checkpoint]
+  given = [others] if isinstance(others, str) else list(others)
+  for number, one in enumerate(given):
+    if isinstance(one, Checkpoint):
+      found.append(_Model(_called(f'model {number + 2}', one), one))
+    else:
+      leaves = tensors.aliased(checkpoint, one, inputs, 'combine')
+      found.append(_Model(_called(repr(one), leaves), leaves))
+  return found
+
+
+def _check_model(model: _Model, host: Host) -> None:
+  """Raises unless it is a whole model without adapters and quantised weights.
+
+  Raises:
+    AdapterError: naming the adapters.
+    QuantisedError: naming the weight.
+  """
+  with errors.within(model.name):
+    following.check_model(model.leaves, 'combine')
+    adapters = [a.name for a in model.leaves.records(host).adapters]
+    if adapters:
+      raise errors.AdapterError(
+        f'it has the adapter {adapters[0]!r}, and whole models are combined '
+        'without. Merge it into its base first (surgery merge), or detach it.'
+      )
+    for leaf in model.leaves.values():
+      quantised.refuse(leaf)
+
+
+def _common(models: Sequence[_Model], only: str) -> list[Path]:
+  """Returns the tensors that all models have, in the order of the first.
+
+  Raises:
+    SurgeryError: for one that only some have, naming both sides.
+  """
+  first = models[0].leaves
+  union = dict.fromkeys(path for one in models for path in one.leaves)
+  lacking = [
+    path for path in union if not all(path in one.leaves for one in models)
+  ]
+  if not lacking:
+    return list(first)
+  for path in lacking:
+    _check_tied(path, models)
+  if only == 'common':
+    gone = set(lacking)
+    return [path for path in first if path not in gone]
+  lines = []
+  for path in lacking[:_SHOWN]:
+    has = next(one for one in models if path in one.leaves)
+    lacks = next(one for one in models if path not in one.leaves)
+    lines.append(
+      f'{paths.show(path)}: {has.name} has it, {lacks.name} lacks it'
+    )
+  more = len(lacking) - _SHOWN
+  shown = '; '.join(lines) + (f'; and {more} more' if more > 0 else '')
+  raise errors.SurgeryError(
+    f'{shown}. Rename or drop these tensors first, or give only: common to '
+    'leave out what not all models have.'
   )
 
 
-class _Combined:
-  """What several adapters add to a parameter, as two factors.
+_EMBEDDING = ('embed', 'wte', 'token')
 
-  Args:
-    leaves: the model.
-    adapters: the adapters.
-    weights: what each counts.
-    path: the parameter.
-    method: how they are combined.
-    rank: the rank, or None for what suits the method.
-    density: share that is kept.
-    seed: seed of what is dropped.
 
-  Attributes:
-    rank: rank of the factors.
+def _check_tied(path: Path, models: Sequence[_Model]) -> None:
+  """Raises for a head that some models have and others tie to the embedding.
+
+  Combined without it, the one would get the embedding of both as its head;
+  left out, the other would lose its own.
+
+  Raises:
+    SurgeryError: naming both.
   """
-
-  def __init__(
-    self,
-    leaves: Checkpoint,
-    adapters: Sequence[AdapterRecord],
-    weights: Sequence[float],
-    path: Path,
-    method: str,
-    rank: int | None,
-    density: float,
-    seed: int,
-  ) -> None:
-    pairs = zip(adapters, weights, strict=True)
-    self._parts = [(a, w) for a, w in pairs if path in a.sites]
-    # An adapter that is not here adds nothing here, and has a say in means.
-    self._absent = [
-      w for a, w in zip(adapters, weights, strict=True) if path not in a.sites
-    ]
-    self._leaves = leaves
-    self._path = path
-    self._method = method
-    self._density = density
-    self._seed = seed
-    self._held: dict[int, np.ndarray] = {}
-    site = self._parts[0][0].sites[path].site
-    self._sizes = (site.in_size, site.out_size)
-    ranks = [_rank(a.sites[path], a) for a, _ in self._parts]
-    exact = method in ('linear', 'cat')
-    whole = min(sum(ranks) if exact else max(ranks), *self._sizes)
-    self._exact = exact and rank is None and sum(ranks) == whole
-    self.rank = whole if rank is None else min(rank, *self._sizes)
-
-  def leaf(self, number: int, like: Leaf) -> Leaf:
-    """Returns a factor in the place of one that was drawn."""
-
-    def load() -> Any:
-      if number not in self._held:
-        self._held = dict(enumerate(self._factors()))
-      wide = self._held.pop(number)
-      with np.errstate(all='ignore'):
-        factor = wide.astype(np.float32)
-      nonfinite.checked(
-        wide, factor, self._path, 'combine-adapters', option=False
-      )
-      return factor.reshape(like.shape or ())
-
-    return like.replace(load=load, heavy=True)
-
-  def _factors(self) -> tuple[np.ndarray, np.ndarray]:
-    updates = [(self._update(a), w, a.name) for a, w in self._parts]
-    if self._exact and all(isinstance(u, tuple) for u, _, _ in updates):
-      firsts = [u[0] for u, _, _ in updates]
-      seconds = [w * u[1] for u, w, _ in updates]
-      return np.concatenate(firsts, -1), np.concatenate(seconds, -2)
-    dense = [u[0] @ u[1] if isinstance(u, tuple) else u for u, _, _ in updates]
-    weights = [w for _, w, _ in updates]
-    names = [n for _, _, n in updates]
-    for k, weight in enumerate(self._absent):
-      dense.append(np.zeros_like(dense[0]))
-      weights.append(weight)
-      names.append(f'.{k}')
-    front = dense[0].shape[:-2]
-    flat = [d.reshape(-1, *self._sizes) for d in dense]
-    found = [
-      self._near(self._mixed([d[k] for d in flat], weights, names, k))
-      for k in range(len(flat[0]))
-    ]
-    return (
-      np.stack([a for a, _ in found]).reshape(
-        *front, self._sizes[0], self.rank
-      ),
-      np.stack([b for _, b in found]).reshape(
-        *front, self.rank, self._sizes[1]
-      ),
+  has = next(one for one in models if path in one.leaves)
+  lacks = next(one for one in models if path not in one.leaves)
+  shape = has.leaves[path].shape or ()
+  if len(shape) != 2:
+    return
+  for other, leaf in lacks.leaves.items():
+    name = paths.show(other).lower()
+    embeds = other in has.leaves and any(word in name for word in _EMBEDDING)
+    if not embeds or leaf.shape not in (shape, shape[::-1]):
+      continue
+    turned = '' if leaf.shape == shape else ', transpose: true'
+    rule = f"'{paths.show(other)} -> {paths.show(path)}'"
+    raise errors.SurgeryError(
+      f'{paths.show(path)}: {has.name} has it, and {lacks.name} lacks it. '
+      f'{paths.show(other)} has the same shape, so the one has a head of its '
+      'own and the other ties it to the embedding. Give the other one first '
+      f'(untie: {{rules: {rule}{turned}}}), or rename the tensor if it is no '
+      'head.'
     )
 
-  def _mixed(
-    self,
-    updates: Sequence[np.ndarray],
-    weights: Sequence[float],
-    names: Sequence[str],
-    number: int,
-  ) -> Any:
-    method = 'linear' if self._method in ('svd', 'cat') else self._method
-    options: dict[str, Any] = {'density': self._density}
-    if method.startswith('dare'):
-      options['masks'] = [
-        self._mask(name, update.shape, number)
-        for name, update in zip(names, updates, strict=True)
-      ]
-    return elementwise.METHODS[method](updates, weights, **options)
 
-  def _mask(self, name: str, shape: tuple[int, ...], number: int) -> Any:
-    """Returns what is kept at random, by seed, adapter and path alone."""
-    stream = generator(self._seed, (*self._path, name), number)
-    return stream.random(shape) < self._density
+def _check_alike(
+  path: Path, models: Sequence[_Model], leaves: Sequence[Leaf]
+) -> None:
+  """Raises unless a tensor is of one shape and dtype in all models.
 
-  def _near(self, update: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the factors of the nearest matrix of the rank."""
-    with arithmetic.steady():
-      u, s, v = np.linalg.svd(update, full_matrices=False)
-    root = np.sqrt(s[: self.rank])
-    a = u[:, : self.rank] * root
-    return a, root[:, None] * v[: self.rank]
+  Raises:
+    SurgeryError: naming both sides.
+  """
+  first = leaves[0]
+  for model, leaf in zip(models[1:], leaves[1:], strict=True):
+    if (leaf.shape, leaf.dtype, leaf.key) != (
+      first.shape, first.dtype, first.key,
+    ):  # fmt: skip
+      same = leaf.shape == first.shape
+      cure = 'Cast one of them first' if same else 'Change one of them first'
+      raise errors.SurgeryError(
+        f'{paths.show(path)} is {first} in {models[0].name} and {leaf} in '
+        f'{model.name}; they have to be alike. {cure}.'
+      )
+  if str(first.dtype).startswith('complex'):
+    raise errors.SurgeryError(
+      f'{paths.show(path)} is {first.dtype}; methods combine models of '
+      'real numbers. Drop it first, or use add and scale.'
+    )
 
-  def _update(self, adapter: AdapterRecord) -> Any:
-    """Returns what an adapter adds, in float64."""
-    record = adapter.sites[self._path]
-    shape = self._leaves[self._path].shape or ()
-    stack = len(shape) - len(record.site.primary.shape)
-    fetch = lambda path: self._leaves[path].load()
-    found = compute.weights_of(record, adapter.shared, self._path, stack, fetch)
-    one = _program(record, frozenset(adapter.shared), stack)
-    with devices.beside(*found.values()):
-      plain = {n: compute.widened(jnp.asarray(w)) for n, w in found.items()}
-      result = one(plain)
-    self._check_finite(adapter, found, result)
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), result)
 
-  def _check_finite(
-    self, adapter: AdapterRecord, weights: Mapping[str, Any], update: Any
-  ) -> None:
-    """Raises if an update cannot be combined with others.
+def _equal(
+  path: Path, models: Sequence[_Model], leaves: Sequence[Leaf]
+) -> list[Check]:
+  """Returns what has to hold of a tensor that cannot be combined."""
+  checks = []
+  first = leaves[0]
+  for model, leaf in zip(models[1:], leaves[1:], strict=True):
+    if leaf.load is first.load:
+      continue
+    text = (
+      f'{paths.show(path)} is the same in {models[0].name} and {model.name}'
+    )
+    checks.append(Check(text, _Same(path, models[0].name, first, model, leaf)))
+  return checks
 
-    Methods compare and decompose numbers, and NaN is lost or fails there.
 
-    Raises:
-      SiteError: naming the weight that is to blame.
-    """
-    specs = {**adapter.sites[self._path].weights, **adapter.shared}
-    for name, value in weights.items():
-      if not compute.finite(value):
-        raise errors.SiteError(
-          f'{paths.show(self._path)}: weight {paths.show(specs[name].path)} of '
-          f'adapter {adapter.name!r} has NaN or infinity, so its update cannot '
-          'be combined. Mend the adapter, or leave it out.'
-        )
-    if not all(map(compute.finite, jax.tree.leaves(update))):
-      raise errors.SiteError(
-        f'{paths.show(self._path)}: the weights of adapter {adapter.name!r} '
-        'are finite, and the update that it makes of them is not. Leave it out.'
+@dataclasses.dataclass(frozen=True)
+class _Same:
+  """Sees to it that a tensor of integers is the same in two models."""
+
+  path: Path
+  name: str
+  leaf: Leaf
+  model: _Model
+  other: Leaf
+
+  def __call__(self) -> None:
+    if not self._is_equal():
+      raise errors.CheckError(
+        f'combine: {paths.show(self.path)} ({self.leaf}) differs between '
+        f'{self.name} and {self.model.name}, and only floating-point tensors '
+        'can be combined. Copy it from one to the others first, or drop it.'
       )
 
-
-def _rank(site: SiteRecord, adapter: AdapterRecord) -> int:
-  """Returns the rank of what an adapter adds to a parameter."""
-  kinds = compute.kinds_of(site, adapter.shared)
-  structs = {
-    n: compute.struct(shape, compute.arithmetic_dtype(dtype))
-    for n, shape, dtype in kinds
-  }
-  dtypes = [one.dtype for one in structs.values()]
-  with compute.precise(*dtypes), compute.as_written(dtypes):
-    result = jax.eval_shape(functools.partial(_added, site), structs)
-  if isinstance(result, tuple):
-    return int(result[0].shape[-1])
-  return min(site.site.in_size, site.site.out_size)
+  def _is_equal(self) -> bool:
+    if self.leaf.shape is not None:
+      return regions.same_bytes(self.leaf, self.other)
+    a, b = self.leaf.load(), self.other.load()
+    return type(a) is type(b) and bool(a == b)
 
 
-def _added(record: SiteRecord, weights: Mapping[str, Any]) -> Any:
-  """Returns what an adapter adds to one parameter, factors or whole."""
-  site = record.site
-  zeros = jnp.zeros((*site.in_shape, *site.out_shape), jnp.float32)
-  bound = site.bind(lambda name: zeros)
-  value = record.interceptor.apply(bound, site.name, zeros, weights)
-  if isinstance(value, LowRank):
-    # Factors alone are the whole update only if nothing else was added.
-    if value.a is None or not (value.base is zeros or value.base is None):
-      return value.dense().reshape(site.in_size, site.out_size)
-    rank = value.a.shape[-1]
-    return (
-      value.a.reshape(site.in_size, rank),
-      (value.scale * value.b).reshape(rank, site.out_size),
+def _combined(
+  path: Path,
+  models: Sequence[_Model],
+  based: bool,
+  method: Method,
+  seed: int,
+  nonfinite: NonFinite,
+  owner: str,
+) -> Leaf:
+  """Returns what a method makes of a tensor."""
+  leaves = [one.leaves[path] for one in models]
+  leaf = leaves[0]
+  assert leaf.shape is not None and leaf.dtype is not None
+  shape = leaf.shape
+  sources = [
+    streaming.Source(
+      one.name, _flat(one.leaves[path], path), leaf.dtype == 'float64'
     )
-  return value.reshape(site.in_size, site.out_size)
+    for one in models
+  ]
+  tensor = streaming.Tensor(
+    path,
+    shape,
+    sources[:-1] if based else sources,
+    sources[-1] if based else None,
+    rows=method.rows,
+    uniform=streaming.Uniform(seed, path),
+    finite=nonfinite == 'refuse',
+  )
+  made = streaming.Combined(method, tensor, leaf.dtype, nonfinite, owner)
+
+  def block(region: Region) -> Any:
+    start = regions.start_of(region, shape)
+    count = regions.sizes(region)
+    return made.span(start, start + int(np.prod(count))).reshape(count)
+
+  # Blocks of the grid lie in C order; any other region is put together of them.
+  result = regions.computed(leaf, shape, block, leaves, anywhere=False)
+  return result.with_fields(heavy=is_measured(method))
 
 
-def _program(
-  record: SiteRecord, shared: frozenset[str], stack: int
-) -> Callable[[Mapping[str, Any]], Any]:
+def _flat(leaf: Leaf, path: Path) -> streaming.Flat:
+  """Returns a function that reads elements of a tensor, in C order."""
+  if leaf.part is not None:
+    reader = Reader(leaf)
+    return lambda start, stop: arithmetic.plain(
+      reader.flat(start, stop), path, 'combine'
+    )
+  held: list[np.ndarray] = []
 
-  def run(weights: Mapping[str, Any]) -> Any:
-    one = functools.partial(_added, record)
-    for _ in range(stack):
-      one = jax.vmap(one, ({n: None if n in shared else 0 for n in weights},))
-    with compute.as_written(w.dtype for w in weights.values()):
-      return one(dict(weights))
+  def flat(start: int, stop: int) -> np.ndarray:
+    if not held:
+      held.append(arithmetic.plain(leaf.load(), path, 'combine').reshape(-1))
+    found = held[0][start:stop]
+    if stop == leaf.size:
+      held.clear()
+    return found
 
-  return run
+  return flat

@@ -1,13 +1,11 @@
-import typing
+import json
+import pathlib
 
-import click
 import jax
 import numpy as np
 import pytest
 
 import surgery
-from surgery.cli import combine as combining
-from surgery.passes import combine
 
 
 @pytest.fixture
@@ -87,12 +85,6 @@ def test_adapters_of_one_file_by_a_method(model, files, tmp_path, surgery_cli):
       assert np.array_equal(param.value, actual[path].value), path
 
 
-def test_the_shell_knows_the_methods_that_there_are():
-  [option] = [p for p in combining.command.params if p.name == 'method']
-  assert isinstance(option.type, click.Choice)
-  assert set(typing.get_args(combine.Method)) == set(option.type.choices)
-
-
 @pytest.mark.parametrize(
   ('words', 'code', 'said'),
   [
@@ -105,7 +97,11 @@ def test_the_shell_knows_the_methods_that_there_are():
     ),
     (['--weight', 'a=1', '--weight', 'a=2'], 2, '--weight a: given twice.'),
     (['--weight', 'z=1'], 3, "'z'"),
-    (['--weight', 'a=1', '--method', 'mean'], 2, "'mean' is not one of"),
+    (['--weight', 'a=1', '--method', 'mena'], 3, "no method is called 'mena'"),
+    (['--weight', 'a=1', '--base', 'b'], 2, '--base cannot be given here'),
+    (['--weight', 'a=1', 'b.msgpack'], 2, 'adapters of one file, found 2'),
+    (['b.msgpack', '--density', '0.5'], 2, 'e.g. --set density=0.5'),
+    (['--set', 'weight=['], 2, '--set weight'),
     (['--weight', 'a=1', '--method', 'ties', '--density', '2'], 3, 'density'),
     (['--weight', 'a=1', '--with', 'c=none.msgpack'], 3, 'none.msgpack'),
   ],
@@ -119,3 +115,54 @@ def test_what_is_wrong_is_said_and_nothing_is_written(
   assert code == result.code, result.err
   assert said in result.err
   assert not out.exists()
+
+
+DATA = pathlib.Path(__file__).parents[1] / 'data' / 'mergekit'
+
+
+def test_models_become_one(tmp_path, surgery_cli):
+  out = tmp_path / 'out.safetensors'
+  a, b, base = (DATA / f'{n}.safetensors' for n in ('a', 'b', 'base'))
+  result = surgery_cli(
+    *('combine', a, b, '--base', base, '--method', 'ties', '-o', out),
+    *('--set', 'weight=0.7,0.3', '--set', 'density=0.5'),
+  )
+  assert 0 == result.code, result.err
+  expected = surgery.combine(
+    [surgery.open(a), surgery.open(b)],
+    base=surgery.open(base),
+    method='ties',
+    weight=[0.7, 0.3],
+    density=0.5,
+  )
+  found = surgery.open(out)
+  assert expected.keys() == found.keys()
+  for path, leaf in expected.items():
+    assert np.array_equal(leaf.load(), found[path].load())
+
+
+def test_options_by_selector_and_depth(tmp_path, surgery_cli):
+  out = tmp_path / 'out.safetensors'
+  a, b = (DATA / f'{n}.safetensors' for n in 'ab')
+  result = surgery_cli(
+    *('combine', a, b, '--method', 'slerp', '-o', out),
+    *('--set', 't=0,1', '--set', '**/bias:t=0.5'),
+  )
+  assert 0 == result.code, result.err
+  found = surgery.open(out)
+  first, second = surgery.open(a), surgery.open(b)
+  same = lambda path, other: np.array_equal(
+    found[path].load(), other[path].load()
+  )
+  assert same(('layers', '0', 'dense', 'kernel'), first)
+  assert same(('layers', '1', 'dense', 'kernel'), second)
+  assert not same(('layers', '1', 'dense', 'bias'), second)
+
+
+def test_the_methods_are_listed(surgery_cli):
+  result = surgery_cli('plugins', '--methods', '--json')
+  rows = {row['name']: row for row in json.loads(result.out)}
+  assert {'linear', 'slerp', 'ties', 'della', 'model_stock'} <= set(rows)
+  assert 'required' == rows['ties']['base']
+  names = [one['name'] for one in rows['ties']['options']]
+  assert 'lambda' in names and 'density' in names

@@ -47,6 +47,7 @@ def files(tmp_path, monkeypatch):
   params['net', 'head', 'kernel'] = bx.Param(jnp.ones((4, 2)))
   params = params.locked()
   surgery.save('base.msgpack', params)
+  surgery.save('tuned.msgpack', jax.tree.map(lambda x: 2 * x, params))
   adapted = surgery.attach(params, surgery.LoRA(rank=1), to='**/query')
   surgery.save_adapter('adapter.msgpack', adapted)
   pathlib.Path('flax.msgpack').write_bytes(

@@ -29,6 +29,13 @@ class Double(surgery.Adapter):
     return 2 * base
 
 
+class First(surgery.Method):
+  name = 'first'
+
+  def combine(self, block, prepared):
+    return block.tensors[0]
+
+
 class Hooks:
   """A plugin that implements every hook."""
 
@@ -63,7 +70,7 @@ class Hooks:
 
   @surgery.hookimpl
   def surgery_methods(self):
-    return {'first': lambda arrays: arrays[0]}
+    return {'first': First}
 
   @surgery.hookimpl
   def surgery_started(self, event):
@@ -313,9 +320,15 @@ def test_a_type_is_registered_once():
 PLUGIN = """
   import surgery
 
+  class Name(surgery.Method):
+    name = 'name'
+
+    def combine(self, block, prepared):
+      return block.tensors[0]
+
   @surgery.hookimpl
   def surgery_methods():
-    return {'name': len}
+    return {'name': Name}
 """
 
 

@@ -449,7 +449,7 @@ def test_a_function_that_encodes_wrongly_is_named(encode, message):
     ('surgery_passes', {'a': 3}, "offers 3 as 'a' in surgery_passes"),
     ('surgery_passes', {3: len}, 'as 3 in surgery_passes'),
     ('surgery_formats', {'a': len}, 'expected an object with suffixes'),
-    ('surgery_methods', {'a': 'b'}, 'expected a function from a list'),
+    ('surgery_methods', {'a': 'b'}, 'expected a subclass of surgery.Method'),
   ],
 )
 def test_what_a_plugin_offers_is_of_the_kind(hook, value, message):

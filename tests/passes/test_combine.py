@@ -1,371 +1,347 @@
-"""Several adapters in one: against PEFT, and against plain mathematics."""
+"""Whole models that become one: what is given, and what is refused."""
 
-import json
-import pathlib
-from typing import Any
-
-import blox as bx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import surgery
-from surgery.passes import combine
-
-DATA = pathlib.Path(__file__).parents[1] / 'data' / 'peft_weighted'
-LAYERS = {'hidden0': (16, 64), 'hidden1': (64, 32), 'output': (32, 10)}
 
 
-def zeros():
-  params = bx.Params()
-  for layer, shape in LAYERS.items():
-    params['mlp', layer, 'kernel'] = bx.Param(jnp.zeros(shape))
-  return params.locked()
+def leaf(value):
+  return surgery.Leaf(lambda: value, value.shape, str(value.dtype))
 
 
-def written(params, values):
-  params = params.unlocked()
-  for path, value in values.items():
-    assert params[path].value.shape == value.shape
-    params[path] = params[path].replace(value=jnp.asarray(value))
-  return params.locked()
-
-
-@pytest.fixture(scope='module')
-def both():
-  """Params of zeros with PEFT's two adapters."""
-  params = zeros()
-  for name in 'ab':
-    config = json.loads((DATA / f'{name}.json').read_text())
-    lora = surgery.LoRA(rank=config['r'], alpha=config['lora_alpha'])
-    params = surgery.attach(params, lora, to='**', name=name)
-    theirs = load_file(DATA / f'{name}.safetensors')
-    values = {}
-    for layer in LAYERS:
-      for ours, key in (('lora_a', 'lora_A'), ('lora_b', 'lora_B')):
-        value = theirs[f'base_model.model.mlp.{layer}.{key}.weight']
-        values['mlp', layer, f'{ours}.{name}'] = value.T
-    params = written(params, values)
-  return params
-
-
-def deltas(params, host=None):
-  merged = surgery.merge(params, host=host)
-  return {k: np.asarray(merged['mlp', k, 'kernel'].value) for k in LAYERS}
-
-
-WEIGHTS = {'': {'a': 0.7, 'b': 0.3}, '_neg': {'a': 1.2, 'b': -0.5}}
-
-
-@pytest.mark.parametrize('signs', WEIGHTS)
-@pytest.mark.parametrize(
-  'method',
-  ['cat', 'svd', 'ties', 'magnitude_prune', 'dare_linear', 'dare_ties'],
-)
-def test_it_equals_peft(both, method, signs, monkeypatch):
-  case = method if method in ('cat', 'svd') else f'{method}_svd'
-  theirs = load_file(DATA / f'{case}{signs}.safetensors')
-  if method.startswith('dare'):
-    masks = load_file(DATA / f'masks_{case}.safetensors')
-
-    def mask(self, name, shape, number):
-      # In the order in which PEFT drew them: by layer, then by adapter.
-      at = 2 * list(LAYERS).index(self._path[1]) + 'ab'.index(name)
-      return masks[f'mask_{at:02}'].T.astype(bool)
-
-    monkeypatch.setattr(combine._Combined, '_mask', mask)
-  combined = surgery.combine_adapters(both, WEIGHTS[signs], method=method)
-  assert ['combined'] == [i.name for i in surgery.adapters(combined)]
-  for layer, delta in deltas(combined).items():
-    expected = theirs[f'delta.mlp.{layer}.weight'].T
-    np.testing.assert_allclose(expected, delta, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('signs', WEIGHTS)
-def test_linear_is_the_sum_of_updates(both, signs):
-  weights = WEIGHTS[signs]
-  parts = {
-    name: deltas(surgery.detach(both, [n for n in 'ab' if n != name]))
-    for name in 'ab'
-  }
-  combined = surgery.combine_adapters(both, weights, name='sum')
-  for layer, delta in deltas(combined).items():
-    expected = sum(w * parts[n][layer] for n, w in weights.items())
-    np.testing.assert_allclose(expected, delta, rtol=1e-5, atol=1e-6)
-
-
-def test_every_scaling_rule_and_rank_counts():
-  params = zeros()
-  for name, lora in (
-    ('a', surgery.LoRA(rank=2, alpha=3.0)),
-    ('b', surgery.LoRA(rank=3, rslora=True)),
-    ('c', surgery.LoRA(rank=1, patterns={'**/hidden1': {'rank': 4}})),
-  ):
-    params = surgery.attach(params, lora, to='**', name=name)
-  rng = np.random.default_rng(0)
-  params = written(
-    params,
-    {
-      path: rng.normal(size=p.value.shape).astype('float32')
-      for path, p in params.items()
-      if 'adapter' in p.metadata
-    },
+def model(**tensors):
+  return surgery.Checkpoint(
+    {tuple(k.split('__')): leaf(np.asarray(v)) for k, v in tensors.items()}
   )
-  weights = {'a': 1.0, 'b': 1.0, 'c': 1.0}
-  before = deltas(params)
-  after = surgery.combine_adapters(params, weights)
-  for layer, delta in deltas(after).items():
-    np.testing.assert_allclose(before[layer], delta, rtol=1e-4, atol=1e-5)
-  assert (16, 6) == after['mlp', 'hidden0', 'lora_a.combined'].value.shape
-  assert (64, 9) == after['mlp', 'hidden1', 'lora_a.combined'].value.shape
 
 
-def test_stacked_layers_and_other_layouts():
-  params = bx.Params()
-  params['net', 'stack', 'kernel'] = bx.Param(jnp.zeros((3, 5, 4)))
-  params['net', 'turned', 'kernel'] = bx.Param(jnp.zeros((4, 6)))
-  params = params.locked()
-  options: Any = {
-    'stacked': {'**/stack': 1},
-    'layout': {'net/turned/kernel': 'oi', 'net/stack/kernel': 'io'},
-  }
-  for name in 'ab':
-    params = surgery.attach(
-      params,
-      surgery.LoRA(rank=2),
-      to='**',
-      name=name,
-      seed=ord(name),
-      **options,
-    )
-  rng = np.random.default_rng(0)
-  params = written(
-    params,
-    {
-      path: rng.normal(size=p.value.shape).astype('float32')
-      for path, p in params.items()
-      if 'lora_b' in path[-1]
-    },
+def value(checkpoint, path):
+  return np.asarray(checkpoint[tuple(path.split('/'))].load())
+
+
+def filled(number, layers=3):
+  return model(
+    **{f'net__h{k}__w': np.full(2, number, np.float32) for k in range(layers)},
+    head__w=np.full(2, number, np.float32),
   )
-  merged = surgery.merge(params)
-  for method in ('linear', 'svd'):
-    one = surgery.combine_adapters(
-      params, {'a': 1.0, 'b': 1.0}, method=method, rank=4
-    )
-    for path, param in surgery.merge(one).items():
-      np.testing.assert_allclose(
-        merged[path].value, param.value, rtol=1e-4, atol=1e-5
-      )
 
 
-def test_files_and_params_get_the_same(both, tmp_path):
-  surgery.save(tmp_path / 'm.msgpack', both)
-  step = {'weights': WEIGHTS[''], 'method': 'ties', 'density': 0.3, 'rank': 3}
-  surgery.Recipe([{'combine-adapters': step}]).run(
-    model=tmp_path / 'm.msgpack', out=tmp_path / 'o.msgpack'
+ZERO, ONE, TWO = filled(0.0), filled(1.0), filled(2.0)
+
+
+def test_a_value_holds_for_all_models_and_one_for_each():
+  found = surgery.combine([ONE, TWO], normalize=False, weight=2)
+  assert [6, 6] == list(value(found, 'head/w'))
+  found = surgery.combine([ONE, TWO], normalize=False, weight=[1, 3])
+  assert [7, 7] == list(value(found, 'head/w'))
+
+
+def test_a_list_is_interpolated_over_the_depth():
+  found = surgery.combine(
+    [ZERO, ONE], method='slerp', t={'head': 0.5, '**': [0, 0.2, 1]}
   )
-  live = surgery.combine_adapters(
-    both, WEIGHTS[''], method='ties', density=0.3, rank=3
+  values = [value(found, f'net/h{k}/w')[0] for k in range(3)]
+  np.testing.assert_allclose([0, 0.2, 1], values, rtol=1e-6)
+  assert 0.5 == value(found, 'head/w')[0]
+
+
+def test_each_model_may_have_a_list_over_the_depth():
+  found = surgery.combine(
+    [ONE, TWO],
+    normalize=False,
+    weight=[{'head': 3, '**': [1, 0]}, {'head': 0, '**': {'depth': [0, 1]}}],
   )
-  saved = surgery.load(tmp_path / 'o.msgpack')
-  assert jax.tree.structure(live) == jax.tree.structure(saved)
-  for path, param in live.items():
-    assert isinstance(param.value, jax.Array)
-    assert np.array_equal(param.value, saved[path].value), path
+  values = [value(found, f'net/h{k}/w')[0] for k in range(3)]
+  np.testing.assert_allclose([1, 1.5, 2], values)
+  assert 3 == value(found, 'head/w')[0]
 
 
-def test_what_is_dropped_depends_on_seed_adapter_and_path(both):
-  draw = lambda **options: deltas(
-    surgery.combine_adapters(both, WEIGHTS[''], method='dare_linear', **options)
+def test_the_first_selector_that_matches_decides():
+  found = surgery.combine(
+    [ZERO, ONE], method='slerp', t={'**/h1': 0.25, 'net': 0.5, '**': 1}
   )
-  one, two, other = draw(), draw(), draw(seed=1)
-  for layer in LAYERS:
-    assert np.array_equal(one[layer], two[layer])
-    assert not np.array_equal(one[layer], other[layer])
+  values = [value(found, f'net/h{k}/w')[0] for k in range(3)]
+  assert [0.5, 0.25, 0.5] == values
+  assert 1 == value(found, 'head/w')[0]
 
 
-def test_small_tensors_keep_something():
-  from surgery.methods import elementwise
-
-  assert 1 == np.count_nonzero(elementwise.trimmed(np.arange(1.0, 4.0), 0.1))
-  assert 2 == np.count_nonzero(elementwise.trimmed(np.ones(4), 0.5))
+def test_numbers_of_layers_go_by_their_order_not_by_their_text():
+  tensors = {f'h__{k}__w': np.ones(1, np.float32) for k in range(11)}
+  zeros = {k: v * 0 for k, v in tensors.items()}
+  found = surgery.combine(
+    [model(**zeros), model(**tensors)], method='slerp', t=[0, 1]
+  )
+  values = [value(found, f'h/{k}/w')[0] for k in range(11)]
+  np.testing.assert_allclose(np.linspace(0, 1, 11), values, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-  ('weights', 'options', 'error', 'message'),
+  ('options', 'error', 'message'),
   [
-    ({'a': 1.0, 'x': 1.0}, {}, surgery.AdapterError, "no adapter 'x'"),
-    ({}, {}, surgery.AdapterError, 'expected adapters, found none'),
-    (['a', 'b'], {}, surgery.ConfigError, 'expected weights by adapter'),
-    ({'a': float('nan')}, {}, surgery.ConfigError, 'expected a finite weight'),
-    ({'a': 1.0}, {'method': 'tise'}, surgery.ConfigError, "mean 'ties'"),
-    ({'a': 1.0}, {'density': 0.0}, surgery.ConfigError, 'a share above 0'),
-    ({'a': 1.0}, {'rank': 0}, surgery.ConfigError, 'rank: expected 1 or more'),
-    ({'a': 1.0}, {'name': 'b'}, surgery.AdapterError, "'b'"),
+    (
+      {'method': 'tise'},
+      surgery.ConfigError,
+      "no method is called 'tise'.*ties",
+    ),
+    ({'wieght': 1}, surgery.ConfigError, "'linear' has no option 'wieght'"),
+    ({'weight': 'x'}, surgery.ConfigError, "option 'weight': expected"),
+    ({'weight': [1]}, surgery.ConfigError, 'for each of 2 models.*found 1'),
+    ({'weight': [1, -1]}, surgery.ConfigError, 'add up to 0'),
+    ({'method': 'slerp'}, surgery.ConfigError, "option 't': it must be given"),
+    ({'method': 'slerp', 't': 2}, surgery.ConfigError, 'a value <= 1'),
+    (
+      {'method': 'slerp', 't': [0, 1]},
+      surgery.ConfigError,
+      r'head/w lies in no numbered layer.*by selector',
+    ),
+    (
+      {'method': 'slerp', 't': {'**/none': 1}},
+      surgery.SelectorError,
+      'matches nothing',
+    ),
+    (
+      {'method': 'slerp', 't': {'**': 1, 'head': 0}},
+      surgery.SelectorError,
+      "'head' decides nothing",
+    ),
+    (
+      {'method': 'slerp', 't': {'net': 1}},
+      surgery.ConfigError,
+      'nothing gives it for head/w',
+    ),
+    ({'normalize': [True, False]}, surgery.ConfigError, 'expected a value'),
+    ({'method': 'ties'}, surgery.ConfigError, 'none is given. Give base'),
+    ({'base': ZERO}, surgery.ConfigError, "'linear' takes no base"),
+    (
+      {'method': 'passthrough'},
+      surgery.ConfigError,
+      'expected one model, found 2',
+    ),
+    (
+      {'method': 'della', 'base': ZERO, 'density': 0.9},
+      surgery.ConfigError,
+      'probabilities from 0.75 to 1.05',
+    ),
   ],
 )
-def test_bad_input_is_refused(both, weights, options, error, message):
+def test_options_that_cannot_be_are_refused(options, error, message):
   with pytest.raises(error, match=message):
-    surgery.combine_adapters(both, weights, **options)
+    surgery.combine([ONE, TWO], **options)
 
 
-def test_what_does_not_add_is_refused():
-  class Scale(surgery.Adapter):
-    name = 'scale'
-
-    def init(self, site, key):
-      return {'s': jnp.ones(site.out_shape)}
-
-    def apply(self, site, name, base, weights):
-      return base * weights['s']
-
-  host = surgery.Host(plugins=[Scale], only=())
-  params = surgery.attach(zeros(), Scale(), to='**', name='a', host=host)
-  with pytest.raises(surgery.AdapterError, match="'a' .'scale'. does not add"):
-    surgery.combine_adapters(params, {'a': 1.0}, host=host)
+def test_models_are_a_list():
+  with pytest.raises(surgery.SurgeryError, match='a list of models'):
+    surgery.combine(ONE)
 
 
-class Sum(surgery.Adapter):
-  """Adds a product and something more, in one way or another."""
-
-  name = 'sum'
-  adds = True
-
-  way: str = surgery.field(default='nested', doc='How it is written.')
-
-  def init(self, site, key):
-    del key
-    one = lambda *shape: jnp.ones(shape, 'float32')
-    return {
-      'a': one(*site.in_shape, 1),
-      'b': one(1, *site.out_shape),
-      'c': one(*site.out_shape),
-      # Not a number to compute with.
-      'where': jnp.arange(site.in_size, dtype='int32')[::-1],
-    }
-
-  def apply(self, site, name, base, weights):
-    a, b, c = (weights[n] for n in 'abc')
-    a = a[weights['where']]
-    return {
-      'nested': surgery.LowRank(surgery.LowRank(base, a, b, 2.0), a, b),
-      'base': surgery.LowRank(base + c, a, b),
-      'alone': surgery.LowRank(base + c),
-      'none': surgery.LowRank(None, a, b).dense() + base,
-    }[self.way]
+def named(checkpoint, name):
+  return surgery.Checkpoint(dict(checkpoint), origin=name)
 
 
-@pytest.mark.parametrize('way', ['nested', 'base', 'alone', 'none'])
-def test_all_that_is_added_is_combined(way):
-  host = surgery.Host(plugins=[Sum], only=())
-  params = surgery.attach(zeros(), Sum(way=way), to='**', name='a', host=host)
-  one = surgery.combine_adapters(params, {'a': 0.5}, host=host)
-  expected = deltas(params, host)
-  assert any(abs(v).max() for v in expected.values())
-  for layer, value in deltas(one).items():
-    np.testing.assert_allclose(value, 0.5 * expected[layer], atol=1e-5)
-
-
-def test_an_adapter_with_dropout_is_combined():
-  lora = surgery.LoRA(rank=2, dropout=0.1)
-  params = surgery.attach(zeros(), lora, to='**', name='a')
-  values = {
-    path: np.ones(param.value.shape)
-    for path, param in params.items()
-    if path[-1] in ('lora_a.a', 'lora_b.a')
-  }
-  params = written(params, values)
-  one = surgery.combine_adapters(params, {'a': 1.0})
-  expected = deltas(params)
-  for layer, value in deltas(one).items():
-    np.testing.assert_allclose(value, expected[layer], rtol=1e-6)
-
-
-@pytest.mark.parametrize('off', [[], ['a']])
-def test_what_is_kept_does_not_count_beside_the_sum(both, off):
-  params = surgery.disable(both, off) if off else both
-  kept = surgery.combine_adapters(params, {'a': 0.7, 'b': 0.3}, keep=True)
-  alone = surgery.combine_adapters(params, {'a': 0.7, 'b': 0.3})
-  assert {'a': False, 'b': False, 'combined': True} == {
-    i.name: i.enabled for i in surgery.adapters(kept)
-  }
-  expected, actual = deltas(alone), deltas(surgery.detach(kept, ['a', 'b']))
-  merged = surgery.merge(kept, 'combined')
-  for layer in LAYERS:
-    assert np.array_equal(expected[layer], actual[layer])
-    value = merged['mlp', layer, 'kernel'].value
-    assert np.array_equal(expected[layer], np.asarray(value))
-    # What layers get is what is merged.
-    assert np.array_equal(
-      expected[layer], kept._get(('mlp', layer, 'kernel'), None, None)[0]
-    )
-  back = surgery.enable(surgery.detach(kept, 'combined'))
-  assert both.records == back.records
-
-
-def test_others_stay_enabled(both):
-  params = surgery.attach(both, surgery.LoRA(rank=1), to='**', name='other')
-  kept = surgery.combine_adapters(params, {'a': 1.0}, keep=True)
-  on = {i.name for i in surgery.adapters(kept) if i.enabled}
-  assert {'b', 'other', 'combined'} == on
-
-
-METHODS = (
-  'linear',
-  'cat',
-  'svd',
-  'ties',
-  'magnitude_prune',
-  'dare_linear',
-  'dare_ties',
-)
-
-
-@pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('value', [np.nan, np.inf])
-def test_an_adapter_that_is_not_finite_is_named(both, method, value):
-  path = ('mlp', 'hidden0', 'lora_b.b')
-  wrong = both[path].value.at[0, 0].set(value)
-  params = written(both, {path: wrong})
+def test_a_tensor_that_one_lacks_is_an_error_that_names_both():
+  less = model(head__w=np.ones(2, np.float32))
   with pytest.raises(
-    surgery.SiteError,
-    match=r"hidden0/kernel: weight mlp/hidden0/lora_b\.b of adapter 'b' has NaN "
-    'or infinity',
-  ) as caught:
-    surgery.combine_adapters(params, {'a': 1.0, 'b': 0.5}, method=method)
-  assert 'nonfinite' not in str(caught.value)
+    surgery.SurgeryError,
+    match='net/h0/w: one.st has it, less.st lacks it; .*only: common',
+  ):
+    surgery.combine([named(ONE, 'one.st'), named(less, 'less.st')])
+  with pytest.raises(surgery.SurgeryError, match='less.st has it|lacks it'):
+    surgery.combine([named(less, 'less.st'), named(ONE, 'one.st')])
 
 
-def test_a_sum_that_is_too_large_names_no_option_that_is_not_there(both):
-  with pytest.raises(surgery.CastError, match='too large') as caught:
-    surgery.combine_adapters(both, {'a': 1e60})
-  assert 'nonfinite' not in str(caught.value)
+def test_common_tensors_alone_on_request():
+  more = model(head__w=np.ones(2, np.float32), x__w=np.ones(2, np.float32))
+  found = surgery.combine([ONE, more], only='common')
+  assert [('head', 'w')] == list(found)
 
 
-@pytest.mark.parametrize('routed', [False, True])
+@pytest.mark.parametrize('only', ['all', 'common'])
+@pytest.mark.parametrize('turned', [False, True])
+def test_a_lone_head_is_not_combined_with_a_tied_one(only, turned):
+  embed = np.ones((4, 3), np.float32)
+  tied = model(embed__w=embed)
+  head = embed.T if turned else embed
+  lone = model(embed__w=embed, lm_head__w=head)
+  for models in ([tied, lone], [lone, tied]):
+    with pytest.raises(surgery.SurgeryError, match='head of its own and the'):
+      surgery.combine(models, only=only)
+  assert [('embed', 'w')] == list(surgery.combine([tied, tied]))
+
+
 @pytest.mark.parametrize(
-  ('verb', 'done'),
+  ('other', 'message'),
   [
-    (lambda p: surgery.combine_adapters(p, {'a': 1.0}), 'combined'),
-    (surgery.merge, 'merged'),
+    (
+      np.ones(3, np.float32),
+      r'w is float32\[2\] in one and float32\[3\] in two',
+    ),
+    (np.ones(2, np.float16), r'float32\[2\] in one and float16\[2\] in two'),
   ],
 )
-def test_stacked_adapters_are_refused(both, routed, verb, done):
-  params = surgery.stack_adapters([both, both], names='a')
-  if routed:
-    params = surgery.route(params, [0, 1], names='a')
-  with pytest.raises(
-    surgery.AdapterError, match=f"'a' holds several .* cannot be {done}"
-  ):
-    verb(params)
+def test_shapes_and_dtypes_have_to_be_alike(other, message):
+  one = named(model(w=np.ones(2, np.float32)), 'one')
+  with pytest.raises(surgery.SurgeryError, match=message):
+    surgery.combine([one, named(model(w=other), 'two')])
 
 
-@pytest.mark.parametrize('part', [0, 1])
-def test_a_half_is_refused(both, part):
-  half = both.split(lambda path, param: path[-1] == 'kernel')[part]
+def test_the_base_has_to_be_alike_too():
+  one = model(w=np.ones(2, np.float32))
+  base = named(model(w=np.ones(3, np.float32)), 'base.st')
+  with pytest.raises(surgery.SurgeryError, match='in base.st'):
+    surgery.combine([one], base=base, method='task_arithmetic')
+
+
+def test_integers_have_to_be_equal():
+  one = model(w=np.ones(2, np.float32), n=np.array([1, 2]))
+  two = model(w=np.ones(2, np.float32), n=np.array([1, 3]))
+  found = surgery.combine([one, one])
+  found.check()
+  assert [1, 2] == list(value(found, 'n'))
+  with pytest.raises(surgery.CheckError, match='n .int64.2.. differs between'):
+    surgery.combine([one, two]).check()
+
+
+def test_complex_numbers_are_refused():
+  one = model(w=np.ones(2, np.complex64))
+  with pytest.raises(surgery.SurgeryError, match='real numbers'):
+    surgery.combine([one, one])
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_nan_is_refused_unless_asked_for(bad):
+  one = model(w=np.array([[0, 1], [2, bad]], np.float32))
+  two = named(model(w=np.ones((2, 2), np.float32)), 'two')
+  found = surgery.combine([two, named(one, 'one')])
   with pytest.raises(
-    surgery.AdapterError, match='cannot be combined without it. Put the halves'
+    surgery.CastError, match=rf'w: one has {bad} at index \[1, 1\]'
   ):
-    surgery.combine_adapters(half, {'a': 1.0})
+    value(found, 'w')
+  asked = surgery.combine([two, one], nonfinite='allow')
+  assert 1 == np.sum(~np.isfinite(value(asked, 'w')))
+
+
+def test_what_becomes_too_large_is_refused():
+  one = model(w=np.full(2, 60000, np.float16))
+  found = surgery.combine([one, one], weight=1, normalize=False)
+  with pytest.raises(surgery.CastError, match='too large for float16'):
+    value(found, 'w')
+
+
+def test_a_model_with_an_adapter_is_refused():
+  import blox as bx
+
+  params = bx.Params()
+  params['net', 'layer', 'kernel'] = bx.Param(jnp.ones((4, 3)))
+  params = params.locked()
+  adapted = surgery.attach(params, surgery.LoRA(rank=1), to='**', name='x')
+  for models in ([params, adapted], [adapted, params]):
+    with pytest.raises(surgery.AdapterError, match="adapter 'x'.*Merge it"):
+      surgery.combine(models)
+
+
+def test_params_give_params_with_the_flags_of_the_first():
+  import blox as bx
+  import jax
+
+  def made(number, trainable):
+    params = bx.Params()
+    params['net', 'kernel'] = bx.Param(jnp.full((4, 3), number), trainable)
+    params['net', 'steps'] = bx.Param(jnp.asarray(3))
+    return params.locked()
+
+  found = surgery.combine([made(1.0, False), made(2.0, True)], method='mean')
+  assert isinstance(found['net', 'kernel'].value, jax.Array)
+  assert 1.5 == found['net', 'kernel'].value[0, 0]
+  assert not found['net', 'kernel'].trainable
+  assert found.is_locked
+
+
+def test_a_step_of_a_recipe_and_the_verb_come_to_the_same(tmp_path):
+  rng = np.random.default_rng(0)
+  files = {}
+  for name in ('a', 'b', 'c', 'base'):
+    one = model(
+      h__0__w=rng.normal(size=(30, 40)).astype(np.float32),
+      h__1__w=rng.normal(size=(30, 40)).astype(np.float32),
+    )
+    files[name] = tmp_path / f'{name}.safetensors'
+    one.write(files[name])
+  step = {
+    'with': ['b', 'c'], 'base': 'base', 'method': 'dare_ties', 'seed': 3,
+    'set': {'weight': [0.5, {'h/0': 0, 'h/1': 1}, 0.2], 'density': 0.5},
+  }  # fmt: skip
+  recipe = surgery.Recipe([{'combine': step}], inputs=files)
+  recipe.run(out=tmp_path / 'out.safetensors')
+  live = surgery.combine(
+    [surgery.open(files[n]) for n in 'abc'],
+    base=surgery.open(files['base']),
+    method='dare_ties',
+    seed=3,
+    weight=[0.5, {'h/0': 0, 'h/1': 1}, 0.2],
+    density=0.5,
+  )
+  found = surgery.open(tmp_path / 'out.safetensors')
+  assert live.keys() == found.keys()
+  for path, one in live.items():
+    assert np.array_equal(one.load(), found[path].load())
+
+
+class Median(surgery.Method):
+  """The median of all models."""
+
+  name = 'median'
+  scale: float = surgery.field(default=1.0, gt=0)
+
+  def combine(self, block, prepared):
+    if self.scale > 10:
+      raise KeyError('oops')
+    if self.scale > 5:
+      return np.zeros(3)
+    return jnp.median(jnp.stack(block.tensors), axis=0) * self.scale
+
+
+class Plugin:
+  @surgery.hookimpl
+  def surgery_methods(self):
+    return {'median': Median}
+
+
+def test_a_method_of_a_plugin_is_used_like_any():
+  host = surgery.Host(plugins=[Plugin])
+  found = surgery.combine(
+    [ZERO, ONE, TWO], method='median', host=host, scale={'head': 2, '**': 1}
+  )
+  assert 2 == value(found, 'head/w')[0]
+  assert 1 == value(found, 'net/h1/w')[0]
+
+
+def test_a_method_that_fails_says_whose_it_is():
+  host = surgery.Host(plugins=[Plugin])
+  call = lambda scale: value(
+    surgery.combine([ZERO, ONE], method='median', host=host, scale=scale),
+    'head/w',
+  )
+  with pytest.raises(surgery.PluginError, match="'median' of .*Plugin.*oops"):
+    call(11)
+  with pytest.raises(surgery.PluginError, match=r'returned float64\[3\] for a'):
+    call(6)
+
+
+def test_a_class_that_is_no_method_is_named():
+  class Nothing(surgery.Method):
+    name = 'nothing'
+
+  with pytest.raises(surgery.PluginError, match='has no combine'):
+    Nothing()
+
+  class Taken(surgery.Method):
+    name = 'taken'
+    seed: int = surgery.field(default=0)
+
+    def combine(self, block, prepared):
+      return block.tensors[0]
+
+  with pytest.raises(surgery.PluginError, match="cannot be called 'seed'"):
+    Taken()

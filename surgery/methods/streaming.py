@@ -1,0 +1,533 @@
+"""The same tensor of several models, gone over block by block.
+
+Nothing here depends on how the result is cut: sums are added up over pieces
+that begin at the same elements each time, random numbers are a function of the
+element's place, and the rest is element by element, or row by row. So a file,
+params, one thread and four get the same bits.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from surgery import errors
+from surgery.contract.method import Block, Cut, Method
+from surgery.editing import nonfinite, rounding
+from surgery.editing.nonfinite import NonFinite
+from surgery.files.arrays import DTYPES
+from surgery.files.digest import Digester
+from surgery.host import foreign
+from surgery.naming import paths
+from surgery.naming.paths import Path
+
+# So many elements are computed at a time: as float64 a processor's cache holds
+# a few arrays of them.
+PIECE = 1 << 15
+# So many pieces are read at a time, and shared among threads.
+_PIECES = 32
+_WORD = 16  # Bits that are looked at in one pass of a selection.
+
+Flat = Callable[[int, int], np.ndarray]
+Span = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One model's tensor.
+
+  Attributes:
+    model: the model, for messages.
+    flat: returns elements `start` to `stop` in C order.
+    wide: whether it is float64, so that float32 does not tell its values apart.
+  """
+
+  model: str
+  flat: Flat
+  wide: bool
+
+
+class Uniform:
+  """Random numbers by seed, path, model and place.
+
+  Philox is a function of a key and a counter, so that any piece can be had
+  without those before it (Salmon et al. 2011, "Parallel random numbers: as easy
+  as 1, 2, 3").
+
+  Args:
+    seed: the seed.
+    path: the tensor's path.
+  """
+
+  def __init__(self, seed: int, path: Path) -> None:
+    self._seed, self._path = int(seed), path
+
+  @functools.cache  # noqa: B019 - it lives as long as one tensor's work.
+  def _key(self, model: int) -> int:
+    digester = Digester()
+    digester.update(repr((self._seed, self._path, model)).encode())
+    return int(digester.digest().partition(':')[2], 16)
+
+  def __call__(self, model: int, start: int, count: int) -> np.ndarray:
+    """Returns `count` numbers of a model, from place `start` on."""
+    # A counter gives four words of 64 bits, so eight numbers of 32 bits.
+    first, offset = divmod(start, 8)
+    stream = np.random.Philox(key=self._key(model), counter=first)
+    words = stream.random_raw((offset + count + 1) // 2)
+    halves = words.astype('<u8', copy=False).view('<u4')
+    return halves[offset : offset + count] * 2.0**-32
+
+
+class Tensor:
+  """The same tensor of several models; see `surgery.contract.method.Whole`.
+
+  Args:
+    path: its path, for messages.
+    shape: its shape.
+    sources: the models' tensors.
+    base: the base's, or None.
+    rows: whether blocks are matrices of whole rows.
+    uniform: random numbers, by model, start and count.
+    finite: whether NaN and infinity are refused.
+  """
+
+  def __init__(
+    self,
+    path: Path,
+    shape: tuple[int, ...],
+    sources: Sequence[Source],
+    base: Source | None,
+    *,
+    rows: bool,
+    uniform: Callable[[int, int, int], np.ndarray],
+    finite: bool,
+  ) -> None:
+    self.path = path
+    self.shape = shape
+    self.size = math.prod(shape)
+    self.count = len(sources)
+    self._row = (shape[-1] if shape else 1) if rows else None
+    self._sources, self._base = tuple(sources), base
+    self._uniform = uniform
+    self._finite = finite
+    every = [*sources, *([base] if base else [])]
+    self._kind = np.float64 if any(s.wide for s in every) else np.float32
+
+  def __repr__(self) -> str:
+    return f'<{paths.show(self.path)} {self.shape} of {self.count} models>'
+
+  # Reading.
+
+  @property
+  def _step(self) -> int:
+    """Elements of a piece: a number of rows, where rows have to be whole."""
+    if self._row is None:
+      return PIECE
+    return max(1, self._row) * max(1, PIECE // max(1, self._row))
+
+  def _block(self, read: Sequence[np.ndarray], at: int, cut: slice) -> Block:
+    """Returns a piece of what was read.
+
+    Args:
+      read: elements of the models, and at last of the base, if there is one.
+      at: how many elements lie before these.
+      cut: the piece.
+    """
+    start = at + cut.start
+    count = cut.stop - cut.start
+    form = (count,) if self._row is None else (-1, max(1, self._row))
+    wide = []
+    sources = [*self._sources, *([self._base] if self._base else [])]
+    for one, source in zip(read, sources, strict=True):
+      piece = one[cut]
+      # Of dtypes narrower than float32 numpy knows only this way.
+      value = np.asarray(piece, np.float32) if piece.itemsize < 4 else piece
+      value = value.astype(np.float64)
+      if self._finite:
+        self._check(value, source, start)
+      wide.append(value.reshape(form))
+    base = wide.pop() if self._base else None
+
+    def uniform(model: int) -> np.ndarray:
+      return self._uniform(model, start, count).reshape(form)
+
+    return Block(tuple(wide), base, start, uniform)
+
+  def _check(self, value: np.ndarray, source: Source, start: int) -> None:
+    """Raises for NaN and infinity; a sum is enough to see that there is none.
+
+    Raises:
+      CastError: naming the model and the first such number.
+    """
+    if np.isfinite(value.sum()):
+      return
+    bad = ~np.isfinite(value)
+    if not bad.any():
+      return  # Large numbers of float64.
+    first = int(np.argmax(bad))
+    index = np.unravel_index(start + first, self.shape)
+    shown = [int(i) for i in index]
+    raise errors.CastError(
+      f'{paths.show(self.path)}: {source.model} has {value[first]} at index '
+      f'{shown}, which would be mixed into the result. To combine it all the '
+      'same, give nonfinite: allow.'
+    )
+
+  def each(
+    self,
+    function: Callable[[Block], Any],
+    span: Span | None = None,
+  ) -> Iterator[Any]:
+    """Yields what a function returns for each piece, in their order.
+
+    Args:
+      function: is called by several threads.
+      span: the first element and that behind the last; all by default.
+    """
+    start, stop = (0, self.size) if span is None else span
+    step = self._step
+    with concurrent.futures.ThreadPoolExecutor(workers()) as pool:
+      for at in range(start, stop, step * _PIECES):
+        end = min(at + step * _PIECES, stop)
+        read = [s.flat(at, end) for s in self._sources]
+        if self._base:
+          read.append(self._base.flat(at, end))
+        cuts = [
+          slice(k, min(k + step, end - at)) for k in range(0, end - at, step)
+        ]
+
+        def one(cut: slice, read: Any = read, at: int = at) -> Any:
+          with np.errstate(all='ignore'):
+            return function(self._block(read, at, cut))
+
+        if len(cuts) == 1:
+          yield one(cuts[0])
+        else:
+          yield from pool.map(one, cuts)
+
+  # What methods ask for.
+
+  def total(self, measure: Callable[[Block], Any]) -> Any:
+    """See `Whole.total`."""
+    result: Any = None
+    for part in self.each(measure):
+      result = np.asarray(part) if result is None else result + part
+    return result
+
+  def largest(
+    self,
+    values: Callable[[Block], Sequence[np.ndarray]],
+    counts: Sequence[Sequence[int]],
+  ) -> list[list[Cut]]:
+    """See `Whole.largest`: a radix selection over the bits of the numbers.
+
+    Numbers that are 0 or larger have the order of their bits. A pass counts how
+    often each value of the next 16 bits occurs among the numbers that begin
+    with the bits found so far; two passes find a float32.
+    """
+    kind = self._kind
+    search = [[_Search(n, self.size, kind) for n in some] for some in counts]
+    open_ = [one for some in search for one in some if one.is_open]
+    while open_:
+      found = self._counted(values, search)
+      for some, tables in zip(search, found, strict=True):
+        for one in some:
+          if one.is_open:
+            one.narrow(tables[one.prefix])
+      open_ = [one for one in open_ if one.is_open]
+    if any(one.is_shared for some in search for one in some):
+      self._place(values, search)
+    return [[one.cut() for one in some] for some in search]
+
+  def _counted(
+    self,
+    values: Callable[[Block], Sequence[np.ndarray]],
+    search: Sequence[Sequence[_Search]],
+  ) -> list[dict[int, np.ndarray]]:
+    """Returns for each array how often words follow each open prefix."""
+    wanted = [{s.prefix: s.shift for s in some if s.is_open} for some in search]
+
+    def measure(block: Block) -> list[dict[int, np.ndarray]]:
+      result = []
+      for array, some in zip(values(block), wanted, strict=True):
+        bits = _bits(array, self._kind) if some else None
+        result.append({p: _words(bits, p, s) for p, s in some.items()})
+      return result
+
+    total: list[dict[int, np.ndarray]] = [{} for _ in search]
+    for part in self.each(measure):
+      for sums, some in zip(total, part, strict=True):
+        for prefix, table in some.items():
+          if prefix in sums:
+            sums[prefix] += table
+          else:
+            sums[prefix] = table
+    return total
+
+  def _place(
+    self,
+    values: Callable[[Block], Sequence[np.ndarray]],
+    search: Sequence[Sequence[_Search]],
+  ) -> None:
+    """Finds up to which place numbers that equal the smallest are taken."""
+    flat = [(k, s) for k, some in enumerate(search) for s in some]
+
+    def equal(block: Block, number: int, one: _Search) -> np.ndarray:
+      array = values(block)[number]
+      found = _bits(array, self._kind) == one.prefix
+      return np.flatnonzero(found)
+
+    def count(block: Block) -> tuple[int, list[int]]:
+      arrays = [_bits(a, self._kind) for a in values(block)]
+      return block.start, [
+        int(np.count_nonzero(arrays[k] == s.prefix)) if s.is_shared else 0
+        for k, s in flat
+      ]
+
+    left = [s.wanted for _, s in flat]
+    where: dict[int, int] = {}  # In which piece the last one lies.
+    for start, found in self.each(count):
+      for number, n in enumerate(found):
+        if flat[number][1].is_shared and number not in where:
+          if n >= left[number]:
+            where[number] = start
+          else:
+            left[number] -= n
+    for number, start in where.items():
+      k, one = flat[number]
+      span = (start, min(start + self._step, self.size))
+      look = functools.partial(equal, number=k, one=one)
+      [places] = self.each(look, span)
+      one.last = start + int(places[left[number] - 1])
+
+
+def workers() -> int:
+  """Returns how many threads compute: one a core, and no more than eight."""
+  known = getattr(os, 'sched_getaffinity', None)
+  cores = len(known(0)) if known else os.cpu_count() or 1
+  return max(1, min(8, cores))
+
+
+def _bits(array: np.ndarray, kind: Any) -> np.ndarray:
+  """Returns numbers that are 0 or larger as integers of the same order."""
+  wide = np.ascontiguousarray(array, kind).reshape(-1)
+  # A negative zero would be the largest.
+  bits: np.ndarray = wide.view(f'u{wide.itemsize}')
+  return bits & bits.dtype.type((1 << (8 * wide.itemsize - 1)) - 1)
+
+
+def _words(bits: Any, prefix: int, shift: int) -> np.ndarray:
+  """Returns how often each word follows a prefix.
+
+  Args:
+    bits: the numbers' bits.
+    prefix: the bits in front of the word.
+    shift: number of bits behind the word.
+  """
+  whole = 8 * bits.itemsize
+  if shift + _WORD < whole:
+    bits = bits[(bits >> bits.dtype.type(shift + _WORD)) == prefix]
+  word = bits >> bits.dtype.type(shift)
+  if shift + _WORD < whole:
+    word &= bits.dtype.type((1 << _WORD) - 1)
+  return np.bincount(word.astype(np.intp), minlength=1 << _WORD)
+
+
+class _Search:
+  """The search for the smallest of so many largest numbers.
+
+  Args:
+    wanted: how many.
+    size: of how many.
+    kind: dtype as which they are compared.
+  """
+
+  def __init__(self, wanted: int, size: int, kind: Any) -> None:
+    self.kind = np.dtype(kind)
+    self.prefix = 0
+    self.shift = 8 * self.kind.itemsize - _WORD
+    self.every = wanted >= size
+    self.wanted = max(0, wanted)
+    self.last: int | None = None
+    self._equal = 0
+
+  @property
+  def is_open(self) -> bool:
+    """Whether bits are still to be found."""
+    return self.shift >= 0 and not self.every and self.wanted > 0
+
+  @property
+  def is_shared(self) -> bool:
+    """Whether only some of the numbers that equal the smallest are meant."""
+    return not self.every and 0 < self.wanted < self._equal
+
+  def narrow(self, table: np.ndarray) -> None:
+    """Takes the next word, given how often each occurs."""
+    # How many there are of a word and of all larger ones.
+    above = np.cumsum(table[::-1])
+    place = int(np.searchsorted(above, self.wanted))
+    word = len(table) - 1 - place
+    self.wanted -= int(above[place] - table[word])
+    self._equal = int(table[word])
+    self.prefix = (self.prefix << _WORD) | word
+    self.shift -= _WORD
+
+  def cut(self) -> Cut:
+    """Returns what was found."""
+    if self.every:
+      return _Cut(0.0, None, self.kind, True)
+    if not self.wanted:
+      return _Cut(math.inf, None, self.kind, False)
+    code = np.array(self.prefix, f'u{self.kind.itemsize}')
+    return _Cut(float(code.view(self.kind)), self.last, self.kind, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+  """See `surgery.contract.method.Cut`.
+
+  Attributes:
+    value: the smallest number that is meant.
+    last: the place of the last that equals it and is meant; None for all.
+    kind: dtype as which numbers are compared.
+    all_or_none: whether all numbers are meant, or none; else None.
+  """
+
+  value: float
+  last: int | None
+  kind: np.dtype[Any]
+  all_or_none: bool | None
+
+  def mask(self, values: np.ndarray, start: int) -> np.ndarray:
+    """See `Cut.mask`."""
+    if self.all_or_none is not None:
+      return np.full(values.shape, self.all_or_none)
+    near = values.astype(self.kind, copy=False)
+    found: np.ndarray = near >= self.kind.type(self.value)
+    if self.last is None:
+      return found
+    behind = self.last + 1 - start
+    if behind < values.size:
+      tail = slice(max(0, behind), None)
+      flat = found.reshape(-1)
+      flat[tail] = near.reshape(-1)[tail] > self.kind.type(self.value)
+    return found
+
+
+class Combined:
+  """What a method makes of a tensor, block by block.
+
+  Args:
+    method: the method, with the options that hold for the tensor.
+    tensor: the tensor.
+    dtype: full name of the dtype of the result.
+    nonfinite: whether NaN and infinity may be in it.
+    owner: whose method it is, for messages.
+  """
+
+  def __init__(
+    self,
+    method: Method,
+    tensor: Tensor,
+    dtype: str,
+    nonfinite: NonFinite = 'refuse',
+    owner: str = '',
+  ) -> None:
+    self.method, self.tensor = method, tensor
+    self._dtype, self._nonfinite, self._owner = dtype, nonfinite, owner
+    self._prepared: list[Any] = []
+    self._held: tuple[Span, np.ndarray] | None = None
+
+  def _whole(self) -> Any:
+    """Returns what the method knows of the whole tensor."""
+    if not self._prepared:
+      with np.errstate(all='ignore'), self._called():
+        self._prepared.append(self.method.prepare(self.tensor))
+    return self._prepared[0]
+
+  def _called(self) -> contextlib.AbstractContextManager[Any]:
+    """Says of a failure of a plugin's method whose it is."""
+    if not self._owner:
+      return contextlib.nullcontext()
+    where = paths.show(self.tensor.path)
+    return foreign.code(f'{where}: method {self.method.name!r}{self._owner}')
+
+  def span(self, start: int, stop: int) -> np.ndarray:
+    """Returns elements of the result in C order, rounded once."""
+    first, last = self._rows(start, stop)
+    if self._held is not None and self._held[0] == (first, last):
+      values = self._held[1]
+    else:
+      values = self._computed(first, last)
+      longer = last - first > stop - start
+      # A row that is longer than a block is asked for several times.
+      self._held = ((first, last), values) if longer else None
+    return values[start - first : stop - first]
+
+  def _rows(self, start: int, stop: int) -> Span:
+    if not self.method.rows or not self.tensor.shape:
+      return start, stop
+    row = max(1, self.tensor.shape[-1])
+    return start // row * row, -(-stop // row) * row
+
+  def _computed(self, start: int, stop: int) -> np.ndarray:
+    prepared = self._whole()
+    result = np.empty(stop - start, DTYPES[self._dtype])
+
+    def one(block: Block) -> None:
+      with self._called():
+        value = self.method.combine(block, prepared)
+      flat = self._checked(value, block)
+      at = block.start - start
+      result[at : at + flat.size] = self._rounded(flat, block.start)
+
+    for _ in self.tensor.each(one, (start, stop)):
+      pass
+    return result
+
+  def _checked(self, value: Any, block: Block) -> np.ndarray:
+    """Returns what a method made, in C order.
+
+    Raises:
+      PluginError: if it is not what the contract says.
+    """
+    shape = block.tensors[0].shape
+    found = np.asarray(value)
+    if found.shape != shape or found.dtype.name not in ('float32', 'float64'):
+      raise errors.PluginError(
+        f'{paths.show(self.tensor.path)}: method {self.method.name!r}'
+        f'{self._owner}: combine returned {found.dtype}{list(found.shape)} for '
+        f'a block of {list(shape)}; expected float32 or float64 of that shape.'
+      )
+    return found.reshape(-1)
+
+  def _rounded(self, flat: np.ndarray, start: int) -> np.ndarray:
+    """Returns numbers in the dtype of the result.
+
+    Raises:
+      CastError: for what is not finite in it.
+    """
+    after = rounding.rounded(flat, self._dtype)
+    if self._nonfinite == 'refuse' and not nonfinite.within(flat, self._dtype):
+      shape = self.tensor.shape
+      bad = ~np.isfinite(np.asarray(after, np.float64))
+      if bad.any():
+        first = int(np.argmax(bad))
+        index = np.unravel_index(start + first, shape)
+        one = (1,) * len(shape)
+        nonfinite.checked(
+          flat[first].reshape(one),
+          after[first].reshape(one),
+          self.tensor.path,
+          'combine',
+          start=[int(i) for i in index],
+        )
+    return after
