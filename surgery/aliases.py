@@ -39,3 +39,16 @@ class Params(Protocol):
 
   def items(self) -> Any:
     """Returns paths and parameters."""
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+  """An optimizer of optax, or anything that is called as one."""
+
+  @property
+  def init(self) -> Callable[..., Any]:
+    """Returns the state for params."""
+
+  @property
+  def update(self) -> Callable[..., Any]:
+    """Returns updates and the next state."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery import errors, expect
+from surgery.aliases import Optimizer, Params
 from surgery.editing import devices, regions, tensors
 from surgery.host.manager import Host, default_host
 from surgery.live import adoption, lineage
@@ -77,10 +78,10 @@ _ZERO = frozenset(
 @devices.transfers()
 def migrate(
   opt_state: Any,
-  before: bx.Params,
-  after: bx.Params,
+  before: Params,
+  after: Params,
   *,
-  tx: Any = None,
+  tx: Optimizer | None = None,
   host: Host | None = None,
 ) -> Any:
   """Brings an optimizer's state from some params to what was made of them.

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from surgery import errors
+from surgery.aliases import Optimizer
 from surgery.live import adoption, described
 from surgery.live import params as live
 from surgery.naming import paths
@@ -56,7 +57,7 @@ def _is_number(leaf: Any) -> bool:
   return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
-def optimizer(tx: Any, params: Any) -> Any:
+def optimizer(tx: Optimizer, params: Any) -> Any:
   """Returns an optimizer that moves what trains and nothing else.
 
   Frozen parameters, and the weights of disabled adapters, get an update of

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from surgery import errors, jaxcompat
 from surgery.adapting import blocks, compute
 from surgery.live import described, dropping, pending, per_row, primitives
+from surgery.live.plain import BloxParams
 from surgery.live.unread import Unread
 from surgery.model.records import Records, unite
 from surgery.naming import paths
@@ -102,7 +103,7 @@ def _check_blox() -> None:
 _check_blox()
 
 
-class AdaptedParams(bx.Params):
+class AdaptedParams(BloxParams):
   """`bx.Params` in which adapters sit between what is stored and the layers.
 
   `params[path]`, `keys`, `items` and `len` speak of what is stored, adapters'
@@ -284,9 +285,13 @@ class AdaptedParams(bx.Params):
     params = pending.closed(self) if self._records.pending else self
     return cast(AdaptedParams, bx.Params.locked(params))
 
+  def unlocked(self) -> AdaptedParams:
+    """Returns params to which parameters can be added."""
+    return cast(AdaptedParams, super().unlocked())
+
   def split(
     self, predicate: Callable[[Path, bx.Param], bool] | None = None
-  ) -> tuple[bx.Params, bx.Params]:
+  ) -> tuple[AdaptedParams, AdaptedParams]:
     """Partitions parameters into two containers.
 
     Args:
@@ -298,7 +303,7 @@ class AdaptedParams(bx.Params):
     Returns:
       What the predicate is true of, and the rest.
     """
-    return super().split(predicate or self.trains)
+    return cast(Any, super().split(predicate or self.trains))
 
   def trains(self, path: Path, param: bx.Param) -> bool:
     """Whether a parameter trains: by its flag, and if its adapter is on.

@@ -10,8 +10,10 @@ import blox as bx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from surgery import errors, jaxcompat
+from surgery.aliases import Params
 from surgery.editing import devices
 from surgery.live import adoption, described
 from surgery.live import params as live
@@ -48,7 +50,7 @@ def _weights(record: AdapterRecord) -> dict[Path, WeightSpec]:
 
 @devices.transfers()
 def stack_adapters(
-  many: Sequence[bx.Params],
+  many: Sequence[Params],
   *,
   names: str | Sequence[str] | None = None,
   check_base: bool = True,
@@ -292,8 +294,8 @@ def _with_axis(param: bx.Param, axis: int) -> dict[str, Any]:
 
 @devices.transfers()
 def route(
-  params: bx.Params,
-  index: Any,
+  params: Params,
+  index: ArrayLike | Sequence[int],
   *,
   names: str | Sequence[str] | None = None,
 ) -> live.AdaptedParams:

@@ -14,6 +14,7 @@ from surgery.editing import devices
 from surgery.host.manager import Host, default_host
 from surgery.live import adoption, checkpoints
 from surgery.live import params as live
+from surgery.live.plain import BloxParams
 from surgery.model import layers, manifest
 from surgery.model.checkpoint import open_checkpoint
 from surgery.naming import paths, selectors
@@ -96,7 +97,7 @@ def _settled(params: Any) -> bx.Params:
 
 
 @devices.transfers()
-def load(path: PathLike, *, host: Host | None = None) -> bx.Params:
+def load(path: PathLike, *, host: Host | None = None) -> BloxParams:
   """Loads what `save` wrote, or any flax msgpack file of nested dicts.
 
   Args:

@@ -21,6 +21,7 @@ from surgery.host.manager import Host, default_host
 from surgery.live import adoption, applying, checkpoints, lineage, traced_checks
 from surgery.live import params as live
 from surgery.live.dispatch import said, takes_checkpoints, told, types_of
+from surgery.live.plain import BloxParams
 from surgery.model import layers
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.naming import selectors
@@ -251,7 +252,7 @@ def attach(
   stacked: finding.Stacked = None,
   layout: finding.Layouts = None,
   host: Host | None = None,
-) -> live.AdaptedParams:
+) -> Any:
   """Attaches an adapter: layers get their parameters adapted from now on.
 
   Unlocked params may be attached to before the first forward pass; what is not
@@ -426,7 +427,7 @@ def merge(
   check_finite: bool = True,
   checkify: bool = False,
   host: Host | None = None,
-) -> bx.Params: ...
+) -> BloxParams: ...
 
 
 @overload
@@ -567,7 +568,7 @@ def combine_adapters(
 @overload
 def detach(
   tree: Params, names: Names = None, *, host: Host | None = None
-) -> bx.Params: ...
+) -> BloxParams: ...
 
 
 @overload
@@ -831,7 +832,7 @@ def adapters(
   return infos
 
 
-def trainable_mask(params: Params) -> bx.Params:
+def trainable_mask(params: Params) -> BloxParams:
   """Returns a mask for optax: True where a parameter trains.
 
   `optax.masked(tx, mask)` transforms what is True and hands on what is not, as

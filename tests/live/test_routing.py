@@ -205,7 +205,7 @@ def test_what_cannot_be_routed_is_refused():
   ):
     surgery.route(stacked, [0, 3])
   with pytest.raises(surgery.AdapterError, match=r'found float64\(2,\)'):
-    surgery.route(stacked, [0.0, 1.0])
+    surgery.route(stacked, np.array([0.0, 1.0]))
   with pytest.raises(
     surgery.AdapterError, match='lora_a of shape .* of one adap'
   ):

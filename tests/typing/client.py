@@ -9,6 +9,7 @@ from typing import Any, assert_type
 import blox as bx
 import jax
 import jax.numpy as jnp
+import optax
 
 import surgery
 
@@ -64,6 +65,32 @@ def passes(params: bx.Params, x: jax.Array) -> None:
   print(surgery.explain(model, adapted, x).to_json(), other, plain, base)
 
 
+def trains(adapted: surgery.AdaptedParams, x: jax.Array) -> None:
+  half, rest = adapted.split()
+  assert_type(half, surgery.AdaptedParams)
+  assert_type(half.merge(rest), surgery.AdaptedParams)
+  assert_type(surgery.freeze(adapted), surgery.AdaptedParams)
+  assert_type(surgery.disable(adapted), surgery.AdaptedParams)
+  assert_type(surgery.attach(adapted, IA3(), to='a'), surgery.AdaptedParams)
+  tx = surgery.optimizer(optax.chain(optax.adam(1e-3)), adapted)
+  surgery.optimizer(optax.MultiSteps(optax.sgd(1.0), 2), (adapted, x))
+  state = tx.init(half)
+  surgery.migrate(state, adapted, surgery.merge(adapted), tx=tx)
+  stacked = surgery.stack_adapters([adapted, adapted])
+  stacked = surgery.stack_adapters((adapted, surgery.load('b.msgpack')))
+  surgery.route(stacked, [0, 1])
+  routed = surgery.route(stacked, jnp.array([0, 1]))
+  y, _ = surgery.factored(model)(routed, x)
+  y, params = model(adapted, y)
+  # Params of blox, and what verbs make of them, are given for each other.
+  taken: bx.Params = surgery.detach(adapted)
+  model(surgery.merge(adapted), x)
+  model(surgery.load('a.msgpack'), x)
+  surgery.save('b.msgpack', surgery.trainable_mask(adapted))
+  again: bx.Params = adapted.unlocked()
+  print(taken, params, again, adapted['net', 'kernel'].value, len(adapted))
+
+
 def files() -> None:
   checkpoint = surgery.open('m.msgpack')
   assert_type(checkpoint, surgery.Checkpoint)
@@ -96,3 +123,15 @@ def refuses(params: bx.Params, adapted: surgery.AdaptedParams) -> None:
   surgery.factored(Net(bx.Graph('net'))).attend  # error
   surgery.factored(model)(1, 2, 3, 4)  # error
   surgery.open('m.msgpack').write(3)  # error
+  surgery.optimizer(adapted, adapted)  # error
+  surgery.optimizer(adapted, optax.sgd(1.0))  # error
+  surgery.factored(adapted)  # error
+  surgery.stack_adapters(adapted)  # error
+  surgery.migrate(adapted, adapted, jnp.ones(3))  # error
+  surgery.migrate(1, adapted, adapted, tx=adapted)  # error
+  surgery.route(jnp.ones(3), adapted)  # error
+  surgery.route(adapted, adapted)  # error
+  surgery.merge(adapted).records  # error
+  number: int = adapted  # error
+  back: surgery.AdaptedParams = surgery.merge(adapted)  # error
+  print(number, back)
