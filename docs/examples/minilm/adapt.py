@@ -3,8 +3,8 @@
     python -m docs.examples.minilm.adapt FOLDER OUT
 
 FOLDER is the model as Hugging Face has it; in OUT there will be the adapter,
-`adapter.safetensors`, and a folder with the adapter merged, `merged/`, which
-`AutoModel.from_pretrained` loads.
+`adapter.safetensors`, the same as PEFT has it, `peft/`, and a folder with the
+adapter merged, `merged/`, which `AutoModel.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -93,11 +93,16 @@ def main(folder: pathlib.Path, out: pathlib.Path, steps: int = 20) -> Any:
   surgery.Recipe(
     [
       {'map': MAP},
-      {'merge': {'with': 'adapter'}},
+      {'attach': {'from': 'adapter'}},
       {'map': {**MAP, 'to': 'torch'}},
+      {'extract': None, 'as': 'alone'},
+      'merge',
     ],
     inputs={'model': folder, 'adapter': adapter},
-    outputs={'out': f'{out / "merged"}/'},
+    outputs={
+      'merged': f'{out / "merged"}/',
+      'peft': {'path': f'{out / "peft"}/', 'of': 'alone', 'format': 'peft'},
+    },
   ).run()
   return params, losses
 

@@ -1,4 +1,4 @@
-"""The folder that docs/examples/minilm writes, loaded by transformers."""
+"""What docs/examples/minilm writes, loaded by transformers and by PEFT."""
 
 import blox as bx
 import numpy as np
@@ -13,10 +13,12 @@ transformers = pytest.importorskip(
   'transformers', reason='transformers is not installed here'
 )
 
+peft = pytest.importorskip('peft', reason='peft is not installed here')
+
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
-def test_the_merged_folder_gives_what_was_trained(minilm, tmp_path):  # noqa: F811
+def test_both_folders_give_what_was_trained(minilm, tmp_path):  # noqa: F811
   params, _ = adapt.main(minilm, tmp_path, steps=6)
   texts = [text for pair in adapt.PAIRS for text in pair]
   tokens = Tokenizer(minilm)(texts)
@@ -27,9 +29,17 @@ def test_the_merged_folder_gives_what_was_trained(minilm, tmp_path):  # noqa: F8
   tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
   told = tokenizer(texts, padding=True, return_tensors='pt')
   assert tokens[0].tolist() == told['input_ids'].tolist()
-  with torch.no_grad():
-    found = transformers.AutoModel.from_pretrained(merged).eval()(**told)[0]
-  weights = told['attention_mask'][..., None]
-  mean = (found * weights).sum(1) / weights.sum(1)
-  found = torch.nn.functional.normalize(mean, dim=-1)
-  np.testing.assert_allclose(expected, found.numpy(), atol=1e-5)
+
+  def embedded(torch_model):
+    with torch.no_grad():
+      found = torch_model.eval()(**told)[0]
+    weights = told['attention_mask'][..., None]
+    mean = (found * weights).sum(1) / weights.sum(1)
+    return torch.nn.functional.normalize(mean, dim=-1).numpy()
+
+  load = transformers.AutoModel.from_pretrained
+  np.testing.assert_allclose(expected, embedded(load(merged)), atol=1e-5)
+  base = load(minilm)
+  assert np.abs(expected - embedded(base)).max() > 1e-2
+  adapted = peft.PeftModel.from_pretrained(base, tmp_path / 'peft')
+  np.testing.assert_allclose(expected, embedded(adapted), atol=1e-5)
