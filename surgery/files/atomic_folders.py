@@ -42,7 +42,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   shown = pathlib.Path(os.fsdecode(path))
   system.needs_folders('a folder', str(shown))
   check(shown)
-  target = pathlib.Path(os.path.realpath(shown.parent)) / shown.name
+  # The name of `.` is known only where it lies.
+  whole = shown.absolute()
+  target = pathlib.Path(os.path.realpath(whole.parent)) / whole.name
   with atomic.folder(target.parent) as parent:
     _clean(target)
     fd, hidden = _create(target)
@@ -75,6 +77,12 @@ def check(path: pathlib.Path) -> None:
     )
   if not os.path.lexists(path):
     return
+  if '..' in path.parts or path.resolve() == pathlib.Path.cwd():
+    # Whoever stands in it would stand in one that is gone.
+    raise errors.FormatError(
+      f'{path}: the current folder, or one above, cannot be replaced. Give a '
+      'new folder in it.'
+    )
   if not path.is_dir():
     raise FileExistsError(
       errno.EEXIST, 'expected a new name or an empty folder, found a file',

@@ -50,7 +50,8 @@ _MARKS = re.compile(
   r'|word_embeddings|in_proj_weight|running_mean|num_batches_tracked'
 )
 _EMBEDDING = re.compile(
-  r'(?:.*_)?embed(?:ding|dings|s|_tokens|_positions|_in)?|wte|wpe|shared'
+  r'(?:.*_)?emb(?:s|ed(?:s|ding|dings)?)?(?:_tokens|_positions|_in)?'
+  r'|wte|wpe|shared'
   r'|tok_embeddings|relative_attention_bias|codebook'
 )
 _LINEAR = re.compile(

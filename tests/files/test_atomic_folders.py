@@ -149,3 +149,22 @@ def test_a_set_of_files_can_be_written_into_it(tmp_path):
       os.write(fd, b'1')
     os.write(files.fd, b'{}')
   assert ['m-00001-of-00001.bin', 'm.bin.index.json'] == names(tmp_path / 'out')
+
+
+@pytest.mark.parametrize('name', ['.', './', '..', 'inner/..'])
+def test_where_one_stands_is_not_replaced(tmp_path, monkeypatch, name):
+  (tmp_path / 'inner').mkdir()
+  monkeypatch.chdir(tmp_path / 'inner')
+  (tmp_path / 'inner' / 'inner').mkdir()
+  if name == '.':
+    (tmp_path / 'inner' / 'inner').rmdir()
+  with pytest.raises((surgery.FormatError, FileExistsError)):
+    write(name)
+  assert pathlib.Path.cwd() == tmp_path / 'inner'
+
+
+def test_a_name_may_be_relative(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write('out')
+  write('./more/')
+  assert ['more', 'out'] == sorted(p.name for p in tmp_path.iterdir())

@@ -436,3 +436,18 @@ def test_tokens_of_generation_beyond_the_vocabulary_are_said(hf, tmp_path):
   plan = recipe.plan(model=source, out=f'{tmp_path}/out/')
   [line] = plan.report()['folder']['warnings']
   assert 'eos_token_id is [1, 39] in generation_config.json' in line
+
+
+def test_a_name_without_a_suffix_says_how_a_folder_is_written(
+  hf, tmp_path, surgery_cli
+):
+  out = tmp_path / 'out'
+  done = surgery_cli('convert', hf('llama'), out)
+  assert 3 == done.code
+  assert f'A new folder is written as {out}/.' in done.err
+
+
+def test_a_folder_above_has_to_be_there(hf, tmp_path, surgery_cli):
+  done = surgery_cli('convert', hf('llama'), f'{tmp_path}/no/out/')
+  assert 3 == done.code
+  assert f'{tmp_path}/no: there is no such folder' in done.err

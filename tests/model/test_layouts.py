@@ -82,6 +82,17 @@ def test_layers_of_one_name_are_alike():
   assert {'a__c__weight': 'io', 'b__c__weight': 'io'} == said
 
 
+@pytest.mark.parametrize(
+  'name', ['emb', 'tok_emb', 'embed', 'token_embedding', 'embed_in', 'wte']
+)
+def test_embeddings_are_rows_of_features(name):
+  assert {f'{name}__weight': 'io'} == found(**{f'{name}__weight': (9, 4)})
+
+
+def test_what_gives_words_takes_features():
+  assert {'embed_out__weight': 'oi'} == found(embed_out__weight=(9, 4))
+
+
 def test_what_nothing_tells_is_not_certain():
   assert {'odd__weight': 'oi?'} == found(odd__weight=(4, 4))
   assert {'odd__weight': 'oi?'} == found(odd__weight=(4, 5))
