@@ -25,6 +25,12 @@ def default_layout(rank: int) -> str:
   return 'i' * (rank - 1) + 'o' if rank else ''
 
 
+@functools.lru_cache(maxsize=256)
+def _axes_of(layout: str, role: str) -> tuple[int, ...]:
+  # Kept, since models of many layers have few layouts.
+  return tuple(i for i, c in enumerate(layout) if c == role)
+
+
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
   """What a site knows of one parameter.
@@ -44,7 +50,7 @@ class ParamSpec:
   sharding: tuple[Any, ...] = ()
 
   def _axes(self, role: str) -> tuple[int, ...]:
-    return tuple(i for i, c in enumerate(self.layout) if c == role)
+    return _axes_of(self.layout, role)
 
   @property
   def order(self) -> tuple[int, ...]:
@@ -206,8 +212,7 @@ class Site:
 
     Its path cannot be asked for: one that depends on it must not be shared.
     """
-    params = tuple(dataclasses.replace(p, sharding=()) for p in self.params)
-    return Site(_ANYWHERE, params, self.types)
+    return _anonymous(self.params, self.types)
 
   def bind(self, base: Callable[[str], Any]) -> Site:
     """Returns this site with values behind `base`."""
@@ -244,6 +249,15 @@ class Site:
       for p in data['params']
     )
     return cls(paths.parse(data['layer']), params, tuple(data['types']))
+
+
+@functools.lru_cache(maxsize=1024)
+def _anonymous(params: tuple[ParamSpec, ...], types: tuple[str, ...]) -> Site:
+  # One for all that look alike, so that comparing two is comparing pointers.
+  bare = tuple(
+    dataclasses.replace(p, sharding=()) if p.sharding else p for p in params
+  )
+  return Site(_ANYWHERE, bare, types)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

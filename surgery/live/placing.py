@@ -44,13 +44,13 @@ def weights(
       if not _is_placed(base):
         continue
       # Most often both are where JAX puts what lies nowhere.
-      usual = None if base.committed else base.device
+      usual = None if base.committed else base.sharding
       for name, spec in one.weights.items():
         if spec.path not in left:
           continue
         left.discard(spec.path)
         value = values[spec.path]
-        if usual is None or not _is_placed(value) or value.device != usual:
+        if usual is None or not _is_placed(value) or value.sharding != usual:
           key = (
             *(record.name, one.site.anonymous, name),
             *(base.sharding, base.ndim, value.ndim),

@@ -12,6 +12,7 @@ that is a part of such a group has `Leaf.codes`, which passes carry along and
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Collection, Iterable, Mapping
@@ -101,9 +102,9 @@ _NARROW = (
 _WORDS = ('int32', 'uint32')
 
 
-def _is_narrow(leaf: Leaf, words: bool = True) -> bool:
+def _is_narrow(dtype: str | None, words: bool = True) -> bool:
   """Whether a tensor has a dtype of codes, `words` of several codes each."""
-  dtype = leaf.dtype or ''
+  dtype = dtype or ''
   return dtype.startswith(_NARROW) or (words and dtype in _WORDS)
 
 
@@ -127,26 +128,33 @@ def found(
     if path and leaf.shape is not None and path not in codes:
       layers.setdefault(path[:-1], {})[path[-1]] = leaf
   for layer, own in layers.items():
-    _in_layer(codes, layer, own)
+    alike = tuple((name, leaf.dtype or '') for name, leaf in own.items())
+    for name, others, kind in _in_layer(alike):
+      beside = [(*layer, other) for other in others]
+      _add(codes, (*layer, name), beside, kind)
   for layer, own in layers.items():
     above = layer
     while above and not own.keys().isdisjoint(_BENEATH):
       # `weight` is a tensor and, by its dots, a layer.
       if above in leaves:
         beneath = [p for p in leaves if p[: len(above)] == above and p != above]
-        _add(codes, above, beneath, _kind(leaves[above], ['absmax']))
+        _add(codes, above, beneath, _kind(leaves[above].dtype, ['absmax']))
         break
       above = above[:-1]
   if config is not None:
     method = config.get('quant_method', 'quantization_config')
     for path, leaf in leaves.items():
-      if path not in codes and len(leaf.shape or ()) > 1 and _is_narrow(leaf):
+      if (
+        path not in codes
+        and len(leaf.shape or ()) > 1
+        and _is_narrow(leaf.dtype)
+      ):
         codes[path] = Codes(f'{leaf.dtype}, {method}', path)
   return codes
 
 
-def _kind(leaf: Leaf, parts: Iterable[str]) -> str:
-  return f'{leaf.dtype} with {", ".join(parts)}'
+def _kind(dtype: str | None, parts: Iterable[str]) -> str:
+  return f'{dtype} with {", ".join(parts)}'
 
 
 def _add(
@@ -156,11 +164,24 @@ def _add(
     codes.setdefault(path, Codes(kind, of))
 
 
+@functools.lru_cache(maxsize=1024)
 def _in_layer(
-  codes: dict[Path, Codes], layer: Path, own: Mapping[str, Leaf]
-) -> None:
-  """Adds the codes among the tensors of one layer, and what belongs to them."""
-  for name, leaf in own.items():
+  layer: tuple[tuple[str, str], ...],
+) -> list[tuple[str, tuple[str, ...], str]]:
+  """Returns the codes among the tensors of one layer.
+
+  Kept, since the layers of a model look alike.
+
+  Args:
+    layer: name and dtype of each tensor.
+
+  Returns:
+    For each tensor with codes its name, the names of what belongs to it, and
+    how the weight is stored.
+  """
+  own = dict(layer)
+  found = []
+  for name, dtype in layer:
     if name.endswith(_ENDINGS) or name in (*_TELLING, *_FURTHER):
       continue
     stem = stem_of(name)
@@ -168,7 +189,7 @@ def _in_layer(
     # Nobody but quantisers says `_scale_inv`, so the dtype does not matter; a
     # float32 weight beside a `weight_scale` may be anything.
     tells = stem + _SCALES[0] in own
-    if _is_narrow(leaf):
+    if _is_narrow(dtype):
       tells = tells or any(stem + e in own for e in _SCALES)
       if name in (*_ALWAYS, *_USUAL):
         tells = tells or not own.keys().isdisjoint(_TELLING)
@@ -176,8 +197,8 @@ def _in_layer(
     if tells:
       parts = list(dict.fromkeys(parts))
       inputs = [n for n in _INPUTS if n in own and n not in parts]
-      beside = [(*layer, n) for n in (*parts, *inputs)]
-      _add(codes, (*layer, name), beside, _kind(leaf, parts))
+      found.append((name, (*parts, *inputs), _kind(dtype, parts)))
+  return found
 
 
 def _of_torchao(
@@ -209,7 +230,7 @@ def _of_torchao(
       or (path[:-1] == whole[:-1] and path[-1].startswith(starts))
     ]
     if parts:
-      narrow = [path for path in parts if _is_narrow(leaves[path])]
+      narrow = [path for path in parts if _is_narrow(leaves[path].dtype)]
       first = (narrow or parts)[0]
       yield first, [path for path in parts if path != first]
 
