@@ -56,3 +56,11 @@ def test_other_errors_get_a_note():
 def test_an_unknown_type_is_said_as_text():
   error = raised(surgery.UnknownAdapterType('no type x.'), 'attach')
   assert 'attach: no type x.' == str(error)
+
+
+def test_a_long_list_is_cut():
+  assert 'a, b' == errors.listed(['a', 'b'])
+  assert 'a, b, c, d, e' == errors.listed('abcde')
+  assert 'a, b, c, d, e and 2 more' == errors.listed(iter('abcdefg'))
+  assert 'a; b; and 1 more' == errors.listed('abc', 2, '; ')
+  assert '' == errors.listed([])

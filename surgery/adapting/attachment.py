@@ -422,14 +422,13 @@ def warn(adapter: Adapter, left: Iterable[LeftOut]) -> None:
   left = [one for one in left if one.named]
   if not left:
     return
-  shown = '; '.join(
-    f'{paths.show(one.path)} ({one.reason})' for one in left[:5]
+  shown = errors.listed(
+    (f'{paths.show(one.path)} ({one.reason})' for one in left), separator='; '
   )
-  more = f'; and {len(left) - 5} more' if len(left) > 5 else ''
   warnings.warn(
     f"attach: adapter type '{adapter.name}' cannot serve {len(left)} of the "
     f'layers that the selector matches, and leaves them as they are: {shown}'
-    f"{more}. To say that this is meant, take them out with '!'.",
+    ". To say that this is meant, take them out with '!'.",
     errors.SiteWarning,
     stacklevel=2,
   )

@@ -243,7 +243,7 @@ def _check_values(
     shown, want, found = wrong[0]
     more = ''
     if len(wrong) > 1:
-      rest = ', '.join(shown for shown, _, _ in wrong[1:])
+      rest = errors.listed(shown for shown, _, _ in wrong[1:])
       more = f', and for other values of {len(wrong) - 1} more: {rest}'
     raise errors.BaseMismatchError(
       f'{shown}: adapter {record.name!r} was made for other values of this '
@@ -388,7 +388,7 @@ def _differences(
     if name not in own and want.get(name) != has.get(name)
   ]
   if names:
-    differ.append(f'other weights ({", ".join(names)})')
+    differ.append(f'other weights ({errors.listed(names)})')
   return differ
 
 

@@ -103,6 +103,27 @@ class Finder:
         return letters
     return None
 
+  def _is_beside(self, path: Path, rank: int, stack: int, letters: str) -> bool:
+    """Whether a layout is meant for the matrices beside a parameter.
+
+    One that is given for all, or for layers, says nothing of the vectors among
+    these, the biases and norms, unless it names them.
+
+    Args:
+      path: the parameter.
+      rank: how many axes it has.
+      stack: how many of them are stacked.
+      letters: the layout without these.
+    """
+    if rank - stack > 1 or len(letters) <= rank - stack:
+      return False
+    given = (
+      item
+      for selector, _ in self.layouts
+      for item in selectors.parse(selector).positive
+    )
+    return not any(selectors.naming(item, path) == 'name' for item in given)
+
   def taken(self, path: Path) -> Layout | None:
     """Returns the layout that is taken for PyTorch's, if nobody says one."""
     known = self.types.get(path[:-1])
@@ -124,13 +145,17 @@ class Finder:
     layout = self._letters(path)
     if layout is None and (one := self.taken(path)) is not None:
       layout = one.letters
+    given = 0
     if layout is not None:
-      stack = len(layout) - len(layout.lstrip('s'))
+      given = stack = len(layout) - len(layout.lstrip('s'))
       layout = layout.lstrip('s')
     for selector, number in self.stacked:
       if selectors.parse(selector).matches(path, self.names(layer)):
         stack = number
         break
+    agreed = given in (0, stack)  # Both may say what is stacked.
+    if layout and agreed and self._is_beside(path, rank, stack or 0, layout):
+      layout, stack = None, min(stack or 0, rank)
     known = self.types.get(layer)
     if layout is None and known is not None and name in known.layouts:
       layout = known.layouts[name]
@@ -140,8 +165,9 @@ class Finder:
     if extra < 0 or (stack is not None and extra != stack):
       raise errors.SiteError(
         f'{paths.show(path)}: shape {info.shape} does not fit the layout '
-        f'{layout!r} with {stack or 0} stacked axes. Give the right layout= or '
-        'stacked= for it.'
+        f'{layout!r} with {stack or 0} stacked axes. Give it a layout of its '
+        f'own, a letter an axis, e.g. layout={{{paths.literal(path)!r}: '
+        f'{default_layout(rank)!r}}}, or the right stacked=.'
       )
     sharding = info.sharding if len(info.sharding) == rank else ()
     return ParamSpec(
@@ -400,7 +426,7 @@ def _unserved(
   if item.kind == selectors.ALL:
     return  # It means what can be served.
   served = {path[:n] for path in found for n in range(len(path))}
-  met = {path[:-1] for path in match.by_item[item]}
+  met = dict.fromkeys(path[:-1] for path in match.by_item[item])
   places = dict.fromkeys(
     layer[:n] for layer in met for n in range(1, len(layer) + 1)
   )

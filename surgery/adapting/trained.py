@@ -72,7 +72,7 @@ def chosen(
       )
   odd = [p for p in found if not _array(checkpoint, p)]
   if odd:
-    shown = ', '.join(paths.show(p) for p in odd)
+    shown = errors.listed(paths.show(p) for p in odd)
     raise errors.AdapterError(
       f'adapter {record.name!r}: {shown}: changed in training, and the value '
       'is no array, which the file of an adapter cannot hold. '

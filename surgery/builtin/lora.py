@@ -69,7 +69,7 @@ class LoRA(Adapter):
         f'{paths.show(site.path)}: rank {self.rank} exceeds the smaller side '
         f'of {site.in_size}×{site.out_size}. Choose a rank of at most '
         f'{largest}, for this site alone by patterns='
-        f'{{{paths.literal(site.path)!r}: {{"rank": {largest}}}}}.'
+        f"{{{paths.literal(site.path)!r}: {{'rank': {largest}}}}}."
       )
     # In float32 whatever JAX's default is, as files have it.
     draw = jax.random.normal(

@@ -168,9 +168,17 @@ def _refuse_with_from(**given: Any) -> None:
 def _layouts(items: tuple[str, ...]) -> Any:
   if not items:
     return None
-  if len(items) == 1 and '=' not in items[0]:
-    return items[0]
-  return dict(shared.pairs(items, '--layout'))
+  general = [one for one in items if '=' not in one]
+  if len(items) == 1 and general:
+    return general[0]
+  if len(general) > 1:
+    raise click.UsageError(
+      f'--layout {general[1]}: {general[0]} is given for all already. Give '
+      f'--layout SELECTOR={general[1]}.'
+    )
+  some = tuple(one for one in items if '=' in one)
+  # The first that matches decides, so what is for all comes last.
+  return dict([*shared.pairs(some, '--layout'), *(('all', g) for g in general)])
 
 
 def _insert(

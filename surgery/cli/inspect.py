@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import click
 
 from surgery.cli import shared
 from surgery.cli.command import Command
+from surgery.host import location
 from surgery.host.manager import default_host
 from surgery.interop.peft import config as peft
 from surgery.model import record_json
@@ -53,6 +56,9 @@ def command(
   further = [pathlib.Path(text) for text in selectors]
   further = [path for path in further if path.exists()]
   chosen = [text for text in selectors if not pathlib.Path(text).exists()]
+  for text in chosen:
+    if _is_file_name(text):
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
   files = [file, *further]
   several: list[Any] = []
 
@@ -72,6 +78,13 @@ def command(
   if as_json:
     click.echo(json.dumps(several if further else several[0]))
   return code
+
+
+def _is_file_name(text: str) -> bool:
+  """Whether a selector has the suffix of a saved model, as no tensor has."""
+  forms = default_host().formats.values()
+  suffixes = {suffix for form in forms for suffix in form.suffixes}
+  return location.suffix(pathlib.Path(text)) in suffixes
 
 
 def _shown(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery import errors
 from surgery.cli import shared, writing
 from surgery.cli.command import Command
+
+if TYPE_CHECKING:
+  from surgery.recipes.recipe import Recipe
 
 
 @click.command(cls=Command)
@@ -26,7 +31,7 @@ def command(
   as_json: bool,
   quiet: bool,
 ) -> None:
-  r"""Do the steps of RECIPE, a file of YAML, in one pass.
+  r"""Do the steps of RECIPE, a file of YAML, in one pass; - is stdin.
 
   KEY is the name of an input, an output or a variable of the recipe. All of it
   is checked before the first tensor is read. A recipe that only asserts needs
@@ -39,7 +44,7 @@ def command(
   from surgery.recipes import text
   from surgery.recipes.recipe import Recipe
 
-  recipe = Recipe.load(file)
+  recipe = _stdin() if str(file) == '-' else Recipe.load(file)
   given: dict[str, Any] = {}
   for item in values:
     key, sign, value = item.partition('=')
@@ -53,3 +58,18 @@ def command(
     force=force, dry_run=dry_run, as_json=as_json, quiet=quiet
   )
   writing.run(recipe, manner)
+
+
+def _stdin() -> Recipe:
+  """Returns the recipe that is written to the command.
+
+  Raises:
+    RecipeError: if it cannot be read.
+  """
+  from surgery.recipes.recipe import Recipe
+
+  try:
+    written = sys.stdin.buffer.read().decode()
+  except UnicodeDecodeError as error:
+    raise errors.RecipeError(f'stdin: not UTF-8 text: {error}.') from None
+  return Recipe.loads(written, 'stdin')

@@ -18,6 +18,11 @@ OPTIONS = {
     '--no-check-same (in a recipe check-same: false)'
   ),
   '(manifest=True)': '',
+  'names= (--names)': '--names',
+  'with graph=,': 'with its graph,',
+  'surgery.save_adapter': 'surgery extract',
+  'surgery.load_adapter': 'surgery attach --from',
+  'by patterns.': "by --set 'SELECTOR:OPTION=VALUE'.",
   'check_base=False': '--no-check-base',
   'overwrite=True': '--force',
   'another name=': 'another --name',
@@ -36,8 +41,22 @@ _BOTH = (
 )
 
 
+# Examples, of which the parts are the reader's own.
+_EXAMPLES = (
+  # layout={'net/w': 'oi'}
+  (re.compile(r"layout=\{'((?:[^'\\]|\\.)*)': '(\w+)'\}"), r"--layout '\1=\2'"),
+  # patterns={'**/query': {'rank': 4}}
+  (
+    re.compile(r"patterns=\{'((?:[^'\\]|\\.)*)': \{'(\w+)': ([^{}]+)\}\}"),
+    r"--set '\1:\2=\3'",
+  ),
+)
+
+
 def as_options(text: str) -> str:
   """Returns a message with options in the place of arguments of Python."""
+  for example, option in _EXAMPLES:
+    text = example.sub(option, text)
   for both in _BOTH:
     text = both.sub(r'(\1)', text)
   return _ANY.sub(lambda match: OPTIONS[match[0]], text)

@@ -6,17 +6,19 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.cli import progress, shared, showing
+from surgery.host import location
 from surgery.host.manager import default_host
 from surgery.recipes.spec import Target, is_folder
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint
+  from surgery.recipes import running
   from surgery.recipes.recipe import Recipe
 
 
@@ -209,6 +211,18 @@ def carry_out(
   run(recipe, output, given, quiet)
 
 
+def _odd_suffixes(plan: running.Plan) -> Iterator[str]:
+  """Yields which outputs are written in another format than their names say."""
+  for one in plan.outputs:
+    form, suffix = one.target.format, location.suffix(one.path)
+    said = [n for n, f in plan.host.formats.items() if suffix in f.suffixes]
+    if form is not None and said and form not in said:
+      yield (
+        f'{one.path}: written as {form}, and its suffix says {said[0]}. '
+        f'Programs that go by the name will not read it; name it otherwise.'
+      )
+
+
 def texts(items: Sequence[str], option: str) -> dict[str, str]:
   """Splits `KEY=VALUE` at the first `=`.
 
@@ -257,6 +271,8 @@ def run(
       overwrite=output.force,
       watched=lambda one: progress.shown(one.values(), output.quiet),
     )
+  for line in _odd_suffixes(plan):
+    click.echo(f'warning: {line}', err=True)
   for line in running.lost(plan):
     click.echo(line, err=True)
   if quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from typing import Any
 
@@ -55,12 +56,29 @@ def name_of(dtype: Any) -> str:
       name = repr(dtype)
   name = SHORT.get(name, name)
   if name not in SHORT.values():
-    known = (*SHORT, *SHORT.values())
     raise errors.ConfigError(
-      f'expected a floating-point dtype, found {name!r}.'
-      f'{errors.suggest(name, known)}'
+      f'expected a floating-point dtype, found {name!r}.{_suggested(name)}'
     )
   return name
+
+
+# Other names of dtypes, of which only the letters differ.
+_ELSEWHERE = {'half': 'f16', 'single': 'f32', 'float': 'f32', 'double': 'f64'}
+
+
+def _suggested(name: str) -> str:
+  """Returns which dtype may have been meant."""
+  plain = name.lower().rpartition('.')[2]
+  short = re.sub('^(bf|f)(p|loat)', r'\1', plain).replace('brain', 'bf')
+  short = _ELSEWHERE.get(plain, short)
+  if short in SHORT and short != 'f8_e4m3':  # Which others call e4m3fn.
+    return f' Did you mean {short!r}?'
+  if re.match(r'f?8|e[45]m', short):
+    # What hardware and most files have, first.
+    usual = ('f8_e4m3fn', 'f8_e5m2')
+    near = [one for one in usual if short.lstrip('f8_')[:4] in one] or usual
+    return f' Did you mean {" or ".join(map(repr, near))}?'
+  return errors.suggest(name, (*SHORT, *SHORT.values()))
 
 
 def rounded(block: np.ndarray, dtype: str) -> np.ndarray:

@@ -138,5 +138,4 @@ def _pickled(folder: pathlib.Path) -> str:
 
 
 def _some(found: list[pathlib.Path]) -> str:
-  more = f' and {len(found) - 5} more' if len(found) > 5 else ''
-  return ', '.join(path.name for path in found[:5]) + more
+  return errors.listed(path.name for path in found)

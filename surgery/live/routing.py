@@ -133,7 +133,7 @@ def _check_alike(
   for name in chosen:
     record = first.records.get(name)
     if record.saved:
-      shown = ', '.join(map(paths.show, record.saved))
+      shown = errors.listed(map(paths.show, record.saved))
       raise errors.AdapterError(
         f'stack_adapters: adapter {name!r} was saved with values of its own '
         f'for {shown}, which rows cannot have of their own. Save it without '

@@ -649,10 +649,9 @@ def check_alternatives(rule: Rule, universe: Sequence[Path]) -> None:
     RenameError: naming the alternative and the nearest paths.
   """
   for word in rule.unmet(universe):
-    near = ', '.join(selectors.nearest(word, universe))
     raise errors.RenameError(
       f'rule {rule.text!r}: its alternative {word!r} matches nothing among '
-      f'{len(universe)} tensors. Nearest: {near}.'
+      f'{len(universe)} tensors.{selectors.hint(word, universe, rule=True)}'
     )
 
 
@@ -677,10 +676,9 @@ def nothing(text: str, universe: Sequence[Path]) -> errors.RenameError:
     return errors.RenameError(
       f'rule {text!r} matches nothing: there are no tensors.'
     )
-  near = ', '.join(selectors.nearest(sides(text)[0], universe))
+  near = selectors.hint(sides(text)[0], universe, rule=True)
   return errors.RenameError(
-    f'rule {text!r} matches nothing among {len(universe)} tensors. '
-    f'Nearest: {near}.'
+    f'rule {text!r} matches nothing among {len(universe)} tensors.{near}'
   )
 
 

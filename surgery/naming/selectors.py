@@ -813,11 +813,11 @@ def check_choices(
     SelectorError: naming the alternative and the nearest paths.
   """
   for choice in unmet(item.choices, met):
-    near = nearest(choice.alone, list(universe))
+    near = hint(choice.alone, list(universe))
     kind = 'adapters' if item.kind == ADAPTER else 'parameters'
     raise errors.SelectorError(
       f'selector {item.written!r}: its alternative {choice.text!r} matches '
-      f'nothing among {len(universe)} {kind}. Nearest: {", ".join(near)}.'
+      f'nothing among {len(universe)} {kind}.{near}'
     )
 
 
@@ -855,19 +855,64 @@ def nothing(
       f"or no plugin knows the term '{word}:' (`surgery plugins` lists them). "
       f"For a name that has a ':' write '{word}\\:'."
     )
-  near = nearest(item.text, universe)
   return errors.SelectorError(
     f'selector {item.written!r} matches nothing among {len(universe)} '
-    f'parameters. Nearest: {", ".join(near)}.'
+    f'parameters.{hint(item.text, universe)}'
   )
+
+
+# A number in a rule, `h/<i>`, which is no word of selectors.
+_NUMBER = re.compile(r'<\w+(?:[+-]\d+)?>')
+
+
+def hint(text: str, universe: Sequence[Path], *, rule: bool = False) -> str:
+  """Returns a sentence that helps with what matches nothing.
+
+  Args:
+    text: a selector, or the left of a rule.
+    universe: the paths that there are.
+    rule: whether it is of a rule, in which `<i>` is a number.
+  """
+  number = _NUMBER.search(text)
+  if number is not None and not rule and not text.startswith('re:'):
+    plain = _NUMBER.sub('*', text)
+    slashed = _slashed(plain)
+    if slashed and _met(slashed, universe):
+      plain = slashed
+    return (
+      f' {number[0]} stands for a number in rules (OLD -> NEW) alone; in a '
+      f"selector write '*': {plain!r}."
+    )
+  slashed = _slashed(text)
+  if slashed and _met(_NUMBER.sub('*', slashed), universe):
+    return f' Names are written with slashes here: {slashed!r}.'
+  return f' Nearest: {", ".join(nearest(text, universe))}.'
+
+
+def _slashed(text: str) -> str | None:
+  """Returns a selector with slashes for dots, if it has any."""
+  if text.startswith('re:'):
+    slashed = text.replace('\\.', '/')
+  else:
+    slashed = re.sub(r'(?<!\\)\.', '/', text)
+  return slashed if slashed != text else None
+
+
+def _met(text: str, universe: Sequence[Path]) -> bool:
+  """Whether a selector can be read and matches something."""
+  try:
+    item = _item(text)
+  except errors.SelectorError:
+    return False
+  return any(item.layer(p[:-1]) or item.param(p) for p in universe)
 
 
 def nearest(text: str, universe: Sequence[Path]) -> list[str]:
   """Returns up to five paths that resemble a selector, as selectors."""
   wanted = text.removeprefix('re:')
-  ends = r'[/{},]'
+  ends = r'[/{},.]'  # Other programs join names with dots.
   if wanted != text:  # Groups of a regular expression are no part of a name.
-    ends = r'[/{},|)]|\((?:\?(?::|P<\w+>))?'
+    ends = r'[/{},|).]|\((?:\?(?::|P<\w+>))?'
   places = dict.fromkeys(p[:n] for p in universe for n in range(len(p), 0, -1))
   # Names are compared first: a typo is usually in one segment.
   names = {place[-1] for place in places}

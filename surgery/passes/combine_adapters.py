@@ -139,7 +139,7 @@ def _checked(record: AdapterRecord) -> AdapterRecord:
       'update to combine. Merge it instead.'
     )
   if record.saved:
-    shown = ', '.join(map(paths.show, record.saved))
+    shown = errors.listed(map(paths.show, record.saved))
     raise errors.AdapterError(
       f'adapter {record.name!r} was saved with values of its own for '
       f'{shown}, which are no update to combine. Merge it instead, or save it '

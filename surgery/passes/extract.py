@@ -106,8 +106,8 @@ def _check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
   missing = [paths.show(path) for path in needed if path not in checkpoint]
   if missing:
     raise errors.AdapterError(
-      f'{", ".join(missing)}: adapter {record.name!r} cannot be saved without '
-      'it. Put the halves that split() made together first: a.merge(b).'
+      f'{errors.listed(missing)}: adapter {record.name!r} cannot be saved '
+      'without it. Put the halves that split() made together first: a.merge(b).'
     )
 
 

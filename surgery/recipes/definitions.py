@@ -198,15 +198,36 @@ def accepted(value: Any, annotation: Any, where: str) -> Any:
   """
   found = _accept(value, annotation)
   if found is _NO:
+    _check_entries(value, annotation, where)
     kind = type(value).__name__
     hint = ''
-    if str in members(annotation) and not isinstance(value, (list, dict)):
+    if isinstance(value, str) and {int, float} & {*members(annotation)}:
+      hint = (
+        ' Text is no number: write it without quotes, and a variable alone, '
+        "'${name}', since what stands around it makes it text."
+      )
+    elif str in members(annotation) and not isinstance(value, (list, dict)):
       hint = ' If it is text, put it in quotes.'
     raise errors.RecipeError(
       f'{where!r}: expected {described(annotation)}, found {value!r} '
       f'({kind}).{hint}'
     )
   return found
+
+
+def _check_entries(value: Any, annotation: Any, where: str) -> None:
+  """Raises for the first entry of a mapping that is of another type.
+
+  Raises:
+    RecipeError: naming the entry.
+  """
+  if not isinstance(value, Mapping):
+    return
+  for one in members(annotation):
+    args = typing.get_args(one)
+    if typing.get_origin(one) in _MAPPINGS and len(args) == 2:
+      for key, item in value.items():
+        accepted(item, args[1], f'{where}: {key}')
 
 
 def _accept(value: Any, annotation: Any) -> Any:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery import errors
+from surgery.host import location
 from surgery.host.manager import Host, default_host
 from surgery.model.checkpoint import Checkpoint
 from surgery.recipes import parsing, running, text
@@ -81,6 +82,7 @@ class Recipe:
       OSError: if the file cannot be.
     """
     where = pathlib.Path(path)
+    _check_no_model(where)
     try:
       written = where.read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
@@ -225,3 +227,25 @@ def of(value: Recipe | Sequence[StepLike] | StepLike) -> Recipe:
   if isinstance(value, (str, Mapping)):
     return Recipe([value])
   return Recipe(value)
+
+
+# What recipes are called, whatever a plugin reads of that name.
+_OURS = ('.yaml', '.yml', '.json')
+
+
+def _check_no_model(path: pathlib.Path) -> None:
+  """Raises if a file is a saved model and no recipe, as its name says.
+
+  Raises:
+    RecipeError: saying how it is given to a recipe.
+  """
+  suffix = location.suffix(path)
+  if suffix in _OURS or not path.is_file():
+    return
+  forms = default_host().formats.values()
+  if any(suffix in form.suffixes for form in forms):
+    raise errors.RecipeError(
+      f'{path}: expected a recipe, which is a file of YAML, found a saved '
+      f'model. A recipe gets it as an input: surgery run RECIPE model={path} '
+      'out=FILE.'
+    )

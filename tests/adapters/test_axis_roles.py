@@ -124,7 +124,8 @@ def test_layouts_are_given_by_selector():
   ('options', 'message'),
   [
     ({'layout': 'io'}, r'net/layer/kernel: shape \(3, 4, 5\) does not fit'),
-    ({'layout': 'ssio'}, 'does not fit the layout'),
+    ({'layout': {'**/kernel': 'ssio'}}, 'does not fit the layout'),
+    ({'layout': 'ssio'}, r'can serve nothing .*its shape \(5,\) has no input'),
     ({'layout': 'ixo'}, 'expected a letter an axis'),
     ({'stacked': -1}, 'expected a number of axes >= 0, found -1'),
     ({'layout': 'sio', 'stacked': 2}, 'does not fit the layout'),

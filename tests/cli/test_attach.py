@@ -1,10 +1,12 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import surgery
 from tests.cli.saved import steps
+from tests.files.trees import checkpoint_of
 
 LORA = ('--adapter', 'lora', '--to', '**/{query,value}', '--set', 'rank=2')
 
@@ -238,3 +240,104 @@ def test_a_duplicate_adapter_name_is_refused(model, out, surgery_cli):
   result = surgery_cli('attach', out, *LORA, '-o', model.file, '--force')
   assert 3 == result.code
   assert "adapter 'default' is attached already, as 'lora'" in result.err
+
+
+@pytest.fixture
+def torch_like(tmp_path):
+  """A matrix, a norm and a convolution."""
+  tree = {
+    'proj': {'kernel': np.ones((4, 6), 'float32'), 'bias': np.ones(4, 'f4')},
+    'norm': {'scale': np.ones(4, 'float32'), 'kernel': np.ones(4, 'float32')},
+  }
+  file = tmp_path / 'torch.msgpack'
+  checkpoint_of({'net': tree}).write(file)
+  return file
+
+
+@pytest.mark.parametrize(
+  'layout',
+  [('oi',), ('all=oi',), ('**=oi',), ('net=oi',), ('re:.*=oi',), ('**/*=oi',)],
+)
+def test_a_layout_for_all_is_that_of_matrices(
+  torch_like, out, surgery_cli, layout
+):
+  for to in ('all', '**', 'net'):
+    result = surgery_cli(
+      'attach', torch_like, '--adapter', 'lora', '--to', to, '--set', 'rank=2',
+      '--layout', *layout, '-o', out, '--force',
+    )  # fmt: skip
+    assert 0 == result.code, result.err
+    found = surgery.open(out)
+    assert (6, 2) == found['net', 'proj', 'lora_a'].shape
+    assert ('net', 'norm', 'lora_a') not in found
+
+
+def test_a_layout_that_names_a_vector_has_to_fit(torch_like, out, surgery_cli):
+  result = surgery_cli(
+    'attach', torch_like, '--adapter', 'lora', '--to', 'all', '--layout',
+    '**/norm/kernel=oi', '-o', out,
+  )  # fmt: skip
+  assert 3 == result.code
+  assert (
+    "net/norm/kernel: shape (4,) does not fit the layout 'oi' with 0 stacked "
+    'axes. Give it a layout of its own, a letter an axis, e.g. --layout '
+    "'net/norm/kernel=o', or the right --stacked."
+  ) in result.err
+
+
+def test_one_layout_may_be_for_all_others(tmp_path, out, surgery_cli):
+  tree = {
+    'conv': {'kernel': np.ones((3, 5, 6), 'float32')},
+    'proj': {'kernel': np.ones((4, 6), 'float32')},
+  }
+  file = tmp_path / 'conv.msgpack'
+  checkpoint_of({'net': tree}).write(file)
+  given = (
+    '--adapter', 'lora', '--to', 'all', '--set', 'rank=2', '-o', out, '--force'
+  )  # fmt: skip
+  result = surgery_cli('attach', file, *given, '--layout', 'oi')
+  assert 3 == result.code
+  assert "e.g. --layout 'net/conv/kernel=iio'" in result.err
+  result = surgery_cli(
+    'attach', file, *given, '--layout', 'oi', '--layout', '**/conv/kernel=iio'
+  )
+  assert 0 == result.code, result.err
+  found = surgery.open(out)
+  assert (6, 2) == found['net', 'proj', 'lora_a'].shape
+  assert (3, 5, 2) == found['net', 'conv', 'lora_a'].shape
+  result = surgery_cli(
+    'attach', file, *given, '--layout', 'oi', '--layout', 'io'
+  )
+  assert 2 == result.code
+
+
+def test_a_rank_that_is_too_large_says_what_to_write(
+  torch_like, out, surgery_cli
+):
+  result = surgery_cli(
+    'attach', torch_like, '--adapter', 'lora', '--to', '**/proj', '-o', out,
+    '--set', 'rank=40',
+  )  # fmt: skip
+  assert 3 == result.code
+  assert "by --set 'net/proj/kernel:rank=4'." in result.err
+
+
+def test_warnings_name_layers_in_the_order_of_the_file(
+  tmp_path, out, surgery_cli
+):
+  layers = [f'o{k}' for k in (3, 1, 4, 15, 9, 2, 6)]
+  tree = {name: {'scale': np.ones(3, 'float32')} for name in layers}
+  tree['proj'] = {'kernel': np.ones((4, 6), 'float32')}
+  file = tmp_path / 'm.msgpack'
+  checkpoint_of({'net': tree}).write(file)
+  with pytest.warns(surgery.SiteWarning) as caught:
+    surgery_cli(
+      'attach', file, '--adapter', 'lora', '--to', '**/*o*', '--set', 'rank=2',
+      '-o', out,
+    )  # fmt: skip
+  message = str(caught[0].message)
+  order = [name for name in surgery.open(file) if name[1] in layers]
+  shown = [f'{"/".join(name[:-1])} (' for name in order[:5]]
+  places = [message.index(one) for one in shown]
+  assert places == sorted(places)
+  assert '; and 2 more. To say' in message

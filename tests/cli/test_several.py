@@ -1,6 +1,9 @@
 """Several files, quietness, and what stands in the place of a file."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import pytest
 import surgery
 from tests.cli.test_verify import damage
 from tests.files.trees import checkpoint_of
+
+BIN = pathlib.Path(sys.executable).with_name('surgery')
 
 
 @pytest.fixture
@@ -163,3 +168,50 @@ def test_force_replaces_a_set(files, surgery_cli, tmp_path):
     assert 0 == surgery_cli(*convert, '--force').code
     assert 2 == len(list(out.parent.iterdir()))
     assert 2 == len(surgery.open(out.parent))
+
+
+def test_a_file_that_is_missing_is_no_selector(files, surgery_cli, tmp_path):
+  for name in ('no.msgpack', 'no.safetensors', 'no.msgpack.index.json'):
+    missing = tmp_path / name
+    result = surgery_cli('inspect', files[0], missing)
+    assert (3, '') == (result.code, result.out)
+    assert f'error: {missing}: No such file or directory.\n' == result.err
+
+
+def test_a_recipe_may_come_from_stdin(files, tmp_path):
+  def run(text):
+    out = tmp_path / 'o.msgpack'
+    return subprocess.run(
+      [str(BIN), 'run', '-', f'model={files[0]}', f'out={out}'],
+      input=text,
+      capture_output=True,
+    )
+
+  done = run(b'steps: [drop: "**/nothing"]')
+  assert 3 == done.returncode
+  assert b'error: stdin:1: step 1 (drop): selector' in done.stderr
+  done = run(b'steps: [cast: bf16]')
+  assert 0 == done.returncode, done.stderr
+  done = run(b'\xff')
+  assert 3 == done.returncode
+  assert b'error: stdin: not UTF-8 text' in done.stderr
+
+
+def test_a_model_is_no_recipe(files, surgery_cli):
+  for file in files:
+    result = surgery_cli('run', file, 'out=x.msgpack')
+    assert 3 == result.code
+    assert (
+      f'{file}: expected a recipe, which is a file of YAML, found a saved '
+      f'model. A recipe gets it as an input: surgery run RECIPE model={file} '
+    ) in result.err
+
+
+def test_a_suffix_of_another_format_is_warned_of(files, surgery_cli, tmp_path):
+  odd = tmp_path / 'odd.msgpack'
+  result = surgery_cli('convert', files[0], odd, '--to', 'safetensors')
+  assert 0 == result.code
+  assert f'warning: {odd}: written as safetensors, and its suffix' in result.err
+  for name, form in (('x.bin', 'msgpack'), ('x.msgpack', 'msgpack')):
+    result = surgery_cli('convert', files[0], tmp_path / name, '--to', form)
+    assert (0, False) == (result.code, 'warning' in result.err)

@@ -10,9 +10,18 @@ import surgery
 from surgery import errors
 from surgery.cli import wording
 
-ROOMS = ('core', 'files', 'passes', 'recipes', 'builtin')
+ROOMS = (
+  'adapting', 'builtin', 'contract', 'editing', 'files', 'host', 'interop',
+  'looking', 'methods', 'model', 'naming', 'passes', 'recipes',
+)  # fmt: skip
 # What only Python reaches: before initialisation, with a graph.
-PYTHON = ('Give graph=', 'attach without graph=', 'give original=')
+PYTHON = (
+  'model= out=',  # Inputs of a recipe.
+  'path_initial_model_for_weight_conversion=',  # Of PEFT itself.
+  'Give graph=',
+  'attach without graph=',
+  'give original=',
+)
 ARGUMENT = re.compile(r'\b[a-z]+(_[a-z]+)*=(?=[A-Z…\s).,;]|$)')
 
 
@@ -54,3 +63,12 @@ def test_errors_of_the_system_are_a_line():
   assert 'a.msgpack: file exists.' == wording.line(error)
   other = errors.BaseMismatchError('another base. Say check_base=False.')
   assert 'another base. Say --no-check-base.' == wording.line(other)
+
+
+def test_examples_of_python_are_options():
+  say = wording.as_options
+  assert "by --set 'a/b:rank=32'." == say("by patterns={'a/b': {'rank': 32}}.")
+  assert "e.g. --layout '**/w=oi'." == say("e.g. layout={'**/w': 'oi'}.")
+  assert 'Write one with surgery extract.' == say(
+    'Write one with surgery.save_adapter.'
+  )

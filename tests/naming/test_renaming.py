@@ -330,3 +330,13 @@ def test_what_is_no_name_is_refused(text):
 @given(PATHS)
 def test_any_name_is_read_as_it_was_written(path):
   assert path == renaming.name(escaped(path), '-> …')
+
+
+def test_rules_of_other_programs_are_explained():
+  universe = [('model', 'layers', '0', 'q_proj', 'weight')]
+  with pytest.raises(errors.RenameError) as caught:
+    renaming.resolved([renaming.parse('model.layers.<i> -> h.<i>')], universe)
+  assert (
+    'matches nothing among 1 tensors. Names are written with slashes here: '
+    "'model/layers/<i>'."
+  ) in str(caught.value)

@@ -270,3 +270,55 @@ def test_braces_mean_what_a_list_means(there, wanted):
     else:
       with pytest.raises(errors.SelectorError):
         found(text, universe)
+
+
+LLAMA = [
+  ('model', 'layers', str(k), 'self_attn', f'{name}_proj', 'weight')
+  for k in range(2)
+  for name in 'qkv'
+]
+
+
+@pytest.mark.parametrize(
+  ('text', 'hint'),
+  [
+    (
+      '**/q_proj.weight',
+      "Names are written with slashes here: '**/q_proj/weight'.",
+    ),
+    (
+      'model.layers.*.self_attn.{q,k}_proj',
+      "Names are written with slashes here: 'model/layers/*/self_attn/{q,k}_pr",
+    ),
+    (
+      r're:model\.layers\.\d+\..*',
+      r"Names are written with slashes here: 're:model/layers/\\d+/.*'.",
+    ),
+    (
+      'model/layers/<i>/self_attn',
+      '<i> stands for a number in rules (OLD -> NEW) alone; in a selector write '
+      "'*': 'model/layers/*/self_attn'.",
+    ),
+    ('model.layers.<i>', "in a selector write '*': 'model/layers/*'."),
+    ('model.layers.<i+1>', '<i+1> stands for a number'),
+    # What resembles it is found name by name.
+    ('**/q_prj.weight', 'Nearest: model/layers/0/self_attn/q_proj, model/lay'),
+    ('**/self_atn.q_proj', 'Nearest: model/layers/0/self_attn, model/layers'),
+    # Slashes do not help here.
+    ('**/x.y', 'Nearest: model'),
+    (r'**/q_proj\.weight', 'Nearest: model'),
+    ('model.layers.[', "a '[' without"),
+  ],
+)
+def test_selectors_of_other_programs_are_explained(text, hint):
+  with pytest.raises(errors.SelectorError, match=re.escape(hint)):
+    selectors.resolve(selectors.parse(text), LLAMA)
+
+
+def test_names_with_dots_of_their_own_are_matched_and_suggested():
+  flat = [('.'.join(path),) for path in LLAMA]
+  assert 2 == len(
+    selectors.resolve(selectors.parse('*.q_proj.weight'), flat).levels
+  )
+  with pytest.raises(errors.SelectorError, match='Nearest: model.layers.0.'):
+    selectors.resolve(selectors.parse('model.layers.0.self_atn.q_proj'), flat)

@@ -567,3 +567,24 @@ def test_subnormal_numbers_are_kept():
   value = jnp.float32([2**-133.0, 2**-24.0])
   after = surgery.cast(params_of(value), 'bf16')['net', 'x'].value
   assert [2**-133.0, 2**-24.0] == np.asarray(after, np.float64).tolist()
+
+
+@pytest.mark.parametrize(
+  ('wanted', 'hint'),
+  [
+    ('float8', "'f8_e4m3fn' or 'f8_e5m2'?"),
+    ('fp8', "'f8_e4m3fn' or 'f8_e5m2'?"),
+    ('E4M3', "'f8_e4m3fn'?"),
+    ('F8_E4M3', "'f8_e4m3fn'?"),  # safetensors calls it so.
+    ('fp8_e5m2', "'f8_e5m2'?"),
+    ('fp16', "'f16'?"),
+    ('BF16', "'bf16'?"),
+    ('torch.bfloat16', "'bf16'?"),
+    ('half', "'f16'?"),
+    ('bfloat', "'bf"),
+  ],
+)
+def test_names_of_other_programs_are_understood_in_errors(wanted, hint):
+  with pytest.raises(surgery.ConfigError) as caught:
+    rounding.name_of(wanted)
+  assert f'found {wanted!r}. Did you mean {hint}' in str(caught.value)

@@ -505,3 +505,13 @@ def test_steps_of_plugins_are_steps_too(file, tmp_path):
     Recipe([{'negate': {'select': 'out', 'times': 'x'}}]).plan(
       model=file, out=out, host=host
     )
+
+
+def test_a_weight_that_is_text_is_named(run):
+  for weight in ("'-${w}'", "'x'"):
+    result = run(
+      f"vars: {{w: 0.5}}\nsteps: [add: {{'h/** -> h/**': {weight}}}]"
+    )
+    assert 3 == result.code
+    assert "'terms: h/** -> h/**': expected a number, found '" in result.err
+    assert 'Text is no number: write it without quotes' in result.err
