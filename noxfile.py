@@ -107,6 +107,35 @@ def torch(session: nox.Session) -> None:
   session.run('python', '-m', 'pip', 'freeze', '--exclude-editable')
 
 
+@nox.session(python=next(iter(FOUND.values())) if FOUND else PYTHONS[0])
+def peft(session: nox.Session) -> None:
+  """Folders that we write for each adapter type, loaded by PEFT (on the CPU).
+
+  Installing takes about two minutes, the tests one.
+  """
+  session.run('python', '-m', 'pip', 'install', '-q', '-U', 'pip>=25.1')
+  session.run(
+    *('python', '-m', 'pip', 'install', '-q', '-e', '.'),
+    *('--group', 'dev'),
+  )
+  try:
+    session.install('torch', 'peft')
+  except nox.command.CommandFailed:
+    session.error(
+      'torch or peft cannot be installed here, so no folder was loaded by PEFT.'
+    )
+  # Where one cannot be imported the tests would be skipped, and pass.
+  session.run('python', '-c', 'import torch, peft')
+  for plugin in sorted((ROOT / 'plugins').glob('surgery-*')):
+    session.install('--no-deps', str(plugin))
+  session.run(
+    *('python', '-m', 'pytest', '-q', '--durations=5'),
+    'tests/interop/peft/test_loaded_by_peft.py',
+    env={'JAX_PLATFORMS': 'cpu'},
+  )
+  session.run('python', '-m', 'pip', 'freeze', '--exclude-editable')
+
+
 for _version, _path in FOUND.items():
   nox.session(run_tests, python=_path, name=f'tests-{_version}')
 

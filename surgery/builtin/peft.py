@@ -71,6 +71,7 @@ class PeftLoRA(PeftMapping):
     'velora_config': 'its activations are compressed',
   }
   drawn = ('lora_dropout',)
+  bias = True
 
   def reads(self, config: Mapping[str, Any]) -> bool:
     """LoRA itself, not one of its relatives."""

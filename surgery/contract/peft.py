@@ -165,6 +165,7 @@ class PeftMapping:
     off: keys that must have no value, or the one that means nothing, because
       the type cannot do what they ask for; and what that is, for messages.
     drawn: weights of ours that PEFT does not have; `init` draws them.
+    bias: whether the configuration has `bias`, so that biases can be saved.
 
   Example:
     class PeftIA3(surgery.PeftMapping):
@@ -186,6 +187,7 @@ class PeftMapping:
   ignored: ClassVar[tuple[str, ...]] = ()
   off: ClassVar[Mapping[str, str]] = {}
   drawn: ClassVar[tuple[str, ...]] = ()
+  bias: ClassVar[bool] = False
 
   # Reading.
 

@@ -77,8 +77,10 @@ class PeftBiasLoRA(surgery.PeftLoRA):
 class _Decomposed(surgery.PeftLoRA):
   """LoRA that took a part of the base out of it, as PEFT does when it loads.
 
-  PEFT computes that part again of the base that it is given. Its scale is in
-  `B` here, as these types of ours have none.
+  PEFT computes that part again of the base that it is given, and its scale is
+  in `B` here, as these types of ours have none. What is not from a folder is
+  written as PEFT writes differences: as LoRA of twice the rank, whose second
+  half takes away what the first began with.
   """
 
   begins: str
@@ -89,20 +91,17 @@ class _Decomposed(surgery.PeftLoRA):
     return config.get('init_lora_weights') == self.begins and not others
 
   def check(self, config: Config) -> None:
-    """Looks at the patterns alone: the beginning is known."""
-    super().check({**config, 'init_lora_weights': True})
+    """Does nothing: the beginning is known."""
 
   def options(self, module: surgery.PeftModule) -> dict[str, Any]:
     """Returns the rank, by the patterns for this module."""
     return {'rank': super().options(module)['rank']}
 
   def _scale(self, layer: surgery.PeftLayer) -> float:
-    config = layer.config
-    if not config:
-      return 1.0
     rank = layer.value('r', 'rank_pattern')
     alpha = layer.value('lora_alpha', 'alpha_pattern')
-    return float(alpha / (math.sqrt(rank) if config['use_rslora'] else rank))
+    rslora = layer.config['use_rslora']
+    return float(alpha / (math.sqrt(rank) if rslora else rank))
 
   def weights(
     self, layer: surgery.PeftLayer, tensors: Mapping[str, Any]
@@ -115,22 +114,23 @@ class _Decomposed(surgery.PeftLoRA):
   def tensors(
     self, layer: surgery.PeftLayer, weights: Mapping[str, Any]
   ) -> dict[str, Any]:
-    """Returns the factors, `B` without the scale."""
-    plain = weights['lora_b'] / np.float32(self._scale(layer))
-    return super().tensors(layer, {**weights, 'lora_b': plain})
+    """Returns the factors without the scale, or those of the difference."""
+    if layer.config:
+      plain = weights['lora_b'] / np.float32(self._scale(layer))
+      return super().tensors(layer, {**weights, 'lora_b': plain})
+    a = np.concatenate([weights['lora_a'], weights['lora_a0']], -1)
+    b = np.concatenate([weights['lora_b'], -weights['lora_b0']], 0)
+    return super().tensors(layer, {'lora_a': a, 'lora_b': b})
 
   def config(self, adapter: Any, layers: Layers) -> dict[str, Any]:
-    """Returns ranks, and alphas that make the scale one."""
-    plain = {
-      name: (
-        surgery.LoRA(rank=one.rank, alpha=one.rank, patterns={}),
-        shapes,
-      )
-      for name, (one, shapes) in layers.items()
-    }
-    whole = surgery.LoRA(rank=adapter.rank, alpha=adapter.rank)
-    said = super().config(whole, plain)
-    return {**said, 'init_lora_weights': self.begins}
+    """Returns twice the ranks, and alphas that make the scale one."""
+    doubled = {}
+    for name, (_, shapes) in layers.items():
+      *front, rank = shapes['lora_a']
+      one = surgery.LoRA(rank=2 * rank, alpha=2 * rank)
+      doubled[name] = one, {'lora_a': (*front, 2 * rank)}
+    whole = surgery.LoRA(rank=2 * adapter.rank, alpha=2 * adapter.rank)
+    return super().config(whole, doubled)
 
 
 class PeftPiSSA(_Decomposed):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from surgery_lora_family import BiasLoRA, DoRA, PiSSA
+from surgery_lora_family import BiasLoRA, DoRA, OLoRA, PiSSA
 
 import surgery
 
@@ -37,7 +37,8 @@ def test_the_part_that_olora_took_out_is_computed_again(folder):
   [
     (DoRA(rank=2, alpha=5), {'use_dora': True, 'lora_bias': False}),
     (BiasLoRA(rank=2, alpha=5), {'use_dora': False, 'lora_bias': True}),
-    (PiSSA(rank=2), {'init_lora_weights': 'pissa'}),
+    (PiSSA(rank=2), {'init_lora_weights': True, 'r': 4}),
+    (OLoRA(rank=2), {'init_lora_weights': True, 'r': 4}),
   ],
 )
 def test_an_adapter_of_ours_is_written_and_read_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ class _Turning(surgery.PeftMapping):
   PEFT turns the patches of a convolution in a call, and its kernel when it
   merges, which are not the same.
   """
+
+  bias = True
 
   def check_linear(self, layer: surgery.PeftLayer) -> None:
     """Raises for a convolution.
@@ -48,6 +51,21 @@ class PeftOFT(_Turning):
     'block_share': 'all blocks of a layer are one',
     'coft': 'rotations are kept small in a call',
   }
+
+  def check(self, config: Mapping[str, Any]) -> None:
+    """Raises for a series that releases before 0.18 computed otherwise.
+
+    Raises:
+      ConfigError: naming the release.
+    """
+    said = str(config.get('peft_version') or '0')
+    numbers = [int(n) for n in re.findall(r'\d+', said)[:2]]
+    if config['use_cayley_neumann'] and numbers < [0, 18]:
+      raise surgery.ConfigError(
+        f'peft_version is {config.get("peft_version")!r}, and releases before '
+        '0.18 computed use_cayley_neumann by another series. Merge it with '
+        'that release.'
+      )
 
   def options(self, module: surgery.PeftModule) -> dict[str, Any]:
     """Returns the size of blocks, and how rotations are computed."""

@@ -26,6 +26,19 @@ def test_a_folder_is_merged_and_written_as_peft_does(folder, name):
   folder(name).check()
 
 
+@pytest.mark.parametrize('version', ['0.17.1', None])
+def test_a_series_of_an_older_release_is_refused(folder, version, tmp_path):
+  one = folder('variants/oft_neumann')
+  tensors = (one.path / 'adapter_model.safetensors').read_bytes()
+  (tmp_path / 'adapter_model.safetensors').write_bytes(tensors)
+  said = json.loads((one.path / 'adapter_config.json').read_text())
+  said['peft_version'] = version
+  (tmp_path / 'adapter_config.json').write_text(json.dumps(said))
+  one.path = tmp_path
+  with pytest.raises(surgery.SurgeryError, match=r'releases before 0\.18'):
+    one.merged_file()
+
+
 def test_blocks_that_are_shared_are_refused(folder):
   with pytest.raises(surgery.SurgeryError, match='block_share is True'):
     folder('variants/oft_share').merged_file()

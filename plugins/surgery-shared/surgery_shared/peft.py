@@ -18,6 +18,7 @@ class PeftVeRA(surgery.PeftMapping):
   """
 
   peft_type = 'VERA'
+  bias = True
   names = ('vera_lambda_b', 'vera_lambda_d')
   shared: ClassVar[Mapping[str, str]] = {'vera_a': 'vera_A', 'vera_b': 'vera_B'}
   fields: ClassVar[Mapping[str, str]] = {'r': 'rank', 'd_initial': 'd_initial'}
@@ -82,6 +83,7 @@ class PeftVBLoRA(surgery.PeftMapping):
   """`vblora_logits_A` `(r, in / length, vectors)`, `…_B`, and the bank."""
 
   peft_type = 'VBLORA'
+  bias = True
   names = ('vblora_logits_A', 'vblora_logits_B')
   shared: ClassVar[Mapping[str, str]] = {'vector_bank': 'vblora_vector_bank'}
   fields: ClassVar[Mapping[str, str]] = {

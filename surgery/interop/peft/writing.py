@@ -44,6 +44,9 @@ _EMBEDDING_NAMES = re.compile(
   r'(.*_)?(emb|embed|embeds|embedding|embeddings)|embed_tokens|wte|wpe|shared'
 )
 
+# The release whose folders are written; PEFT reads some as others did without.
+_VERSION = '0.21.2'
+
 
 def write_folder(
   checkpoint: Checkpoint, path: str | os.PathLike[str], host: Host
@@ -199,11 +202,7 @@ class _Writer:
     )
 
   def _weights(self, one: SiteRecord) -> dict[str, Leaf]:
-    return {
-      name: self._leaves[spec.path]
-      for name, spec in one.weights.items()
-      if name not in self._mapping.drawn
-    }
+    return {name: self._leaves[s.path] for name, s in one.weights.items()}
 
   def _shown(self, layer: PeftLayer, one: SiteRecord) -> dict[str, Any]:
     """Returns tensors of a module, of which only shape and dtype mean much."""
@@ -286,8 +285,15 @@ class _Writer:
       )
     )
     bias = any('.base_layer.' in name for name in saved)
+    if bias and not self._mapping.bias:
+      raise errors.FormatError(
+        f'{self._origin}: biases of adapted layers were trained along, and '
+        f'PEFT does not save them with {self._mapping.peft_type}. Leave them '
+        'out by modules_to_save.'
+      )
     fresh = {
       'peft_type': self._mapping.peft_type,
+      'peft_version': _VERSION,
       'task_type': None,
       'base_model_name_or_path': None,
       'inference_mode': True,
@@ -295,9 +301,11 @@ class _Writer:
       **said,
       'target_modules': sorted(plain.values()),
       'modules_to_save': modules or None,
-      # PEFT passes biases on that a folder has, under any name of this kind.
-      'bias': f'{self._mapping.peft_type.lower()}_only' if bias else 'none',
     }
+    if self._mapping.bias:
+      # PEFT passes biases on that a folder has, under any name of this kind.
+      only = f'{self._mapping.peft_type.lower()}_only'
+      fresh['bias'] = only if bias else 'none'
     for key in ('exclude_modules', 'layers_to_transform', 'layers_pattern'):
       fresh.pop(key, None)
     if conv1d or 'fan_in_fan_out' in fresh:
