@@ -15,15 +15,15 @@ import surgery
 from surgery.host.manager import default_host
 from surgery.passes import attach, extract, merge
 
-torch = pytest.importorskip('torch', reason='torch is not installed here')
-peft = pytest.importorskip('peft', reason='peft is not installed here')
+torch: Any = pytest.importorskip('torch', reason='torch is not installed here')
+peft: Any = pytest.importorskip('peft', reason='peft is not installed here')
 
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 MATRICES = ['fc0', 'fc1', 'head']
 
 
-class Net(torch.nn.Module):
+class Net(torch.nn.Module):  # type: ignore[misc]
   """An embedding, three matrices with a norm between, and a convolution."""
 
   def __init__(self):
