@@ -29,6 +29,18 @@ def test_every_error_and_law_is_on_the_page():
     assert re.search(rf'^\* `{law}`: \S', page, re.MULTILINE), law
 
 
+def test_every_public_name_is_on_a_page():
+  page = library.markdown() + (DOCS / 'plugins/hooks.md').read_text()
+  missing = [
+    name
+    for name in surgery.__all__
+    # Mappings to PEFT have a page of their own.
+    if not name.startswith('Peft')
+    and not re.search(rf'^### surgery\.{name}\b', page, re.MULTILINE)
+  ]
+  assert [] == missing
+
+
 def sizes(text):
   """Returns kinds, and the shapes of their two layers, of a table's rows."""
   found = {}

@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import blox as bx
 import jax
@@ -22,23 +23,26 @@ def blocks(language):
 
 @pytest.fixture
 def model():
-  graph = bx.Graph('net')
-  rng = bx.Rng(graph.child('rng'))
-  layer = bx.Linear(graph.child('hidden0'), 8, rng=rng)
-  x = jnp.ones((2, 16))
-  params = rng.seed(bx.Params(), seed=0)
-  _, params = layer(params, x)
-  return {
-    'graph': graph,
-    'model': layer,
-    'params': params.locked(),
-    'x': x,
-  }
+  """Returns the names of the README's first block, which makes a model."""
+  names: dict[str, Any] = {}
+  exec(blocks('python')[0], names)
+  return names
+
+
+def test_the_blocks_run_as_they_are_copied(model, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  before = model['params']
+  for code in blocks('python')[1:3]:
+    exec(code, model)
+  path = ('net', 'hidden0', 'lora_b')
+  assert jnp.any(model['params'][path].value)
+  kernel = ('net', 'hidden0', 'kernel')
+  assert jnp.array_equal(before[kernel].value, model['params'][kernel].value)
 
 
 def test_the_python_example_runs(model, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  code = blocks('python')[0]
+  code = blocks('python')[1]
   assert len(code.strip().splitlines()) <= 10
   exec(code, model)
   assert type(model['plain']) is bx.Params
@@ -51,7 +55,7 @@ def test_the_training_of_the_readme_counts_and_moves_what_trains(model):
   params = surgery.freeze(params)
   names = {**model, 'params': params, 'jax': jax, 'optax': optax}
   names['surgery'] = surgery
-  code = blocks('python')[1]
+  code = blocks('python')[2]
   exec(code, names)
   exec(code.split('state = tx.init')[1].split('\n', 1)[1], names)
   assert 2 == int(names['params']['net', 'hidden0', 'lora_dropout'].value[2])
@@ -63,7 +67,7 @@ def test_the_training_of_the_readme_counts_and_moves_what_trains(model):
 
 def test_the_adapter_of_the_readme_works(model):
   namespace = {}
-  exec(blocks('python')[2], namespace)
+  exec(blocks('python')[3], namespace)
   host = surgery.Host(plugins=[namespace['IA3']], entry_points=False)
   params = surgery.attach(
     model['params'], namespace['IA3'](), to='**', host=host
