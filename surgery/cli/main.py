@@ -32,6 +32,7 @@ VERBS: dict[str, str] = {
   'enable': 'Switch adapters on.',
   'explain': 'Say which parameters of a model stay factored.',
   'extract': 'Write an adapter to a file of its own.',
+  'extract-lora': 'Make a LoRA of the difference of two models.',
   'freeze': 'Freeze parameters.',
   'inspect': 'Show what a file holds.',
   'keep': 'Leave out all other tensors.',

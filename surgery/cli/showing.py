@@ -113,5 +113,12 @@ def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
       click.echo(f'note      {one}.')
     for line in folder(report.get('folder', {})):
       click.echo(line)
+  said = summary(report)
+  if extracted := report.get('extracted'):
+    said = f'{said}, error {extracted["error"]:.3%}'
+    if dry_run:
+      for path, one in extracted['sites'].items():
+        error = f'rank {one["rank"]}  error {one["error"]:.3%}'
+        click.echo(f'factors   {path}  {error}')
   verb = 'would write' if dry_run else 'wrote'
-  click.echo(f'{verb} {where}: {summary(report)}', err=not dry_run)
+  click.echo(f'{verb} {where}: {said}', err=not dry_run)

@@ -22,6 +22,8 @@ from surgery.naming.paths import Path
 VERSION = 1
 KEY = '__surgery__'
 MODEL, ADAPTER, PATCH = 'model', 'adapter', 'patch'
+# What an adapter's file says of how near it is to what it was extracted from.
+EXTRACTED = 'extracted'
 # What only the file's own format understands; not part of a `Manifest`.
 FILE = 'file'
 

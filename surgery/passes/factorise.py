@@ -182,32 +182,53 @@ class _Factors:
     return factors[0], factors[1]
 
   def _decomposed(self, matrix: Any, number: int) -> tuple[Any, Any]:
-    rank, least = self._rank, min(matrix.shape)
-    if self._exact or rank + OVERSAMPLING >= least:
-      u, s, v = np.linalg.svd(matrix, full_matrices=False)
-    else:
-      u, s, v = self._randomised(matrix, number)
-    # A decomposition is unique but for signs: the largest of a column is
-    # positive.
-    largest = np.take_along_axis(u, np.argmax(np.abs(u), axis=0)[None], axis=0)
-    signs = np.where(largest == 0, 1, largest / np.abs(largest))[0, :rank]
-    root = np.sqrt(s[:rank])
-    a = u[:, :rank] / signs * root
-    return a, (root * signs)[:, None] * v[:rank]
-
-  def _randomised(self, matrix: Any, number: int) -> tuple[Any, Any, Any]:
-    wide = matrix.shape[0] < matrix.shape[1]
-    tall = matrix.conj().T if wide else matrix
     stream = generator(self._seed, self._path, number)
-    width = self._rank + OVERSAMPLING
-    basis = tall @ stream.standard_normal((tall.shape[1], width))
-    for _ in range(ITERATIONS):
-      basis, _ = np.linalg.qr(basis)
-      basis, _ = np.linalg.qr(tall.conj().T @ basis)
-      basis = tall @ basis
+    u, s, v = decomposed(matrix, self._rank, self._exact, stream)
+    root = np.sqrt(s)
+    return u * root, root[:, None] * v
+
+
+def decomposed(
+  matrix: Any, rank: int, exact: bool, stream: np.random.Generator
+) -> tuple[Any, Any, Any]:
+  """Returns the largest singular values of a matrix, and their vectors.
+
+  By default by subspace iteration from a random start (Halko, Martinsson and
+  Tropp 2011); a small matrix is decomposed as a whole.
+
+  Args:
+    matrix: `(rows, columns)`, of float64 or complex128.
+    rank: how many, at most the smaller side.
+    exact: whether the decomposition is a full one.
+    stream: gives the random start.
+
+  Returns:
+    `u` (rows, rank), `s` (rank,), `v` (rank, columns) with `u·s·v ≈ matrix`.
+  """
+  if exact or rank + OVERSAMPLING >= min(matrix.shape):
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+  else:
+    u, s, v = _randomised(matrix, rank, stream)
+  # A decomposition is unique but for signs: the largest of a column is
+  # positive.
+  largest = np.take_along_axis(u, np.argmax(np.abs(u), axis=0)[None], axis=0)
+  signs = np.where(largest == 0, 1, largest / np.abs(largest))[0, :rank]
+  return u[:, :rank] / signs, s[:rank], signs[:, None] * v[:rank]
+
+
+def _randomised(
+  matrix: Any, rank: int, stream: np.random.Generator
+) -> tuple[Any, Any, Any]:
+  wide = matrix.shape[0] < matrix.shape[1]
+  tall = matrix.conj().T if wide else matrix
+  basis = tall @ stream.standard_normal((tall.shape[1], rank + OVERSAMPLING))
+  for _ in range(ITERATIONS):
     basis, _ = np.linalg.qr(basis)
-    u, s, v = np.linalg.svd(basis.conj().T @ tall, full_matrices=False)
-    u = basis @ u
-    if wide:
-      return v.conj().T, s, u.conj().T
-    return u, s, v
+    basis, _ = np.linalg.qr(tall.conj().T @ basis)
+    basis = tall @ basis
+  basis, _ = np.linalg.qr(basis)
+  u, s, v = np.linalg.svd(basis.conj().T @ tall, full_matrices=False)
+  u = basis @ u
+  if wide:
+    return v.conj().T, s, u.conj().T
+  return u, s, v

@@ -32,6 +32,7 @@ _HOMES = {
   'drop': 'drop',
   'enable': 'enable',
   'extract': 'extract',
+  'extract-lora': 'extract_lora',
   'factorise': 'factorise',
   'fill': 'fill',
   'fold-norm': 'fold_norm',

@@ -168,6 +168,14 @@ def report(
   }
 
 
+def extracted(after: Checkpoint) -> dict[str, Any] | None:
+  """Returns how near an adapter is to what it was extracted from, if it was."""
+  if after.manifest.kind != manifest.ADAPTER:
+    return None
+  said = (one.get(manifest.EXTRACTED) for one in after.manifest.adapters)
+  return next((dict(one) for one in said if one), None)
+
+
 def found(after: Checkpoint) -> list[dict[str, Any]]:
   """Returns what was found out while tensors were written, as JSON data.
 

@@ -278,6 +278,8 @@ class Output:
     )
     if self.folder is not None:
       said['folder'] = self.folder.report()
+    if (extracted := planning.extracted(self.after)) is not None:
+      said['extracted'] = extracted
     found = planning.found(self.after)
     return {**said, 'found': found} if found else said
 
