@@ -14,7 +14,7 @@ import surgery
 from surgery import jaxcompat
 from surgery.factoring import rules, walking
 from surgery.factoring.walking import Kind, Note, Walk
-from surgery.testing import check, laws
+from surgery.testing import cases, check
 from tests.factoring.test_transform import X, layer
 from tests.live import models
 
@@ -360,7 +360,7 @@ def test_explain_shows_a_failure(product, broken):
 
 def test_a_failure_breaks_the_law_of_the_kit(broken):
   with pytest.raises(
-    laws.Broken, match=r'low_rank_values_stay_factored.*failure of surgery'
+    cases.Broken, match=r'low_rank_values_stay_factored.*failure of surgery'
   ):
     check(
       surgery.LoRA(rank=2),
@@ -374,7 +374,7 @@ def test_a_walk_that_finds_no_view_breaks_the_law_of_the_kit(monkeypatch):
   monkeypatch.setattr(
     Walk, 'low_rank', lambda walk, eqn, inputs: walk.bound(eqn, inputs)[0]
   )
-  with pytest.raises(laws.Broken, match='as large as a kernel'):
+  with pytest.raises(cases.Broken, match='as large as a kernel'):
     check(
       surgery.LoRA(rank=2),
       laws=['low_rank_values_stay_factored'],
