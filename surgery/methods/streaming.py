@@ -29,11 +29,12 @@ from surgery.host import foreign
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
-# So many elements are computed at a time: as float64 a processor's cache holds
-# a few arrays of them.
-PIECE = 1 << 15
-# So many pieces are read at a time, and shared among threads.
-_PIECES = 32
+# So many elements are computed at a time: few enough for a processor's cache to
+# hold some arrays of them as float64, and for memory not to be asked for anew.
+PIECE = 1 << 13
+# So many pieces are one thread's share, and so many shares are read at a time.
+_SHARE = 64
+_SHARES = 4
 _WORD = 16  # Bits that are looked at in one pass of a selection.
 
 Flat = Callable[[int, int], np.ndarray]
@@ -192,26 +193,50 @@ class Tensor:
       function: is called by several threads.
       span: the first element and that behind the last; all by default.
     """
+
+    def share(blocks: Iterator[Block]) -> list[Any]:
+      return [function(one) for one in blocks]
+
+    for found in self._shares(share, span):
+      yield from found
+
+  def _shares(
+    self,
+    function: Callable[[Iterator[Block]], Any],
+    span: Span | None = None,
+  ) -> Iterator[Any]:
+    """Yields what a function returns for the pieces of each thread's share.
+
+    Args:
+      function: is given pieces in their order.
+      span: as for `each`.
+    """
     start, stop = (0, self.size) if span is None else span
     step = self._step
+    share = step * _SHARE
     with concurrent.futures.ThreadPoolExecutor(workers()) as pool:
-      for at in range(start, stop, step * _PIECES):
-        end = min(at + step * _PIECES, stop)
+      for at in range(start, stop, share * _SHARES):
+        end = min(at + share * _SHARES, stop)
         read = [s.flat(at, end) for s in self._sources]
         if self._base:
           read.append(self._base.flat(at, end))
-        cuts = [
-          slice(k, min(k + step, end - at)) for k in range(0, end - at, step)
-        ]
 
-        def one(cut: slice, read: Any = read, at: int = at) -> Any:
+        def one(first: int, read: Any = read, at: int = at) -> Any:
+          last = min(first + share, len(read[0]))
+          cuts = range(first, last, step)
           with np.errstate(all='ignore'):
-            return function(self._block(read, at, cut))
+            return function(
+              self._block(read, at, slice(k, min(k + step, last))) for k in cuts
+            )
 
-        if len(cuts) == 1:
-          yield one(cuts[0])
+        starts = range(0, end - at, share)
+        if len(starts) == 1:
+          yield one(0)
         else:
-          yield from pool.map(one, cuts)
+          yield from pool.map(one, starts)
+    if span is None:
+      # All has been looked at, so the next pass need not.
+      self._finite = False
 
   # What methods ask for.
 
@@ -255,17 +280,21 @@ class Tensor:
     """Returns for each array how often words follow each open prefix."""
     wanted = [{s.prefix: s.shift for s in some if s.is_open} for some in search]
 
-    def measure(block: Block) -> list[dict[int, np.ndarray]]:
-      result = []
-      for array, some in zip(values(block), wanted, strict=True):
-        bits = _bits(array, self._kind) if some else None
-        result.append({p: _words(bits, p, s) for p, s in some.items()})
-      return result
+    def measure(blocks: Iterator[Block]) -> list[dict[int, np.ndarray]]:
+      words: list[dict[int, list[np.ndarray]]]
+      words = [{p: [] for p in some} for some in wanted]
+      for block in blocks:
+        for array, some, own in zip(values(block), wanted, words, strict=True):
+          bits = _bits(array, self._kind) if some else None
+          for prefix, shift in some.items():
+            own[prefix].append(_words(bits, prefix, shift))
+      # A table is longer than a piece, so it is made for many of them.
+      return [{p: _table(found) for p, found in own.items()} for own in words]
 
     total: list[dict[int, np.ndarray]] = [{} for _ in search]
-    for part in self.each(measure):
-      for sums, some in zip(total, part, strict=True):
-        for prefix, table in some.items():
+    for part in self._shares(measure):
+      for sums, tables in zip(total, part, strict=True):
+        for prefix, table in tables.items():
           if prefix in sums:
             sums[prefix] += table
           else:
@@ -325,7 +354,7 @@ def _bits(array: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def _words(bits: Any, prefix: int, shift: int) -> np.ndarray:
-  """Returns how often each word follows a prefix.
+  """Returns the words that follow a prefix.
 
   Args:
     bits: the numbers' bits.
@@ -335,10 +364,15 @@ def _words(bits: Any, prefix: int, shift: int) -> np.ndarray:
   whole = 8 * bits.itemsize
   if shift + _WORD < whole:
     bits = bits[(bits >> bits.dtype.type(shift + _WORD)) == prefix]
-  word = bits >> bits.dtype.type(shift)
-  if shift + _WORD < whole:
-    word &= bits.dtype.type((1 << _WORD) - 1)
-  return np.bincount(word.astype(np.intp), minlength=1 << _WORD)
+  # What is cut off in front is the prefix.
+  found: np.ndarray = (bits >> bits.dtype.type(shift)).astype(np.uint16)
+  return found
+
+
+def _table(words: Sequence[np.ndarray]) -> np.ndarray:
+  """Returns how often each word occurs."""
+  every = np.concatenate(words)
+  return np.bincount(every.astype(np.intp), minlength=1 << _WORD)
 
 
 class _Search:

@@ -76,20 +76,26 @@ class Task(Method):
 
     Yadav et al. 2023, arXiv 2306.01708.
     """
-    parts = [d * w for d, w in zip(deltas, self.weight, strict=True)]
-    voting = parts if self.majority == 'weighted' else list(deltas)
-    votes = voting[0].copy()
-    for one in voting[1:]:
-      votes += one
+    weighs = self.majority == 'weighted'
+    votes = [
+      d * w if weighs else d for d, w in zip(deltas, self.weight, strict=True)
+    ]
+    total = votes[0].copy()
+    for vote in votes[1:]:
+      total += vote
     # Where nothing is to be decided the sign is positive.
-    positive = votes >= 0
-    mixed = np.zeros_like(votes)
-    divisor = np.zeros_like(votes)
-    for vote, part, weight in zip(voting, parts, self.weight, strict=True):
-      # A delta that is zero has no sign and does not count.
-      agrees = np.where(positive, vote > 0, vote < 0)
-      mixed += part * agrees
-      divisor += agrees * (1.0 if self.normalize == 'count' else weight)
+    sign = np.where(total >= 0, 1.0, -1.0)
+    mixed = np.zeros_like(sign)
+    divisor = np.zeros_like(sign)
+    for vote, weight in zip(votes, self.weight, strict=True):
+      # What agrees is positive. A delta that is zero has no sign.
+      agreeing = vote * sign
+      np.maximum(agreeing, 0, out=agreeing)
+      if self.normalize:
+        counts = 1.0 if self.normalize == 'count' else weight
+        divisor += (agreeing > 0) * counts
+      mixed += agreeing if weighs else agreeing * weight
+    mixed *= sign
     if self.normalize:
       divisor[divisor == 0] = 1
       mixed /= divisor

@@ -141,7 +141,7 @@ def test_pieces_decide_nothing_but_how_sums_round(name, options, monkeypatch):
   models, base = inputs(name)
   expected = combined(name, models, base, **options)
   monkeypatch.setattr(streaming, 'PIECE', 4)
-  monkeypatch.setattr(streaming, '_PIECES', 2)
+  monkeypatch.setattr(streaming, '_SHARE', 2)
   found = combined(name, models, base, **options)
   for path, value in expected.items():
     np.testing.assert_allclose(found[path], value, rtol=1e-6, atol=1e-7)
