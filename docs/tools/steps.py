@@ -18,12 +18,12 @@ the steps' own definitions by `make docs`.
 An option that stands first can be given alone: `drop: '**/mask'` is
 `drop: {select: '**/mask'}`. A *selector* is text, or a list of texts, of which
 all are meant: a path with `*`, `**` and `{a,b}`, `re:…`, `type:…`, `!…` for
-exceptions. A *rule* is `OLD -> NEW`, or a list of them: wildcards of the left
-stand on the right for what they matched, `{a,b} -> {x,y}` goes name by name,
-`<i>` is a number that the right may compute with (`<i+1>`, `<i//2>`). Where
-several become one, or one becomes several, one pair of braces or one number
-stands on one side only. `ALIAS::` before a pattern means the tensors of another
-input.
+exceptions; `{8..15}` stands for the numbers from 8 to 15, in rules, too. A
+*rule* is `OLD -> NEW`, or a list of them: wildcards of the left stand on the
+right for what they matched, `{a,b} -> {x,y}` goes name by name, `<i>` is a
+number that the right may compute with (`<i+1>`, `<i//2>`). Where several become
+one, or one becomes several, one pair of braces or one number stands on one side
+only. `ALIAS::` before a pattern means the tensors of another input.
 """
 
 

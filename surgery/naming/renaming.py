@@ -126,7 +126,10 @@ class Reader:
   """
 
   def __init__(self, text: str, rule: str) -> None:
-    self._text = text
+    try:
+      self._text = text = selectors.ranged(text)
+    except errors.SelectorError as error:
+      raise errors.RenameError(f'rule {rule!r}: {error}') from None
     self._rule = rule
     self._at = 0
     self.counts = {'*': 0, '**': 0, '?': 0, '[…]': 0, '{…}': 0}

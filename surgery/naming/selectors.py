@@ -4,7 +4,7 @@ r"""Selectors: saying which parameters of a model are meant.
 | --- | --- |
 | `net/mlp/hidden0` | that path; a layer stands for all beneath it |
 | `**/attention/{query,value}` | glob by segment: `*`, `?`, `[ab]`, `{a,b}`, and
-  `**` for any number of segments |
+  `**` for any number of segments; `{8..15}` for numbers |
 | `re:.*/h\d+/kernel` | regular expression that matches the whole path |
 | `type:Linear` | layers of a class of that name or derived from one |
 | `adapter:NAME` | the weights of an adapter; NAME may be a glob |
@@ -108,6 +108,36 @@ class _Pattern:
 
   text: str
   chosen: frozenset[tuple[int, int, int, int]] = frozenset()
+
+
+# A range as an item of braces: `{8..15}`, `{a,3..5}`, `{08..15}`.
+_RANGE = re.compile(r'(?<=(?<!\\)[{,])(\d+)\.\.(\d+)(?=[,}])')
+
+
+def ranged(text: str) -> str:
+  """Returns a pattern in which ranges of numbers in braces are written out.
+
+  `{8..10}` is `{8,9,10}`, `{10..8}` goes down, and `{08..10}` keeps the zeros.
+
+  Raises:
+    SelectorError: for a range of very many numbers.
+  """
+
+  def written(match: re.Match[str]) -> str:
+    first, last = int(match[1]), int(match[2])
+    if abs(last - first) >= _MOST_ALTERNATIVES:
+      raise errors.SelectorError(
+        f'{text!r}: the range {match[0]} stands for more than '
+        f'{_MOST_ALTERNATIVES} numbers. Use a wildcard, or a regular '
+        'expression (re:…).'
+      )
+    step = 1 if last >= first else -1
+    padded = any(len(n) > 1 and n.startswith('0') for n in match.groups())
+    width = max(map(len, match.groups())) if padded else 0
+    numbers = range(first, last + step, step)
+    return ','.join(str(n).zfill(width) for n in numbers)
+
+  return _RANGE.sub(written, text) if '..' in text else text
 
 
 def _braces(text: str, whole: str, offset: int = 0) -> list[_Pattern]:
@@ -276,6 +306,7 @@ def _glob(text: str) -> tuple[re.Pattern[str], bool, tuple[Choice, ...]]:
   Raises:
     SelectorError: if it cannot be read.
   """
+  text = ranged(text)
   patterns, literal = [], True
   sources: dict[tuple[int, int, int, int], list[str]] = {}
   for one in _braces(text, text):
@@ -482,6 +513,7 @@ def _alternatives(text: str) -> tuple[tuple[re.Pattern[str], str], ...]:
   See `naming` for the words.
   """
   found = []
+  text = ranged(text)
   for one in _braces(text, text):
     regex, wild = _pattern(one.text, text)
     said = _segments(one.text)[-1].strip('*?')

@@ -340,3 +340,13 @@ def test_rules_of_other_programs_are_explained():
     'matches nothing among 1 tensors. Names are written with slashes here: '
     "'model/layers/<i>'."
   ) in str(caught.value)
+
+
+def test_ranges_go_number_by_number():
+  rule = renaming.parse('m/{8..10}/** -> n/{1..3}/**')
+  assert ('n', '2', 'w') == rule.apply(('m', '9', 'w'))
+  assert rule.apply(('m', '7', 'w')) is None
+  with pytest.raises(errors.RenameError, match='3 names on the left'):
+    renaming.parse('m/{8..10} -> n/{1..2}')
+  with pytest.raises(errors.RenameError, match='more than 1000 numbers'):
+    renaming.parse('m/{0..5000} -> n/{0..5000}')

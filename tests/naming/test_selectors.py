@@ -322,3 +322,35 @@ def test_names_with_dots_of_their_own_are_matched_and_suggested():
   )
   with pytest.raises(errors.SelectorError, match='Nearest: model.layers.0.'):
     selectors.resolve(selectors.parse('model.layers.0.self_atn.q_proj'), flat)
+
+
+@pytest.mark.parametrize(
+  ('text', 'expected'),
+  [
+    ('h/{2..4}/w', 'h/{2,3,4}/w'),
+    ('h{4..2}', 'h{4,3,2}'),
+    ('h{08..11}', 'h{08,09,10,11}'),
+    ('{a,1..3,b,7..7}', '{a,1,2,3,b,7}'),
+    ('{a{1..2},b}', '{a{1,2},b}'),
+    # Nothing but a range in braces.
+    ('a..b', 'a..b'),
+    ('1..3', '1..3'),
+    (r'\\{1..3\\}', r'\\{1..3\\}'),
+    ('{a..c}', '{a..c}'),
+  ],
+)
+def test_a_range_in_braces_stands_for_its_numbers(text, expected):
+  assert expected == selectors.ranged(text)
+
+
+def test_ranges_select_and_each_number_has_to_match():
+  universe = [('h', str(k), 'w') for k in range(12)]
+  found = selectors.resolve(selectors.parse('h/{8..10}'), universe)
+  assert universe[8:11] == list(found.levels)
+  with pytest.raises(errors.SelectorError, match="alternative '12' matches"):
+    selectors.resolve(selectors.parse('h/{10..12}'), universe)
+
+
+def test_a_range_of_very_many_numbers_is_refused():
+  with pytest.raises(errors.SelectorError, match='more than 1000 numbers'):
+    selectors.parse('h/{0..1000000000}')

@@ -345,3 +345,17 @@ def test_a_class_that_is_no_method_is_named():
 
   with pytest.raises(surgery.PluginError, match="cannot be called 'seed'"):
     Taken()
+
+
+def test_layers_of_several_models():
+  tall = lambda number, layers: model(
+    **{f'h__{k}__w': np.full(2, number + k, np.float32) for k in layers}
+  )
+  steps = [
+    {'keep': 'h/{0..2}'},
+    {'copy': 'other::h/{2..4}/** -> h/{3..5}/**'},
+  ]
+  recipe = surgery.Recipe(steps, inputs={'model': None, 'other': None})
+  after = recipe.apply(tall(0, range(6)), other=tall(100, range(6)))
+  values = [value(after, f'h/{k}/w')[0] for k in range(len(after))]
+  assert [0, 1, 2, 102, 103, 104] == values
