@@ -58,7 +58,7 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   multiple=True,
   metavar='[SELECTOR:]KEY=VALUE',
   help="An option of the adapter, e.g. rank=8, or '**/query:rank=16' for some "
-  'sites only. `surgery plugins show TYPE` lists them.',
+  'sites only; may be repeated. `surgery plugins show TYPE` lists them.',
 )
 @click.option('--name', help="The adapter's name; `default` by default.")
 @click.option(
@@ -73,7 +73,7 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   '--layout',
   multiple=True,
   metavar='[SELECTOR=]LETTERS',
-  help='A letter an axis: s stacked, i input, o output.',
+  help='A letter an axis: s stacked, i input, o output; may be repeated.',
 )
 @click.option(
   '--from',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from surgery.model.grid import (
   grid,
 )
 from surgery.model.layers import LayerTypes
+from surgery.model.records import Records
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
@@ -122,7 +123,21 @@ def cast(
     leaves=_retagged(leaves, dtypes),
     records=records,
     findings=(*checkpoint.findings, *findings),
+    remarks=(*checkpoint.remarks, *_beneath(records, dtypes)),
   )
+
+
+def _beneath(records: Records, dtypes: Mapping[Path, str]) -> Iterator[str]:
+  """Yields what is rounded beneath adapters, for plans.
+
+  A merge before the cast rounds once, and a cast before the merge each part.
+  """
+  found = [paths.show(path) for path in dtypes if path in records.chains]
+  if found:
+    yield (
+      f'rounded beneath adapters, whose weights are rounded apart: '
+      f'{errors.listed(found)}'
+    )
 
 
 def _is_float(leaf: Leaf) -> bool:

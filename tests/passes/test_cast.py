@@ -588,3 +588,20 @@ def test_names_of_other_programs_are_understood_in_errors(wanted, hint):
   with pytest.raises(surgery.ConfigError) as caught:
     rounding.name_of(wanted)
   assert f'found {wanted!r}. Did you mean {hint}' in str(caught.value)
+
+
+def test_a_plan_says_what_is_rounded_beneath_adapters(tmp_path):
+  base, adapted = tmp_path / 'base.msgpack', tmp_path / 'adapted.msgpack'
+  params = models.mlp()[1]
+  surgery.save(base, params)
+  surgery.save(adapted, surgery.attach(params, surgery.LoRA(rank=2), to='**'))
+  recipe = surgery.Recipe([{'cast': 'bf16'}])
+  out = tmp_path / 'out.msgpack'
+  remarks = recipe.plan(model=adapted, out=out).report()['remarks']
+  [said] = [one for one in remarks if 'beneath adapters' in one]
+  assert 'net/mlp/hidden0/kernel' in said
+  assert 'bias' not in said  # No adapter rewrites it.
+  assert 'remarks' not in recipe.plan(model=base, out=out).report()
+  # What stays as it is is no matter.
+  keep = surgery.Recipe([{'cast': {'to': 'bf16', 'keep': '**/kernel'}}])
+  assert 'remarks' not in keep.plan(model=adapted, out=out).report()
