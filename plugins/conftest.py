@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import surgery
 
@@ -240,6 +240,37 @@ class Folder:
       compare(tensors[name], value, err_msg=name)
     said = json.loads((self.path / 'adapter_config.json').read_text())
     assert said == config
+
+  def as_single_file(self, roles, alphas):
+    """The folder as kohya's scripts spell it; merges it.
+
+    Args:
+      roles: ends of names in PEFT, and in such a file.
+      alphas: by module.
+    """
+    found = {}
+    for name, value in load_file(
+      self.path / 'adapter_model.safetensors'
+    ).items():
+      name = name.removeprefix('base_model.model.')
+      role = next(r for r in roles if name.endswith(f'.{r}'))
+      module = name[: -len(role) - 1]
+      flat = f'lora_unet_{module.replace(".", "_")}'
+      if roles[role] == 'dora_scale':
+        value = value.reshape(-1, 1)
+      found[f'{flat}.{roles[role]}'] = value
+      found[f'{flat}.alpha'] = np.array(alphas[module], 'float32')
+    path = self.tmp / 'single.safetensors'
+    save_file(found, path)
+    out = self.tmp / 'merged.safetensors'
+    surgery.Recipe(
+      [{'merge': {'with': 'adapter'}}],
+      inputs={'model': self.base, 'adapter': path},
+      outputs={'out': out},
+    ).plan().write()
+    merged = load_file(out)
+    for name, value in self.merged.items():
+      np.testing.assert_allclose(merged[name], value, atol=2e-5, err_msg=name)
 
 
 def _turned(name, value):

@@ -106,4 +106,7 @@ def surgery_formats() -> Mapping[str, Any]:
 @hookimpl
 def surgery_adapter_files() -> Mapping[str, Any]:
   """Offers the ways in which other programs store adapters."""
-  return {'peft': _Bound('peft.reading')}
+  return {
+    'peft': _Bound('peft.reading'),
+    'single-file': _Bound('peft.spellings'),
+  }

@@ -1,5 +1,6 @@
 """The recipes of docs/cookbook/, against plain numpy."""
 
+import json
 import pathlib
 import re
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import surgery
 from surgery.files.digest import digest
@@ -78,8 +80,10 @@ def run(request, tmp_path, surgery_cli):
   def run(name, models, index='', **variables):
     given = []
     for alias, arrays in models.items():
-      file = tmp_path / f'{alias}.{suffix}'
-      held(arrays).write(file, overwrite=True)
+      file = arrays
+      if not isinstance(arrays, pathlib.Path):
+        file = tmp_path / f'{alias}.{suffix}'
+        held(arrays).write(file, overwrite=True)
       given.append(f'{alias}={file}')
     out = tmp_path / f'out.{suffix}'
     given += [f'{k}={v}' for k, v in variables.items()]
@@ -174,22 +178,37 @@ def test_task_arithmetic_names_what_a_model_lacks(run):
     run('task-arithmetic', models)
 
 
-def test_merge_peft_lora(run):
+def test_merge_peft_lora(run, tmp_path):
   net = gpt2()
-  prefix = 'base_model/model/transformer'
+  prefix = 'base_model.model.transformer'
   shapes = {}
   for i in range(12):
-    shapes[f'{prefix}/h/{i}/attn/c_attn/lora_A/weight'] = (4, 16)
-    shapes[f'{prefix}/h/{i}/attn/c_attn/lora_B/weight'] = (48, 4)
-  peft = drawn(shapes, seed=1)
-  after = values(run('merge-peft-lora', {'model': net, 'peft': peft}))
+    shapes[f'{prefix}.h.{i}.attn.c_attn.lora_A.weight'] = (4, 16)
+    shapes[f'{prefix}.h.{i}.attn.c_attn.lora_B.weight'] = (48, 4)
+  factors = drawn(shapes, seed=1)
+  folder = tmp_path / 'peft'
+  folder.mkdir()
+  save_file(factors, folder / 'adapter_model.safetensors')
+  said = {
+    'peft_type': 'LORA',
+    'r': 4,
+    'lora_alpha': 4,
+    'use_rslora': True,
+    'alpha_pattern': {r'h\.0\.attn\.c_attn': 8},
+    'target_modules': ['c_attn'],
+    'fan_in_fan_out': True,
+  }
+  (folder / 'adapter_config.json').write_text(json.dumps(said))
+  after = values(run('merge-peft-lora', {'model': net, 'peft': folder}))
   expected = dict(net)
   for i in range(12):
     at = f'h/{i}/attn/c_attn'
     a, b = (
-      peft[f'{prefix}/{at}/lora_{m}/weight'].astype('float64') for m in 'AB'
+      factors[f'{prefix}.h.{i}.attn.c_attn.lora_{m}.weight'].astype('float64')
+      for m in 'AB'
     )
-    wide = net[f'{at}/weight'].astype('float64') + 2 * (b @ a).T
+    scale = (8 if i == 0 else 4) / 2
+    wide = net[f'{at}/weight'].astype('float64') + scale * (b @ a).T
     expected[f'{at}/weight'] = wide.astype('float32')
   close(expected, after)
   rest = [p for p in net if not p.endswith('c_attn/weight')]

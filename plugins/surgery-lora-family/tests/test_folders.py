@@ -98,3 +98,13 @@ def test_a_magnitude_of_another_size_is_an_error(folder, tmp_path):
     surgery.SurgeryError, match=r'expected shape \(64,\), found \(63,\)'
   ):
     one.merged_file()
+
+
+def test_dora_of_a_single_file_is_merged_as_peft_does(folder):
+  roles = {
+    'lora_A.weight': 'lora_down.weight',
+    'lora_B.weight': 'lora_up.weight',
+    'lora_magnitude_vector': 'dora_scale',
+  }
+  alphas = dict.fromkeys(('mlp.hidden0', 'mlp.hidden1', 'mlp.output'), 8)
+  folder('dora').as_single_file(roles, alphas)

@@ -56,3 +56,25 @@ def test_factors_that_differ_have_no_folder(net, tmp_path):
   params = surgery.attach(net.params, adapter, to='**/hidden*')
   with pytest.raises(surgery.ConfigError, match='decompose_factor for all'):
     surgery.save_adapter(tmp_path / 'out', params, format='peft')
+
+
+@pytest.mark.parametrize(
+  ('name', 'names', 'alphas'),
+  [
+    (
+      'variants/loha_conv',
+      ('hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b'),
+      {'conv': 5, 'point': 5, 'fc0': 5},
+    ),
+    (
+      'variants/lokr',
+      ('lokr_w1', 'lokr_w2_a', 'lokr_w2_b'),
+      {'fc0': 3, 'fc1': 3},
+    ),
+    ('loha', ('hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b'), None),
+  ],
+)
+def test_a_single_file_is_merged_as_peft_does(folder, name, names, alphas):
+  layers = ('mlp.hidden0', 'mlp.hidden1', 'mlp.output')
+  roles = {one: one for one in names}
+  folder(name).as_single_file(roles, alphas or dict.fromkeys(layers, 8))
