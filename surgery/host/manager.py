@@ -656,7 +656,6 @@ class Host:
     raise errors.FormatError(
       f'{path}: no format is known {what}. Known suffixes: '
       f'{", ".join(sorted(known)) or "none"}.'
-      f'{"" if suffix else f" A new folder is written as {path}/."}'
     )
 
   def observed(self, verb: str, arguments: Mapping[str, Any]) -> _Observed:

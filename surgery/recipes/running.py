@@ -348,6 +348,11 @@ class Plan:
     for one in self.outputs:
       check_target(one.target, overwrite)
       if one.folder is None:
+        if one.target.format is None and not location.suffix(one.path):
+          raise errors.SurgeryError(
+            f'{one.path}: a name without a suffix tells no format. Give one, '
+            f'as {one.path}.safetensors, or write a new folder: {one.path}/.'
+          )
         self.host.format_of(one.path, one.target.format)
       other = seen.setdefault(one.path.resolve(), one.name)
       if other != one.name:

@@ -444,7 +444,7 @@ def test_a_name_without_a_suffix_says_how_a_folder_is_written(
   out = tmp_path / 'out'
   done = surgery_cli('convert', hf('llama'), out)
   assert 3 == done.code
-  assert f'A new folder is written as {out}/.' in done.err
+  assert f'or write a new folder: {out}/.' in done.err
 
 
 def test_a_folder_above_has_to_be_there(hf, tmp_path, surgery_cli):

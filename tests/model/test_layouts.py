@@ -218,7 +218,7 @@ def test_names_of_torch_with_the_layout_of_jax_are_not_torch():
   assert layouts.is_torch(leaves, Manifest())
 
 
-@pytest.mark.filterwarnings('default::surgery.errors.SiteWarning')
+@pytest.mark.filterwarnings('ignore::surgery.errors.SiteWarning')
 def test_the_plan_says_it_and_what_is_not_certain(file, surgery_cli):
   out = file.with_name('out.msgpack')
   done = surgery_cli(
