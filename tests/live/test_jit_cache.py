@@ -170,8 +170,8 @@ def test_a_compiled_call_never_returns_another_tenants_notes(traced):
   call(one)
   _, after = call(two)
   assert {} == after._notes
-  assert [(None, None)] == [a.origin for a in after.records.adapters]
-  assert [(2, '**/hidden*')] == [a.origin for a in two.records.adapters]
+  assert [(None, None)] == [a.origin[:2] for a in after.records.adapters]
+  assert [(2, '**/hidden*')] == [a.origin[:2] for a in two.records.adapters]
   assert one.records is not two.records and one.records == two.records
 
 
@@ -239,7 +239,7 @@ def test_where_an_adapter_came_from_survives_verbs_and_files(net, tmp_path):
   _, base, _ = net
   params = surgery.attach(base, LORA, to='**/hidden*', seed=7)
   origin = [(7, '**/hidden*')]
-  found = lambda p: [a.origin for a in p.records.adapters]
+  found = lambda p: [a.origin[:2] for a in p.records.adapters]
   assert origin == found(params)
   assert origin == found(surgery.disable(surgery.freeze(params)))
   surgery.save(tmp_path / 'm.msgpack', params)
