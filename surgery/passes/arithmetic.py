@@ -53,6 +53,19 @@ def check_number(leaf: Leaf, path: Path, verb: str) -> str:
   )
 
 
+def check_real(dtype: str, path: Path) -> None:
+  """Raises for complex numbers, which have no order.
+
+  Raises:
+    SurgeryError: naming the tensor.
+  """
+  if dtype.startswith('complex'):
+    raise errors.SurgeryError(
+      f'{paths.show(path)} is {dtype}; expected real numbers, which have an '
+      'order. Select other tensors.'
+    )
+
+
 def plain(value: Any, path: Path, verb: str) -> np.ndarray:
   """Returns an array of numpy.
 
@@ -282,10 +295,10 @@ def _added(
       raise errors.SurgeryError(
         f'{rule!r}: expected a finite weight, found {weight * scale}.'
       )
-    found = _terms(checkpoint, rule, verb, inputs, host)
-    missing = _missing(checkpoint, rule, found, inputs, verb, host)
+    found = terms_of(checkpoint, rule, verb, inputs, host)
+    missing = lacking_of(checkpoint, rule, found, inputs, verb, host)
     if missing and not partial:
-      raise errors.RenameError(f'{rule!r}: {_listed(missing)}')
+      raise errors.RenameError(f'{rule!r}: {listed(missing)}')
     lacking.update(path for path, _ in missing)
     for old, leaf, new in found:
       if new in checkpoint:
@@ -304,7 +317,7 @@ def _added(
   return tensors.edited(checkpoint, verb, changed=changed, host=host)
 
 
-def _terms(
+def terms_of(
   checkpoint: Checkpoint,
   rule: str,
   verb: str,
@@ -327,7 +340,7 @@ def _terms(
   return kept
 
 
-def _missing(
+def lacking_of(
   checkpoint: Checkpoint,
   rule: str,
   found: Sequence[tuple[Path, Leaf, Path]],
@@ -370,7 +383,7 @@ def _named(alias: str | None, path: Path) -> str:
 _SHOWN = 5
 
 
-def _listed(missing: Sequence[tuple[Path, str]]) -> str:
+def listed(missing: Sequence[tuple[Path, str]]) -> str:
   """Returns what is missing, in a sentence, and what to do."""
   shown = ', '.join(said for _, said in missing[:_SHOWN])
   more = len(missing) - _SHOWN
