@@ -8,6 +8,7 @@ import pathlib
 import re
 import shlex
 import string
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -201,6 +202,7 @@ _TAKEN = frozenset(
     *('Any', 'Callable', 'Iterator', 'Mapping', 'Sequence'),
     *('AdapterConformance', 'FormatConformance'),
     *('annotations', 'functools', 'np', 'surgery', 'surgery_passes'),
+    *('surgery_methods', 'MethodConformance'),
   )
 )
 
@@ -215,22 +217,6 @@ def _class(name: str, kind: str) -> str:
   """Returns the name of a class."""
   words = ''.join(word.capitalize() for word in name.split('_'))
   return _named(words, kind.capitalize())
-
-
-class _Kind(click.Choice[str]):
-  """A kind of plugin that can be written."""
-
-  def convert(self, value: Any, param: Any, ctx: Any) -> str:
-    """Returns the kind; says of methods why there are none."""
-    if value == 'method':
-      self.fail(
-        'no verb or step asks for the methods of plugins (surgery_methods) '
-        'yet, so such a plugin would do nothing.',
-        param,
-        ctx,
-      )
-    kind: str = super().convert(value, param, ctx)
-    return kind
 
 
 def _origin(name: str, kind: str) -> str | None:
@@ -254,7 +240,12 @@ def _origin(name: str, kind: str) -> str | None:
     except errors.SurgeryError:
       answer = True  # It is somebody's, who makes no sense of it.
     return None if answer is None else 'a plugin that is installed'
-  offered = host.passes if kind == 'pass' else host.formats
+  offered: Mapping[str, Any]
+  offered = {
+    'pass': host.passes,
+    'format': host.formats,
+    'method': host.methods,
+  }[kind]
   for other, one in offered.items():
     if other == name or f'.{name}' in getattr(one, 'suffixes', ()):
       return host.offered_by(hook, other) or DISTRIBUTION
@@ -291,7 +282,7 @@ def _texts(kind: str, said: dict[str, str]) -> dict[str, str]:
 @click.argument('name')
 @click.option(
   '--kind',
-  type=_Kind(['adapter', *plugin_kinds.KINDS]),
+  type=click.Choice(['adapter', *plugin_kinds.KINDS]),
   default='adapter',
   show_default=True,
   help='What it offers.',
@@ -306,8 +297,8 @@ def _texts(kind: str, said: dict[str, str]) -> dict[str, str]:
 def command(name: str, kind: str, folder: pathlib.Path | None) -> None:
   r"""Write a distribution with a plugin that works at once.
 
-  An adapter type, a pass, a file format, a freeze policy or a term of
-  selectors, with tests by all laws of its kind.
+  An adapter type, a pass, a file format, a merge method, a freeze policy or a
+  term of selectors, with tests by all laws of its kind.
 
   \b
   surgery new-plugin mine

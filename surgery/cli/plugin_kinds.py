@@ -459,9 +459,82 @@ surgery select base.msgpack '$name:1000'""",
 chosen = surgery.select(params, '$name:1000')""",
 )
 
+_METHOD = Kind(
+  what='merge method',
+  hook='surgery_methods',
+  suite='MethodConformance',
+  module='''\
+"""A merge method: replace this line by how several tensors become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import surgery
+
+__all__ = ['$class_']
+
+
+class $class_(surgery.Method):
+  """The mean of what lies between the extremes at each place.
+
+  It needs one block at a time. What a method needs of the whole of a tensor
+  (a norm, a threshold) it finds in `prepare`, by `whole.total` and
+  `whole.largest`; random numbers come from `block.uniform`.
+  """
+
+  name = '$name'
+  # Say base = 'required' for methods on `block.deltas`.
+  least = 2
+
+  scale: float = surgery.field(default=1.0, gt=0, doc='A factor.')
+
+  def combine(self, block: Any, prepared: Any) -> Any:
+    """Returns a block of the result."""
+    tensors = np.sort(np.stack(block.tensors), axis=0)
+    if len(tensors) > 2:
+      tensors = tensors[1:-1]
+    return tensors.mean(axis=0) * self.scale
+
+
+@surgery.hookimpl
+def surgery_methods() -> Mapping[str, type[surgery.Method]]:
+  """Offers the method by its name."""
+  return {'$name': $class_}
+''',
+  imports="""\
+import blox as bx
+import jax.numpy as jnp
+import numpy as np
+import surgery
+from surgery.testing import MethodConformance""",
+  said="""\
+  name = '$name'
+  symmetric = True
+  refused = [({'scale': 0.0}, 'expected a value > 0')]""",
+  values="""\
+def test_values():
+  host = surgery.Host(plugins=[$package], only=())
+  models = []
+  for number in (1.0, 2.0, 9.0):
+    params = bx.Params()
+    params['net', 'kernel'] = bx.Param(jnp.full(3, number))
+    models.append(params.locked())
+  found = surgery.combine(models, method='$name', host=host)
+  assert np.array_equal([2, 2, 2], found['net', 'kernel'].value)""",
+  shell="""\
+surgery combine a.msgpack b.msgpack --method $name -o out.msgpack""",
+  python="""\
+params = surgery.combine([a, b, c], method='$name')""",
+)
+
 KINDS = {
   'pass': _PASS,
   'format': _FORMAT,
+  'method': _METHOD,
   'policy': _POLICY,
   'term': _TERM,
 }

@@ -8,9 +8,10 @@
 That is all of a test file. A type says what it does not do by class attributes,
 and the kit sees to it that it refuses. Without pytest: `check(Mine(rank=2))`.
 
-Passes, formats, freeze policies and terms of selectors have suites of the same
-kind: `PassConformance`, `FormatConformance`, `PolicyConformance` and
-`TermConformance`. `TestMine.broken()` says what is broken without pytest.
+Passes, formats, merge methods, freeze policies and terms of selectors have
+suites of the same kind: `PassConformance`, `FormatConformance`,
+`MethodConformance`, `PolicyConformance` and `TermConformance`.
+`TestMine.broken()` says what is broken without pytest.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from surgery.testing.cases import (
   Declared,
 )
 from surgery.testing.formats import FormatConformance
+from surgery.testing.methods import MethodConformance
 from surgery.testing.passes import PassConformance
 from surgery.testing.policies import PolicyConformance, TermConformance
 
@@ -38,6 +40,7 @@ __all__ = [
   'Case',
   'Declared',
   'FormatConformance',
+  'MethodConformance',
   'PassConformance',
   'PolicyConformance',
   'TermConformance',

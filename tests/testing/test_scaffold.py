@@ -134,7 +134,7 @@ def test_it_is_used_live_in_the_shell_in_recipes_and_in_files(written):
     (('mine_',), 2, 'Write mine.'),
     (('9',), 2, 'underscores between them.\n'),
     (('lora',), 3, "adapter type 'lora' is there already, of blox-surgery"),
-    (('mine', '--kind', 'method'), 2, 'so such a plugin would do nothing.'),
+    (('ties', '--kind', 'method'), 3, 'is there already, of blox-surgery'),
     (('mine', '--kind', 'x'), 2, "'term'"),
     (
       ('cast', '--kind', 'pass'),
@@ -173,7 +173,7 @@ def test_the_class_is_called_by_no_name_that_is_taken(
   assert (True, name) == (cls.endswith('Adapter'), made[cls].name)
 
 
-KINDS = ('pass', 'format', 'policy', 'term')
+KINDS = ('pass', 'format', 'method', 'policy', 'term')
 
 
 @pytest.fixture(scope='module')
@@ -222,6 +222,7 @@ def test_the_tests_of_hook_plugins_pass(hooks):
   suites = (
     testing.PassConformance,
     testing.FormatConformance,
+    testing.MethodConformance,
     testing.PolicyConformance,
     testing.TermConformance,
   )
