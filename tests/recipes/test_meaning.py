@@ -16,6 +16,7 @@ NET = {
   'h/1/value/kernel': np.ones((4, 4), np.float32),
   'norm/scale': np.ones(4, np.float32),
 }
+TUNED = {path: 2 * value for path, value in NET.items()}
 WRONG = '**/{query,vlaue}/kernel'
 RULE = f'{WRONG} -> **/{{q,v}}/kernel'
 
@@ -78,6 +79,14 @@ STEPS = [
   {'split': '**/{query,vlaue}/kernel -> **/{query,vlaue}/{a,b}'},
   {'renumber': {'layers': '{h,g}/<i>', 'start': 1}},
   {'repeat': {'layers': '{h,g}/<i>', 'numbers': [0]}},
+  {'combine': {'with': 'other', 'set': {'weight': {WRONG: 0.5}}}},
+  {'extract-lora': {'tuned': 'other', 'rank': {WRONG: 1}}},
+  {'extract-lora': {'tuned': 'other', 'to': WRONG, 'rank': 1}},
+  {'mean': {'select': WRONG, 'axis': 0}},
+  {'interpolate': {'select': WRONG, 'to': 8}},
+  {'multiply': f'other::{WRONG}'},
+  {'clamp': {'select': WRONG, 'max': 1}},
+  {'prune': {'select': WRONG, 'share': 0.5}},
 ]
 
 
@@ -85,7 +94,7 @@ STEPS = [
 def test_each_alternative_has_to_match_something(step):
   with pytest.raises(surgery.SurgeryError) as raised:
     after = surgery.Recipe([step], inputs={'model': None, 'other': None}).apply(
-      held(NET), other=held(NET), host=HOST
+      held(NET), other=held(TUNED), host=HOST
     )
     for check in after.checks:
       check.run()
@@ -100,6 +109,7 @@ def test_no_step_that_takes_selectors_or_rules_is_left_out():
     'disable',
     'enable',
     'extract',
+    'map',
     'merge',
     'prune-ranks',
   }
@@ -155,7 +165,7 @@ def test_what_must_not_be_there_is_found_by_any_alternative(condition, holds):
 def test_what_cannot_be_meant_is_refused(step, message):
   recipe = surgery.Recipe([step], inputs={'model': None, 'other': None})
   with pytest.raises(surgery.SurgeryError, match=message):
-    recipe.apply(held(NET), other=held(NET), host=HOST)
+    recipe.apply(held(NET), other=held(TUNED), host=HOST)
 
 
 def test_a_regular_expression_alone_copies_under_the_same_names():
