@@ -35,7 +35,12 @@ class Peft:
     if path.name == 'adapter_model.safetensors':
       path = path.parent
     # A link that leads nowhere is somebody's, too.
-    return os.path.lexists(path / CONFIG)
+    there = lambda name: os.path.lexists(path / name)
+    if not there(CONFIG):
+      return False
+    # A model's own folder may have the configuration of an adapter left over.
+    tensors = there('adapter_model.safetensors') or there('adapter_model.bin')
+    return tensors or not there('config.json')
 
   def open(self, path: str | os.PathLike[str]) -> Checkpoint:
     """Opens a folder without reading its tensors.

@@ -138,6 +138,7 @@ def save_adapter(
   modules_to_save: selectors.Text | Selection | None = None,
   graph: bx.Graph | None = None,
   format: str | None = None,
+  names: extract.Names = None,
   overwrite: bool = True,
   host: Host | None = None,
 ) -> None:
@@ -157,6 +158,9 @@ def save_adapter(
     graph: the model's graph, for `type:` selectors.
     format: name of the format, where the suffix does not tell it: `peft` for a
       folder of PEFT.
+    names: with another program's format: what its modules are called in
+      `params`, as `load_adapter` takes it. An adapter that was loaded knows it,
+      unless its params came out of a transformation of JAX.
     overwrite: whether an existing file may be replaced.
     host: whose formats are known.
 
@@ -177,6 +181,13 @@ def save_adapter(
     layer_types=None if graph is None else layers.of_graph(graph),
     host=host,
   )
+  if names is not None and format is None:
+    raise errors.ConfigError(
+      'save_adapter: names goes with a format of another program. Give '
+      "format='peft'."
+    )
+  if names is not None:
+    alone = extract.with_names(alone, names)
   alone.write(path, format=format, overwrite=overwrite, host=host)
 
 

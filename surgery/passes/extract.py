@@ -111,6 +111,19 @@ def _check_whole(checkpoint: Checkpoint, record: AdapterRecord) -> None:
     )
 
 
+def with_names(alone: Checkpoint, names: Names) -> Checkpoint:
+  """Returns an adapter whose file knows what another program calls modules.
+
+  Args:
+    alone: the adapter without its base.
+    names: what modules are called in the base, as `insert` takes it.
+  """
+  [entry] = alone.manifest.adapters
+  told = {**entry.get(record_json.FOREIGN, {}), 'names': names}
+  entry = {**entry, record_json.FOREIGN: told}
+  return alone.replace(manifest=alone.manifest.replace(adapters=(entry,)))
+
+
 def _ours(
   alone: Checkpoint, base: Checkpoint, names: Names, host: Host
 ) -> Checkpoint:

@@ -86,11 +86,12 @@ class Places:
   def tensor(self, name: str) -> Path | None:
     """Returns the parameter that a tensor of the base's own is, if any."""
     module, _, param = plain(name).rpartition('.')
-    layer = self._there(module) if module else ''
-    front = f'{layer}.' if layer else ''
-    for one in (param, *_ALIKE.get(param, ())):
-      if f'{front}{one}' in self._known:
-        return self._known[f'{front}{one}']
+    # A head may lie beside what has another name in front.
+    for layer in dict.fromkeys((self._there(module), module)):
+      front = f'{layer}.' if layer else ''
+      for one in (param, *_ALIKE.get(param, ())):
+        if f'{front}{one}' in self._known:
+          return self._known[f'{front}{one}']
     return None
 
   def modules(self) -> dict[str, Path]:
@@ -203,6 +204,36 @@ def _named(
   # Ends of names that are said stand for all beneath them.
   back = {new: old for old, new in table.items()}
   return _beneath(table), _beneath(back)
+
+
+def called(names: Any, layers: Iterable[Path]) -> dict[Path, str]:
+  """Returns what PEFT calls layers of a model.
+
+  Args:
+    names: what modules are called in the model, as for reading: a mapping, or
+      rules OLD -> NEW, which are read the other way round here.
+    layers: paths of the layers.
+
+  Raises:
+    ConfigError: if it is neither.
+    RenameError: for a rule that decides nothing.
+  """
+  layers = list(layers)
+  if isinstance(names, Mapping):
+    back = _beneath({_dotted(new): _dotted(old) for old, new in names.items()})
+    return {path: back(name_of(path)) for path in layers}
+  some = [names] if isinstance(names, str) else names
+  if not isinstance(some, Sequence) or not all(
+    isinstance(one, str) for one in some
+  ):
+    raise errors.ConfigError(
+      f'names: expected names by name, or rules OLD -> NEW, found {names!r}.'
+    )
+  rules = [
+    renaming.parse(f'{new} -> {old}') for old, new in map(renaming.sides, some)
+  ]
+  found = renaming.targets(rules, layers)
+  return {path: name_of(found.get(path, path)) for path in layers}
 
 
 def _beneath(table: Mapping[str, str]) -> Callable[[str], str]:

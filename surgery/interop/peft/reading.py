@@ -301,7 +301,8 @@ class _Binding:
         f'{self._origin}: the adapter does not fit the base. '
         f'{"; ".join(problems)}. Where the base calls modules otherwise, say '
         'so by names= (--names); where another class of model was adapted, '
-        'take its base.'
+        'take its base, or name what that class does not have in '
+        'exclude_modules of adapter_config.json.'
       )
 
   def _unsaved(

@@ -110,6 +110,11 @@ class _Writer:
     told = json.loads(self._record.foreign or '{}')
     self._kept: Mapping[str, Any] = told.get(configs.KEY) or {}
     self._many = entry.get(fitting.MANY)
+    layers = [path[:-1] for path in (*self._record.sites, *self._record.saved)]
+    self._called: Mapping[Path, str] = {}
+    if told.get('names') is not None:
+      self._called = places.called(told['names'], dict.fromkeys(layers))
+      self._kept = {}  # What was said last holds.
     self._origin = f'adapter {self._record.name!r}'
     self._types = checkpoint.manifest.layer_types
     mapping = configs.mapping_of(type(self._record.adapter))
@@ -167,6 +172,9 @@ class _Writer:
   def _shape(self, path: Path) -> tuple[int, ...]:
     return self._leaves[path].shape or ()
 
+  def _name(self, layer: Path) -> str:
+    return self._called.get(layer) or places.name_of(layer)
+
   def _layer(self, path: Path, one: SiteRecord) -> PeftLayer:
     """Returns the module that a site is."""
     for name, spec in one.weights.items():
@@ -177,7 +185,7 @@ class _Writer:
           'module a layer: unstack the model first.'
         )
     kept = self._kept.get(reading.MODULES, {}).get(paths.show(path))
-    name, kind = kept or (places.name_of(path[:-1]), self._kind(path, one))
+    name, kind = kept or (self._name(path[:-1]), self._kind(path, one))
     letters = one.site.primary.layout
     last = kind == CONV and not letters.startswith('o')
     options = reading.said_by(one.interceptor)
@@ -239,7 +247,7 @@ class _Writer:
     found: dict[str, Leaf] = {}
     for path, spec in self._record.saved.items():
       leaf = self._leaves[spec.path]
-      module, last = places.name_of(path[:-1]), path[-1]
+      module, last = self._name(path[:-1]), path[-1]
       name = kept.get(paths.show(path))
       if name is None:
         alike = {'kernel': 'weight', 'embedding': 'weight', 'scale': 'weight'}

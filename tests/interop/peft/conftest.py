@@ -13,43 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import surgery
+from tests.adapters.test_lora_peft import Net
 
 DATA = pathlib.Path(__file__).parents[2] / 'data' / 'peft'
 CASES = ('lora', 'lora_rslora', 'lora_rank_alpha_pattern', 'netv_lora')
-
-
-class Net(bx.Module):
-  """An MLP; beside it, if there is an image, embedding and convolution."""
-
-  def __init__(self, graph, rng, whole):
-    super().__init__(graph)
-    mlp = graph.child('mlp')
-    self.layers = [
-      bx.Linear(mlp.child(name), size, rng=rng)
-      for name, size in (('hidden0', 64), ('hidden1', 32), ('output', 10))
-    ]
-    if whole:
-      self.emb = bx.Embed(graph.child('emb'), 50, 16, rng=rng)
-      self.conv = bx.Conv(
-        graph.child('conv'), (3, 3), 8, rng=rng, padding='VALID'
-      )
-      self.head = bx.Linear(graph.child('head'), 10, rng=rng)
-
-  def __call__(self, params, x, image=None):
-    if image is not None:
-      x, params = self.emb(params, x)
-      x = x.mean(axis=1)
-    for layer in self.layers[:-1]:
-      x, params = layer(params, x)
-      x = jax.nn.relu(x)
-    x, params = self.layers[-1](params, x)
-    if image is None:
-      return x, params
-    z, params = self.conv(params, image)
-    # PEFT's model flattens channels first.
-    z = jax.nn.relu(z).transpose(0, 3, 1, 2).reshape(len(z), -1)
-    z, params = self.head(params, z)
-    return x + z, params
 
 
 @dataclasses.dataclass

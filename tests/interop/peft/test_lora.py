@@ -241,3 +241,22 @@ def test_jit_and_gradients_go_through_a_loaded_adapter(lora):
 
   grads = jax.jit(jax.grad(loss))(half)
   assert all(bool(jnp.any(g.value)) for g in grads.values() if g.trainable)
+
+
+@pytest.mark.parametrize(
+  'names', [{'mlp': 'root.net.mlp'}, 'mlp/** -> root/net/mlp/**']
+)
+def test_names_are_told_again_after_a_transformation(lora, tmp_path, names):
+  params = surgery.load_adapter(lora.folder, lora.params)
+  through = jax.jit(lambda p: p)(params)
+  out = tmp_path / 'out'
+  surgery.save_adapter(
+    out, through, format='peft', names=names, modules_to_save=[]
+  )
+  same(lora.tensors, folder_of(out)[0])
+
+
+def test_names_are_for_formats_of_other_programs(lora, tmp_path):
+  params = surgery.load_adapter(lora.folder, lora.params)
+  with pytest.raises(surgery.ConfigError, match='names goes with a format'):
+    surgery.save_adapter(tmp_path / 'a.msgpack', params, names={'a': 'b'})
