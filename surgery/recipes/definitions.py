@@ -204,7 +204,8 @@ def accepted(value: Any, annotation: Any, where: str) -> Any:
     if isinstance(value, str) and {int, float} & {*members(annotation)}:
       hint = (
         ' Text is no number: write it without quotes, and a variable alone, '
-        "'${name}', since what stands around it makes it text."
+        "'${name}', since what stands around it makes it text. It can be "
+        "computed with inside of the braces: '${-name}', '${1 - name}'."
       )
     elif str in members(annotation) and not isinstance(value, (list, dict)):
       hint = ' If it is text, put it in quotes.'

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from surgery import errors
-from surgery.recipes import definitions, text
+from surgery.recipes import definitions, expressions, text
 from surgery.recipes.spec import Spec, Step, Target, is_folder, nbytes
 
 _TOP = ('inputs', 'vars', 'steps', 'outputs', 'about')
@@ -314,10 +314,10 @@ class _Parsing:
       return value
     whole = _VARIABLE.fullmatch(value)
     if whole and whole[1] is not None:
-      return self._variable(whole[1], where)
+      return self._evaluated(whole[1], where)
 
     def one(match: re.Match[str]) -> str:
-      return '$' if match[1] is None else str(self._variable(match[1], where))
+      return '$' if match[1] is None else str(self._evaluated(match[1], where))
 
     return _VARIABLE.sub(one, value)
 
@@ -332,6 +332,16 @@ class _Parsing:
     if key in into:
       raise errors.RecipeError(f'{where}: {key!r} is given twice.')
     into[key] = value
+
+  def _evaluated(self, written: str, where: str) -> Any:
+    """Returns a variable, or what an expression of some gives."""
+    name = written.strip()
+    if _NAME.fullmatch(name) or written in self._vars:
+      return self._variable(written if written in self._vars else name, where)
+    with errors.within(where):
+      return expressions.evaluated(
+        written, lambda one: self._variable(one, where)
+      )
 
   def _variable(self, name: str, where: str) -> Any:
     if name not in self._vars:
