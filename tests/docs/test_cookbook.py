@@ -271,6 +271,58 @@ def test_deepen(run):
   same(by_name(expected), by_name(after))
 
 
+def test_blend(run):
+  a, b = llama(), llama(seed=1)
+  after = values(run('blend', {'a': a, 'b': b}, t=0.3))
+  wide = {p: a[p].astype('f8') * 0.7 + b[p].astype('f8') * 0.3 for p in a}
+  close({p: v.astype('f4') for p, v in wide.items()}, after)
+
+
+def test_transplant_lora(run, tmp_path):
+  base, other = llama(), llama(seed=1)
+  rng = np.random.default_rng(2)
+  learned = {
+    p: rng.standard_normal((v.shape[0], 2))
+    @ rng.standard_normal((2, v.shape[1]))
+    for p, v in base.items()
+    if '_proj/' in p
+  }
+  tuned = {
+    p: (v + learned.get(p, 0)).astype('float32') for p, v in base.items()
+  }
+  models = {'other': other, 'base': base, 'tuned': tuned}
+  adapter = tmp_path / 'adapter.msgpack'
+  after = values(run('transplant-lora', models, rank=2, adapter=adapter))
+  for path, value in other.items():
+    want = value + learned.get(path, 0)
+    np.testing.assert_allclose(after[path], want, atol=1e-4)
+  assert 'adapter' == surgery.open(adapter).manifest.kind
+
+
+def test_grouped_query(run):
+  net = llama()
+  after = values(run('grouped-query', {'model': net}, groups=4, size=2))
+  expected = dict(net)
+  for path, value in net.items():
+    if re.search(r'/[kv]_proj/', path):
+      heads = value.reshape(4, 4, 2, 32).astype('float64').mean(1)
+      expected[path] = heads.astype('float32').reshape(8, 32)
+  same(by_name(expected), by_name(after))
+
+
+def test_longer_context(run):
+  net = gpt2()
+  after = values(run('longer-context', {'model': net}, positions=16))
+  old = net['wpe/weight'].astype('float64')
+  # Places lie a quarter of the way to a neighbour, which the ends have not.
+  near = np.repeat(old, 2, axis=0)
+  far = np.stack([old[[0, *range(7)]], old[[*range(1, 8), 7]]], 1)
+  want = 0.75 * near + 0.25 * far.reshape(16, -1)
+  expected = {p: v for p, v in net.items() if not p.endswith('/attn/bias')}
+  expected['wpe/weight'] = want.astype('float32')
+  close(by_name(expected), by_name(after))
+
+
 def test_rename_scheme_and_back(run, tmp_path, surgery_cli):
   net = llama()
   opened = run('rename-scheme', {'model': net})
