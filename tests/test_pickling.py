@@ -86,6 +86,7 @@ def objects(tmp_path):
   saved = surgery.open(tmp_path / 'm.msgpack')
   factors = jnp.ones((2, 3)), jnp.ones((2, 1)), jnp.ones((1, 3))
   spec = surgery.ParamSpec('kernel', (2, 3), 'float32', 'io')
+  site = surgery.Site(('net', 'layer'), (spec,), ('Linear',))
   child = bx.Graph('other').child('layer')
   return {
     'AdaptedParams': adapted,
@@ -93,19 +94,27 @@ def objects(tmp_path):
     'AdapterInfo': surgery.adapters(adapted)[0],
     'Checkpoint': saved,
     'DenseFallbackWarning': surgery.DenseFallbackWarning('dense'),
+    'DropoutWarning': surgery.DropoutWarning('nothing drops'),
     'Explanation': surgery.explain(layer, adapted, x),
     'Host': surgery.Host(entry_points=False),
     'Leaf': saved['net', 'layer', 'kernel'],
     'LoRA': surgery.LoRA(rank=2),
     'LoraLinear': surgery.LoraLinear(child, 4, bx.Rng(child.child('rng'))),
     'LowRank': surgery.LowRank(*factors, scale=2.0),
+    'Method': surgery.default_host().methods['linear'](),
     'ParamSpec': spec,
+    'PeftLayer': surgery.PeftLayer('net.layer', 'linear', site),
+    'PeftLoRA': surgery.PeftLoRA(),
+    'PeftMapping': surgery.PeftLoRA(),
+    'PeftModule': surgery.PeftModule('net.layer', {'lora_A': (2, 3)}, {}),
     'PluginWarning': surgery.PluginWarning('left out'),
     'Recipe': surgery.Recipe([{'drop': '**/bias'}], inputs={'model': 'a'}),
     'Refusal': surgery.Refusal('it has no inverse'),
     'Selection': surgery.select(adapted, '**/kernel'),
+    'ShardWarning': surgery.ShardWarning('one of three'),
     'SiteWarning': surgery.SiteWarning('left out'),
-    'Site': surgery.Site(('net', 'layer'), (spec,), ('Linear',)),
+    'Site': site,
+    'TensorStats': surgery.TensorStats('net/a', (2,), 'float32', 2, norm=1.5),
   }
 
 
@@ -130,6 +139,8 @@ def shown(value):
     return np.asarray(value.dense()).tolist()
   if isinstance(value, surgery.Recipe):
     return value.data(), value.inputs
+  if isinstance(value, surgery.PeftMapping):
+    return type(value), vars(value)
   if isinstance(value, Warning):
     return type(value), value.args
   return value

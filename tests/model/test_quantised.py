@@ -236,7 +236,7 @@ def test_a_cast_names_the_weight_and_how_it_is_stored(tmp_path):
 
   with pytest.raises(
     surgery.QuantisedError,
-    match=r'^l/weight holds codes of a quantised weight \(float8_e4m3fn with '
+    match=r'^cast: l/weight holds codes of a quantised weight \(float8_e4m3fn with '
     r'weight_scale_inv\), not numbers, so nothing can be computed',
   ):
     surgery.cast(surgery.open(path), 'bf16')
