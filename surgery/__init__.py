@@ -53,6 +53,7 @@ if TYPE_CHECKING:
   from surgery.live.applying import apply
   from surgery.live.check import check
   from surgery.live.combining import combine
+  from surgery.live.extracting import extract_lora
   from surgery.live.lora_linear import LoraLinear
   from surgery.live.migrating import migrate
   from surgery.live.optimizer import optimizer
@@ -127,6 +128,7 @@ _HOMES = {
   'live.combining': ('combine',),
   'factoring.explain': ('Explanation', 'explain'),
   'factoring.transform': ('factored',),
+  'live.extracting': ('extract_lora',),
   'live.lora_linear': ('LoraLinear',),
   'live.migrating': ('migrate',),
   'live.optimizer': ('optimizer',),
@@ -220,6 +222,7 @@ __all__ = [
   'drop',
   'enable',
   'explain',
+  'extract_lora',
   'factored',
   'field',
   'freeze',

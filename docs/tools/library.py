@@ -54,6 +54,7 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
   'Being sure': ('check', 'explain', 'Explanation', 'stats', 'TensorStats'),
   'Files': ('save', 'load', 'save_adapter', 'load_adapter', 'open'),
   'Checkpoints': ('Checkpoint', 'Leaf'),
+  'From whole models': ('extract_lora',),
   'Patches': ('make_patch', 'apply_patch'),
   'Merging models': ('combine',),
   'Other changes': (

@@ -95,7 +95,12 @@ def extract_lora(
   options: dict[str, Any] = {
     'stacked': stacked, 'layout': layout, 'name': name, 'host': host,
   }  # fmt: skip
-  found = attachment.attach(checkpoint, cls(rank=1), to=to, **options)
+  # A matrix without elements has no rank, and nothing that could differ.
+  empty = [f'!{paths.literal(p)}' for p, x in checkpoint.items() if not x.size]
+  where = [to] if isinstance(to, str) else list(to)
+  found = attachment.attach(
+    checkpoint, cls(rank=1), to=[*where, *empty], **options
+  )
   sites = found.records(host).get(name).sites
   whole = _whole(checkpoint, keep_whole, differing, sites, host)
   chosen = {
@@ -288,7 +293,8 @@ def _left(left: Sequence[Path]) -> list[str]:
   if not left:
     return []
   shown = ', '.join(map(paths.show, left[:_SHOWN]))
-  what = 'tensor that differs is' if len(left) == 1 else 'that differ are'
+  one = len(left) == 1
+  what = 'tensor that differs is' if one else 'tensors that differ are'
   said = (
     f'{len(left)} {what} not in the adapter, which gives what the base has: '
     f'{shown}{_more(left)}; keep-whole (--keep-whole) puts it there'

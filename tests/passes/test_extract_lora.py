@@ -247,6 +247,71 @@ def test_it_attaches_to_params_and_to_the_base_alone(tmp_path):
     surgery.load_adapter(file, params.locked())
 
 
+def params_of(values):
+  params = bx.Params()
+  for path, value in values.items():
+    params[tuple(path.split('/'))] = bx.Param(jnp.asarray(value))
+  return params.locked()
+
+
+def test_params_give_what_files_give(tmp_path):
+  base, tuned = two({'a/kernel': (9, 8), 'a/bias': (8,)})
+  alone = surgery.extract_lora(
+    params_of(base), params_of(tuned), rank=8, keep_whole='all'
+  )
+  other = surgery.extract_lora(
+    model(base), model(tuned), rank=8, keep_whole='all'
+  )
+  assert other.keys() == alone.keys()
+  for path, leaf in alone.items():
+    np.testing.assert_array_equal(leaf.load(), other[path].load())
+  alone.write(tmp_path / 'a.msgpack')
+  adapted = surgery.load_adapter(tmp_path / 'a.msgpack', params_of(base))
+  after = surgery.merge(adapted)
+  for path, value in tuned.items():
+    got = after[tuple(path.split('/'))].value
+    np.testing.assert_allclose(got, value, atol=2e-6)
+  with pytest.raises(surgery.AdapterError, match='base: expected bx.Params or'):
+    surgery.extract_lora('base.msgpack', params_of(tuned))  # type: ignore
+
+
+def test_what_is_no_matrix_of_floats_is_not_extracted():
+  base, tuned = two({'a/kernel': (9, 8), 'e/kernel': (0, 3)})
+  odd = {
+    'n/count': np.array(3),
+    'n/mask': np.array([True, False]),
+    'n/table': np.ones((2, 2), 'int8'),
+    'n/scalar': np.array(0.5, 'float32'),
+  }
+  changed = {k: (v + 1).astype(v.dtype) for k, v in odd.items()}
+  changed['n/mask'] = ~odd['n/mask']
+  one, other = model({**base, **odd}), model({**tuned, **changed})
+  with pytest.warns(surgery.SiteWarning, match='4 tensors that differ are not'):
+    alone = extracted(one, other)
+  assert {'a'} == {path[0] for path in alone}
+  alone = extracted(one, other, keep_whole='all')
+  after = merged(one, alone)
+  for name, value in changed.items():
+    np.testing.assert_array_equal(value, after[name])
+
+
+def test_codes_of_quantised_weights_refuse():
+  from surgery.model import quantised
+
+  base, tuned = two({'a/kernel': (9, 8)})
+  codes = {
+    'q/weight': np.ones((4, 4), 'int8'),
+    'q/weight_scale': np.ones(4, 'f4'),
+  }
+  other = {**codes, 'q/weight': 2 * codes['q/weight']}
+  one, two_ = (
+    quantised.marked(model({**some, **more}), None)
+    for some, more in ((base, codes), (tuned, other))
+  )
+  with pytest.raises(surgery.QuantisedError, match='q/weight'):
+    extracted(one, two_)
+
+
 def test_in_the_shell(tmp_path, surgery_cli):
   base, tuned = two({'a/kernel': (9, 8), 'a/bias': (8,), 'b/kernel': (8, 8)})
   one, other = tmp_path / 'base.safetensors', tmp_path / 'tuned.safetensors'
@@ -289,3 +354,11 @@ def test_options_that_do_not_go_together(tmp_path, surgery_cli, options, said):
   )
   assert 2 == result.code
   assert said in result.err
+
+
+def test_an_empty_matrix_elsewhere_does_not_matter():
+  base, tuned = two(
+    {'a/kernel': (9, 8), 'e/kernel': (0, 3), 'f/kernel': (3, 0)}
+  )
+  alone = extracted(model(base), model(tuned), to='a')
+  assert {'a'} == {path[0] for path in alone}
