@@ -158,6 +158,8 @@ class PeftMapping:
     names: names of the tensors that a module may have, without the module.
     shared: names of tensors that belong to no module, as PEFT writes them
       behind `base_model.`, by the name that `init_shared` gives them.
+    replaced: parameters of a module's own that tensors stand in place of, by
+      the tensors' names: what is saved with an adapter, see `modules_to_save`.
     fields: the type's options, by the key of PEFT's configuration.
     defaults: what PEFT takes for keys that a configuration lacks.
     ignored: keys that do not change what trained weights compute: how they
@@ -182,6 +184,7 @@ class PeftMapping:
   peft_type: ClassVar[str] = ''
   names: ClassVar[tuple[str, ...]] = ()
   shared: ClassVar[Mapping[str, str]] = {}
+  replaced: ClassVar[Mapping[str, str]] = {}
   fields: ClassVar[Mapping[str, str]] = {}
   defaults: ClassVar[Mapping[str, Any]] = {}
   ignored: ClassVar[tuple[str, ...]] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import surgery
+from surgery_scaling.peft import PeftLNTuning
 from surgery_scaling.shifts import Shift
 
 
@@ -17,6 +18,7 @@ class LNTuning(Shift):
   """
 
   name = 'ln-tuning'
+  peft = PeftLNTuning()
   rewrites = ('scale', 'bias')
 
   def unfit(self, site: surgery.Site) -> str | None:

@@ -1,4 +1,4 @@
-"""IA3 in the folders of PEFT."""
+"""IA3 and LN tuning in the folders of PEFT."""
 
 from __future__ import annotations
 
@@ -88,3 +88,38 @@ class PeftIA3(surgery.PeftMapping):
     del adapter
     names = sorted(n for n, (one, _) in layers.items() if one.feedforward)
     return {'feedforward_modules': names}
+
+
+class PeftLNTuning(surgery.PeftMapping):
+  """Norms as they were trained, in place of the base's.
+
+  PEFT stores what scale and bias have become, where this type stores by how
+  much they changed, which only beside its base is the same. So a folder is read
+  as what is saved with an adapter, and written again as it was.
+  """
+
+  peft_type = 'LN_TUNING'
+  replaced: ClassVar[Mapping[str, str]] = {
+    'ln_tuning_layers.weight': 'weight',
+    'ln_tuning_layers.bias': 'bias',
+  }
+
+  def config(self, adapter: Any, layers: Layers) -> dict[str, Any]:
+    """Refuses an adapter that is from no folder.
+
+    Raises:
+      ConfigError: saying what to do.
+    """
+    del adapter, layers
+    raise surgery.ConfigError(
+      "adapter type 'ln-tuning': its differences are no parameters of PEFT "
+      'without their base. Merge it, and save the norms by modules_to_save of '
+      'another adapter, or ship the model.'
+    )
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Refuses, as `config` does."""
+    del layer, weights
+    return self.config(None, {})

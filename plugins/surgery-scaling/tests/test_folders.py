@@ -2,16 +2,23 @@
 
 import json
 
+import blox as bx
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from surgery_scaling import IA3
+from surgery_scaling import IA3, LNTuning
 
 import surgery
 
 
 @pytest.mark.parametrize(
-  'name', ['ia3', 'variants/ia3_conv', 'variants/ia3_conv_ff']
+  'name',
+  [
+    'ia3',
+    'variants/ia3_conv',
+    'variants/ia3_conv_ff',
+    'variants/ln',
+  ],
 )
 def test_a_folder_is_merged_and_written_as_peft_does(folder, name):
   folder(name).check()
@@ -34,8 +41,6 @@ def test_an_adapter_of_ours_is_written_and_read_again(net, tmp_path):
 
 
 def test_scales_that_differ_from_tap_to_tap_have_no_folder(tmp_path):
-  import blox as bx
-
   params = bx.Params()
   params['net', 'kernel'] = bx.Param(jnp.ones((3, 3, 2, 4)))
   params = surgery.attach(params.locked(), IA3(feedforward=True), to='net')
@@ -46,3 +51,11 @@ def test_scales_that_differ_from_tap_to_tap_have_no_folder(tmp_path):
   with pytest.raises(surgery.SiteError, match='differ from tap to tap'):
     surgery.save_adapter(tmp_path / 'out', params, format='peft')
   assert not (tmp_path / 'out').exists()
+
+
+def test_differences_of_norms_have_no_folder(tmp_path):
+  params = bx.Params()
+  params['net', 'scale'] = bx.Param(jnp.ones(4))
+  params = surgery.attach(params.locked(), LNTuning(), to='net')
+  with pytest.raises(surgery.ConfigError, match='no parameters of PEFT'):
+    surgery.save_adapter(tmp_path / 'out', params, format='peft')

@@ -98,6 +98,7 @@ class Folder:
     modules: tensors by module and name within it.
     shared: tensors of no module, by the name that `init_shared` gives them.
     others: tensors of the base's own, by name.
+    spelled: what the folder calls those of these that it calls otherwise.
     strange: names that are none of these.
   """
 
@@ -109,6 +110,7 @@ class Folder:
   shared: dict[str, Path]
   others: dict[str, Path]
   strange: list[str]
+  spelled: dict[str, str]
 
   @classmethod
   def of(
@@ -119,7 +121,7 @@ class Folder:
     origin: str,
   ) -> Folder:
     """Returns the tensors of a folder, told apart by their names."""
-    found = cls(alone, mapping, config, origin, {}, {}, {}, [])
+    found = cls(alone, mapping, config, origin, {}, {}, {}, [], {})
     shared = {f'base_model.{n}': ours for ours, n in mapping.shared.items()}
     # The longest first: one may be the end of another.
     known = sorted(mapping.names, key=len, reverse=True)
@@ -133,7 +135,11 @@ class Folder:
         continue
       name = name[len(places.PREFIX) :]
       tensor = next((t for t in known if name.endswith(f'.{t}')), None)
-      if tensor is None:
+      own = next((t for t in mapping.replaced if name.endswith(f'.{t}')), None)
+      if own is not None:
+        plain = f'{name[: -len(own)]}{mapping.replaced[own]}'
+        found.others[plain], found.spelled[plain] = path, name
+      elif tensor is None:
         found.others[name] = path
       else:
         module = name[: -len(tensor) - 1]
@@ -209,7 +215,10 @@ class _Binding:
         paths.show(path): [layer.name, layer.kind]
         for path, layer in layers.items()
       },
-      SAVED: {paths.show(path): name for path, name in saved.items()},
+      SAVED: {
+        paths.show(path): self._folder.spelled.get(name, name)
+        for path, name in saved.items()
+      },
     }
     record = dataclasses.replace(
       record, saved=kept, foreign=json.dumps({configs.KEY: told})
@@ -250,6 +259,8 @@ class _Binding:
 
   def _is_meant(self, name: str) -> bool:
     """Whether the configuration says that a tensor of the base is saved."""
+    if name in self._folder.spelled:
+      return True
     module, _, param = name.rpartition('.')
     if targets.saved(self._config, self._origin)(places.plain(module)):
       return True
