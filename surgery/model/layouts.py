@@ -130,6 +130,8 @@ def _is_turned(leaves: Mapping[Path, Leaf]) -> bool:
     and leaf.shape is not None
     and len(leaf.shape) == 2
     and _TAKES_FEATURES.fullmatch(path[-2])
+    # One whose bias proves PyTorch's layout only happens to be of that size.
+    and _by_bias(path, leaf, leaves) != 'oi'
   )
 
 

@@ -218,6 +218,19 @@ def test_names_of_torch_with_the_layout_of_jax_are_not_torch():
   assert layouts.is_torch(leaves, Manifest())
 
 
+def test_a_bias_proves_the_layout_whatever_features_there_are():
+  # fc1 is behind another matrix, and has as many outputs as rows have features.
+  said = found(
+    Manifest(),
+    emb__weight=(20, 16),
+    fc0__weight=(24, 16),
+    fc0__bias=(24,),
+    fc1__weight=(16, 24),
+    fc1__bias=(16,),
+  )
+  assert (said['fc0__weight'], said['fc1__weight']) == ('oi', 'oi')
+
+
 @pytest.mark.filterwarnings('ignore::surgery.errors.SiteWarning')
 def test_the_plan_says_it_and_what_is_not_certain(file, surgery_cli):
   out = file.with_name('out.msgpack')
