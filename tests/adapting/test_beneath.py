@@ -45,6 +45,12 @@ STEPS: dict[str, list[Any] | None] = {
   ],
   'attach': [{'adapter': 'lora', 'to': 'net/b', 'name': 'more'}],
   'cast': ['bf16'],
+  'clamp': [
+    {'select': ONE, 'min': -0.1, 'max': 0.1},
+    {'select': TWO, 'max': 0.1},
+    {'select': '**/bias', 'min': 0},
+  ],
+  'combine': [{'with': 't'}, {'with': ['u'], 'set': {'weight': [1, 3]}}],
   'combine-adapters': None,
   'concat': [
     {'rules': 'net/{a,b}/kernel -> joined', 'keep': True},
@@ -66,6 +72,7 @@ STEPS: dict[str, list[Any] | None] = {
   'drop': ['net/a', 'net/b', TWO],
   'enable': None,
   'extract': None,
+  'extract-lora': None,
   'factorise': [
     {'rules': f'{ONE} -> x{{1,2}}', 'rank': 8, 'keep': True},
     {'rules': f'{TWO} -> x{{1,2}}', 'rank': 8},
@@ -73,17 +80,39 @@ STEPS: dict[str, list[Any] | None] = {
   'fill': [ONE, TWO, {'rules': 'net/a/bias', 'value': 1}, f'{ONE} -> filled'],
   'fold-norm': ['net/a -> net/norm', 'net/b -> net/norm'],
   'freeze': ['net/b', ONE],
+  'interpolate': [
+    {'select': ONE, 'to': 8},
+    {'select': TWO, 'to': 12},
+    {'select': ONE, 'to': [4, 4], 'axis': [0, 1]},
+  ],
   'keep': ['net/a', 'net/b'],
   'matmul': [
     {'rules': 'net/{a,b}/kernel -> product', 'keep': True},
     'net/{b,c}/kernel -> product',
   ],
+  'mean': [
+    {'select': ONE, 'axis': 0, 'groups': 8},
+    {'select': ONE, 'axis': 0},
+    {'select': TWO, 'axis': 1, 'groups': 2},
+  ],
   'merge': [None],
   'move': ['net/a -> net/z', 'net/b -> net/z', f'{TWO} -> w'],
+  'multiply': [
+    f'{ONE} -> {TWO}',
+    f'{TWO} -> {ONE}',
+    'net/b/bias -> net/b/kernel',
+    f't::{ONE}',
+    f't::{ONE} -> {TWO}',
+  ],
   'pad': [{'select': ONE, 'after': 1}, {'select': TWO, 'after': 1}],
   'permute': [
     {'select': ONE, 'order': [*range(7, -1, -1)]},
     {'select': TWO, 'order': [*range(7, -1, -1)]},
+  ],
+  'prune': [
+    {'select': ONE, 'share': 0.5},
+    {'select': TWO, 'share': 0.5},
+    {'select': '**', 'share': 0.5},
   ],
   'prune-ranks': None,
   'random': [ONE, TWO, 'net/a/bias'],
@@ -228,10 +257,12 @@ def test_merging_before_a_step_and_behind_it_come_to_the_same(kind, case):
     expected = done(verb, step, merged(before), kind, merged)
   assert expected.keys() == found.keys()
   for path, value in expected.items():
-    # A cast rounds base and weights, or their sum.
-    rtol = 0.03 if verb == 'cast' else 1e-5
     both = [np.asarray(v, 'float64') for v in (value, found[path])]
-    np.testing.assert_allclose(both[0], both[1], rtol, err_msg=path)
+    # A cast rounds base and weights, or their sum; where a type turns a kernel
+    # small numbers are differences of large ones.
+    rtol = 0.03 if verb == 'cast' else 1e-5
+    atol = 0.01 * np.abs(both[0]).max() if verb == 'cast' else 0
+    np.testing.assert_allclose(both[0], both[1], rtol, atol=atol, err_msg=path)
 
 
 def update():

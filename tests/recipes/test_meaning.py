@@ -82,6 +82,7 @@ STEPS = [
   {'combine': {'with': 'other', 'set': {'weight': {WRONG: 0.5}}}},
   {'extract-lora': {'tuned': 'other', 'rank': {WRONG: 1}}},
   {'extract-lora': {'tuned': 'other', 'to': WRONG, 'rank': 1}},
+  {'extract-lora': {'tuned': 'other', 'keep-whole': WRONG, 'rank': 1}},
   {'mean': {'select': WRONG, 'axis': 0}},
   {'interpolate': {'select': WRONG, 'to': 8}},
   {'multiply': f'other::{WRONG}'},
