@@ -33,7 +33,8 @@ def writing(
   """Yields a descriptor; what is written to it becomes the file at the end.
 
   A new file has the permissions that the umask leaves, one that replaces
-  another has that one's. A symbolic link is followed.
+  another has that one's. A symbolic link is replaced, and the file behind it
+  stays as it is: in the cache of a hub it is that of other links, too.
 
   Args:
     path: the file.
@@ -48,8 +49,9 @@ def writing(
     with atomic.writing('out.bin') as fd:
       os.write(fd, b'…')
   """
-  target = pathlib.Path(os.path.realpath(path))
   shown = os.fspath(path)
+  whole = pathlib.Path(os.fsdecode(path)).absolute()
+  target = pathlib.Path(os.path.realpath(whole.parent)) / whole.name
   mode = _mode(target, shown, overwrite)
   with folder(target.parent) as parent:
     clean(target)
@@ -85,6 +87,8 @@ def _mode(target: pathlib.Path, shown: str, overwrite: bool) -> int | None:
   try:
     status = target.stat()
   except FileNotFoundError:
+    if target.is_symlink() and not overwrite:
+      raise exists(shown) from None
     return None
   if stat.S_ISDIR(status.st_mode):
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), shown)

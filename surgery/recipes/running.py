@@ -663,6 +663,8 @@ def _restored(output: Output) -> Iterator[None]:
       raise
     return
   kept: dict[pathlib.Path, pathlib.Path] = {}
+  # What is written takes the place of a link, not of the file behind it.
+  link = output.shown.readlink() if output.shown.is_symlink() else None
   try:
     # Parts before the index: while they are put back there is no half set.
     for path in (*_parts(output), output.shown):
@@ -677,6 +679,9 @@ def _restored(output: Output) -> Iterator[None]:
         output.shown.unlink(missing_ok=True)
       for path, old in kept.items():
         old.replace(path)
+      if link is not None:
+        output.shown.unlink(missing_ok=True)
+        output.shown.symlink_to(link)
       raise
   finally:
     for old in kept.values():

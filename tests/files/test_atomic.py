@@ -173,13 +173,26 @@ def test_a_pipe_is_not_replaced(tmp_path):
   assert stat.S_ISFIFO((tmp_path / 'pipe').stat().st_mode)
 
 
-def test_a_link_stays_a_link(tmp_path, target):
+def test_a_link_is_replaced_and_the_file_behind_it_stays(tmp_path, target):
   target.write_bytes(b'old')
   link = tmp_path / 'link.bin'
   link.symlink_to(target)
+  with pytest.raises(FileExistsError):
+    write(link)
   write(link, overwrite=True)
-  assert link.is_symlink()
-  assert target.read_bytes() == b'new'
+  assert not link.is_symlink()
+  assert link.read_bytes() == b'new'
+  assert target.read_bytes() == b'old'
+
+
+def test_a_link_that_leads_nowhere_is_not_replaced_unasked(tmp_path):
+  link = tmp_path / 'link.bin'
+  link.symlink_to(tmp_path / 'gone')
+  with pytest.raises(FileExistsError):
+    write(link)
+  write(link, overwrite=True)
+  assert link.read_bytes() == b'new'
+  assert not (tmp_path / 'gone').exists()
 
 
 def test_a_name_of_255_bytes_will_do(tmp_path):

@@ -451,3 +451,23 @@ def test_a_folder_above_has_to_be_there(hf, tmp_path, surgery_cli):
   done = surgery_cli('convert', hf('llama'), f'{tmp_path}/no/out/')
   assert 3 == done.code
   assert f'{tmp_path}/no: there is no such folder' in done.err
+
+
+def test_of_several_outputs_a_link_is_put_back(hf, tmp_path, monkeypatch):
+  behind, link = tmp_path / 'blob', tmp_path / 'link.safetensors'
+  behind.write_bytes(b'old')
+  link.symlink_to('blob')
+  recipe = surgery.Recipe(
+    [{'cast': 'bf16'}],
+    inputs={'model': hf('llama')},
+    outputs={'main': f'{tmp_path / "main"}/', 'other': link},
+  )
+  plan = recipe.plan()
+  (tmp_path / 'main').mkdir()
+  (tmp_path / 'main' / 'late').write_text('1')
+  # Somebody comes after the check.
+  monkeypatch.setattr(running, 'check_target', lambda *_: None)
+  with pytest.raises(FileExistsError):
+    plan.write(overwrite=True)
+  assert link.is_symlink()
+  assert b'old' == behind.read_bytes() == link.read_bytes()
