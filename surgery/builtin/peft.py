@@ -72,6 +72,7 @@ class PeftLoRA(PeftMapping):
   }
   drawn = ('lora_dropout',)
   bias = True
+  conv1d = True
 
   def reads(self, config: Mapping[str, Any]) -> bool:
     """LoRA itself, not one of its relatives."""

@@ -168,6 +168,7 @@ class PeftMapping:
       the type cannot do what they ask for; and what that is, for messages.
     drawn: weights of ours that PEFT does not have; `init` draws them.
     bias: whether the configuration has `bias`, so that biases can be saved.
+    conv1d: whether it has `fan_in_fan_out`, so that Conv1D can be adapted.
 
   Example:
     class PeftIA3(surgery.PeftMapping):
@@ -191,6 +192,7 @@ class PeftMapping:
   off: ClassVar[Mapping[str, str]] = {}
   drawn: ClassVar[tuple[str, ...]] = ()
   bias: ClassVar[bool] = False
+  conv1d: ClassVar[bool] = False
 
   # Reading.
 

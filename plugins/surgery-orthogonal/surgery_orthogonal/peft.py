@@ -40,6 +40,7 @@ class PeftOFT(_Turning):
 
   peft_type = 'OFT'
   names = ('oft_R.weight',)
+  conv1d = True
   defaults: ClassVar[Mapping[str, Any]] = {
     'r': 0,
     'oft_block_size': 32,
@@ -143,6 +144,7 @@ class PeftBOFT(_Turning):
 
   peft_type = 'BOFT'
   names = ('boft_R', 'boft_s')
+  conv1d = True
   defaults: ClassVar[Mapping[str, Any]] = {
     'boft_block_size': 4,
     'boft_block_num': 0,

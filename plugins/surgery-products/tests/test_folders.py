@@ -2,6 +2,8 @@
 
 import json
 
+import blox as bx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from surgery_products import LoHa, LoKr
@@ -78,3 +80,13 @@ def test_a_single_file_is_merged_as_peft_does(folder, name, names, alphas):
   layers = ('mlp.hidden0', 'mlp.hidden1', 'mlp.output')
   roles = {one: one for one in names}
   folder(name).as_single_file(roles, alphas or dict.fromkeys(layers, 8))
+
+
+def test_matrices_of_conv1d_have_no_folder(tmp_path):
+  params = bx.Params()
+  params['h', 'c_fc', 'weight'] = bx.Param(jnp.ones((8, 6)))
+  params = surgery.attach(
+    params.locked(), LoHa(rank=2), to='**/c_fc', layout='io'
+  )
+  with pytest.raises(surgery.FormatError, match='no LOHA for matrices'):
+    surgery.save_adapter(tmp_path / 'out', params, format='peft')

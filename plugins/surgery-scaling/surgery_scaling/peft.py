@@ -22,6 +22,7 @@ class PeftIA3(surgery.PeftMapping):
 
   peft_type = 'IA3'
   names = ('ia3_l',)
+  conv1d = True
   ignored = ('init_ia3_weights',)
   defaults: ClassVar[Mapping[str, Any]] = {'feedforward_modules': None}
 

@@ -19,6 +19,7 @@ class PeftVeRA(surgery.PeftMapping):
 
   peft_type = 'VERA'
   bias = True
+  conv1d = True
   names = ('vera_lambda_b', 'vera_lambda_d')
   shared: ClassVar[Mapping[str, str]] = {'vera_a': 'vera_A', 'vera_b': 'vera_B'}
   fields: ClassVar[Mapping[str, str]] = {'r': 'rank', 'd_initial': 'd_initial'}
@@ -84,6 +85,7 @@ class PeftVBLoRA(surgery.PeftMapping):
 
   peft_type = 'VBLORA'
   bias = True
+  conv1d = True
   names = ('vblora_logits_A', 'vblora_logits_B')
   shared: ClassVar[Mapping[str, str]] = {'vector_bank': 'vblora_vector_bank'}
   fields: ClassVar[Mapping[str, str]] = {

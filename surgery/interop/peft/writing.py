@@ -316,6 +316,12 @@ class _Writer:
       fresh['bias'] = only if bias else 'none'
     for key in ('exclude_modules', 'layers_to_transform', 'layers_pattern'):
       fresh.pop(key, None)
+    if conv1d and not self._mapping.conv1d:
+      raise errors.FormatError(
+        f'{self._origin}: PEFT has no {self._mapping.peft_type} for matrices '
+        '(in, out), which are Conv1D in torch. If they are (out, in), attach '
+        'it with that layout.'
+      )
     if conv1d or 'fan_in_fan_out' in fresh:
       fresh['fan_in_fan_out'] = conv1d
     return fresh, {}
