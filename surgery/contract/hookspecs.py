@@ -59,7 +59,9 @@ def surgery_match_layer(site: Site, term: str) -> bool | None:
 
   Called: for each layer, when a selector with a term that is not built in
   (`re:`, `type:`) is resolved; for each candidate site, with the term
-  `serves:<type>`, when an adapter is attached.
+  `serves:<type>`, when an adapter is attached. Every layer is asked about, one
+  of scalars and `rng` too: a key has the shape `()` and an empty dtype, a
+  counter the shape `()`. So look at ranks before sizes.
   Order: adapters being attached first, then plugins, last registered first;
   the first result that is not None wins.
   Return: True if the layer is meant, False if not, None if the term is
@@ -90,7 +92,10 @@ def surgery_freeze_param(site: Site, policy: str) -> bool | None:
   """Says whether a parameter trains under a named policy, e.g. `bitfit`.
 
   Called: for each parameter when `freeze` is given a policy. `site.name` is the
-  parameter; for a weight of an adapter it is the weight's name.
+  parameter; for a weight of an adapter it is the weight's name. A policy is a
+  whole name, without arguments: `heads` and `heads:query` are two names. One
+  that lets all train is an error, and one that leaves nothing to train is
+  warned of, as it may be misspelt.
   Order: the owning adapter first, then plugins, last registered first; the
   first result that is not None wins.
   Return: True to train it, False to freeze it, None if the policy is somebody

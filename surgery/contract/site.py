@@ -37,8 +37,10 @@ class ParamSpec:
 
   Attributes:
     name: the parameter's name in its layer.
-    shape: shape as stored, without stacked axes.
-    dtype: name of the dtype as stored.
+    shape: shape as stored, without stacked axes; of PRNG keys that of the
+      keys, `()` for one, in params and in files alike.
+    dtype: name of the dtype as stored; empty for what is no array of numbers,
+      as PRNG keys.
     layout: a letter an axis of `shape`, `i` or `o`.
     sharding: mesh axis names of the axes of `shape`, or empty.
   """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from surgery import errors
 from surgery.contract.site import ParamSpec, Site, default_layout
@@ -27,16 +30,33 @@ def _owner(param: Any) -> str | None:
   return owner if isinstance(owner, str) else None
 
 
+def shown(name: str, leaf: Leaf) -> ParamSpec:
+  """Returns a parameter as hooks are shown it: alike in params and in a file.
+
+  A PRNG key has the shape of the keys and no dtype, as params have it, and not
+  the numbers as which a file holds it.
+
+  Args:
+    name: the parameter's name in its layer, or that which an adapter gave it.
+    leaf: the parameter.
+  """
+  if leaf.key is None:
+    shape, dtype = leaf.shape or (), leaf.dtype or ''
+  else:
+    # Params have keys, whose shape it is; a file has each key's numbers as a
+    # last axis.
+    keys = leaf.load().shape if leaf.shape is None else leaf.shape[:-1]
+    shape, dtype = tuple(keys), ''
+  return ParamSpec(name, shape, dtype, default_layout(len(shape)))
+
+
 def term(
   leaves: Mapping[Path, Leaf], types: LayerTypes, host: Host
 ) -> selectors.Term:
   """Returns a function that asks hooks for the terms of a selector."""
   layers: dict[Path, list[ParamSpec]] = {}
   for path, leaf in leaves.items():
-    shape = leaf.shape or ()
-    layers.setdefault(path[:-1], []).append(
-      ParamSpec(path[-1], shape, leaf.dtype or '', default_layout(len(shape)))
-    )
+    layers.setdefault(path[:-1], []).append(shown(path[-1], leaf))
 
   def ask(text: str, layer: Path) -> bool:
     if layer not in layers:
@@ -108,6 +128,25 @@ def _text(value: Any) -> str:
   return str(value) if isinstance(value, Leaf) else describe(value)
 
 
+def _leaf(value: Any) -> Leaf:
+  """Returns a value of params, or a layer of a graph, as a leaf.
+
+  This is `live.checkpoints.leaf_of` as far as hooks are shown it, without JAX.
+  """
+  load = functools.partial(_same, value)
+  shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
+  if shape is None or dtype is None:
+    return Leaf(load)
+  try:
+    return Leaf(load, tuple(shape), str(np.dtype(dtype)))
+  except TypeError:  # numpy has no dtype of PRNG keys.
+    return Leaf(load, key=str(dtype))
+
+
+def _same(value: Any) -> Any:
+  return value
+
+
 def select(
   model: Any,
   *select: selectors.Text,
@@ -138,13 +177,7 @@ def select(
   leaves = {p: v for p, v in universe.items() if isinstance(v, Leaf)}
   for path, value in universe.items():
     if path not in leaves:
-      shape, dtype = (
-        getattr(value, 'shape', None),
-        getattr(value, 'dtype', None),
-      )
-      leaves[path] = Leaf(
-        lambda: None, None if shape is None else tuple(shape), str(dtype)
-      )
+      leaves[path] = _leaf(value)
   chosen = selectors.resolve(
     selectors.parse(items),
     universe,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 
 from surgery import errors
 from surgery.adapting.beneath import handles_adapters
-from surgery.contract.site import ParamSpec, Site, default_layout
+from surgery.contract.site import Site
 from surgery.editing import choosing, marks
 from surgery.editing.marks import ALONG, MARK, OURS
 from surgery.host.manager import Host
@@ -53,9 +54,8 @@ def _thawed(leaf: Leaf) -> Leaf:
 
 def _site(path: Path, name: str, leaf: Leaf, types: LayerTypes) -> Site:
   """Returns a parameter as hooks are shown it."""
-  shape = leaf.shape or ()
-  spec = ParamSpec(name, shape, leaf.dtype or '', default_layout(len(shape)))
   known = types.get(path[:-1])
+  spec = choosing.shown(name, leaf)
   return Site(path[:-1], (spec,), known.names if known else ())
 
 
@@ -86,12 +86,14 @@ def freeze(
     checkpoint: the model.
     select: what to freeze; a layer means everything beneath it.
     policy: name of a policy that says of each parameter whether it trains;
-      `adapters` where neither is given.
+      `adapters` where neither is given. It is a whole name, without
+      arguments; a warning says so if nothing trains any more.
     layer_types: types of layers; by default those of the checkpoint.
     host: whose hooks are asked.
 
   Raises:
-    SelectorError: for a selector that matches nothing.
+    SelectorError: for a selector that matches nothing, or a policy that
+      freezes nothing.
     PluginError: for a policy that nobody knows.
     AdapterError: under a policy, if an adapter still looks for parameters:
       those to come would not be frozen.
@@ -122,18 +124,51 @@ def freeze(
     for record in checkpoint.records(host).adapters
     for name, spec in record.weights()
   }
-  known, leaves = False, {}
+  answers, leaves = set(), {}
   for path, leaf in checkpoint.items():
     owner, name = owners.get(path, (None, path[-1]))
     trains = _trains(_site(path, name, leaf, types), owner, policy, host)
-    known = known or trains is not None
-    leaves[path] = _frozen(leaf, mark(path)) if trains is False else leaf
-  if not known:
+    # A comparison of numpy's numbers gives numpy's own.
+    answers.add(trains if trains is None else bool(trains))
+    leaves[path] = (
+      leaf if trains is None or trains else _frozen(leaf, mark(path))
+    )
+  _check_answers(policy, answers, leaves)
+  return checkpoint.replace(leaves=leaves)
+
+
+def _check_answers(
+  policy: str, answers: set[bool | None], leaves: Mapping[Path, Leaf]
+) -> None:
+  """Raises, or warns, if a policy cannot have been meant as it was written.
+
+  Args:
+    policy: its name.
+    answers: what it said of parameters.
+    leaves: the parameters afterwards.
+
+  Raises:
+    PluginError: if nobody knows it.
+    SelectorError: if it freezes nothing; what was frozen before counts.
+  """
+  if not answers - {None}:
     raise errors.PluginError(
       f'no plugin knows the policy {policy!r}. `surgery plugins` lists '
       'plugins and their hooks.'
     )
-  return checkpoint.replace(leaves=leaves)
+  if False not in answers:
+    raise errors.SelectorError(
+      f'policy {policy!r} freezes nothing: it lets all {len(leaves)} '
+      'parameters train. A policy is a whole name; is it misspelt?'
+    )
+  # Without adapters our own is how a base is frozen before they are attached.
+  if policy != ADAPTERS and not any(leaf.trainable for leaf in leaves.values()):
+    warnings.warn(
+      f'freeze: under policy {policy!r} nothing trains any more. A policy is '
+      'a whole name; is it misspelt, or is it for another model?',
+      UserWarning,
+      stacklevel=2,
+    )
 
 
 @handles_adapters

@@ -6,10 +6,12 @@ import functools
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import blox as bx
+
 from surgery import errors
 from surgery.contract.site import Site
 from surgery.host.manager import Host
-from surgery.live import saving, verbs
+from surgery.live import checkpoints, saving, verbs
 from surgery.live.applying import apply
 from surgery.model.checkpoint import open_checkpoint
 from surgery.naming import paths
@@ -33,6 +35,10 @@ class PolicyConformance(suites.Suite):
   """
 
   trains: ClassVar[str | Iterable[str]]
+
+  def model(self) -> bx.Params:
+    """Returns the params of `Suite.model`, and keys and a counter in `rng`."""
+    return suites.with_keys(super().model())
 
   def _asked(self, site: Site, policy: str, host: Host) -> Any:
     return host.ask('surgery_freeze_param', site=site, policy=policy)
@@ -94,7 +100,9 @@ class PolicyConformance(suites.Suite):
   def test_live_is_file(self) -> None:
     """Params and files get the same flags."""
     host, params = self.host(), self.model()
-    live = suites.checkpoint(verbs.freeze(params, policy=self.name, host=host))
+    frozen = verbs.freeze(params, policy=self.name, host=host)
+    # As they are written, since a file holds the numbers of a key.
+    live = checkpoints.to_tensors(suites.checkpoint(frozen))
     with suites.folder() as folder:
       saving.save(folder / 'm.msgpack', params)
       step = {'freeze': {'policy': self.name}}
@@ -122,6 +130,10 @@ class TermConformance(suites.Suite):
 
   matches: ClassVar[str | Iterable[str]]
   refused: ClassVar[Iterable[tuple[str, str]]] = ()
+
+  def model(self) -> bx.Params:
+    """Returns the params of `Suite.model`, and keys and a counter in `rng`."""
+    return suites.with_keys(super().model())
 
   def _asked(self, site: Site, term: str, host: Host) -> Any:
     return host.ask('surgery_match_layer', site=site, term=term)

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import blox as bx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from surgery import errors
 from surgery.builtin.lora import LoRA
-from surgery.contract.site import ParamSpec, Site, default_layout
+from surgery.contract.site import ParamSpec, Site
 from surgery.editing import choosing
 from surgery.host.manager import Host
 from surgery.live import checkpoints, verbs
@@ -128,6 +129,22 @@ class Suite:
     layer is bfloat16, its bias is frozen and has metadata.
     """
     return _model()
+
+
+def with_keys(params: bx.Params) -> bx.Params:
+  """Returns params with a generator's key and counter, and some more keys.
+
+  What hooks are shown of a key has to be the same in a file, which holds its
+  numbers.
+  """
+  found = bx.Params()
+  for path, param in params.items():
+    found[path] = param
+  key = jax.random.key(0)
+  found['rng', 'key'] = bx.Param(key, trainable=False)
+  found['rng', 'counter'] = bx.Param(jnp.uint32(0), trainable=False)
+  found['rng', 'many', 'keys'] = bx.Param(jax.random.split(key, 3), False)
+  return found.locked()
 
 
 @once
@@ -255,10 +272,7 @@ def sites(params: bx.Params, *, each: bool) -> list[Site]:
   """
   groups: dict[Any, list[ParamSpec]] = {}
   for path, leaf in checkpoint(params).items():
-    shape = leaf.shape or ()
-    spec = ParamSpec(
-      path[-1], shape, leaf.dtype or '', default_layout(len(shape))
-    )
+    spec = choosing.shown(path[-1], leaf)
     groups.setdefault(path if each else path[:-1], []).append(spec)
   return [
     Site(path[:-1] if each else path, tuple(specs))

@@ -453,7 +453,12 @@ class Biases(testing.PolicyConformance):
 POLICIES: dict[str, tuple[Any, set[str]]] = {
   'says only yes': (
     lambda site, policy: True if biases(site, policy) else None,
-    {'it_answers_every_parameter', 'what_is_declared_trains'},
+    {
+      'it_answers_every_parameter',
+      'what_is_declared_trains',
+      # It freezes nothing, which is an error.
+      'live_is_file',
+    },
   ),
   'answers all': (
     lambda site, policy: site.name == 'bias',
@@ -555,6 +560,16 @@ TERMS: dict[str, tuple[Any, set[str]]] = {
 
 def test_a_term_that_is_right_is_right():
   assert {} == Named.broken()
+
+
+def test_a_term_by_shapes_sees_keys_alike_in_params_and_in_files():
+  def vectors_of_keys(site, term):
+    if term != 'keys:typed':
+      return None
+    return any(p.shape and not p.dtype for p in site.params)
+
+  said = {'name': 'keys:typed', 'matches': 'rng/many', 'refused': ()}
+  assert {} == suite(Named, Term(vectors_of_keys), **said).broken()
 
 
 @pytest.mark.parametrize('name', TERMS)
