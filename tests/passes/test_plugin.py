@@ -76,5 +76,5 @@ assert not {{'jax', 'blox'}} & set(sys.modules)
 
 
 def test_a_host_without_plugins_has_no_passes():
-  host = surgery.Host(entry_points=False, block=['passes'])
+  host = surgery.Host(entry_points=False, block=['passes', 'maps'])
   assert {} == host.passes
