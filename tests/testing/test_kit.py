@@ -325,6 +325,7 @@ BROKEN: dict[str, Any] = {
       'two_calls_give_the_same',
       'how_axes_are_stored_does_not_matter',
       'shards_give_the_eager_result',
+      'transformations_give_the_eager_result',
     },
   ),
   'hides NaN': (HidesNaN(), {}, {'what_is_not_finite_is_not_merged'}),
