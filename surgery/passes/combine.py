@@ -230,6 +230,7 @@ def _common(models: Sequence[_Model], only: str) -> list[Path]:
 
 
 _EMBEDDING = ('embed', 'wte', 'token')
+_HEAD = ('head', 'output', *_EMBEDDING)
 
 
 def _check_tied(path: Path, models: Sequence[_Model]) -> None:
@@ -260,6 +261,24 @@ def _check_tied(path: Path, models: Sequence[_Model]) -> None:
       f'(untie: {{rules: {rule}{turned}}}), or rename the tensor if it is no '
       'head.'
     )
+
+
+def _drawn_as(path: Path, leaves: Mapping[Path, Leaf]) -> Path:
+  """Returns the path by which random numbers for a tensor are drawn.
+
+  A head that is stored as a copy of the embedding has to stay one, so both drop
+  the same places.
+  """
+  shape = leaves[path].shape or ()
+  if len(shape) != 2 or not any(w in paths.show(path).lower() for w in _HEAD):
+    return path
+  alike = (
+    other
+    for other, leaf in leaves.items()
+    if leaf.shape == shape
+    and any(word in paths.show(other).lower() for word in _EMBEDDING)
+  )
+  return min(alike, default=path)
 
 
 def _check_alike(
@@ -355,7 +374,7 @@ def _combined(
     sources[:-1] if based else sources,
     sources[-1] if based else None,
     rows=method.rows,
-    uniform=streaming.Uniform(seed, path),
+    uniform=streaming.Uniform(seed, _drawn_as(path, models[0].leaves)),
     finite=nonfinite == 'refuse',
   )
   made = streaming.Combined(method, tensor, leaf.dtype, nonfinite, owner)

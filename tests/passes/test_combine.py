@@ -359,3 +359,22 @@ def test_layers_of_several_models():
   after = recipe.apply(tall(0, range(6)), other=tall(100, range(6)))
   values = [value(after, f'h/{k}/w')[0] for k in range(len(after))]
   assert [0, 1, 2, 102, 103, 104] == values
+
+
+@pytest.mark.parametrize('method', ['dare_ties', 'dare_linear', 'della'])
+def test_a_head_that_is_a_copy_of_the_embedding_stays_one(method):
+  rng = np.random.default_rng(0)
+  base, a, b = (rng.normal(size=(40, 8)).astype('float32') for _ in range(3))
+  of = lambda rows: surgery.Checkpoint(
+    {
+      ('model', 'embed_tokens', 'weight'): leaf(rows),
+      ('lm_head', 'weight'): leaf(rows.copy()),
+    }
+  )
+  after = surgery.combine(
+    [of(a), of(b)], base=of(base), method=method, density=0.5
+  )
+  head = np.asarray(after['lm_head', 'weight'].load())
+  embedding = np.asarray(after['model', 'embed_tokens', 'weight'].load())
+  np.testing.assert_array_equal(head, embedding)
+  assert (head != base).any() and (head == base).any()
