@@ -1,6 +1,6 @@
 """Folders that we write, loaded by PEFT itself.
 
-`nox -s peft` installs torch, PEFT and all plugins and runs this; elsewhere it
+`nox -s torch` installs torch, PEFT and all plugins and runs this; elsewhere it
 is skipped. Each type gets random weights on a torch checkpoint; what PEFT
 computes with the folder has to be what the checkpoint computes that we merge.
 """
