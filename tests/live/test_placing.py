@@ -349,7 +349,9 @@ for adapter in types:
   made = surgery.attach(base, adapter, to='**')
   surgery.merge(made).write(folder / f'{{adapter.name}}.msgpack')
 computed = [v for v in computed if not isinstance(v, jax.core.Tracer)]
-assert len(computed) >= len(types) and all(map(on_cpu, computed))
+assert len(computed) >= len(types), len(computed)
+elsewhere = [(v.shape, v.devices()) for v in computed if not on_cpu(v)]
+assert not elsewhere, elsewhere
 assert drawn and all(map(on_cpu, drawn))
 # The bits are those of params on the other platform.
 for adapter in types:
