@@ -17,6 +17,8 @@ OPTIONS = {
   'check-same: false (check_same=False)': (
     '--no-check-same (in a recipe check-same: false)'
   ),
+  'nonfinite: allow': '--nonfinite allow (in a recipe nonfinite: allow)',
+  'only: common': '--only common (in a recipe only: common)',
   '(manifest=True)': '',
   'names= (--names)': '--names',
   'with graph=,': 'with its graph,',

@@ -72,3 +72,12 @@ def test_examples_of_python_are_options():
   assert 'Write one with surgery extract.' == say(
     'Write one with surgery.save_adapter.'
   )
+
+
+def test_options_of_steps_are_said_as_the_shell_has_them():
+  said = wording.as_options('To write it all the same, give nonfinite: allow.')
+  assert (
+    'To write it all the same, give --nonfinite allow (in a recipe nonfinite: '
+    'allow).'
+  ) == said
+  assert '--only common (in a recipe' in wording.as_options('give only: common')
