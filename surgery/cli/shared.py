@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,30 @@ def each(
       code = codes.FAILED
     worst = max(worst, code)
   return worst
+
+
+def reported(
+  files: Sequence[pathlib.Path],
+  function: Callable[[pathlib.Path], int],
+  reports: Sequence[Any] | None,
+) -> int:
+  """Does something with each of several files, and prints reports as JSON.
+
+  Args:
+    files: the files.
+    function: what is done; it adds a file's report to `reports`.
+    reports: what is printed at the end: one alone of a single file, otherwise a
+      list; None where nothing is.
+
+  Returns:
+    The worst exit code.
+  """
+  try:
+    return each(files, function)
+  finally:
+    # What was found before an error is a result, too.
+    if reports:
+      click.echo(json.dumps(reports[0] if len(files) == 1 else reports))
 
 
 def size(count: int) -> str:

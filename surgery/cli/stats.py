@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator
@@ -113,16 +112,7 @@ def command(
         click.echo(line)
     return 0
 
-  if not as_json:
-    return shared.each(files, one)
-  code = 0
-  try:
-    code = shared.each(files, one)
-  finally:
-    # What was found before an error is a result, too.
-    if reports:
-      click.echo(json.dumps(reports[0] if len(files) == 1 else reports))
-  return code
+  return shared.reported(files, one, reports if as_json else None)
 
 
 def _leaves(file: pathlib.Path, select: tuple[str, ...]) -> dict[Path, Leaf]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -64,16 +63,7 @@ def command(
     reports.append(report)
     return code
 
-  if not as_json:
-    return shared.each(files, one)
-  code = 0
-  try:
-    code = shared.each(files, one)
-  finally:
-    # What was found before an error is a result, too.
-    if reports:
-      click.echo(json.dumps(reports[0] if len(files) == 1 else reports))
-  return code
+  return shared.reported(files, one, reports if as_json else None)
 
 
 def _verify(
