@@ -228,7 +228,7 @@ class _Answer:
     from surgery.adapting import merged
 
     for adapter, site in self._chain:
-      adapter.check_met('merge')
+      adapter.check_met()
       merged.check_whole(self._checkpoint, adapter)
       said = self._host.ask(
         'surgery_merge_param',

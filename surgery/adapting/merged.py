@@ -124,7 +124,7 @@ def fold(
         f'adapter {name!r} is disabled: layers do not get what it would merge. '
         'Enable it first, or detach it.'
       )
-    records.get(name).check_met('merge')
+    records.get(name).check_met()
     check_whole(checkpoint, records.get(name))
   check_order(records, merged)
   encode = _asked(records, merged, host)

@@ -22,7 +22,6 @@ def chosen(
   checkpoint: Checkpoint,
   select: selectors.Text | Selection,
   layer_types: LayerTypes | None,
-  verb: str,
   host: Host,
 ) -> set[Path]:
   """Returns the tensors that a selector means.
@@ -88,7 +87,7 @@ def gone_whole(record: AdapterRecord, gone: Collection[Path]) -> bool:
 
 
 def without(
-  checkpoint: Checkpoint, gone: Collection[Path], verb: str, host: Host
+  checkpoint: Checkpoint, gone: Collection[Path], host: Host
 ) -> Checkpoint:
   """Returns the checkpoint without some tensors.
 
@@ -98,7 +97,6 @@ def without(
   Args:
     checkpoint: the model.
     gone: the tensors.
-    verb: the pass, for messages.
     host: knows the adapters' types.
 
   Raises:
@@ -106,10 +104,10 @@ def without(
     QuantisedError: if codes would be left without their scales.
     SurgeryError: if half a parameter would be left, or nothing at all.
   """
-  records = following.settled(checkpoint, verb, host)
-  gone = quantised.without(checkpoint, gone, verb)
+  records = following.settled(checkpoint, host)
+  gone = quantised.without(checkpoint, gone)
   for record in records.adapters:
-    left, more = _left(record, gone, checkpoint, verb)
+    left, more = _left(record, gone, checkpoint)
     gone |= more
     records = (
       records.replace(left)
@@ -125,14 +123,14 @@ def without(
     leaves=leaves,
     records=records,
     manifest=checkpoint.manifest.replace(
-      trees=_trees(checkpoint, leaves, gone, verb),
+      trees=_trees(checkpoint, leaves, gone),
       layer_types=following.layer_types(checkpoint, leaves),
     ),
   )
 
 
 def _left(
-  record: AdapterRecord, gone: set[Path], present: Checkpoint, verb: str
+  record: AdapterRecord, gone: set[Path], present: Checkpoint
 ) -> tuple[AdapterRecord | None, set[Path]]:
   """Returns what is left of an adapter, and the weights that go along."""
   sites = {}
@@ -145,7 +143,7 @@ def _left(
       more.update(weights)
     elif lost:
       kept = next(p for p in (*base, *weights) if p not in gone)
-      raise _half(record, lost[0], kept, verb)
+      raise _half(record, lost[0], kept)
     else:
       sites[path] = site
   saved = {}
@@ -153,14 +151,14 @@ def _left(
     if path in gone:
       more.add(spec.path)
     elif spec.path in gone:
-      raise _half(record, spec.path, path, verb)
+      raise _half(record, spec.path, path)
     else:
       saved[path] = spec
   shared = {spec.path for spec in record.shared.values()}
   if not sites and not saved:
     return None, more | shared
   for path in shared & gone:
-    raise _half(record, path, next(iter((*sites, *saved))), verb)
+    raise _half(record, path, next(iter((*sites, *saved))))
   if (len(sites), len(saved)) == (len(record.sites), len(record.saved)):
     return record, more
   return (
@@ -169,9 +167,7 @@ def _left(
   )
 
 
-def _half(
-  record: AdapterRecord, lost: Path, kept: Path, verb: str
-) -> errors.AdapterError:
+def _half(record: AdapterRecord, lost: Path, kept: Path) -> errors.AdapterError:
   return errors.AdapterError(
     f'{paths.show(lost)} would go and {paths.show(kept)} stay, and '
     f'adapter {record.name!r} needs both. Merge or detach the adapter first, '
@@ -183,7 +179,6 @@ def _trees(
   checkpoint: Checkpoint,
   leaves: Mapping[Path, Leaf],
   gone: set[Path],
-  verb: str,
 ) -> dict[Path, Any]:
   """Returns the structures of the parameters that are left."""
   trees = checkpoint.manifest.trees

@@ -21,12 +21,11 @@ from surgery.naming.paths import Path
 TAG = 'surgery'
 
 
-def check_model(checkpoint: Checkpoint, verb: str) -> None:
+def check_model(checkpoint: Checkpoint) -> None:
   """Raises unless the checkpoint is a whole model.
 
   Args:
     checkpoint: what a pass was given.
-    verb: the pass.
 
   Raises:
     FormatError: if it is an adapter without its base, or a patch.
@@ -39,7 +38,7 @@ def check_model(checkpoint: Checkpoint, verb: str) -> None:
     )
 
 
-def settled(checkpoint: Checkpoint, verb: str, host: Host) -> Records:
+def settled(checkpoint: Checkpoint, host: Host) -> Records:
   """Returns the adapters, none of which looks for sites.
 
   Raises:

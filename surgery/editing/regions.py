@@ -424,7 +424,7 @@ def start_of(region: Region, shape: Shape) -> int:
   return at
 
 
-def axis_of(axis: int, shape: Shape, path: Path, verb: str) -> int:
+def axis_of(axis: int, shape: Shape, path: Path) -> int:
   """Returns an axis counted from the front.
 
   Raises:

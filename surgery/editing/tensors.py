@@ -43,7 +43,7 @@ def chosen(
   return {path: checkpoint[path] for path in found}
 
 
-def texts(rules: str | Iterable[str], verb: str) -> list[str]:
+def texts(rules: str | Iterable[str]) -> list[str]:
   """Returns rules as a list.
 
   Raises:
@@ -67,7 +67,7 @@ def split_alias(text: str) -> tuple[str | None, str]:
 
 
 def aliased(
-  checkpoint: Checkpoint, alias: str | None, inputs: Inputs | None, verb: str
+  checkpoint: Checkpoint, alias: str | None, inputs: Inputs | None
 ) -> Checkpoint:
   """Returns the checkpoint that an alias stands for.
 
@@ -89,7 +89,6 @@ def aliased(
 def pairs(
   checkpoint: Checkpoint,
   rules: Sequence[str],
-  verb: str,
   inputs: Inputs | None,
 ) -> list[tuple[Path, Leaf, Path, str]]:
   """Returns what rules `[ALIAS::]OLD [-> NEW]` mean.
@@ -97,7 +96,6 @@ def pairs(
   Args:
     checkpoint: the model.
     rules: the rules; without an arrow names stay.
-    verb: the pass, for messages.
     inputs: other checkpoints by alias.
 
   Returns:
@@ -110,7 +108,7 @@ def pairs(
   found = []
   for text in rules:
     alias, rest = split_alias(text)
-    source = aliased(checkpoint, alias, inputs, verb)
+    source = aliased(checkpoint, alias, inputs)
     read = renaming.parse if renaming.has_arrow(rest) else renaming.staying
     rule = read(rest)
     universe = dict(source)
@@ -137,12 +135,10 @@ def reverse(text: str) -> renaming.Rule | None:
     return None
 
 
-def _owned(
-  checkpoint: Checkpoint, host: Host, verb: str
-) -> dict[Path, tuple[str, str]]:
+def _owned(checkpoint: Checkpoint, host: Host) -> dict[Path, tuple[str, str]]:
   """Returns whose the paths are that adapters rewrite or own."""
   found: dict[Path, tuple[str, str]] = {}
-  for record in following.settled(checkpoint, verb, host).adapters:
+  for record in following.settled(checkpoint, host).adapters:
     for path in record.weight_paths():
       found[path] = (record.name, 'is a weight of')
     for site in record.sites.values():
@@ -154,14 +150,14 @@ def _owned(
 
 
 def check_free(
-  checkpoint: Checkpoint, touched: Iterable[Path], verb: str, host: Host
+  checkpoint: Checkpoint, touched: Iterable[Path], host: Host
 ) -> None:
   """Raises if an adapter rewrites or owns one of some tensors.
 
   Raises:
     AdapterError: naming both.
   """
-  owned = _owned(checkpoint, host, verb)
+  owned = _owned(checkpoint, host)
   for path in touched:
     if path in owned:
       name, how = owned[path]
@@ -171,9 +167,7 @@ def check_free(
       )
 
 
-def _check_trees(
-  checkpoint: Checkpoint, touched: Iterable[Path], verb: str
-) -> None:
+def _check_trees(checkpoint: Checkpoint, touched: Iterable[Path]) -> None:
   trees = checkpoint.manifest.trees
   for path in touched if trees else ():
     tree = following.tree_of(path, trees)
@@ -188,7 +182,6 @@ def check_new(
   checkpoint: Checkpoint,
   fresh: Mapping[Path, Leaf],
   gone: Collection[Path],
-  verb: str,
   overwrite: bool = False,
 ) -> None:
   """Raises unless new names are free, and none lies beneath another.
@@ -252,8 +245,8 @@ def edited(
     SurgeryError: if nothing would be left.
   """
   changed, fresh, gone = changed or {}, fresh or {}, set(gone)
-  following.check_model(checkpoint, verb)
-  check_new(checkpoint, fresh, gone, verb, overwrite)
+  following.check_model(checkpoint)
+  check_new(checkpoint, fresh, gone, overwrite)
   _check_codes(checkpoint, {**changed, **fresh}, gone, verb)
   replaced = [p for p in fresh if p in checkpoint and p not in gone]
   moved = [
@@ -261,8 +254,8 @@ def edited(
     for p, leaf in {**changed, **{p: fresh[p] for p in replaced}}.items()
     if rearranged or _form(leaf) != _form(checkpoint[p])
   ]
-  check_free(checkpoint, (*gone, *moved), verb, host)
-  _check_trees(checkpoint, (*gone, *changed, *replaced), verb)
+  check_free(checkpoint, (*gone, *moved), host)
+  _check_trees(checkpoint, (*gone, *changed, *replaced))
   leaves = _placed(checkpoint, changed, fresh, gone, behind or {})
   if not leaves:
     raise errors.SurgeryError(
@@ -291,7 +284,7 @@ def _check_codes(
   for path, leaf in made.items():
     if path in checkpoint and path not in gone and leaf.codes is None:
       quantised.refuse(checkpoint[path], verb)
-  whole = quantised.without(checkpoint, gone, verb)
+  whole = quantised.without(checkpoint, gone)
   for path in whole.difference(gone):
     quantised.refuse(checkpoint[path], verb)
 

@@ -565,7 +565,7 @@ def _resized(
   found = tensors.chosen(now, said['select'], 'resize-vocab', host)
   for path, leaf in found.items():
     shape = leaf.shape or ()
-    at = regions.axis_of(axis, shape, path, 'resize-vocab')
+    at = regions.axis_of(axis, shape, path)
     if shape[at] > size:
       changed[path] = slicing.taken(leaf, at, range(size))
     elif shape[at] < size:

@@ -328,15 +328,12 @@ def moved(leaf: Leaf, new: Path) -> Leaf:
   return leaf.replace(codes=dataclasses.replace(leaf.codes, of=new))
 
 
-def without(
-  leaves: Mapping[Path, Leaf], gone: Collection[Path], verb: str
-) -> set[Path]:
+def without(leaves: Mapping[Path, Leaf], gone: Collection[Path]) -> set[Path]:
   """Returns what goes, and what goes along because its codes go.
 
   Args:
     leaves: all tensors.
     gone: those that are to go.
-    verb: the pass, for messages.
 
   Raises:
     QuantisedError: if codes would stay without a part that they need.

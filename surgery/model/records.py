@@ -316,11 +316,8 @@ class AdapterRecord:
       return self
     return dataclasses.replace(self, seed=None, to=None, foreign=None)
 
-  def check_met(self, verb: str) -> None:
+  def check_met(self) -> None:
     """Raises if the adapter still looks for some of what it was attached to.
-
-    Args:
-      verb: what would do half of its work.
 
     Raises:
       AdapterError: naming the item of the selector.

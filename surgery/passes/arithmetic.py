@@ -285,7 +285,7 @@ def _added(
   if isinstance(terms, Mapping):
     weighted = dict(terms)
   else:
-    weighted = dict.fromkeys(tensors.texts(terms, verb), 1.0)
+    weighted = dict.fromkeys(tensors.texts(terms), 1.0)
   if not weighted:
     raise errors.RenameError('expected terms, found none.')
   sums: dict[Path, list[tuple[Leaf, float, Path]]] = {}
@@ -295,8 +295,8 @@ def _added(
       raise errors.SurgeryError(
         f'{rule!r}: expected a finite weight, found {weight * scale}.'
       )
-    found = terms_of(checkpoint, rule, verb, inputs, host)
-    missing = lacking_of(checkpoint, rule, found, inputs, verb, host)
+    found = terms_of(checkpoint, rule, inputs, host)
+    missing = lacking_of(checkpoint, rule, found, inputs, host)
     if missing and not partial:
       raise errors.RenameError(f'{rule!r}: {listed(missing)}')
     lacking.update(path for path, _ in missing)
@@ -320,18 +320,17 @@ def _added(
 def terms_of(
   checkpoint: Checkpoint,
   rule: str,
-  verb: str,
   inputs: tensors.Inputs | None,
   host: Host,
 ) -> list[tuple[Path, Leaf, Path]]:
   """Returns the tensors that a rule adds, with their paths and targets."""
   alias, _ = tensors.split_alias(rule)
-  source = tensors.aliased(checkpoint, alias, inputs, verb)
+  source = tensors.aliased(checkpoint, alias, inputs)
   owned: Collection[Path] = ()
   if alias is not None:
     # What an adapter does is in the parameters that it rewrites.
-    owned = following.settled(source, verb, host).owned
-  found = tensors.pairs(checkpoint, [rule], verb, inputs)
+    owned = following.settled(source, host).owned
+  found = tensors.pairs(checkpoint, [rule], inputs)
   kept = [(old, leaf, new) for old, leaf, new, _ in found if old not in owned]
   if not kept:
     raise errors.RenameError(
@@ -345,7 +344,6 @@ def lacking_of(
   rule: str,
   found: Sequence[tuple[Path, Leaf, Path]],
   inputs: tensors.Inputs | None,
-  verb: str,
   host: Host,
 ) -> list[tuple[Path, str]]:
   """Returns what a rule names that the model or the other input lacks.
@@ -365,7 +363,7 @@ def lacking_of(
   if back is None:
     return []
   reached = {new for _, _, new in found}
-  owned = following.settled(checkpoint, verb, host).owned
+  owned = following.settled(checkpoint, host).owned
   for path in checkpoint:
     if path in reached or path in owned:
       continue

@@ -459,10 +459,8 @@ def _compared(
 ) -> list[tuple[str, Leaf, str, Leaf]]:
   found = []
   if said['to'] is None:
-    rules = tensors.texts(said['of'], 'assert')
-    for old, leaf, new, rule in tensors.pairs(
-      asked.model, rules, 'assert', asked.inputs
-    ):
+    rules = tensors.texts(said['of'])
+    for old, leaf, new, rule in tensors.pairs(asked.model, rules, asked.inputs):
       if new not in asked.model or (
         new == old and tensors.split_alias(rule)[0] is None
       ):
@@ -475,7 +473,7 @@ def _compared(
   else:
     aliases = [said['to']] if isinstance(said['to'], str) else said['to']
     for alias in aliases:
-      others = tensors.aliased(asked.model, alias, asked.inputs, 'assert')
+      others = tensors.aliased(asked.model, alias, asked.inputs)
       for path in asked.chosen(said['of']):
         name = paths.show(path)
         if path not in others:

@@ -172,7 +172,7 @@ def _models(
     if isinstance(one, Checkpoint):
       found.append(_Model(_called(f'model {number + 2}', one), one))
     else:
-      leaves = tensors.aliased(checkpoint, one, inputs, 'combine')
+      leaves = tensors.aliased(checkpoint, one, inputs)
       found.append(_Model(_called(repr(one), leaves), leaves))
   return found
 
@@ -185,7 +185,7 @@ def _check_model(model: _Model, host: Host) -> None:
     QuantisedError: naming the weight.
   """
   with errors.within(model.name):
-    following.check_model(model.leaves, 'combine')
+    following.check_model(model.leaves)
     adapters = [a.name for a in model.leaves.records(host).adapters]
     if adapters:
       raise errors.AdapterError(

@@ -88,7 +88,7 @@ def combine_adapters(
   Example:
     combine-adapters: {weights: {a: 0.7, b: 0.3}, method: ties, density: 0.5}
   """
-  records = following.settled(checkpoint, 'combine', host)
+  records = following.settled(checkpoint, host)
   if not isinstance(weights, Mapping):
     raise errors.ConfigError(
       "expected weights by adapter, as {'a': 0.7, 'b': 0.3}, found "

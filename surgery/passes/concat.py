@@ -16,7 +16,7 @@ from surgery.passes.slicing import taken
 
 
 def gathered(
-  checkpoint: Checkpoint, rule: str, verb: str, host: Host
+  checkpoint: Checkpoint, rule: str, host: Host
 ) -> dict[Path, list[Path]]:
   """Returns what a rule makes one of several, in their order.
 
@@ -29,12 +29,12 @@ def gathered(
       f'rule {rule!r} makes several of one. Expected a rule that makes '
       "one of several, as '{a,b} -> ab'."
     )
-  universe = _free(checkpoint, verb, host)
+  universe = _free(checkpoint, host)
   found = joining.gathered(read, universe)
   return {target: list(parts.values()) for target, parts in found.items()}
 
 
-def spread(rule: str, verb: str) -> joining.Spread:
+def spread(rule: str) -> joining.Spread:
   """Reads a rule that makes several of one.
 
   Raises:
@@ -50,19 +50,19 @@ def spread(rule: str, verb: str) -> joining.Spread:
 
 
 def one_to_many(
-  checkpoint: Checkpoint, rule: joining.Spread, verb: str, host: Host
+  checkpoint: Checkpoint, rule: joining.Spread, host: Host
 ) -> list[Path]:
   """Returns the paths that a rule spreads.
 
   Raises:
     RenameError: if there are none.
   """
-  return joining.one_to_many(rule, _free(checkpoint, verb, host))
+  return joining.one_to_many(rule, _free(checkpoint, host))
 
 
-def _free(checkpoint: Checkpoint, verb: str, host: Host) -> list[Path]:
+def _free(checkpoint: Checkpoint, host: Host) -> list[Path]:
   """Returns paths but those of adapters' weights."""
-  owned = following.settled(checkpoint, verb, host).owned
+  owned = following.settled(checkpoint, host).owned
   return [p for p in checkpoint if p not in owned]
 
 
@@ -87,8 +87,8 @@ def joined(
   fresh: dict[Path, Leaf] = {}
   gone: set[Path] = set()
   behind: dict[Path, Path] = {}
-  for rule in tensors.texts(rules, verb):
-    for target, parts in gathered(checkpoint, rule, verb, host).items():
+  for rule in tensors.texts(rules):
+    for target, parts in gathered(checkpoint, rule, host).items():
       if target in fresh:
         raise errors.RenameError(
           f'rule {rule!r}: {paths.show(target)} is made by an earlier '
@@ -97,7 +97,7 @@ def joined(
       leaves = [checkpoint[p] for p in parts]
       for path, leaf in zip(parts, leaves, strict=True):
         regions.array(leaf, path, verb)
-      _check_dtypes(parts, leaves, verb)
+      _check_dtypes(parts, leaves)
       fresh[target] = make(target, parts, leaves)
       gone |= set(parts)
       behind[target] = parts[0]
@@ -111,9 +111,7 @@ def joined(
   )
 
 
-def _check_dtypes(
-  parts: Sequence[Path], leaves: Sequence[Leaf], verb: str
-) -> None:
+def _check_dtypes(parts: Sequence[Path], leaves: Sequence[Leaf]) -> None:
   for path, leaf in zip(parts, leaves, strict=True):
     if leaf.dtype != leaves[0].dtype:
       raise errors.SurgeryError(
@@ -160,7 +158,7 @@ def _concatenated(
   parts: Sequence[Path], leaves: Sequence[Leaf], axis: int
 ) -> Leaf:
   shapes = [leaf.shape or () for leaf in leaves]
-  at = regions.axis_of(axis, shapes[0], parts[0], 'concat')
+  at = regions.axis_of(axis, shapes[0], parts[0])
   rest = lambda shape: (*shape[:at], *shape[at + 1 :])
   for path, shape in zip(parts, shapes, strict=True):
     if len(shape) != len(shapes[0]) or rest(shape) != rest(shapes[0]):
@@ -219,7 +217,7 @@ def split(
 
   def cut(path: Path, leaf: Leaf, count: int | None) -> list[Leaf]:
     assert leaf.shape is not None
-    at = regions.axis_of(axis, leaf.shape, path, 'split')
+    at = regions.axis_of(axis, leaf.shape, path)
     whole = leaf.shape[at]
     if sizes is not None:
       each = list(sizes)
@@ -266,10 +264,10 @@ def parted(
   fresh: dict[Path, Leaf] = {}
   gone: set[Path] = set()
   behind: dict[Path, Path] = {}
-  for text in tensors.texts(rules, verb):
-    rule = spread(text, verb)
+  for text in tensors.texts(rules):
+    rule = spread(text)
     count = None if rule.words is None else len(rule.words)
-    for path in one_to_many(checkpoint, rule, verb, host):
+    for path in one_to_many(checkpoint, rule, host):
       if path in gone:
         continue  # The first rule that matches decides.
       leaf = checkpoint[path]
@@ -339,7 +337,7 @@ def _stacked(parts: Sequence[Path], leaves: Sequence[Leaf], axis: int) -> Leaf:
         f'{paths.show(path)} is {leaf.shape} and '
         f'{paths.show(parts[0])} is {inner}; they have to be alike.'
       )
-  at = regions.axis_of(axis, (*inner, 0), parts[0], 'stack')
+  at = regions.axis_of(axis, (*inner, 0), parts[0])
   shape = (*inner[:at], len(leaves), *inner[at:])
   readers = [Reader(leaf) for leaf in leaves]
 
@@ -380,7 +378,7 @@ def unstack(
 
   def cut(path: Path, leaf: Leaf, count: int | None) -> list[Leaf]:
     assert leaf.shape is not None
-    at = regions.axis_of(axis, leaf.shape, path, 'unstack')
+    at = regions.axis_of(axis, leaf.shape, path)
     if count not in (None, leaf.shape[at]):
       raise errors.SurgeryError(
         f'{paths.show(path)}: axis {axis} has {leaf.shape[at]} '

@@ -51,11 +51,11 @@ def copy(
   fresh: dict[Path, Leaf] = {}
   types = dict(checkpoint.manifest.layer_types)
   trees = dict(checkpoint.manifest.trees)
-  for text in tensors.texts(rules, 'copy'):
+  for text in tensors.texts(rules):
     alias, _ = tensors.split_alias(text)
-    source = tensors.aliased(checkpoint, alias, inputs, 'copy')
-    owned = following.settled(source, 'copy', host).owned
-    found = tensors.pairs(checkpoint, [text], 'copy', inputs)
+    source = tensors.aliased(checkpoint, alias, inputs)
+    owned = following.settled(source, host).owned
+    found = tensors.pairs(checkpoint, [text], inputs)
     for old, leaf, new in _with_parts(source, found):
       if old in owned:
         raise errors.AdapterError(
@@ -158,7 +158,7 @@ def move(
   Example:
     move: {rules: 'ema/** -> net/**', overwrite: true}
   """
-  written = tensors.texts(rules, 'move')
+  written = tensors.texts(rules)
   if overwrite:
     read = [renaming.parse(text) for text in written]
     where = renaming.resolved(read, list(checkpoint))

@@ -39,8 +39,8 @@ def drop(
   Example:
     drop: '**/mask'
   """
-  following.check_model(checkpoint, 'drop')
-  gone = removal.chosen(checkpoint, select, layer_types, 'drop', host)
+  following.check_model(checkpoint)
+  gone = removal.chosen(checkpoint, select, layer_types, host)
   if not isinstance(select, Selection):
     items = selectors.parse(select).positive
     left = removal.detached(checkpoint, gone, items, host)
@@ -48,4 +48,4 @@ def drop(
     if not gone:
       return left
     checkpoint = left
-  return removal.without(checkpoint, gone, 'drop', host)
+  return removal.without(checkpoint, gone, host)

@@ -213,7 +213,7 @@ def _check_models(base: Checkpoint, tuned: Checkpoint, host: Host) -> None:
     SiteError: for other shapes or dtypes.
   """
   for one in (base, tuned):
-    following.check_model(one, 'extract-lora')
+    following.check_model(one)
     if names := one.records(host).names:
       raise errors.AdapterError(
         f'{one.origin or "a model"}: has adapters: {", ".join(names)}. Merge '

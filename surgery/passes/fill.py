@@ -54,7 +54,7 @@ def _made(
   changed: dict[Path, Leaf] = {}
   fresh: dict[Path, Leaf] = {}
   behind: dict[Path, Path] = {}
-  for text in tensors.texts(rules, verb):
+  for text in tensors.texts(rules):
     if not renaming.has_arrow(text):
       if shape is not None or dtype is not None:
         raise errors.SurgeryError(
@@ -80,7 +80,7 @@ def _made(
         )
       if any(n < 0 for n in sizes):
         raise errors.SurgeryError(f'{text!r}: no shape: {sizes}.')
-      made = make(new, tuple(sizes), _dtype(name, verb))
+      made = make(new, tuple(sizes), _dtype(name))
       fresh[new] = made if source is None else _with(source, made)
       if old is not None:
         behind[new] = old
@@ -102,7 +102,7 @@ def _news(
   left, _, right = text.partition('->')
   if not left.strip():
     return [(renaming.name(right, text), None, None)]
-  found = tensors.pairs(checkpoint, [text], verb, None)
+  found = tensors.pairs(checkpoint, [text], None)
   for old, leaf, _, _ in found:
     regions.array(leaf, old, verb)
   return [(new, leaf, old) for old, leaf, new, _ in found]
@@ -113,7 +113,7 @@ def _with(like: Leaf, made: Leaf) -> Leaf:
   return made.replace(trainable=like.trainable, metadata=like.metadata)
 
 
-def _dtype(name: str, verb: str) -> str:
+def _dtype(name: str) -> str:
   full = rounding.SHORT.get(name, name)
   if full not in arrays.DTYPES:
     known = (*rounding.SHORT, *arrays.DTYPES)

@@ -74,7 +74,7 @@ def fold_norm(
   behind: dict[Path, Path] = {}
   pairs = _pairs(checkpoint, rules)
   if statistics is not None:
-    written = tensors.texts(statistics, 'fold-norm')
+    written = tensors.texts(statistics)
     renaming.resolved(
       [renaming.parse(text) for text in written], dict.fromkeys(pairs.values())
     )
@@ -112,7 +112,7 @@ def _pairs(
   """Returns the norm behind each layer."""
   layers = list(dict.fromkeys(p[:-1] for p in checkpoint if len(p) > 1))
   found: dict[Path, Path] = {}
-  for text in tensors.texts(rules, 'fold-norm'):
+  for text in tensors.texts(rules):
     rule = renaming.parse(text)
     before = len(found)
     for layer in layers:
@@ -136,7 +136,7 @@ def _pairs(
 def _elsewhere(norm: Path, statistics: str | Sequence[str] | None) -> Path:
   if statistics is None:
     return norm
-  for text in tensors.texts(statistics, 'fold-norm'):
+  for text in tensors.texts(statistics):
     target = renaming.parse(text).apply(norm)
     if target is not None:
       return target
@@ -305,7 +305,7 @@ def _read(
   leaf = checkpoint[kernel]
   arithmetic.check_number(leaf, kernel, 'fold-norm')
   assert leaf.shape is not None
-  at = regions.axis_of(axis, leaf.shape, kernel, 'fold-norm')
+  at = regions.axis_of(axis, leaf.shape, kernel)
   for path in (*found.values(), *([bias] if bias else [])):
     arithmetic.check_number(checkpoint[path], path, 'fold-norm')
     if checkpoint[path].shape != (leaf.shape[at],):

@@ -117,7 +117,7 @@ def freeze(
     return checkpoint.replace(leaves=leaves)
   policy = policy or ADAPTERS
   for record in checkpoint.records(host).adapters:
-    record.check_met('freeze')
+    record.check_met()
   # Adapters know their weights by the names that `init` gave them.
   owners = {
     spec.path: (record, name)

@@ -105,7 +105,7 @@ def _table(
   """Returns a table with other numbers of positions."""
   dtype = arithmetic.check_number(leaf, path, 'interpolate')
   shape = leaf.shape or ()
-  axes = [regions.axis_of(one, shape, path, 'interpolate') for one in axes]
+  axes = [regions.axis_of(one, shape, path) for one in axes]
   if len(set(axes)) < len(axes):
     raise errors.SurgeryError(f'expected two axes, found {axes[0]} twice.')
   new = list(shape)

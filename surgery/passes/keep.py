@@ -41,13 +41,13 @@ def keep(
   Example:
     keep: ['encoder', '!**/mask']
   """
-  following.check_model(checkpoint, 'keep')
-  kept = removal.chosen(checkpoint, select, layer_types, 'keep', host)
+  following.check_model(checkpoint)
+  kept = removal.chosen(checkpoint, select, layer_types, host)
   if not isinstance(select, Selection):
     items = selectors.parse(select).negative
     gone = checkpoint.keys() - kept
     checkpoint = removal.detached(checkpoint, gone, items, host)
-  for record in following.settled(checkpoint, 'keep', host).adapters:
+  for record in following.settled(checkpoint, host).adapters:
     base = [
       p for site in record.sites.values() for p in following.base_of(site)
     ]
@@ -58,4 +58,4 @@ def keep(
     if kept & group:
       kept |= group
   gone = set(following.with_empty(checkpoint)) - kept
-  return removal.without(checkpoint, gone, 'keep', host)
+  return removal.without(checkpoint, gone, host)

@@ -78,7 +78,7 @@ def _mean(
 ) -> Leaf:
   dtype = arithmetic.check_number(leaf, path, 'mean')
   shape = leaf.shape or ()
-  axis = regions.axis_of(axis, shape, path, 'mean')
+  axis = regions.axis_of(axis, shape, path)
   unit = size * (groups or 1)
   if not shape[axis] or shape[axis] % unit:
     raise errors.SurgeryError(

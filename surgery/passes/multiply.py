@@ -51,11 +51,9 @@ def multiply(
     multiply: 'other::**/scale'
   """
   factors: dict[Path, tuple[Path, Leaf]] = {}
-  for rule in tensors.texts(rules, 'multiply'):
-    found = arithmetic.terms_of(checkpoint, rule, 'multiply', inputs, host)
-    lacking = arithmetic.lacking_of(
-      checkpoint, rule, found, inputs, 'multiply', host
-    )
+  for rule in tensors.texts(rules):
+    found = arithmetic.terms_of(checkpoint, rule, inputs, host)
+    lacking = arithmetic.lacking_of(checkpoint, rule, found, inputs, host)
     if lacking:
       shown = '; '.join(said for _, said in lacking[:5])
       raise errors.RenameError(f'{rule!r}: {shown}. Change the rule.')

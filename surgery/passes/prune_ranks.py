@@ -54,7 +54,7 @@ def prune_ranks(
   Example:
     prune-ranks: {keep: {net/h0/query/kernel: [0, 3]}, name: default}
   """
-  record = following.settled(checkpoint, _VERB, host).get(name)
+  record = following.settled(checkpoint, host).get(name)
   if not record.adapter.rank_axes:
     raise errors.AdapterError(
       f"adapter {name!r}: type '{record.adapter.name}' does not say "

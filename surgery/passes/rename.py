@@ -46,19 +46,18 @@ def rename(
     rename: '**/h<i>/** -> **/block<i+1>/**'
     rename: ['a -> b', 'b -> a']
   """
-  read = [renaming.parse(text) for text in tensors.texts(rules, 'rename')]
-  return renamed(checkpoint, read, verb='rename', host=host)
+  read = [renaming.parse(text) for text in tensors.texts(rules)]
+  return renamed(checkpoint, read, host=host)
 
 
 def renamed(
-  checkpoint: Checkpoint, rules: Sequence[Rule], *, verb: str, host: Host
+  checkpoint: Checkpoint, rules: Sequence[Rule], *, host: Host
 ) -> Checkpoint:
   """Gives tensors and layers other names, by rules that have been read.
 
   Args:
     checkpoint: the model.
     rules: the rules.
-    verb: the pass, for messages.
     host: whose hooks are asked.
 
   Raises:
@@ -66,8 +65,8 @@ def renamed(
       one name.
     AdapterError: for an adapter that cannot follow.
   """
-  following.check_model(checkpoint, verb)
-  records = following.settled(checkpoint, verb, host)
+  following.check_model(checkpoint)
+  records = following.settled(checkpoint, host)
   names = _Names(checkpoint, rules, records)
   said = checkpoint.manifest
   trees = _trees(said.trees, names)

@@ -33,7 +33,7 @@ class Numbered:
     RenameError: for a pattern that has not one number, or matches nothing.
   """
 
-  def __init__(self, layers: str, verb: str, universe: list[Path]) -> None:
+  def __init__(self, layers: str, universe: list[Path]) -> None:
     found = Reader(layers, layers).numbers
     if len(found) != 1 or re.search(r'(?<!\\)->', layers):
       raise errors.RenameError(
@@ -132,7 +132,7 @@ def renumber(
   """
   if start < 0:
     raise errors.RenameError(f'no number: {start}.')
-  found = Numbered(layers, 'renumber', list(following.with_empty(checkpoint)))
+  found = Numbered(layers, list(following.with_empty(checkpoint)))
   tables = {
     place: {old: start + k for k, old in enumerate(sorted(numbers))}
     for place, numbers in found.numbers.items()
@@ -141,9 +141,7 @@ def renumber(
     raise errors.RenameError(
       f'{layers!r}: the numbers are consecutive already.'
     )
-  return renamed(
-    checkpoint, [_Renumbering(found, tables)], verb='renumber', host=host
-  )
+  return renamed(checkpoint, [_Renumbering(found, tables)], host=host)
 
 
 @handles_adapters
@@ -178,13 +176,13 @@ def repeat(
   """
   if times < 2:
     raise errors.SurgeryError(f'times: expected at least 2, found {times}.')
-  records = following.settled(checkpoint, 'repeat', host)
+  records = following.settled(checkpoint, host)
   if records.adapters:
     raise errors.AdapterError(
       f'copies have no adapters, and {records.names[0]!r} is attached. '
       'Merge or detach it first.'
     )
-  found = Numbered(layers, 'repeat', list(checkpoint))
+  found = Numbered(layers, list(checkpoint))
   orders = {
     place: _order(known, numbers, times, interleave, layers)
     for place, known in found.numbers.items()
@@ -251,7 +249,7 @@ def _arranged(
     for layer, kind in said.layer_types.items()
     for to in _names_of(layer, found, where)
   }
-  tensors.check_new(checkpoint.replace(leaves=ordered), {}, (), 'repeat')
+  tensors.check_new(checkpoint.replace(leaves=ordered), {}, ())
   return checkpoint.replace(
     leaves=ordered, manifest=said.replace(trees=trees, layer_types=types)
   )

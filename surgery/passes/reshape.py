@@ -105,7 +105,7 @@ def transpose(
     if axes is None and rank >= 2:
       order[-2:] = [rank - 1, rank - 2]
     elif axes is not None:
-      order = [regions.axis_of(a, leaf.shape, path, 'transpose') for a in axes]
+      order = [regions.axis_of(a, leaf.shape, path) for a in axes]
     if sorted(order) != list(range(rank)) or rank < 2:
       raise errors.SurgeryError(
         f'{paths.show(path)}: a tensor with the axes '
@@ -168,7 +168,7 @@ def pad(
   changed = {}
   for path, leaf in tensors.chosen(checkpoint, select, 'pad', host).items():
     assert leaf.shape is not None
-    at = regions.axis_of(axis, leaf.shape, path, 'pad')
+    at = regions.axis_of(axis, leaf.shape, path)
     where = f'pad: {paths.show(path)}, axis {axis}'
     behind = after if to is None else to - before - leaf.shape[at]
     if min(before, behind) < 0 or (to is not None and after):

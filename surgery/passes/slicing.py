@@ -82,7 +82,7 @@ def taken(leaf: Leaf, axis: int, wanted: Sequence[int]) -> Leaf:
   return regions.computed(leaf, shape, block, [leaf], scattered=mixed)
 
 
-def _groups(size: int, of: int | None, path: Path, verb: str) -> int:
+def _groups(size: int, of: int | None, path: Path) -> int:
   """Returns how many places a group has.
 
   Raises:
@@ -139,8 +139,8 @@ def slice_(
   changed = {}
   for path, leaf in tensors.chosen(checkpoint, select, 'slice', host).items():
     assert leaf.shape is not None
-    at = regions.axis_of(axis, leaf.shape, path, 'slice')
-    width = _groups(leaf.shape[at], of, path, 'slice')
+    at = regions.axis_of(axis, leaf.shape, path)
+    width = _groups(leaf.shape[at], of, path)
     count = leaf.shape[at] // width
     what = f'slice: {paths.show(path)}, axis {axis}'
     given = keep if keep is not None else drop
@@ -193,8 +193,8 @@ def permute(
   changed = {}
   for path, leaf in tensors.chosen(checkpoint, select, 'permute', host).items():
     assert leaf.shape is not None
-    at = regions.axis_of(axis, leaf.shape, path, 'permute')
-    width = _groups(leaf.shape[at], of, path, 'permute')
+    at = regions.axis_of(axis, leaf.shape, path)
+    width = _groups(leaf.shape[at], of, path)
     count = leaf.shape[at] // width
     what = f'permute: {paths.show(path)}, axis {axis}'
     wanted = places(order, count, what)

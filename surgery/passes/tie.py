@@ -40,15 +40,15 @@ def tie(
   """
   gone: set[Path] = set()
   checks: list[Check] = []
-  written = tensors.texts(rules, 'tie')
-  for old, leaf, new, text in tensors.pairs(checkpoint, written, 'tie', None):
+  written = tensors.texts(rules)
+  for old, leaf, new, text in tensors.pairs(checkpoint, written, None):
     if new not in checkpoint or new == old:
       raise errors.RenameError(
         f'rule {text!r}: there is no other tensor {paths.show(new)}.'
       )
     regions.array(leaf, old, 'tie')
     other = checkpoint[new]
-    kept = _turned(leaf, old, 'tie') if transpose else leaf
+    kept = _turned(leaf, old) if transpose else leaf
     if (kept.shape, kept.dtype) != (other.shape, other.dtype):
       raise errors.SurgeryError(
         f'{paths.show(old)} is {leaf} and {paths.show(new)} is {other}; '
@@ -61,7 +61,7 @@ def tie(
   return result.replace(checks=(*result.checks, *checks))
 
 
-def _turned(leaf: Leaf, path: Path, verb: str) -> Leaf:
+def _turned(leaf: Leaf, path: Path) -> Leaf:
   """Returns a matrix transposed."""
   if len(leaf.shape or ()) != 2:
     raise errors.SurgeryError(
@@ -107,14 +107,14 @@ def untie(
   """
   fresh: dict[Path, Leaf] = {}
   behind: dict[Path, Path] = {}
-  written = tensors.texts(rules, 'untie')
-  for old, leaf, new, text in tensors.pairs(checkpoint, written, 'untie', None):
+  written = tensors.texts(rules)
+  for old, leaf, new, text in tensors.pairs(checkpoint, written, None):
     if new in fresh:
       raise errors.RenameError(
         f'rule {text!r}: two tensors would be {paths.show(new)}.'
       )
     regions.array(leaf, old, 'untie')
-    made = _turned(leaf, old, 'untie') if transpose else leaf
+    made = _turned(leaf, old) if transpose else leaf
     fresh[new] = tensors.as_new(made)
     behind[new] = old
   return tensors.edited(

@@ -59,7 +59,7 @@ def resize_vocab(
   found = tensors.chosen(checkpoint, select, 'resize-vocab', host)
   for path, leaf in found.items():
     assert leaf.shape is not None
-    at = regions.axis_of(axis, leaf.shape, path, 'resize-vocab')
+    at = regions.axis_of(axis, leaf.shape, path)
     if leaf.shape[at] > size:
       changed[path] = taken(leaf, at, range(size))
     elif leaf.shape[at] < size:

@@ -60,8 +60,8 @@ def map_(
     map: {name: bert-blox, to: torch, root: net}
   """
   found = maps.find(name, host, root)
-  following.check_model(checkpoint, 'map')
-  records = following.settled(checkpoint, 'map', host)
+  following.check_model(checkpoint)
+  records = following.settled(checkpoint, host)
   owned = {path for one in records.adapters for path in one.weight_paths()}
   universe = [path for path in checkpoint if path not in owned]
   way = found.way(universe) if to is None else to
@@ -78,9 +78,7 @@ def map_(
     if path not in set(gone) and (place := found.place(path, way)) is not None
   }
   known = _layouts(checkpoint, where)
-  after = rename.renamed(
-    checkpoint, [_Whole(found.name, where)], verb='map', host=host
-  )
+  after = rename.renamed(checkpoint, [_Whole(found.name, where)], host=host)
   orders = {
     place.path: place.axes for place in where.values() if place.axes is not None
   }
