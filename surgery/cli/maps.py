@@ -6,7 +6,7 @@ import json
 
 import click
 
-from surgery.cli import completion
+from surgery.cli import completion, shared
 from surgery.cli.command import Command
 from surgery.host.manager import default_host
 
@@ -33,15 +33,9 @@ def command(name: str | None, as_json: bool) -> None:
   rows = [
     {
       'name': one,
-      'of': host.offered_by('surgery_maps', one) or 'surgery',
+      'of': shared.owner('surgery_maps', one),
       'about': str(said.get('about', '')),
     }
     for one, said in host.maps.items()
   ]
-  if as_json:
-    click.echo(json.dumps(rows))
-    return
-  width = max(len(row['name']) for row in rows)
-  for row in rows:
-    whose = '' if row['of'] == 'surgery' else f'  ({row["of"]})'
-    click.echo(f'{row["name"]:<{width}}  {row["about"]}{whose}')
+  shared.show_offers(rows, 'about', as_json)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from surgery import errors
-from surgery.cli import completion
+from surgery.cli import completion, shared
 from surgery.cli.command import Group
 from surgery.contract import config, method
 from surgery.host.manager import default_host
@@ -58,18 +58,12 @@ def _list_steps(as_json: bool) -> None:
   rows = [
     {
       'name': name,
-      'of': host.offered_by('surgery_passes', name) or 'surgery',
+      'of': shared.owner('surgery_passes', name),
       'summary': one.summary,
     }
     for name, one in definitions.every(host).items()
   ]
-  if as_json:
-    click.echo(json.dumps(rows))
-    return
-  width = max(len(row['name']) for row in rows)
-  for row in rows:
-    whose = '' if row['of'] == 'surgery' else f' ({row["of"]})'
-    click.echo(f'{row["name"]:<{width}}  {row["summary"]}{whose}')
+  shared.show_offers(rows, 'summary', as_json)
 
 
 def _list_methods(as_json: bool) -> None:
@@ -77,7 +71,7 @@ def _list_methods(as_json: bool) -> None:
   rows: list[dict[str, Any]] = [
     {
       'name': name,
-      'of': host.offered_by('surgery_methods', name) or 'surgery',
+      'of': shared.owner('surgery_methods', name),
       'summary': (inspect.getdoc(cls) or '').partition('\n')[0],
       'base': cls.base,
       'least': cls.least,
@@ -93,8 +87,7 @@ def _list_methods(as_json: bool) -> None:
     click.echo(json.dumps(rows))
     return
   for row in rows:
-    whose = '' if row['of'] == 'surgery' else f' ({row["of"]})'
-    click.echo(f'{row["name"]}: {row["summary"]}{whose}')
+    click.echo(f'{row["name"]}: {row["summary"]}{shared.whose(row)}')
     click.echo(f'    base: {row["base"]}')
     for option in row['options']:
       default = 'required' if option['required'] else f'= {option["default"]}'

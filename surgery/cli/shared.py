@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery import errors
 from surgery.cli import codes, completion, wording
+from surgery.host.manager import default_host
 from surgery.model import manifest
 from surgery.recipes import spec
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint
+
+# Whose what the library offers is.
+_OURS = 'surgery'
 
 # Whether it can be read or written the system says best.
 FILE = click.Path(path_type=pathlib.Path, readable=False)
@@ -148,6 +152,34 @@ def reported(
     # What was found before an error is a result, too.
     if reports:
       click.echo(json.dumps(reports[0] if len(files) == 1 else reports))
+
+
+def owner(hook: str, name: str) -> str:
+  """Returns whose offer something is: the library's, or a plugin's."""
+  return default_host().offered_by(hook, name) or _OURS
+
+
+def whose(row: Mapping[str, Any]) -> str:
+  """Returns what stands behind a row that a plugin offers."""
+  return '' if row['of'] == _OURS else f' ({row["of"]})'
+
+
+def show_offers(
+  rows: Sequence[Mapping[str, Any]], about: str, as_json: bool
+) -> None:
+  """Prints what plugins offer, a line each, or as JSON.
+
+  Args:
+    rows: each with `name`, `of` (whose it is) and what is told of it.
+    about: the key of that.
+    as_json: whether they are printed as JSON.
+  """
+  if as_json:
+    click.echo(json.dumps(rows))
+    return
+  width = max((len(row['name']) for row in rows), default=0)
+  for row in rows:
+    click.echo(f'{row["name"]:<{width}}  {row[about]}{whose(row)}')
 
 
 def size(count: int) -> str:

@@ -337,3 +337,8 @@ def test_a_root_lies_above_all_of_the_tree(tmp_path, surgery_cli):
   )
   assert 0 == done.code, done.err
   assert source.read_bytes() == back.read_bytes()
+
+
+def test_no_maps_are_no_lines(surgery_cli):
+  done = surgery_cli('--no-plugin', 'maps', 'maps')
+  assert (0, '') == (done.code, done.out)
