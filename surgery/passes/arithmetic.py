@@ -130,6 +130,28 @@ def narrowed(
 _PIECE = 1 << 16
 
 
+def check_holds(
+  dtype: str, path: Path, other: Leaf, name: Path, what: str
+) -> None:
+  """Raises if what is computed would be complex, and the tensor is real.
+
+  Args:
+    dtype: of the tensor.
+    path: the tensor.
+    other: what it is computed with.
+    name: path of that.
+    what: `result`, `product`, …
+
+  Raises:
+    SurgeryError: naming both.
+  """
+  if str(other.dtype).startswith('complex') > dtype.startswith('complex'):
+    raise errors.SurgeryError(
+      f'{paths.show(name)} is {other.dtype} and {paths.show(path)} is '
+      f'{dtype}, which cannot hold the {what}.'
+    )
+
+
 def elementwise(
   values: Sequence[np.ndarray],
   compute: Callable[..., np.ndarray],
@@ -413,11 +435,7 @@ def _sum(
         f'{paths.show(name)} is {other.shape} and {paths.show(path)} '
         f'is {leaf.shape}; they have to be alike.'
       )
-    if str(other.dtype).startswith('complex') > dtype.startswith('complex'):
-      raise errors.SurgeryError(
-        f'{paths.show(name)} is {other.dtype} and {paths.show(path)} '
-        f'is {dtype}, which cannot hold the result.'
-      )
+    check_holds(dtype, path, other, name, 'result')
   within = np.dtype(wide(dtype))
   readers = [Reader(leaf), *(Reader(other) for other, _, _ in parts)]
 

@@ -85,11 +85,7 @@ def _product(
       f'{paths.show(name)} is {own} and cannot be repeated to {shape}, the '
       f'shape of {paths.show(path)}.'
     )
-  if str(factor.dtype).startswith('complex') > dtype.startswith('complex'):
-    raise errors.SurgeryError(
-      f'{paths.show(name)} is {factor.dtype} and {paths.show(path)} is '
-      f'{dtype}, which cannot hold the product.'
-    )
+  arithmetic.check_holds(dtype, path, factor, name, 'product')
   within = np.dtype(arithmetic.wide(dtype))
   read, other = Reader(leaf), Reader(factor)
 
