@@ -82,8 +82,9 @@ def _mean(
   unit = size * (groups or 1)
   if not shape[axis] or shape[axis] % unit:
     raise errors.SurgeryError(
-      f'{paths.show(path)}: axis {axis} of {shape} has {shape[axis]} places, '
-      f'expected a multiple of {unit}, but not 0.'
+      f'{paths.show(path)}: axis {axis} of {shape} has {shape[axis]} places; '
+      f'expected a multiple of {unit}, which is groups ({groups or 1}) times '
+      f'size ({size}), but not 0.'
     )
   many = shape[axis] // unit  # Of so many each is the mean.
   reader = Reader(leaf)
