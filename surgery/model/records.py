@@ -650,10 +650,10 @@ class Records:
     model would otherwise say of another that it came from the first one's seed.
     """
     if self._anonymous is None:
-      new = Records((a.anonymous() for a in self.adapters), self.probe)
-      if new is self:
-        return self
-      self._anonymous = new
+      new = [a.anonymous() for a in self.adapters]
+      if all(a is b for a, b in zip(new, self.adapters, strict=True)):
+        return self  # As most are: params that came from a transformation.
+      self._anonymous = Records(new, self.probe)
     return self._anonymous
 
   def probed(self, probe: Probe | None) -> Records:
