@@ -325,9 +325,10 @@ def anonymously(compute: Callable[[Site], Any], site: Site) -> Any:
     return compute(site)
 
 
-@contextlib.contextmanager
-def calling(what: str, who: Any, site: Site) -> Iterator[None]:
+class calling:  # noqa: N801 - it is used as a function is.
   """Says of errors in a plugin's code whose it was, and at which site.
+
+  No generator, and no text before there is an error: layers ask at each call.
 
   Args:
     what: the function: `init`, `apply`.
@@ -337,9 +338,26 @@ def calling(what: str, who: Any, site: Site) -> Iterator[None]:
   Raises:
     PluginError: for anything that is no `SurgeryError`.
   """
-  whose = foreign.code(f'{what} of {called(who)!r}', (PathNeeded,))
-  with errors.within(paths.show(site.path)), whose:
-    yield
+
+  __slots__ = ('_printing', '_site', '_what', '_who')
+
+  def __init__(self, what: str, who: Any, site: Site) -> None:
+    self._what, self._who, self._site = what, who, site
+    self._printing = foreign.printing()
+
+  def __enter__(self) -> None:
+    self._printing.__enter__()
+
+  def __exit__(
+    self, kind: Any, error: BaseException | None, traceback: Any
+  ) -> None:
+    self._printing.__exit__()
+    if error is None or isinstance(error, PathNeeded):
+      return
+    where = paths.show(self._site.path)
+    whose = f'{self._what} of {called(self._who)!r}'
+    with errors.within(where), foreign.code(whose):
+      raise error
 
 
 Kinds = tuple[tuple[str, tuple[int, ...], str], ...]
