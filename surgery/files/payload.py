@@ -14,8 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from surgery import errors
-from surgery.files import arrays
-from surgery.files import source as sources
+from surgery.files import arrays, checking
 from surgery.files.digest import Digester
 from surgery.files.output import Output
 from surgery.files.source import Source
@@ -92,7 +91,7 @@ class Computed(Payload):
     dtype: name of its dtype.
     blocks: what `arrays.little` returned for its blocks, in C order.
     scalar: whether it is a numpy scalar.
-    mark: what `source.mark` returned before anything was read for it.
+    mark: what `checking.mark` returned before anything was read for it.
   """
 
   def __init__(
@@ -129,7 +128,7 @@ class Computed(Payload):
     """
     del known
     if self._mark is not None:
-      sources.settle(self._mark)
+      checking.settle(self._mark)
     return self._digester.digest()
 
 
@@ -155,7 +154,7 @@ def of(leaf: Leaf, path: Path) -> Payload | Any:
   Raises:
     FormatError: if a file cannot hold it, or it is not what it said.
   """
-  mark = sources.mark()
+  mark = checking.mark()
   found = source(leaf)
   if found is not None:
     return Copied(found, leaf.scalar)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import math
 import mmap
 import os
 import stat
 import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 
 from surgery import errors
 from surgery.files import arrays, system
-from surgery.files.digest import Digester
+from surgery.files.checking import Checked
 from surgery.model.checkpoint import (
   Leaf,
 )
@@ -33,12 +31,6 @@ from surgery.naming import paths
 from surgery.naming.paths import Path
 
 Span = tuple[int, int]
-
-# Sources of which some blocks were read and hashed, and not yet all. A writer
-# settles those that its tensors began; see `settle`.
-_UNFINISHED: weakref.WeakSet[Source] = weakref.WeakSet()
-_COUNT = itertools.count(1)
-_LOCK = threading.RLock()
 
 # Pages of a tensor of at least that many bytes are dropped after use.
 _LARGE = 1 << 20
@@ -131,7 +123,7 @@ class MappedFile:
       self.data.madvise(mmap.MADV_DONTNEED, start, length)
 
 
-class Source:
+class Source(Checked):
   """A tensor in a file. Called, it returns the tensor.
 
   It is a leaf's `load` and its `source` at once. So a writer sees whether a
@@ -155,15 +147,8 @@ class Source:
   """
 
   __slots__ = (
-    '__weakref__',
-    '_hashed',
-    '_hashing',
-    '_number',
-    '_sound',
-    'digest',
     'dtype',
     'file',
-    'path',
     'scalar',
     'shape',
     'spans',
@@ -179,14 +164,8 @@ class Source:
     scalar: bool = False,
     digest: str | None = None,
   ) -> None:
-    self.digest = digest
-    self._sound = False
-    # What has been hashed so far, and how many bytes that were.
-    self._hashing: Digester | None = None
-    self._hashed = 0
-    self._number = 0
+    super().__init__(path, digest)
     self.file = file
-    self.path = path
     self.shape = shape
     self.dtype = dtype
     self.spans = spans
@@ -271,69 +250,15 @@ class Source:
       shape, dtype = (self.nbytes,), 'uint8'
     return Source(self.file, self.path, shape, dtype, self.spans, self.scalar)
 
-  def _follow(self, start: int, flat: np.ndarray) -> None:
-    """Hashes a part on its way, or the whole if it comes out of order.
+  @property
+  def place(self) -> tuple[str, int | None]:
+    """The file, and where the tensor's first byte lies in it."""
+    return self.file.name, self.spans[0][0]
 
-    Args:
-      start: at which byte of the tensor the part starts.
-      flat: its bytes.
-    """
-    if self.digest is None or self._sound:
-      return
-    with _LOCK:
-      if start != self._hashed:
-        self._settle()
-        return
-      self._take(flat.data)
-      if self._hashed == self.nbytes:
-        self._finish()
-
-  def settle(self) -> None:
-    """Hashes what has not been hashed yet, and compares.
-
-    Raises:
-      FormatError: if the tensor is not what its digest says.
-    """
-    if self.digest is not None and not self._sound:
-      with _LOCK:
-        self._settle()
-
-  def _settle(self) -> None:
-    if self._sound:
-      return
-    while self._hashed < self.nbytes:
-      stop = min(self._hashed + _LARGE, self.nbytes)
-      for first, last in self.ranges(self._hashed, stop):
-        self._take(self._view(first, last).data)
-    self._finish()
-
-  def _take(self, data: memoryview) -> None:
-    if self._hashing is None:
-      self._hashing = Digester()
-      self._number = next(_COUNT)
-      _UNFINISHED.add(self)
-    for piece in arrays.blocks(data):
-      self._hashing.update(piece)
-    self._hashed += len(data)
-
-  def _finish(self) -> None:
-    """Compares the digest; of a tensor that differs nothing is remembered."""
-    hashing = self._hashing or Digester()
-    self._hashing, self._hashed = None, 0
-    _UNFINISHED.discard(self)
-    found = hashing.digest()
-    kind = found.partition(':')[0]
-    # A digest of another kind cannot be compared.
-    if self.digest not in (None, found) and self.digest.startswith(kind):
-      raise errors.FormatError(
-        f'{self.file.name}: {paths.show(self.path)}: expected the digest on '
-        f'record, {self.digest}, found {found}. The tensor is damaged, so '
-        'nothing is computed from it: fetch or save the file again. If it was '
-        'changed on purpose, write a copy without digests first '
-        '(--no-manifest, manifest=False).',
-        self.spans[0][0],
-      )
-    self._sound = True
+  def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
+    """Returns bytes `start` to `stop` of the tensor, in C order."""
+    for first, last in self.ranges(start, stop):
+      yield self._view(first, last).data
 
   def _check(self, flat: np.ndarray, offset: int) -> None:
     """Raises if bytes of the tensor cannot be what its dtype says."""
@@ -354,31 +279,12 @@ class Source:
     return view
 
 
-def mark() -> int:
-  """Returns a mark for `settle`, before something is computed."""
-  return next(_COUNT)
-
-
-def settle(since: int) -> None:
-  """Holds against their digests the tensors of which only some was read.
-
-  Args:
-    since: what `mark` returned before they were.
-
-  Raises:
-    FormatError: if one is not what its digest says.
-  """
-  for source in list(_UNFINISHED):
-    if source._number > since:
-      source.settle()
-
-
 def unchecked(leaf: Leaf) -> Leaf:
   """Returns a leaf whose values are read whatever its digest says."""
   found = leaf.source
-  if not isinstance(found, Source) or leaf.load is not found:
+  if not isinstance(found, Checked) or leaf.load is not found:
     return leaf
-  raw = found.unchecked()
+  raw: Any = found.unchecked()
   return leaf.replace(
     load=raw,
     part=raw.part,

@@ -10,7 +10,7 @@ import numpy as np
 
 from surgery.editing import regions
 from surgery.editing.regions import Reader
-from surgery.files import arrays, source
+from surgery.files import arrays, checking
 from surgery.model.checkpoint import Leaf
 from surgery.model.grid import BLOCK
 from surgery.passes import arithmetic
@@ -119,7 +119,7 @@ class _Matrix:
 
   def blocks(self) -> Iterator[np.ndarray]:
     """Yields blocks of rows, or a row in several blocks of columns."""
-    since = source.mark()
+    since = checking.mark()
     rest: list[np.ndarray] = []
     for block in self._leaf.parts():
       flat = arrays.little(block).astype('float64').reshape(-1)
@@ -131,7 +131,7 @@ class _Matrix:
         whole = held // self.shape[1] * self.shape[1]
         yield joined[:whole].reshape(-1, self.shape[1])
         rest = [joined[whole:]] if whole < held else []
-    source.settle(since)
+    checking.settle(since)
 
   def gram(self) -> np.ndarray:
     """Returns `AᵀA`, or `AAᵀ` if that is smaller."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from surgery import errors
 from surgery.editing import choosing
-from surgery.files import arrays, source
+from surgery.files import arrays, checking
 from surgery.host.manager import Host, default_host
 from surgery.looking import spectrum
 from surgery.looking.spectrum import Spectrum
@@ -171,11 +171,11 @@ def of_leaf(path: Path, leaf: Leaf, singular: int = 0) -> TensorStats | None:
   if leaf.dtype in PACKED:
     # Such numbers are of 4 or 6 bits, of which none means NaN or infinity.
     return dataclasses.replace(blank, note=CODES)
-  since = source.mark()
+  since = checking.mark()
   sums = _Sums(leaf.shape)
   for block in leaf.parts():
     sums.add(arrays.little(block).reshape(-1))
-  source.settle(since)
+  checking.settle(since)
   found = sums.stats(shown, leaf.dtype)
   if leaf.codes is not None:
     # What they stand for is not what they are, but for NaN and infinity: in

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.files import source
+from surgery.files import checking
 from surgery.looking import verify
 from surgery.model.checkpoint import (
   Checkpoint,
@@ -158,9 +158,9 @@ def test_bytes_are_hashed_once_where_blocks_come_in_order(file, monkeypatch):
   hashed: list[int] = []
   leaf = surgery.open(file)['l', 'kernel']
   monkeypatch.setattr(
-    source.Digester, 'update', lambda self, data: hashed.append(len(data))
+    checking.Digester, 'update', lambda self, data: hashed.append(len(data))
   )
-  monkeypatch.setattr(source.Digester, 'digest', lambda self: leaf.digest)
+  monkeypatch.setattr(checking.Digester, 'digest', lambda self: leaf.digest)
 
   for _ in range(2):
     for _ in leaf.parts():
@@ -175,12 +175,12 @@ def test_blocks_in_any_order_are_checked_before_the_end(order, file):
   damage(file, 'kernel')
   leaf = surgery.open(file)['l', 'kernel']
   cells = list(grid(SHAPE))
-  start = source.mark()
+  start = checking.mark()
 
   with pytest.raises(surgery.FormatError, match='expected the digest'):
     for k in order:
       leaf.part(cells[k])
-    source.settle(start)
+    checking.settle(start)
 
 
 def test_what_others_read_before_is_not_settled(file):
@@ -188,7 +188,7 @@ def test_what_others_read_before_is_not_settled(file):
   leaf = surgery.open(file)['l', 'kernel']
   leaf.part(next(grid(SHAPE)))
 
-  source.settle(source.mark())
+  checking.settle(checking.mark())
 
 
 def test_a_digest_of_another_kind_is_not_compared(file):
