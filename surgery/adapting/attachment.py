@@ -377,6 +377,9 @@ def attach(
   )
   left = left_out(name, refused)
   warn(adapter, left)
+  large = large_ranks(record)
+  if large is not None:
+    warnings.warn(f'attach: {large}.', errors.SiteWarning, stacklevel=2)
   return checkpoint.replace(
     leaves=leaves,
     records=records.add(record),
@@ -384,7 +387,37 @@ def attach(
     remarks=(
       *checkpoint.remarks,
       *layouts.remarks(taken_layouts(finder, sites), 'attach'),
+      *(() if large is None else (large,)),
     ),
+  )
+
+
+def large_ranks(record: AdapterRecord) -> str | None:
+  """Returns which sites have a larger rank than any matrix of their shape.
+
+  It computes what it says, so that it is no error: PEFT allows it, and a small
+  head is often adapted with the rank of all other layers.
+
+  Args:
+    record: an adapter whose type says by `rank_axes` what ranks are.
+  """
+  found: dict[Path, tuple[Site, int]] = {}
+  for path, one in record.sites.items():
+    side = min(one.site.in_size, one.site.out_size)
+    for weight, axis in record.adapter.rank_axes.items():
+      spec = one.weights.get(weight)
+      if spec is not None and spec.shape[axis] > side:
+        found[path] = one.site, spec.shape[axis]
+  if not found:
+    return None
+  path, (site, rank) = next(iter(found.items()))
+  side = min(site.in_size, site.out_size)
+  shown = errors.listed(paths.show(path) for path in found)
+  return (
+    f"rank {rank} of adapter type '{record.adapter.name}' exceeds the smaller "
+    f'side of {site.in_size}×{site.out_size}, of which rank {side} makes any '
+    f'update: {shown}. A smaller one is given by patterns='
+    f"{{{paths.literal(path)!r}: {{'rank': {side}}}}}"
   )
 
 

@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from surgery import errors
 from surgery.builtin.peft import PeftLoRA
 from surgery.contract.adapter import Adapter, named_key
 from surgery.contract.config import field
 from surgery.contract.lowrank import LowRank
 from surgery.contract.site import Site
-from surgery.naming import paths
 
 
 class LoRA(Adapter):
@@ -55,22 +53,10 @@ class LoRA(Adapter):
     return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
   def init(self, site: Site, key: Any) -> dict[str, Any]:
-    """Returns `lora_a`, `in_shape + (rank,)`, and `lora_b`, zeros.
-
-    Raises:
-      SiteError: if the rank exceeds the smaller side of the matrix.
-    """
+    """Returns `lora_a`, `in_shape + (rank,)`, and `lora_b`, zeros."""
     import jax
     import jax.numpy as jnp
 
-    largest = min(site.in_size, site.out_size)
-    if self.rank > largest:
-      raise errors.SiteError(
-        f'{paths.show(site.path)}: rank {self.rank} exceeds the smaller side '
-        f'of {site.in_size}×{site.out_size}. Choose a rank of at most '
-        f'{largest}, for this site alone by patterns='
-        f"{{{paths.literal(site.path)!r}: {{'rank': {largest}}}}}."
-      )
     # In float32 whatever JAX's default is, as files have it.
     draw = jax.random.normal(
       named_key(key, 'lora_a'), (*site.in_shape, self.rank), 'float32'

@@ -252,7 +252,7 @@ def _trace() -> None:
 
 def _warn(message: Warning | str, *about: Any) -> None:
   """Prints a warning for people, who do not care for lines of our files."""
-  click.echo(f'warning: {message}', err=True)
+  click.echo(f'warning: {wording.as_options(str(message))}', err=True)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from surgery.cli import wording
 from surgery.cli.shared import size
 
 _KINDS = ('copied', 'renamed', 'computed', 'new', 'gone')
@@ -110,7 +111,7 @@ def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
     for one in report.get('left_out', ()):
       click.echo(f'left out  {one["path"]}  {one["why"]}')
     for one in report.get('remarks', ()):
-      click.echo(f'note      {one}.')
+      click.echo(f'note      {wording.as_options(one)}.')
     for line in folder(report.get('folder', {})):
       click.echo(line)
   said = summary(report)

@@ -65,7 +65,8 @@ class AdapterConformance:
       these says `('norm',)`.
     too_large: options with values that no layer can have, which have to be
       refused, e.g. `{'block_size': 10_000}`; a rank of 10,000 by default where
-      the type has that option; `{}` if nothing bounds it.
+      the type has that option; `{}` if nothing bounds it. The library warns of
+      ranks itself where the type has `rank_axes`.
     seeded: whether weights that look drawn differ from seed to seed; False if
       they are computed, as a cosine basis is.
     multiple_of: what divides the numbers of inputs and outputs of all layers;

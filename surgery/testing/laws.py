@@ -737,7 +737,11 @@ def what_cannot_be_merged_is_refused(case: Case) -> None:
 
 @_law(kinds=False)
 def what_is_too_large_is_refused(case: Case) -> None:
-  """A rank, or what bounds it, above all dimensions is refused by path."""
+  """A rank, or what bounds it, above all dimensions is refused by path.
+
+  Where the library sees what a rank is, by `rank_axes`, it warns of it, and the
+  type need not.
+  """
   options = case.declared.too_large
   if options is None:
     has = 'rank' in config.options(type(case.adapter))
@@ -760,7 +764,15 @@ def what_is_too_large_is_refused(case: Case) -> None:
     return  # It is out of the option's own range.
   model, layer = case.model(), 'net/layers/query'
   try:
-    case.attached(model, to=layer, adapter=large)
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter('always', errors.SiteWarning)
+      case.attached(model, to=layer, adapter=large)
+    if any(
+      issubclass(one.category, errors.SiteWarning)
+      and f'{layer}/' in str(one.message)
+      for one in caught
+    ):
+      return
   except errors.SurgeryError as error:
     # An error of a plugin is one that nobody foresaw.
     if isinstance(error, errors.PluginError) or f'{layer}/' not in str(error):

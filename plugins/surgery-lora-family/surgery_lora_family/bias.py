@@ -35,11 +35,7 @@ class BiasLoRA(surgery.LoRA):
     return super().serves(site)
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `lora_a`, `lora_b` (zeros), and `lora_bias`, zeros.
-
-    Raises:
-      SiteError: if the rank exceeds the smaller side of the matrix.
-    """
+    """Returns `lora_a`, `lora_b` (zeros), and `lora_bias`, zeros."""
     bias = site.param('bias')
     shape = bias.in_shape + bias.out_shape
     return {**super().init(site, key), 'lora_bias': jnp.zeros(shape, 'float32')}

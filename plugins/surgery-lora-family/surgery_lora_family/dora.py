@@ -31,11 +31,7 @@ class DoRA(surgery.LoRA):
   peft = PeftDoRA()
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `lora_a`, `lora_b` (zeros) and `magnitude`.
-
-    Raises:
-      SiteError: if the rank exceeds the smaller side of the matrix.
-    """
+    """Returns `lora_a`, `lora_b` (zeros) and `magnitude`."""
     factors = super().init(site, key)
     return {**factors, 'magnitude': _norm(site.base(), site)}
 

@@ -88,9 +88,10 @@ def test_a_column_of_zeros_stays_zero(net):
   assert jnp.all(merged[:, 0] == 0)
 
 
-def test_a_rank_above_the_dimensions_is_refused_by_path(net):
-  with pytest.raises(surgery.SiteError, match=r'hidden0.*rank 17 exceeds'):
-    surgery.attach(net.params, DoRA(rank=17), to='**')
+def test_a_rank_above_the_dimensions_is_warned_of_by_path(net):
+  with pytest.warns(surgery.SiteWarning, match=r'rank 17 .*16×64.*: net/mlp/h'):
+    params = surgery.attach(net.params, DoRA(rank=17), to='**')
+  net.assert_lawful(params)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import surgery
   [
     'dora',
     'lora_bias',
+    'net/large_rank_dora',
     'variants/dora',
     'variants/dora_rslora',
     'variants/lora_bias',

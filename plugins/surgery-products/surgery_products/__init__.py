@@ -45,18 +45,8 @@ class LoHa(surgery.Adapter):
   )
 
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `w1_a`, `w1_b`, `w2_a` and `w2_b` (zeros).
-
-    Raises:
-      SiteError: if the rank exceeds the smaller side of the matrix.
-    """
+    """Returns `w1_a`, `w1_b`, `w2_a` and `w2_b` (zeros)."""
     rows, columns = _flat(site)
-    if self.rank > min(rows, columns):
-      raise surgery.SiteError(
-        f'{"/".join(site.path)}: rank {self.rank} exceeds the smaller side of '
-        f'a matrix of {rows} inputs and {columns} outputs. Take a smaller '
-        'rank, for this layer by patterns.'
-      )
     return {
       'w1_a': _normal(key, 'w1_a', (rows, self.rank)),
       'w1_b': _normal(key, 'w1_b', (self.rank, columns)),

@@ -12,7 +12,14 @@ import surgery
 
 
 @pytest.mark.parametrize(
-  'name', ['loha', 'lokr', 'variants/loha_conv', 'variants/lokr']
+  'name',
+  [
+    'loha',
+    'lokr',
+    'net/large_rank_loha',
+    'variants/loha_conv',
+    'variants/lokr',
+  ],
 )
 def test_a_folder_is_merged_and_written_as_peft_does(folder, name):
   folder(name).check()
