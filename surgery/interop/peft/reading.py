@@ -30,7 +30,7 @@ from surgery.contract.peft import (
 )
 from surgery.contract.site import Site
 from surgery.host.manager import Host
-from surgery.interop.peft import axes, places, targets
+from surgery.interop.peft import axes, bases, places, targets
 from surgery.interop.peft import config as configs
 from surgery.model import manifest, record_json
 from surgery.model.checkpoint import Checkpoint, Leaf
@@ -83,7 +83,8 @@ def bound(
   cls, mapping = configs.chosen(said, origin, host)
   config = configs.checked(said, mapping, origin)
   folder = Folder.of(alone, mapping, config, origin)
-  return _Binding(folder, base, names, cls, host).checkpoint(said)
+  known = bases.read(alone.manifest.metadata, origin)
+  return _Binding(folder, base, names, cls, host, known).checkpoint(said)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,7 @@ class _Binding:
     names: what modules are called in it, if otherwise.
     cls: the adapter type.
     host: whose hooks are asked.
+    known: what the folder says of the base that it is for, if anything.
   """
 
   def __init__(
@@ -173,11 +175,13 @@ class _Binding:
     names: Any,
     cls: type[Adapter],
     host: Host,
+    known: Mapping[str, Any] | None = None,
   ) -> None:
     self._folder = folder
     self._base = base
     self._cls = cls
     self._host = host
+    self._known = known
     self._mapping = folder.mapping
     self._config = folder.config
     self._origin = folder.origin
@@ -223,8 +227,9 @@ class _Binding:
     record = dataclasses.replace(
       record, saved=kept, foreign=json.dumps({configs.KEY: told})
     )
-    # PEFT does not say what it was trained on.
-    entry = record_json.adapter_to_json(record, self._host, {'base': None})
+    # PEFT does not say what it was trained on; we do.
+    base = bases.expected(self._known, self._base, layers)
+    entry = record_json.adapter_to_json(record, self._host, base)
     return Checkpoint(
       leaves,
       manifest.Manifest(kind=manifest.ADAPTER, locked=True, adapters=(entry,)),

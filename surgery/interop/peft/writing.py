@@ -29,9 +29,9 @@ from surgery.contract.peft import (
 from surgery.files import atomic_folders
 from surgery.files.safetensors import writing as safetensors
 from surgery.host.manager import Host
+from surgery.interop.peft import bases, places, reading, targets
 from surgery.interop.peft import config as configs
 from surgery.interop.peft import folder as folders
-from surgery.interop.peft import places, reading, targets
 from surgery.model import manifest, record_json
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.model.manifest import Manifest
@@ -63,9 +63,10 @@ def write_folder(
     FileExistsError: if there is something in the folder, or it is a file.
     OSError: if it cannot be written.
   """
-  tensors, said = converted(checkpoint, host)
+  tensors, said, base = converted(checkpoint, host)
   leaves = {tuple(name.split('.')): leaf for name, leaf in tensors.items()}
-  whole = Checkpoint(leaves, Manifest(metadata={'format': 'pt'}))
+  metadata = {'format': 'pt'} | ({} if base is None else {bases.KEY: base})
+  whole = Checkpoint(leaves, Manifest(metadata=metadata))
   text = json.dumps(said, indent=2, sort_keys=True)
   with atomic_folders.writing(path) as where:
     safetensors.write_file(whole, where / folders.TENSORS, manifest=False)
@@ -74,15 +75,23 @@ def write_folder(
 
 def converted(
   checkpoint: Checkpoint, host: Host
-) -> tuple[dict[str, Leaf], dict[str, Any]]:
+) -> tuple[dict[str, Leaf], dict[str, Any], str | None]:
   """Returns the tensors of a folder by name, and its configuration.
+
+  Returns:
+    Tensors, configuration, and what is known of the base, if anything is.
 
   Raises:
     FormatError: if it is no adapter, or none that PEFT has.
   """
   if reading.knows(checkpoint):
     same = {places.name_of(path): leaf for path, leaf in checkpoint.items()}
-    return same, dict(checkpoint.manifest.extra[configs.KEY])
+    about = checkpoint.manifest
+    return (
+      same,
+      dict(about.extra[configs.KEY]),
+      about.metadata.get(bases.KEY),
+    )
   entries = checkpoint.manifest.adapters
   origin = checkpoint.origin or 'the model'
   if checkpoint.manifest.kind != manifest.ADAPTER or len(entries) != 1:
@@ -106,6 +115,7 @@ class _Writer:
     self, checkpoint: Checkpoint, entry: Mapping[str, Any], host: Host
   ) -> None:
     self._leaves = checkpoint
+    self._entry = entry
     self._record: AdapterRecord = record_json.adapter_from_json(entry, host)
     told = json.loads(self._record.foreign or '{}')
     self._kept: Mapping[str, Any] = told.get(configs.KEY) or {}
@@ -128,8 +138,8 @@ class _Writer:
       )
     self._mapping: PeftMapping = mapping
 
-  def converted(self) -> tuple[dict[str, Leaf], dict[str, Any]]:
-    """Returns tensors and configuration."""
+  def converted(self) -> tuple[dict[str, Leaf], dict[str, Any], str | None]:
+    """Returns tensors, configuration, and what is known of the base."""
     if ROUTE in self._record.shared or self._many is not None:
       raise errors.FormatError(
         f'{self._origin}: it is several adapters, one for each row of a batch. '
@@ -167,7 +177,7 @@ class _Writer:
       )
     tensors.update(self._shared())
     tensors.update((f'{places.PREFIX}{n}', leaf) for n, leaf in saved.items())
-    return tensors, said
+    return tensors, said, bases.written(self._entry, layers)
 
   def _shape(self, path: Path) -> tuple[int, ...]:
     return self._leaves[path].shape or ()
