@@ -10,8 +10,9 @@ from types import MappingProxyType
 from typing import Any
 
 from surgery import errors
-from surgery.adapting import blocks, compute, drawing, finding
+from surgery.adapting import blocks, compute, drawing, finding, ranks
 from surgery.adapting.beneath import handles_adapters
+from surgery.contract import config
 from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
 from surgery.host.manager import Host
@@ -200,22 +201,38 @@ def _uses(who: Any, name: str, kinds: compute.Kinds, site: Site) -> Any:
   return compute.uses(who, site, name, kinds)
 
 
-def check_frozen(record: AdapterRecord) -> None:
-  """Raises if a name in `frozen` is that of no weight, which would train.
+def check_names(record: AdapterRecord) -> None:
+  """Raises if a type declares something of weights that it has not.
+
+  A name in `frozen` that is that of no weight would let train what was meant,
+  one in `rank_axes` would leave it as it is when ranks are pruned.
 
   Raises:
-    PluginError: naming it, and weights that there are.
+    PluginError: naming it, and weights that there are; or for an axis that a
+      weight lacks, and ranks that differ.
   """
-  if not record.adapter.frozen or not record.sites:
+  kind = record.adapter
+  if not (kind.frozen or kind.rank_axes) or not record.sites:
     return
   known = {name for name, _ in record.weights()}
-  for name in record.adapter.frozen:
+  for name in kind.frozen:
     if name not in known:
+      called = config.called(type(kind))
       raise errors.PluginError(
-        f"adapter type '{record.adapter.name}': {name!r} is declared in "
-        '`frozen`, and neither init nor init_shared returned a weight of that '
-        f'name, so what was meant would train.{errors.suggest(name, known)}'
+        f'{called}: {name!r} is declared in `frozen`, and neither init nor '
+        'init_shared returned a weight of that name, so what was meant would '
+        f'train.{errors.suggest(name, known)}'
       )
+  for name in kind.rank_axes:
+    if name not in known:
+      called = config.called(type(kind))
+      raise errors.PluginError(
+        f'{called}: {name!r} is declared in `rank_axes`, and init returned no '
+        f'weight of that name.{errors.suggest(name, known)} Subclasses inherit '
+        'it: set rank_axes = {} if the type has no rank.'
+      )
+  for site in record.sites.values():
+    ranks.axes_of(record, site)
 
 
 def weight_metadata(
@@ -291,8 +308,8 @@ def attach(
     SiteError: if a parameter cannot be served.
     ConfigError: for a wrong configuration.
     AdapterError: if the name is taken.
-    PluginError: if `init` or `apply` fails, or a name in `frozen` is that of no
-      weight.
+    PluginError: if `init` or `apply` fails, or a name in `frozen` or
+      `rank_axes` is that of no weight.
   """
   adapter = check_adapter(adapter)
   records = checkpoint.records(host)
@@ -370,7 +387,7 @@ def attach(
   for one in site_records.values():
     check_apply(one, shared)
   if waiting is None:
-    check_frozen(record)
+    check_names(record)
   leaves = inserted(
     marked(checkpoint, records),
     {**weight_leaves(checkpoint, records, record, seed, info), **shared_leaves},

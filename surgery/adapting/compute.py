@@ -18,6 +18,7 @@ import numpy as np
 
 from surgery import errors, jaxcompat
 from surgery.adapting import programs
+from surgery.contract import origin
 from surgery.contract.adapter import Interceptor
 from surgery.contract.lowrank import LowRank
 from surgery.contract.site import ParamSpec, PathNeeded, Site
@@ -144,13 +145,13 @@ def _checked(
   if found is None or tuple(found) != shape:
     shown = type(value).__name__ if found is None else f'shape {tuple(found)}'
     raise errors.PluginError(
-      f'apply of {called(who)!r} for parameter {name!r} returned {shown}, '
+      f'apply of {called(who)} for parameter {name!r} returned {shown}, '
       f'expected an array of shape {shape}.'
     )
   kind = jnp.complexfloating if _is_complex(base) else jnp.floating
   if not jnp.issubdtype(value.dtype, kind):
     raise errors.PluginError(
-      f'apply of {called(who)!r} for parameter {name!r} returned '
+      f'apply of {called(who)} for parameter {name!r} returned '
       f'{jnp.dtype(value.dtype).name}, expected a {kind.__name__} dtype, as '
       'that of the base.'
     )
@@ -171,7 +172,7 @@ def _check_counter(who: Interceptor, value: Any, weights: Arrays) -> None:
   whole = [n for n, w in weights.items() if jnp.issubdtype(w.dtype, np.integer)]
   if not any(n in whole and weights[n].ndim for n in named):
     raise errors.PluginError(
-      f'apply of {called(who)!r} returned a LowRank with dropout, and '
+      f'apply of {called(who)} returned a LowRank with dropout, and '
       f'`counters`, {tuple(named)!r}, names no vector of integers, so its mask '
       'would be the same at each step. Weights of integers: '
       f'{", ".join(whole) or "none"}.'
@@ -196,14 +197,20 @@ def answered(
     if error.args[0] in weights:
       raise
     raise errors.PluginError(
-      f'apply of {called(who)!r} failed: KeyError: {error}. The weights are '
+      f'apply of {called(who)} failed: KeyError: {error}. The weights are '
       f'{", ".join(weights) or "none"}.'
     ) from error
 
 
 def called(who: Any) -> str:
-  """Returns the name of an adapter type, or of another interceptor's class."""
-  return getattr(who, 'name', type(who).__name__)
+  """Returns an adapter type, or another interceptor's class, for messages.
+
+  `'ia3' of surgery-ia3 1.0`, where another distribution offers the type.
+  """
+  name = repr(getattr(who, 'name', type(who).__name__))
+  cls: Any = type(who)
+  where = origin.origin(cls)
+  return f'{name} of {where}' if where else name
 
 
 # What a layer gets.
@@ -355,7 +362,7 @@ class calling:  # noqa: N801 - it is used as a function is.
     if error is None or isinstance(error, PathNeeded):
       return
     where = paths.show(self._site.path)
-    whose = f'{self._what} of {called(self._who)!r}'
+    whose = f'{self._what} of {called(self._who)}'
     with errors.within(where), foreign.code(whose):
       raise error
 

@@ -90,19 +90,19 @@ def _named(who: Any, what: str, weights: Any) -> dict[str, Any]:
   ):
     shown = list(weights) if isinstance(weights, Mapping) else type(weights)
     raise errors.PluginError(
-      f'{what} of {called(who)!r} returned {shown}, expected a mapping from '
+      f'{what} of {called(who)} returned {shown}, expected a mapping from '
       'names without dots and slashes to arrays.'
     )
   for name, weight in weights.items():
     if isinstance(weight, (Mapping, str)) or weight is None:
       raise errors.PluginError(
-        f'{what} of {called(who)!r} returned {type(weight).__name__} for '
+        f'{what} of {called(who)} returned {type(weight).__name__} for '
         f'{name!r}, expected an array.'
       )
     dtype = getattr(weight, 'dtype', None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
       raise errors.PluginError(
-        f'{what} of {called(who)!r} returned a PRNG key for {name!r}, expected '
+        f'{what} of {called(who)} returned a PRNG key for {name!r}, expected '
         'an array. Return jax.random.key_data(key), which can be saved.'
       )
   arrays = {n: jnp.asarray(w) for n, w in weights.items()}

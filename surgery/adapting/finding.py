@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from surgery import errors
-from surgery.contract.adapter import DEFAULT_PARAMS, Adapter
+from surgery.contract.adapter import DEFAULT_PARAMS, Adapter, unserved
 from surgery.contract.site import ParamSpec, Site, default_layout
+from surgery.host import foreign
 from surgery.host.manager import Host
 from surgery.model.layers import LayerTypes
 from surgery.model.layouts import Layout
@@ -228,14 +229,25 @@ class Finder:
       )
     return spec
 
-  def serves(self, site: Site) -> bool:
-    """Asks hooks, the adapter's first, whether it can serve a site."""
+  def unserved(self, site: Site) -> str | None:
+    """Asks hooks, the adapter's first, why it cannot serve a site.
+
+    Returns:
+      The reason, without a full stop; None if it is served.
+
+    Raises:
+      PluginError: if the type fails, naming the site and the distribution.
+    """
     term = f'serves:{self.adapter.name}'
-    return bool(
-      self.host.ask(
+    with errors.within(paths.show(site.path)):
+      served = self.host.ask(
         'surgery_match_layer', of=self.adapter, site=site, term=term
       )
-    )
+      if served:
+        return None
+      # The hook says that, not why.
+      with foreign.printing():
+        return unserved(self.adapter, site) or 'a plugin refused it'
 
   def defaults(self, layer: Path, params: Mapping[str, Info]) -> list[str]:
     """Returns the primary parameters that the layer's name stands for."""
@@ -308,7 +320,8 @@ def sites(
     to: the selector, or a selection of parameters.
     info: all parameters that may be rewritten.
     missing: `'error'` raises for an item, or an alternative of one, that
-      yields no site; `'pass'` does not.
+      yields no site; `'sites'` for one that matches something and yields no
+      site; `'pass'` for none.
     left: is told of the layers that are matched and yield no site; None where
       layers may be incomplete as yet, so that nothing can be said of them.
 
@@ -346,8 +359,8 @@ def sites(
         found[path][1].add(index)
         continue
       site = finder.site(layer, name, layers[layer], usual)
-      if not finder.serves(site):
-        why = _why(finder, site)
+      why = finder.unserved(site)
+      if why is not None:
         reasons.setdefault(path, f'{paths.show(path)}: {why}')
         if at_layer:
           refused.setdefault(layer, f'{name}: {why}')
@@ -358,11 +371,13 @@ def sites(
           )
         continue
       found[path] = (site, {index})
-  if missing == 'error':
+  if missing != 'pass':
     met = set().union(*(ids for _, ids in found.values()))
     for index, item in enumerate(items):
       if index not in met:
         met_by = match.by_item[item]
+        if not met_by and missing == 'sites':
+          continue
         what = repr(item.written)
         raise _no_site(finder, what, met_by, _reason(reasons, met_by))
       if not item.choices:
@@ -370,6 +385,8 @@ def sites(
       sites_of = [path for path, (_, ids) in found.items() if index in ids]
       for choice in selectors.unmet(item.choices, sites_of):
         there = [p for p in match.by_item[item] if choice.meets(p)]
+        if not there and missing == 'sites':
+          continue
         what = f'{item.written!r}: its alternative {choice.text!r}'
         raise _no_site(finder, what, there, _reason(reasons, there))
   if left is None:
@@ -456,10 +473,11 @@ def _of_selection(
     for name in finder.defaults(layer, params):
       if (*layer, name) in chosen or layer in chosen:
         site = finder.site(layer, name, params, True)
-        if finder.serves(site):
+        why = finder.unserved(site)
+        if why is None:
           found.append((site, frozenset({0})))
         elif left is not None:
-          left.append(Refused(layer, _why(finder, site), 'part'))
+          left.append(Refused(layer, why, 'part'))
   if not found:
     raise errors.SelectorError(
       f"adapter type '{finder.adapter.name}' can serve none of the "
@@ -472,12 +490,6 @@ def _of_selection(
 def _reason(reasons: Mapping[Path, str], met: Iterable[Path]) -> str | None:
   """Returns why the first of some parameters cannot be served, if so."""
   return next((reasons[p] for p in met if p in reasons), None)
-
-
-def _why(finder: Finder, site: Site) -> str:
-  """Returns why a site is not served."""
-  reason = finder.adapter.at(site).serves(site) or 'a plugin refused it'
-  return reason.rstrip('.')
 
 
 def _no_site(

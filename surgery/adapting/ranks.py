@@ -6,8 +6,44 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery import errors
+from surgery.contract import config
 from surgery.model.records import AdapterRecord, SiteRecord
 from surgery.naming import paths
+
+
+def axes_of(record: AdapterRecord, site: SiteRecord) -> dict[str, int]:
+  """Returns which axis of each weight of a site is its rank, from 0.
+
+  Empty, if the site has no weight with a rank.
+
+  Raises:
+    PluginError: if a weight has no such axis, ranks differ, or sites share it.
+  """
+  found: dict[str, int] = {}
+  for weight, axis in record.adapter.rank_axes.items():
+    if weight in record.shared:
+      raise _wrong(
+        record,
+        f'{weight!r} is shared by sites, which have ranks of their own.',
+      )
+    if weight not in site.weights:
+      continue
+    shape = site.weights[weight].shape
+    if not -len(shape) <= axis < len(shape):
+      raise _wrong(
+        record, f'{weight!r} has no axis {axis}, its shape is {shape}.'
+      )
+    found[weight] = axis % len(shape)
+  if len({site.weights[w].shape[axis] for w, axis in found.items()}) > 1:
+    shapes = ', '.join(f'{w} {site.weights[w].shape}' for w in found)
+    where = paths.show(site.site.path)
+    raise _wrong(record, f'{where}: the ranks of its weights differ: {shapes}.')
+  return found
+
+
+def _wrong(record: AdapterRecord, why: str) -> errors.PluginError:
+  called = config.called(type(record.adapter))
+  return errors.PluginError(f'{called}: rank_axes: {why}')
 
 
 def rank_axes(record: AdapterRecord, site: SiteRecord) -> dict[str, int]:
@@ -17,31 +53,12 @@ def rank_axes(record: AdapterRecord, site: SiteRecord) -> dict[str, int]:
     PluginError: if a weight has no such axis, or ranks differ.
     AdapterError: if the site has none of these weights.
   """
-  who = f"adapter type '{record.adapter.name}': rank_axes"
-  found: dict[str, int] = {}
-  for weight, axis in record.adapter.rank_axes.items():
-    if weight in record.shared:
-      raise errors.PluginError(
-        f'{who}: {weight!r} is shared by sites, which have ranks of their own.'
-      )
-    if weight not in site.weights:
-      continue
-    shape = site.weights[weight].shape
-    if not -len(shape) <= axis < len(shape):
-      raise errors.PluginError(
-        f'{who}: {weight!r} has no axis {axis}, its shape is {shape}.'
-      )
-    found[weight] = axis % len(shape)
-  where = paths.show(site.site.path)
+  found = axes_of(record, site)
   if not found:
     raise errors.AdapterError(
-      f'{where}: adapter {record.name!r} has none of the weights '
-      f'{", ".join(record.adapter.rank_axes)} there, so no rank to prune.'
-    )
-  if len({site.weights[w].shape[axis] for w, axis in found.items()}) > 1:
-    shapes = ', '.join(f'{w} {site.weights[w].shape}' for w in found)
-    raise errors.PluginError(
-      f'{who}: {where}: the ranks of its weights differ: {shapes}.'
+      f'{paths.show(site.site.path)}: adapter {record.name!r} has none of the '
+      f'weights {", ".join(record.adapter.rank_axes)} there, so no rank to '
+      'prune.'
     )
   return found
 

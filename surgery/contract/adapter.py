@@ -19,7 +19,7 @@ from surgery.contract import config, hookspecs
 from surgery.contract.lowrank import LowRank
 from surgery.contract.peft import PeftMapping
 from surgery.contract.site import Site
-from surgery.naming import selectors
+from surgery.naming import paths, selectors
 
 # Names under which layers keep the parameter that is meant by their name.
 DEFAULT_PARAMS = ('kernel', 'embedding', 'weight')
@@ -34,7 +34,7 @@ class _Configured:
   def __init_subclass__(cls, **kwargs: Any) -> None:
     super().__init_subclass__(**kwargs)
     # Equality and hash are by configuration, see Adapter.
-    dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
+    config.make_dataclass(cls, eq=False)
     made: Any = cls.__init__
 
     # What is checked is checked here, around whatever a subclass writes: a
@@ -69,7 +69,7 @@ class _Configured:
           answer = base.check(self)
         if answer is not None:
           raise errors.PluginError(
-            f"adapter type '{cls.name}': check returned {answer!r}, expected "
+            f'{config.called(cls)}: check returned {answer!r}, expected '
             'None. It raises surgery.ConfigError for options that do not go '
             'together.'
           )
@@ -85,30 +85,38 @@ def _patterns(cls: Any, given: Any) -> tuple[Any, ...]:
   patterns = []
   for selector, values in config.freeze(given):
     selectors.parse(selector)
-    config.check_keys(cls, dict(values))
-    checked = tuple((k, config.check(cls, k, v)) for k, v in values)
+    with errors.within(f'patterns, {selector!r}'):
+      config.check_keys(cls, dict(values))
+      checked = tuple((k, config.check(cls, k, v)) for k, v in values)
     patterns.append((selector, checked))
   return tuple(patterns)
 
 
 @contextlib.contextmanager
-def _foreign(cls: Any, method: str) -> Iterator[None]:
+def _foreign(
+  cls: Any, method: str, about: type[Exception] | None = ValueError
+) -> Iterator[None]:
   """Says of what a type's own code raises whose it is.
 
+  Args:
+    cls: the type.
+    method: what of it runs.
+    about: errors that are about the options; None if there are none.
+
   Raises:
-    ConfigError: for a `ValueError`, which is about the options.
-    PluginError: for anything else that is no `SurgeryError`.
+    ConfigError: for one of `about`.
+    PluginError: for anything else that is no `SurgeryError`, also an attempt
+      to end the process.
   """
   try:
     yield
   except errors.SurgeryError:
     raise
-  except ValueError as error:
-    raise errors.ConfigError(f"adapter type '{cls.name}': {error}") from error
-  except Exception as error:
+  except (Exception, SystemExit) as error:
+    if about is not None and isinstance(error, about):
+      raise errors.ConfigError(f'{config.called(cls)}: {error}') from error
     raise errors.PluginError(
-      f"adapter type '{cls.name}': {method} failed: {type(error).__name__}: "
-      f'{error}'
+      f'{config.called(cls)}: {method} failed: {type(error).__name__}: {error}'
     ) from error
 
 
@@ -243,8 +251,9 @@ class Adapter(_Configured):
     By default it serves floating-point parameters that have an input and an
     output axis. A layer that is not served is an error where a selector names
     it, and left out where a pattern or a wildcard matches it, with a
-    `SiteWarning` or a line in the plan. For options that do not fit a layer
-    raise `SiteError` in `init`, which is an error always.
+    `SiteWarning` or a line in the plan. A `SiteError` that is raised here is a
+    reason, too. For options that do not fit a layer raise one in `init`, which
+    is an error always.
 
     Returns:
       The reason, without a full stop: `it has 7 outputs, at most 4 can be
@@ -319,13 +328,7 @@ class Adapter(_Configured):
     """Answers the term `serves:<type>`: whether this type serves the site."""
     if term != f'serves:{self.name}':
       return None
-    reason = self.at(site).serves(site)
-    if reason is not None and not isinstance(reason, str):
-      raise errors.PluginError(
-        f'serves of {self.name!r} returned {reason!r}, expected the reason why '
-        'it does not serve the site, or None if it does.'
-      )
-    return reason is None
+    return unserved(self, site) is None
 
   @hookspecs.hookimpl
   def surgery_intercept_param(self, site: Site) -> Interceptor:
@@ -368,8 +371,11 @@ class Adapter(_Configured):
     data = dict(data)
     patterns = data.pop('patterns', {})
     values = config.from_json(cls, data)
-    patterns = {s: config.from_json(cls, v) for s, v in patterns.items()}
-    return cls(**{**values, 'patterns': patterns})
+    found = {}
+    for selector, options in patterns.items():
+      with errors.within(f'patterns, {selector!r}'):
+        found[selector] = config.from_json(cls, options)
+    return cls(**{**values, 'patterns': found})
 
   def at(self, site: Site) -> Adapter:
     """Returns this adapter with the options that hold for one site."""
@@ -416,12 +422,12 @@ def _check_class(cls: type[Adapter]) -> None:
   for flag in ('adds', 'mergeable'):
     if not isinstance(getattr(cls, flag), bool):
       raise errors.PluginError(
-        f"adapter type '{cls.name}': {flag}: expected True or False, found "
+        f'{config.called(cls)}: {flag}: expected True or False, found '
         f'{getattr(cls, flag)!r}.'
       )
   if cls.peft is not None and not isinstance(cls.peft, PeftMapping):
     raise errors.PluginError(
-      f"adapter type '{cls.name}': peft: expected a surgery.PeftMapping, found "
+      f'{config.called(cls)}: peft: expected a surgery.PeftMapping, found '
       f'{cls.peft!r}.'
     )
   _check_version(cls)
@@ -431,12 +437,12 @@ def _check_class(cls: type[Adapter]) -> None:
     names = getattr(cls, said)
     if isinstance(names, str) or not all(isinstance(n, str) for n in names):
       raise errors.PluginError(
-        f"adapter type '{cls.name}': {said}: expected a tuple of names, found "
+        f'{config.called(cls)}: {said}: expected a tuple of names, found '
         f'{names!r}. One name is written with a comma: ({names!r},).'
       )
   if not cls.rewrites:
     raise errors.PluginError(
-      f"adapter type '{cls.name}': rewrites: expected the names of one "
+      f'{config.called(cls)}: rewrites: expected the names of one '
       "parameter or more, as ('kernel',), found none."
     )
   config.check_declaration(cls)
@@ -444,7 +450,7 @@ def _check_class(cls: type[Adapter]) -> None:
     for method in ('init', 'apply'):
       if getattr(cls, method) is getattr(Adapter, method):
         raise errors.PluginError(
-          f"adapter type '{cls.name}' has no method `{method}`."
+          f'{config.called(cls)} has no method `{method}`.'
         )
 
 
@@ -457,14 +463,14 @@ def _check_version(cls: type[Adapter]) -> None:
   whole = isinstance(cls.version, int) and not isinstance(cls.version, bool)
   if not whole or cls.version < 1:
     raise errors.PluginError(
-      f"adapter type '{cls.name}': version: expected a whole number of at "
+      f'{config.called(cls)}: version: expected a whole number of at '
       f'least 1, found {cls.version!r}.'
     )
   # Of functions, as a classmethod is bound anew whenever it is looked up.
   theirs: Any = cls.upgraded
   if cls.version > 1 and theirs.__func__ is Adapter.upgraded.__func__:  # type: ignore[attr-defined]
     raise errors.PluginError(
-      f"adapter type '{cls.name}': version {cls.version} needs a classmethod "
+      f'{config.called(cls)}: version {cls.version} needs a classmethod '
       '`upgraded(cls, config, version)`, which makes options of this version '
       'of older ones, since files that older versions wrote would be misread.'
     )
@@ -482,9 +488,43 @@ def _check_rank_axes(cls: type[Adapter]) -> None:
     for name, axis in said.items()
   ):
     raise errors.PluginError(
-      f"adapter type '{cls.name}': rank_axes: expected axes by the name of a "
+      f'{config.called(cls)}: rank_axes: expected axes by the name of a '
       f"weight, as {{'lora_a': -1, 'lora_b': 0}}, found {said!r}."
     )
+
+
+def unserved(adapter: Adapter, site: Site) -> str | None:
+  """Returns why an adapter does not serve a site; None if it does.
+
+  What `serves` returns and a `SiteError` that it raises are reasons alike.
+
+  Args:
+    adapter: the adapter, of which the options for that site are taken.
+    site: the site.
+
+  Returns:
+    The reason, without the site's path in front and a full stop behind.
+
+  Raises:
+    PluginError: if `serves` fails otherwise, or returns something else than a
+      reason or None.
+  """
+  cls: Any = type(adapter)
+  try:
+    with _foreign(cls, 'serves', None):
+      answer: Any = adapter.at(site).serves(site)
+  except errors.SiteError as error:
+    answer = str(error)
+    for path in (site.path, site.layer):
+      answer = answer.removeprefix(f'{paths.show(path)}: ')
+  if answer is None:
+    return None
+  if isinstance(answer, str) and answer.strip(' .\n'):
+    return answer.strip().rstrip('.')
+  raise errors.PluginError(
+    f'{config.called(cls)}: serves returned {answer!r}, expected the reason '
+    'why it does not serve the site, or None if it does.'
+  )
 
 
 def current(
@@ -500,7 +540,8 @@ def current(
 
   Raises:
     FormatError: for a version that is newer than the installed one, or none.
-    ConfigError: if `upgraded` raises a `ValueError`.
+    ConfigError: if `upgraded` raises a `ValueError`, or returns an option that
+      the type has not.
     PluginError: if it fails otherwise, or returns something else than options.
   """
   whole = isinstance(version, int) and not isinstance(version, bool)
@@ -526,16 +567,19 @@ def current(
       result: Any = cls.upgraded(copy.deepcopy(dict(options)), version)
     if not isinstance(result, Mapping):
       raise errors.PluginError(
-        f"adapter type '{cls.name}': upgraded returned {result!r}, expected "
+        f'{config.called(cls)}: upgraded returned {result!r}, expected '
         'options by name.'
       )
+    with errors.within(f'upgraded from version {version} to {cls.version}'):
+      config.check_keys(declared, result)
     return dict(result)
 
-  options = {k: v for k, v in data.items() if k != 'patterns'}
-  found = one(options)
-  if 'patterns' in data:
-    found['patterns'] = {s: one(v) for s, v in data['patterns'].items()}
-  return found
+  found = one({k: v for k, v in data.items() if k != 'patterns'})
+  patterns = {}
+  for selector, options in data.get('patterns', {}).items():
+    with errors.within(f'patterns, {selector!r}'):
+      patterns[selector] = one(options)
+  return {**found, 'patterns': patterns} if 'patterns' in data else found
 
 
 # What a class may say of a type and need not, so that a misspelt one would be
@@ -568,7 +612,7 @@ def _check_spelling(cls: type[Adapter]) -> None:
       close = difflib.get_close_matches(name, _OPTIONAL, n=1, cutoff=0.85)
       if close:
         raise errors.PluginError(
-          f"adapter type '{cls.name}': {name!r} is no part of the contract, "
+          f'{config.called(cls)}: {name!r} is no part of the contract, '
           f'and would have no effect. Did you mean {close[0]!r}? If it is '
           "something of the type's own, begin its name with an underscore."
         )

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from surgery import errors
+from surgery.contract import origin
 
 _RANGE = ('gt', 'ge', 'lt', 'le')
 _SIGNS = {'gt': '>', 'ge': '>=', 'lt': '<', 'le': '<='}
@@ -86,9 +87,15 @@ def _where(cls: type, key: str) -> str:
 
 
 def called(cls: type) -> str:
-  """Returns a class with options, for messages: `adapter type 'lora'`."""
+  """Returns a class with options, for messages.
+
+  `adapter type 'lora'`; of another distribution's, `adapter type 'ia3' of
+  surgery-ia3 1.0`.
+  """
   kind = getattr(cls, '_called', 'adapter type')
-  return f"{kind} '{cls.name}'"  # type: ignore[attr-defined]
+  where = origin.origin(cls)
+  name = cls.name  # type: ignore[attr-defined]
+  return f"{kind} '{name}'{f' of {where}' if where else ''}"
 
 
 def _conforms(value: Any, annotation: Any) -> bool:
@@ -382,6 +389,28 @@ def check_declaration(cls: type) -> None:
         f'{_where(cls, name)}: {bounds[0]}= is for numbers, and the option is '
         f'{type_name(annotation)}.'
       )
+
+
+def make_dataclass(cls: type, **how: Any) -> None:
+  """Makes a frozen dataclass of a class whose annotated attributes are options.
+
+  Args:
+    cls: the class; changed.
+    **how: further arguments of `dataclasses.dataclass`.
+
+  Raises:
+    PluginError: if a default can be changed, as a dictionary can.
+  """
+  try:
+    dataclasses.dataclass(frozen=True, kw_only=True, **how)(cls)
+  except ValueError as error:
+    # What Python advises, a factory, is no value that a file could hold.
+    what = str(error).partition(':')[0]
+    raise errors.PluginError(
+      f'{cls.__module__}.{cls.__qualname__}: {what}. Options are bool, int, '
+      'float, str, Literal, tuples of these, or None: write a tuple, or an '
+      'option for each value.'
+    ) from error
 
 
 def _has_numbers(annotation: Any) -> bool:

@@ -149,7 +149,7 @@ class Method:
 
   def __init_subclass__(cls, **kwargs: Any) -> None:
     super().__init_subclass__(**kwargs)
-    dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    config.make_dataclass(cls)
     made: Any = cls.__init__
 
     @functools.wraps(made)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import pathlib
-import sys
 import traceback
 from typing import Any
 
 from surgery import version
+from surgery.contract import origin
 from surgery.contract.adapter import Adapter
 
-ADAPTERS = 'surgery.adapters'
+ADAPTERS = origin.GROUP
 
 
 PLUGINS = 'surgery.plugins'
@@ -101,10 +101,7 @@ def is_entry(cls: type[Adapter], entry: Entry) -> bool:
   point = entry.entry_point
   if point is None or entry.value is cls:
     return entry.value is cls
-  if (point.module, point.attr) == (cls.__module__, cls.__qualname__):
-    return True
-  # It may be named by a module that only passes it on.
-  return getattr(sys.modules.get(point.module), point.attr, None) is cls
+  return origin.is_named(point, cls)
 
 
 def line_of(error: BaseException) -> str:

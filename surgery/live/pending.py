@@ -10,8 +10,10 @@ import blox as bx
 
 from surgery import errors
 from surgery.adapting import attachment, finding
+from surgery.contract import config
 from surgery.contract.adapter import DEFAULT_PARAMS
 from surgery.contract.site import Site
+from surgery.host import foreign, registering
 from surgery.host.manager import Host
 from surgery.live import described, placing
 from surgery.model import layers
@@ -47,10 +49,20 @@ class _NoHooks(Host):
   """Asks the adapter alone: hooks are not asked during initialisation."""
 
   def ask(self, hook: str, *, of: Any = None, **arguments: Any) -> Any:
-    return getattr(of, hook)(**arguments)
+    method = getattr(of, hook)
+    names = registering.arguments_of(method.__func__)
+    with foreign.code(f'{config.called(type(of))}: {hook}'):
+      return method(**{name: arguments[name] for name in names})
 
 
 _NO_HOOKS = _NoHooks(entry_points=False)
+
+
+def _early(record: AdapterRecord) -> Any:
+  """Says of errors that the adapter was attached before initialisation."""
+  return errors.within(
+    f'adapter {record.name!r} was attached before initialisation'
+  )
 
 
 def adopted(params: AdaptedParams, path: Path) -> AdaptedParams:
@@ -86,7 +98,8 @@ def _adopted_by(
   if path not in info:
     return params
   finder = _finder(record, layer)
-  found = finding.sites(finder, pending.selector, info, missing='pass')
+  with _early(record):
+    found = finding.sites(finder, pending.selector, info, missing='pass')
   for site, met in found:
     old = record.sites.get(site.path)
     if old is not None and old.site.params == site.params:
@@ -223,7 +236,8 @@ def _check_served(
   """Says which layers a pending adapter leaves out, now that all are there.
 
   Raises:
-    SiteError: for one that the selector names.
+    SiteError: for one that the selector names, or an item or an alternative of
+      which none is served, with the reason.
   """
   assert record.pending is not None
   known = {p: described.info_of(one) for p, one in params._data.items()}
@@ -234,8 +248,34 @@ def _check_served(
   }
   refused: list[finding.Refused] = []
   selector = record.pending.selector
-  finding.sites(finder, selector, info, missing='pass', left=refused)
+  finding.sites(finder, selector, info, missing='sites', left=refused)
   attachment.warn(record.adapter, attachment.left_out(record.name, refused))
+
+
+def _check_closed(
+  params: AdaptedParams, record: AdapterRecord, universe: list[Path]
+) -> None:
+  """Raises unless a pending adapter has found what its selector means.
+
+  Raises:
+    SelectorError: if an item of it, or an alternative of one, has matched
+      nothing, or nothing by default.
+    SiteError: if what it names cannot be served.
+  """
+  pending = record.pending
+  assert pending is not None
+  finder = _finder(record, ())
+  unmet = pending.unmet
+  for item in pending.selector.items:
+    met = _matched(item, universe, finder)
+    if not met and (item.negate or item in unmet):
+      raise selectors.nothing(item, universe, finder.names)
+    selectors.check_choices(item, {*record.sites, *met}, universe)
+  finding.check_axes(finder, universe)
+  # Why nothing is served comes before that nothing was found.
+  _check_served(params, record, finder)
+  for item in unmet:
+    raise errors.SelectorError(_unmet(item, universe, finder))
 
 
 def closed(params: AdaptedParams) -> AdaptedParams:
@@ -245,7 +285,7 @@ def closed(params: AdaptedParams) -> AdaptedParams:
     SelectorError: if an item of a selector, or an alternative of one, has
       matched nothing.
     SiteError: if a layer that a selector names cannot be served.
-    PluginError: if a name that a type declares frozen is that of no weight.
+    PluginError: if a name that a type declares is that of no weight.
   """
   for path in list(params._data):
     if path not in params._records.chains and path not in params._records.owned:
@@ -255,29 +295,12 @@ def closed(params: AdaptedParams) -> AdaptedParams:
     pending = record.pending
     if pending is None:
       continue
-    finder = _finder(record, ())
-    excluded = [
-      item
-      for item in pending.selector.negative
-      if not _matched(item, universe, finder)
-    ]
-    before = (
-      f'adapter {record.name!r} was attached before initialisation and its '
-    )
-    for item in (*pending.unmet, *excluded):
-      raise errors.SelectorError(before + _unmet(item, universe, finder))
-    try:
-      for item in pending.selector.items:
-        met = universe if item.negate else record.sites
-        selectors.check_choices(item, met, universe)
-      finding.check_axes(finder, universe)
-    except errors.SelectorError as error:
-      raise errors.SelectorError(before + str(error)) from None
-    _check_served(params, record, finder)
-    attachment.check_patterns(
-      record.adapter, [r.site for r in record.sites.values()]
-    )
-    attachment.check_frozen(record)
+    with _early(record):
+      _check_closed(params, record, universe)
+      attachment.check_patterns(
+        record.adapter, [r.site for r in record.sites.values()]
+      )
+      attachment.check_names(record)
   result = params._clone()
   notes = dict(params._notes)
   if all(a.pending is not None for a in params._records.adapters):
@@ -302,10 +325,8 @@ def _unmet(
   item: selectors.Item, universe: list[Path], finder: finding.Finder
 ) -> str:
   met = _matched(item, universe, finder)
-  if met:
-    shown = ', '.join(paths.literal(p) for p in met[:5])
-    return (
-      f'selector {item.written!r} matches no parameter that it can serve by '
-      f'default. Name one of them: {shown}.'
-    )
-  return str(selectors.nothing(item, universe, finder.names))
+  shown = ', '.join(paths.literal(p) for p in met[:5])
+  return (
+    f'selector {item.written!r} matches no parameter that it can serve by '
+    f'default. Name one of them: {shown}.'
+  )

@@ -272,7 +272,7 @@ def _checked(who: Any, site: SiteRecord, weights: Mapping[str, Any]) -> Any:
       found = f'{dtype} of shape {tuple(shape)}'
     raise errors.PluginError(
       f'{paths.show(site.site.path)}: regulariser of '
-      f'{compute.called(who)!r} returned {found}, expected a real scalar, or '
+      f'{compute.called(who)} returned {found}, expected a real scalar, or '
       'None for nothing.'
     )
   return value

@@ -7,6 +7,7 @@ leaves lazily, and a writer asks for one leaf at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import inspect
@@ -379,7 +380,11 @@ class Checkpoint(Mapping[Path, Leaf]):
     from surgery.model import record_json
 
     if self._records is None:
-      self._records = record_json.from_json(self.manifest.adapters, host)
+      file = (
+        errors.within(self.origin) if self.origin else contextlib.nullcontext()
+      )
+      with file:
+        self._records = record_json.from_json(self.manifest.adapters, host)
     return self._records
 
   @property

@@ -123,7 +123,7 @@ def adapter_from_json(
       config = adapters.current(
         cls, data['config'], data.get('version', 1), origin
       )
-    adapter = cls.from_config(config)
+      adapter = cls.from_config(config)
     sites = {}
     for entry in data['sites']:
       site = Site.from_json(entry)

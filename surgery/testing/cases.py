@@ -117,9 +117,22 @@ class Case:
     at = f', at {site}' if site else ''
     return Broken(
       f"law '{self.law}' is broken by {self.adapter!r} on {self.kind} layers "
-      f'of {self.dtype}{at}: {what}\nThe law: {summary(self.law)}\nReproduce: '
-      f'surgery.testing.check({self.adapter!r}, {self._options()})',
+      f'of {self.dtype}{at}: {what}{self._inherited()}\nThe law: '
+      f'{summary(self.law)}\nReproduce: surgery.testing.check('
+      f'{self.adapter!r}, {self._options()})',
       self.law,
+    )
+
+  def _inherited(self) -> str:
+    """Returns whose word it is that the law holds, if it was inherited."""
+    name, cls = ABOUT.get(self.law, ''), type(self.adapter)
+    if not getattr(cls, name, None) or name in vars(cls):
+      return ''
+    base = next(base for base in cls.__mro__ if name in vars(base))
+    value = getattr(cls, name)
+    return (
+      f'\n`{name} = {value!r}` is inherited from {base.__name__}. If it is not '
+      f"true of '{cls.name}', set {name} = {type(value)()!r} in the class."
     )
 
   def _options(self) -> str:
@@ -234,6 +247,10 @@ Law = Callable[[Case], None]
 
 
 LAWS: dict[str, Law] = {}
+
+
+# The attribute by which a type says that a law holds for it.
+ABOUT: dict[str, str] = {}
 
 
 def summary(law: str) -> str:

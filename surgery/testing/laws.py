@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery import errors, jaxcompat
-from surgery.adapting import drawing
+from surgery.adapting import drawing, ranks
 from surgery.contract import config
 from surgery.contract.adapter import Adapter
 from surgery.factoring import explain as explaining
@@ -31,10 +31,12 @@ from surgery.factoring import walking
 from surgery.factoring.transform import factored
 from surgery.live import described, saving, verbs
 from surgery.live import params as live
+from surgery.live import weights as access
 from surgery.model.checkpoint import open_checkpoint
 from surgery.naming import paths
 from surgery.testing import hurry, models
 from surgery.testing.cases import (
+  ABOUT,
   LAWS,
   Case,
   Declared,
@@ -49,10 +51,22 @@ ALL_DTYPES: set[str] = set()
 ONE_KIND: set[str] = set()
 
 
-def _law(*, dtypes: bool = False, kinds: bool = True) -> Callable[[Law], Law]:
+def _law(
+  *, dtypes: bool = False, kinds: bool = True, about: str = ''
+) -> Callable[[Law], Law]:
+  """Returns a decorator that makes a law of a function.
+
+  Args:
+    dtypes: whether it is looked at for all dtypes.
+    kinds: whether it is looked at for all kinds of layers.
+    about: the attribute of a type that says that the law holds for it.
+  """
+
   def add(law: Law) -> Law:
     name = law.__name__
     LAWS[name] = law
+    if about:
+      ABOUT[name] = about
     if dtypes:
       ALL_DTYPES.add(name)
     if not kinds:
@@ -291,7 +305,7 @@ def what_is_not_finite_is_not_merged(case: Case) -> None:
     raise case.broken('the refused merge changed the params.')
 
 
-@_law()
+@_law(about='adds')
 def several_adapters_work_together(case: Case) -> None:
   """Merging two is merging one by one; the other one stays at work."""
   model, host = case.model(), case.host
@@ -314,7 +328,7 @@ def several_adapters_work_together(case: Case) -> None:
   case.close(model(one_by_one), model(at_once), 'merging at once')
 
 
-@_law(kinds=False)
+@_law(kinds=False, about='adds')
 def what_adds_does_not_look_at_the_base(case: Case) -> None:
   """Of a type with `adds`, what is added to any base is the same."""
   if not type(case.adapter).adds or not case.declared.mergeable:
@@ -337,6 +351,33 @@ def what_adds_does_not_look_at_the_base(case: Case) -> None:
   usual, other = update(lambda value: value), update(lambda v: 1 - v / 2)
   for path, added in usual.items():
     case.close(added, other[path], f'what is added to {paths.show(path)}')
+
+
+@_law(about='rank_axes')
+def pruning_a_rank_is_masking_it(case: Case) -> None:
+  """Of a type with `rank_axes`, a rank that is pruned counts as zeros do."""
+  if not type(case.adapter).rank_axes:
+    return
+  model, host = case.model(), case.host
+  params = case.trained(model)
+  [record] = live.records_of(params).adapters
+  values = access.weights(params)
+  keep: dict[Any, list[int]] = {}
+  masked: dict[Any, dict[str, Any]] = {}
+  for path, site in record.sites.items():
+    axes = ranks.axes_of(record, site)
+    for name, axis in axes.items():
+      value, shape = values[path][name], site.weights[name].shape
+      # Stacked layers are axes in front.
+      axis += value.ndim - len(shape)
+      # Every second one goes, so that the first and the last have no say.
+      keep[path] = list(range(0, value.shape[axis], 2))
+      stays = jnp.isin(jnp.arange(value.shape[axis]), jnp.array(keep[path]))
+      along = [-1 if at == axis else 1 for at in range(value.ndim)]
+      masked.setdefault(path, {})[name] = value * stays.reshape(along)
+  zeros = access.with_weights(params, 'default', masked)
+  pruned = verbs.prune_ranks(params, keep, host=host)
+  case.close(model(zeros), model(pruned), 'outputs masked and pruned')
 
 
 @_law(dtypes=True)

@@ -1,6 +1,8 @@
 """The contract: what the core asks of an adapter type, and what it gives."""
 
 import re
+import typing
+from collections.abc import Mapping
 from typing import Literal
 
 import blox as bx
@@ -633,8 +635,25 @@ KEY = 'returned a PRNG key for .w., expected an array. Return jax.random.key_'
     ),
     (
       {'serves': lambda self, site: True},
-      "serves of 'broken' returned True, expected the reason why it does not",
+      "layer0/kernel: .* 'broken': serves returned True, expected the reason",
     ),
+    (
+      {'serves': lambda self, site: ' '},
+      "serves returned ' ', expected the re",
+    ),
+    (
+      {'serves': lambda self, site: site.lost},
+      "layer0/kernel: .* 'broken': serves failed: AttributeError: 'Site' object",
+    ),
+    (
+      {'serves': lambda self, site: int('x')},
+      "layer0/kernel: .* 'broken': serves failed: ValueError: invalid",
+    ),
+    (
+      {'rank_axes': {'lora_a': 0}},
+      "'broken': 'lora_a' is declared in `rank_axes`, and init returned no",
+    ),
+    ({'rank_axes': {'w': 7}}, r"rank_axes: 'w' has no axis 7, its shape is "),
     ({'rewrites': 'kernel'}, r"rewrites: expected .* comma: \('kernel',\)"),
     (
       {'frozen': ('scale')},
@@ -647,6 +666,35 @@ def test_what_a_type_does_wrong_is_said(methods, message):
   cls, host = broken(**methods)
   with pytest.raises(surgery.PluginError, match=message):
     surgery.attach(params_of(2), cls(), to='**', host=host)
+
+
+@pytest.mark.parametrize(
+  ('name', 'default'),
+  [('dict', {}), ('list', []), ('set', surgery.field(default=set()))],
+)
+@pytest.mark.parametrize('kind', [surgery.Adapter, surgery.Method])
+def test_a_default_that_can_be_changed_is_refused(name, default, kind):
+  with pytest.raises(
+    surgery.PluginError,
+    match=rf"Odd: mutable default <class '{name}'> for field options is not "
+    r'allowed\. Options are bool, .*: write a tuple, or an option for each',
+  ):
+    type(
+      'Odd', (kind,), {'__annotations__': {'options': dict}, 'options': default}
+    )
+
+
+def test_ranks_of_the_weights_of_a_site_are_the_same():
+  class Uneven(surgery.LoRA):
+    name = 'uneven'
+    rank_axes: typing.ClassVar[Mapping[str, int]] = {'lora_a': 0, 'lora_b': 0}
+
+  host = surgery.Host(plugins=[Uneven], entry_points=False)
+  with pytest.raises(
+    surgery.PluginError,
+    match=r"'uneven': rank_axes: net/layer0/kernel: the ranks .* differ: lora_a",
+  ):
+    surgery.attach(params_of(1), Uneven(rank=1), to='**', host=host)
 
 
 def test_each_number_of_a_tuple_lies_in_the_range():

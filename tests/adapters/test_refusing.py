@@ -273,3 +273,147 @@ def test_a_selection_says_what_is_left_out():
   np.testing.assert_array_equal(
     model['net', 'out', 'kernel'].value, adapted['net', 'out', 'kernel'].value
   )
+
+
+def refusing(how):
+  """Returns a type that serves up to four outputs and refuses in some way."""
+
+  class Refusing(Narrow):
+    name = 'refusing'
+
+    def serves(self, site):
+      return how(site) if site.out_size > 4 else None
+
+  return Refusing, surgery.Host(plugins=[Refusing], entry_points=False)
+
+
+def raised(error):
+  def how(site):
+    raise error(site) if callable(error) else error
+
+  return how
+
+
+def initialised(adapter, host, to):
+  """Attaches before initialisation to layers of 3 and 9 outputs."""
+  graph = bx.Graph('net')
+  rng = bx.Rng(graph.child('rng'))
+  layers = [bx.Linear(graph.child(f'l{n}'), n, rng) for n in (3, 9)]
+  made = rng.seed(bx.Params(), seed=0)
+  made = surgery.attach(made, adapter, to=to, host=host)
+  for one in layers:
+    _, made = one(made, jnp.ones((1, 2)))
+  return made.locked()
+
+
+EARLY = "adapter 'default' was attached before initialisation: "
+
+
+@pytest.mark.parametrize(
+  'how',
+  [
+    lambda site: 'it is too wide.',
+    raised(surgery.SiteError('it is too wide')),
+    raised(
+      lambda site: surgery.SiteError(f'{"/".join(site.path)}: it is too wide.')
+    ),
+  ],
+)
+def test_a_reason_is_told_however_it_is_given_and_whenever(how):
+  cls, host = refusing(how)
+  with pytest.raises(surgery.SiteError) as caught:
+    attached('net/out', adapter=cls())
+  assert 'net/out/kernel: it is too wide.' in str(caught.value)
+  with pytest.warns(
+    surgery.SiteWarning, match=r'net/out \(kernel: it is too w'
+  ):
+    assert {'h0', 'h1'} == sites(attached('net/[ho]*', adapter=cls()))
+  for to in ('net/l9', '**/{l3,l9}', '**/l9/kernel', ['**/l3', '**/l9']):
+    with pytest.raises(surgery.SiteError) as caught:
+      initialised(cls(), host, to)
+    assert EARLY in str(caught.value)
+    assert 'net/l9/kernel' in str(caught.value)
+    assert 1 == str(caught.value).count('it is too wide.')
+  with pytest.warns(
+    surgery.SiteWarning, match=r'net/l9 \(kernel: it is too wi'
+  ):
+    assert {'l3'} == sites(initialised(cls(), host, 'net/l*'))
+
+
+@pytest.mark.parametrize(
+  ('how', 'message'),
+  [
+    (raised(RuntimeError('oh')), 'serves failed: RuntimeError: oh'),
+    (raised(ValueError('oh')), 'serves failed: ValueError: oh'),
+    (raised(SystemExit(0)), 'serves failed: SystemExit: 0'),
+    (lambda site: '', "serves returned '', expected the reason"),
+    (lambda site: False, 'serves returned False, expected the reason'),
+  ],
+)
+def test_what_serves_does_wrong_is_said_with_type_and_site(how, message):
+  cls, host = refusing(how)
+  said = f"adapter type 'refusing': {message}"
+  with pytest.raises(surgery.PluginError) as caught:
+    surgery.attach(params(), cls(), to='net/[ho]*', host=host)
+  assert f'attach: net/out/kernel: {said}' in str(caught.value)
+  with pytest.raises(surgery.PluginError) as caught:
+    initialised(cls(), host, 'net/*')
+  assert f'{EARLY}net/l9/kernel: {said}' in str(caught.value)
+
+
+def test_another_error_of_serves_keeps_its_class_and_gets_the_path():
+  cls, host = refusing(raised(lambda _: surgery.ConfigError('a rank above 4')))
+  with pytest.raises(
+    surgery.ConfigError, match='net/out/kernel: a rank above 4'
+  ):
+    surgery.attach(params(), cls(), to='**', host=host)
+  with pytest.raises(surgery.ConfigError, match='net/l9/kernel: a rank above'):
+    initialised(cls(), host, '**')
+
+
+def test_before_initialisation_what_is_left_out_by_hand_is_no_error():
+  adapter = Narrow()
+  for to in (['net/*', '!net/l9'], ['net/*', '!net/rng'], '**/l3'):
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', surgery.SiteWarning)
+      assert {'l3'} == sites(initialised(adapter, HOST, to))
+  with pytest.raises(surgery.SelectorError, match=f"{EARLY}selector '!net/l8'"):
+    initialised(adapter, HOST, ['net/*', '!net/l8'])
+  with pytest.raises(
+    surgery.SelectorError, match=f"{EARLY}selector '\\*\\*/b'"
+  ):
+    initialised(adapter, HOST, ['net/*', '**/b'])
+
+
+class NoConvolutions(Narrow):
+  """As the page for authors tells a convolution, with and without types."""
+
+  name = 'no_convolutions'
+
+  def serves(self, site):
+    if 'Conv' in site.types or (not site.types and len(site.in_shape) > 1):
+      return 'it is a convolution'
+    return None
+
+
+def test_a_convolution_is_told_by_its_type_or_its_axes(tmp_path):
+  graph = bx.Graph('net')
+  rng = bx.Rng(graph.child('rng'))
+  conv = bx.Conv(graph.child('conv'), (3,), 4, rng)
+  line = bx.Linear(graph.child('line'), 4, rng)
+  made = rng.seed(bx.Params(), seed=0)
+  made = conv(made, jnp.ones((1, 5, 2)))[1]
+  model = line(made, jnp.ones((1, 2)))[1].locked()
+  host = surgery.Host(plugins=[NoConvolutions], entry_points=False)
+  file = tmp_path / 'm.msgpack'
+  surgery.save(file, model, graph=graph)
+  for given, known in (
+    (model, {}),
+    (model, {'graph': graph}),
+    (surgery.load(file), {}),
+    (surgery.open(file), {}),
+  ):
+    options = {'to': 'net/conv', 'host': host, **known}
+    with pytest.raises(surgery.SiteError, match='conv/kernel: it is a conv'):
+      surgery.attach(given, NoConvolutions(), **options)
+    surgery.attach(given, NoConvolutions(), **{**options, 'to': 'net/line'})

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -277,6 +278,33 @@ class Dropped(surgery.Adapter):
     return surgery.LowRank(base, weights['a'], weights['b'], 1.0, 0.1, key)
 
 
+class ScaledByShape(surgery.LoRA):
+  """Its scale follows the rank that there is, where options do not."""
+
+  name = 'scaled_by_shape'
+
+  def apply(self, site, name, base, weights):
+    a, b = weights['lora_a'], weights['lora_b']
+    return surgery.LowRank(base, a, b, 2 / b.shape[0])
+
+
+class OtherAxis(surgery.LoRA):
+  """Says an axis that is as long as the rank in convolutions alone."""
+
+  name = 'other_axis'
+  rank_axes: ClassVar[Mapping[str, int]] = {'lora_a': 1, 'lora_b': 0}
+
+
+class Multiplies(surgery.LoRA):
+  """Inherits `adds`, and does not add."""
+
+  name = 'multiplies'
+
+  def apply(self, site, name, base, weights):
+    a, b = weights['lora_a'], weights['lora_b']
+    return base * (1 + jnp.tensordot(a, b, 1))
+
+
 SAVING = {
   'saved_is_loaded',
   'an_adapter_is_saved_alone',
@@ -464,6 +492,37 @@ def test_dropout_without_a_counter_is_refused(counters, said):
     match=rf'`counters`, .*{said}.*, names no vector of integers.*: key\.',
   ):
     testing.check(type_(), laws=['identity_at_start'])
+
+
+@pytest.mark.parametrize(
+  ('adapter', 'kind'),
+  [(ScaledByShape(rank=3), 'linear'), (OtherAxis(rank=2), 'conv')],
+)
+def test_pruning_a_rank_that_is_not_masking_it_is_caught(adapter, kind):
+  law = 'pruning_a_rank_is_masking_it'
+  with pytest.raises(testing.Broken) as caught:
+    testing.check(adapter, laws=[law], kinds=[kind])
+  inherited = "is inherited from LoRA. If it is not true of 'scaled_by_shape', "
+  assert (kind == 'linear') == (inherited in str(caught.value))
+  testing.check(surgery.LoRA(rank=3), laws=[law])
+
+
+def test_what_a_type_inherits_is_told_where_it_does_not_hold():
+  law = 'what_adds_does_not_look_at_the_base'
+  hint = (
+    "`adds = True` is inherited from LoRA. If it is not true of 'multiplies', "
+    'set adds = False in the class.'
+  )
+  with pytest.raises(testing.Broken, match=re.escape(hint)):
+    testing.check(Multiplies(rank=2), laws=[law])
+
+  class Said(Multiplies):
+    name = 'said'
+    adds = True
+
+  with pytest.raises(testing.Broken) as caught:
+    testing.check(Said(rank=2), laws=[law])
+  assert 'inherited' not in str(caught.value)
 
 
 def test_dropout_with_a_counter_is_right():
