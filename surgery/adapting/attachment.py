@@ -394,9 +394,7 @@ def attach(
   )
   left = left_out(name, refused)
   warn(adapter, left)
-  large = large_ranks(record)
-  if large is not None:
-    warnings.warn(f'attach: {large}.', errors.SiteWarning, stacklevel=2)
+  large = warn_of_ranks(record)
   return checkpoint.replace(
     leaves=leaves,
     records=records.add(record),
@@ -407,6 +405,18 @@ def attach(
       *(() if large is None else (large,)),
     ),
   )
+
+
+def warn_of_ranks(record: AdapterRecord) -> str | None:
+  """Warns of sites with a larger rank than any matrix of their shape.
+
+  Returns:
+    What was warned of.
+  """
+  large = large_ranks(record)
+  if large is not None:
+    warnings.warn(f'attach: {large}.', errors.SiteWarning, stacklevel=3)
+  return large
 
 
 def large_ranks(record: AdapterRecord) -> str | None:

@@ -301,6 +301,7 @@ def closed(params: AdaptedParams) -> AdaptedParams:
         record.adapter, [r.site for r in record.sites.values()]
       )
       attachment.check_names(record)
+    attachment.warn_of_ranks(record)
   result = params._clone()
   notes = dict(params._notes)
   if all(a.pending is not None for a in params._records.adapters):
