@@ -153,7 +153,10 @@ def surgery_formats() -> Mapping[str, Any]:
   for it gets an error, without `progress` nobody is told. A format whose
   `write` takes `shard_size` is also given indexes (`out.suffix.index.json`) to
   open. `surgery.files.sharding` reads and writes sets for any format with the
-  methods of `surgery.files.sharding.Parts`.
+  methods of `surgery.files.sharding.Parts`. A format whose models are folders
+  has `recognises(path)`, which says whether a path is one of them, is asked
+  before suffixes are looked at, and writes the whole folder itself; with
+  `keeps_format = True` a folder that is made of one (`-o out/`) is one, too.
   May raise: no.
   Since: 0.1.
   """

@@ -28,9 +28,6 @@ _UNFINISHED: weakref.WeakSet[Checked] = weakref.WeakSet()
 _COUNT = itertools.count(1)
 _LOCK = threading.RLock()
 
-# A tensor that is hashed for its own sake is read in pieces of that many bytes.
-_PIECE = 1 << 20
-
 
 class Checked:
   """A saved tensor whose bytes are held against a digest as they are read.
@@ -40,7 +37,11 @@ class Checked:
   Attributes:
     path: the tensor's name, for messages.
     digest: the digest on record, if there is one.
+    piece: bytes that are read at once of a tensor that is hashed for its own
+      sake.
   """
+
+  piece = 1 << 20
 
   __slots__ = (
     '__weakref__',
@@ -83,8 +84,10 @@ class Checked:
     """Returns the tensor as it is, whatever its digest says."""
     raise NotImplementedError
 
-  def _follow(self, start: int, flat: np.ndarray) -> None:
+  def follow(self, start: int, flat: np.ndarray) -> None:
     """Hashes a part on its way, or the whole if it comes out of order.
+
+    A format calls it with each part that it read, before it gives it away.
 
     Args:
       start: at which byte of the tensor the part starts.
@@ -114,7 +117,7 @@ class Checked:
     if self._sound:
       return
     while self._hashed < self.nbytes:
-      stop = min(self._hashed + _PIECE, self.nbytes)
+      stop = min(self._hashed + self.piece, self.nbytes)
       for piece in self.pieces(self._hashed, stop):
         self._take(piece)
     self._finish()

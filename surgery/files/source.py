@@ -237,7 +237,7 @@ class Source(Checked):
     ranges = list(self.ranges(start, stop))
     views = [self._view(*r) for r in ranges]
     flat = views[0] if len(views) == 1 else np.concatenate(views)
-    self._follow(start, flat)
+    self.follow(start, flat)
     self._check(flat, ranges[0][0])
     array = flat.view(dtype).reshape((*sizes, *rest))
     array.setflags(write=False)

@@ -617,6 +617,19 @@ class Host:
     """
     return self.located(path, name)[0]
 
+  def writes_folder(self, path: pathlib.Path, name: str | None) -> bool:
+    """Whether the format of what is to be written writes whole folders.
+
+    Args:
+      path: where it is to be written.
+      name: name of the format, where the suffix does not tell it.
+    """
+    if name is not None:
+      forms = [form for key, form in self.formats.items() if key == name]
+    else:
+      forms = [f for f in self.formats.values() if path.suffix in f.suffixes]
+    return any(hasattr(form, 'recognises') for form in forms)
+
   def located(
     self, path: Any, name: str | None = None
   ) -> tuple[Any, pathlib.Path]:
@@ -639,8 +652,11 @@ class Host:
       forms = [self.formats[name]]
     known = [suffix for form in forms for suffix in form.suffixes]
     for form in forms:
-      # A format whose models are folders says of each whether it is one.
-      if hasattr(form, 'recognises') and form.recognises(path):
+      # A format whose models are folders says of each whether it is one; a
+      # new folder has its suffix alone.
+      if hasattr(form, 'recognises') and (
+        path.suffix in form.suffixes or form.recognises(path)
+      ):
         return form, path
     if name is not None and hasattr(forms[0], 'recognises'):
       return forms[0], path

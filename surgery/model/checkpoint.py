@@ -507,8 +507,7 @@ class Checkpoint(Mapping[Path, Leaf]):
 
     host = host or default_host()
     target = pathlib.Path(os.fsdecode(path))
-    folders = hasattr(host.formats.get(format or ''), 'recognises')
-    if target.is_dir() and not folders:
+    if target.is_dir() and not host.writes_folder(target, format):
       raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if location.is_index(target):
       raise errors.FormatError(

@@ -513,6 +513,7 @@ def plan(
     alias = target.of or recipe.first
     after = models[alias]
     main = _main_of(after, models)
+    target = _settled(target, models.opened[main], host)
     said = history.entry(recipe, name, main, models.opened)
     after = history.recorded(after, said)
     if target.plain is not None:
@@ -554,6 +555,28 @@ def _folder(
     given=target.config,
     tied=any(step.name == 'tie' for step in recipe.steps),
   )
+
+
+def _settled(target: Target, before: Checkpoint, host: Host) -> Target:
+  """Returns a target with its format, where the input's decides it.
+
+  A folder becomes a model folder as transformers has them, unless its name has
+  the suffix of another format of folders, or the input is a folder of a format
+  that says `keeps_format`, as Orbax's does.
+  """
+  if not target.is_folder or target.format is not None:
+    return target
+  assert target.path is not None
+  origin = pathlib.Path(before.origin)
+  for name, form in host.formats.items():
+    if not hasattr(form, 'recognises'):
+      continue
+    stays = before.origin and getattr(form, 'keeps_format', False)
+    if target.path.suffix in form.suffixes or (
+      stays and form.recognises(origin)
+    ):
+      return dataclasses.replace(target, format=name)
+  return target
 
 
 def _is_folder_format(target: Target, host: Host) -> bool:
