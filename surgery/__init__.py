@@ -18,10 +18,12 @@ if TYPE_CHECKING:
   from surgery.contract.adapter import Adapter, named_key
   from surgery.contract.config import field
   from surgery.contract.hookspecs import Refusal, hookimpl
+  from surgery.contract.layers import LayerType
   from surgery.contract.lowrank import LowRank
   from surgery.contract.method import Method
   from surgery.contract.peft import PeftLayer, PeftMapping, PeftModule
   from surgery.contract.site import ParamSpec, Site
+  from surgery.contract.trees import Slot, Tree
   from surgery.editing.choosing import select
   from surgery.errors import (
     AdapterError,
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
   from surgery.live.optimizer import optimizer
   from surgery.live.params import AdaptedParams
   from surgery.live.routing import route, stack_adapters
-  from surgery.live.saving import load, load_adapter, save, save_adapter
+  from surgery.live.saving import load_adapter, save, save_adapter
   from surgery.live.verbs import (
     AdapterInfo,
     adapters,
@@ -84,6 +86,8 @@ if TYPE_CHECKING:
   from surgery.model.checkpoint import open_checkpoint as open
   from surgery.naming.selection import Selection
   from surgery.recipes.recipe import Recipe
+  from surgery.trees.adapted import AdaptedTree
+  from surgery.trees.verbs import layers, load
 
 # Where each public name lives.
 _HOMES = {
@@ -123,41 +127,51 @@ _HOMES = {
   'contract.peft': ('PeftLayer', 'PeftMapping', 'PeftModule'),
   'naming.selection': ('Selection',),
   'contract.site': ('ParamSpec', 'Site'),
-  'live.applying': ('apply',),
-  'live.check': ('check',),
-  'live.combining': ('combine',),
   'factoring.explain': ('Explanation', 'explain'),
   'factoring.transform': ('factored',),
-  'live.extracting': ('extract_lora',),
   'live.lora_linear': ('LoraLinear',),
-  'live.migrating': ('migrate',),
-  'live.optimizer': ('optimizer',),
   'live.params': ('AdaptedParams',),
-  'live.routing': ('route', 'stack_adapters'),
-  'live.saving': ('load', 'load_adapter', 'save', 'save_adapter'),
-  'live.verbs': (
-    'AdapterInfo',
+  'live.verbs': ('AdapterInfo',),
+  'looking.stats': ('TensorStats',),
+  'adapting.beneath': ('handles_adapters',),
+  'recipes.recipe': ('Recipe',),
+  'trees.verbs': (
     'adapters',
+    'apply',
     'attach',
     'cast',
+    'check',
+    'combine',
     'combine_adapters',
     'detach',
     'disable',
     'drop',
     'enable',
+    'extract_lora',
     'freeze',
     'keep',
+    'layers',
+    'load',
+    'load_adapter',
     'merge',
+    'migrate',
+    'optimizer',
     'prune_ranks',
+    'regulariser',
     'rename',
+    'route',
+    'save',
+    'save_adapter',
+    'stack_adapters',
     'trainable_mask',
     'unfreeze',
+    'weights',
+    'with_weights',
   ),
-  'looking.stats': ('TensorStats', 'stats'),
-  'live.weights': ('regulariser', 'weights', 'with_weights'),
-  'adapting.beneath': ('handles_adapters',),
-  'editing.choosing': ('select',),
-  'recipes.recipe': ('Recipe',),
+  'trees.adapted': ('AdaptedTree',),
+  'contract.trees': ('Slot', 'Tree'),
+  'trees.looking': ('select', 'stats'),
+  'contract.layers': ('LayerType',),
 }
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 _WHERE['open'] = 'model.checkpoint'
@@ -166,6 +180,7 @@ __version__ = version.VERSION
 
 __all__ = [
   'AdaptedParams',
+  'AdaptedTree',
   'Adapter',
   'AdapterError',
   'AdapterInfo',
@@ -180,6 +195,7 @@ __all__ = [
   'Explanation',
   'FormatError',
   'Host',
+  'LayerType',
   'Leaf',
   'LoRA',
   'LoraLinear',
@@ -204,8 +220,10 @@ __all__ = [
   'Site',
   'SiteError',
   'SiteWarning',
+  'Slot',
   'SurgeryError',
   'TensorStats',
+  'Tree',
   'UnknownAdapterType',
   'UnreachedError',
   'adapters',
@@ -229,6 +247,7 @@ __all__ = [
   'handles_adapters',
   'hookimpl',
   'keep',
+  'layers',
   'load',
   'load_adapter',
   'make_patch',

@@ -51,6 +51,13 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
     'migrate',
   ),
   'An adapter for each row': ('stack_adapters', 'route'),
+  'Models of other frameworks': (
+    'AdaptedTree',
+    'layers',
+    'LayerType',
+    'Tree',
+    'Slot',
+  ),
   'Being sure': ('check', 'explain', 'Explanation', 'stats', 'TensorStats'),
   'Files': ('save', 'load', 'save_adapter', 'load_adapter', 'open'),
   'Checkpoints': ('Checkpoint', 'Leaf'),

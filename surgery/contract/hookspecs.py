@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from surgery.contract.adapter import Adapter, Interceptor
   from surgery.contract.method import Method
   from surgery.contract.site import Site
+  from surgery.contract.trees import Tree
 
 # mypy: disable-error-code=empty-body
 
@@ -208,6 +209,21 @@ def surgery_adapter_files() -> Mapping[str, Any]:
 
 
 @hookspec
+def surgery_trees() -> Mapping[str, Tree]:
+  """Offers frameworks whose models the verbs take, beside those of blox.
+
+  Called: once a host, when a verb is given a model.
+  Order: all are asked; a name that two offer is an error. The first that owns
+  a model decides, plugins before the library: `nnx`, `equinox`, `linen` and,
+  for all other pytrees, `plain`.
+  Return: by name, objects of subclasses of `surgery.Tree`, which know what a
+  model's arrays are, and how to build one with others.
+  May raise: no. The methods may: a `SurgeryError`.
+  Since: 0.2.
+  """
+
+
+@hookspec
 def surgery_started(event: Event) -> None:
   """Observes that a verb starts; for progress and provenance.
 
@@ -267,6 +283,12 @@ def _is_format(value: Any) -> bool:
   )
 
 
+def _is_tree(value: Any) -> bool:
+  from surgery.contract.trees import Tree
+
+  return isinstance(value, Tree)
+
+
 def _is_method(value: Any) -> bool:
   from surgery.contract.method import Method
 
@@ -299,6 +321,7 @@ OFFERS: dict[str, Kind] = {
     'an object with knows(alone) and bound(alone, base, *, names, host)',
   ),
   'surgery_methods': (_is_method, 'a subclass of surgery.Method'),
+  'surgery_trees': (_is_tree, 'an object of a subclass of surgery.Tree'),
   'surgery_maps': (
     lambda value: isinstance(value, Mapping) and 'rules' in value,
     "a mapping with 'rules'",

@@ -18,6 +18,7 @@ from surgery.live import params as live
 from surgery.model.records import Probe
 from surgery.naming import paths
 from surgery.naming.paths import Path
+from surgery.trees import resolving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,8 @@ def explain(
     print(surgery.explain(model, params, x))
   """
   expect.model(model, explain)
+  if resolving.holds(params):
+    model, params = resolving.of_params(model, params)
   params = adoption.adopted(expect.params(params, explain))
   records = live.records_of(params)
   if not records.adapters:

@@ -22,6 +22,8 @@ from surgery.live import adoption, dropping
 from surgery.live import params as live
 from surgery.live.stashed import Stash
 from surgery.naming import paths
+from surgery.trees import resolving
+from surgery.trees.adapted import AdaptedTree
 
 P = ParamSpec('P')
 R = TypeVar('R')
@@ -86,8 +88,15 @@ def factored(model: Callable[P, R], *, strict: bool = False) -> Callable[P, R]:
     fast = surgery.factored(model)
     grads = jax.grad(lambda p, x: loss(fast(p, x)[0]))(params, x)
   """
+  if isinstance(model, AdaptedTree):
+    return _of_tree(model, strict)
   expect.model(model, factored)
   return _Factored(model, strict)
+
+
+def _of_tree(tree: AdaptedTree, strict: bool) -> Callable[..., Any]:
+  """Returns what calling an adapted module would be, factored."""
+  return functools.partial(_Factored(resolving.bound(tree), strict), tree)
 
 
 class _Factored(Generic[P, R]):
@@ -126,10 +135,14 @@ class _Factored(Generic[P, R]):
 
   def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
     with dropping.seen_to():
-      return self._called(args, kwargs)  # type: ignore[no-any-return]
+      if not resolving.holds((args, kwargs)):
+        return self._called(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
+      call = resolving.Call(self.__wrapped__, args, kwargs)
+      made = self._called(call.model, call.args, call.kwargs)
+      return call.finished(made)  # type: ignore[no-any-return]
 
-  def _called(self, args: Any, kwargs: Any) -> Any:
-    model, signature = self.__wrapped__, self._signature
+  def _called(self, model: Any, args: Any, kwargs: Any) -> Any:
+    signature = self._signature
     strict, seen = self._strict, self._seen
     _check_params(model, signature, args, kwargs)
     drops = any(map(_counters, _all_params((args, kwargs))))

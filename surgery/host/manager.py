@@ -35,6 +35,7 @@ from surgery.naming import paths
 
 if TYPE_CHECKING:
   from surgery.contract.method import Method
+  from surgery.contract.trees import Tree
 
 
 class PluginWarning(UserWarning):
@@ -598,6 +599,14 @@ class Host:
   def maps(self) -> Mapping[str, Any]:
     """Maps of names between frameworks, by name, as data."""
     return self._offers('surgery_maps')
+
+  @once.attribute
+  def trees(self) -> Mapping[str, Tree]:
+    """Frameworks of models by name, in the order in which they are asked."""
+    offered = self._offers('surgery_trees')
+    ours = {n for n in offered if not self.offered_by('surgery_trees', n)}
+    theirs = {n: tree for n, tree in offered.items() if n not in ours}
+    return {**theirs, **{n: offered[n] for n in offered if n in ours}}
 
   @once.attribute
   def adapter_files(self) -> Mapping[str, Any]:

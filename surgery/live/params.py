@@ -411,6 +411,19 @@ def make(
   return params
 
 
+def noted(
+  data: Mapping[Path, bx.Param], records: Records, notes: Mapping[str, Any]
+) -> AdaptedParams:
+  """Returns locked params with notes, which plain ones cannot have.
+
+  Args:
+    data: parameters by path.
+    records: the adapters; there may be none.
+    notes: what is known of where they came from.
+  """
+  return _make(dict(data), True, records, notes)
+
+
 def _united(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
   """Returns what two params know of where their adapters came from."""
   both = {

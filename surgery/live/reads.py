@@ -115,6 +115,31 @@ def raw_reads(
   return {path: found[path] for path in adapted if path in found}
 
 
+def influences(
+  function: Callable[..., Any], values: Mapping[Path, Any]
+) -> set[Path]:
+  """Returns those of some arrays on which a result of a function depends.
+
+  Nothing is computed.
+
+  Args:
+    function: takes arrays by path.
+    values: the arrays.
+  """
+  arrays = {p: v for p, v in values.items() if hasattr(v, 'dtype')}
+  flat = lambda *traced: [
+    leaf
+    for leaf in jax.tree.leaves(
+      function({**values, **dict(zip(arrays, traced, strict=True))})
+    )
+    if jaxcompat.is_traced(leaf)
+  ]
+  closed = jax.make_jaxpr(flat)(*arrays.values())
+  operands = [frozenset((i,)) for i in range(len(arrays))]
+  reached = _union(_Flow().run(closed, operands))
+  return {path for i, path in enumerate(arrays) if i in reached}
+
+
 def _results(tree: Any) -> list[tuple[Path | None, Any]]:
   """Returns the traced results of a call.
 

@@ -96,7 +96,11 @@ def extract_lora(
     'stacked': stacked, 'layout': layout, 'name': name, 'host': host,
   }  # fmt: skip
   # A matrix without elements has no rank, and nothing that could differ.
-  empty = [f'!{paths.literal(p)}' for p, x in checkpoint.items() if not x.size]
+  empty = [
+    f'!{paths.literal(p)}'
+    for p, x in checkpoint.items()
+    if x.shape and not x.size
+  ]
   where = [to] if isinstance(to, str) else list(to)
   found = attachment.attach(
     checkpoint, cls(rank=1), to=[*where, *empty], **options

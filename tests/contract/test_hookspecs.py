@@ -25,6 +25,7 @@ def test_the_hooks_are_those_of_the_design():
     'surgery_methods',
     'surgery_passes',
     'surgery_started',
+    'surgery_trees',
   ] == HOOKS
 
 

@@ -1,0 +1,1 @@
+"""Models of any framework: their parameters as verbs know them, and back."""

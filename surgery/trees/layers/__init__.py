@@ -1,0 +1,46 @@
+"""Types of layers and roles of axes, framework by framework.
+
+Each module has a function `layer_types(model, example, kwargs)`, which a `Tree`
+calls; it imports its framework, which is there by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from surgery.model.layers import LayerType
+
+# The roles of the axes of a layer's parameters, by its class.
+Roles = Mapping[str, Callable[[Any], Mapping[str, str]]]
+
+# Classes that say nothing of a layer: they end the names of its type.
+_ENDS = ('Module', 'Pytree', 'StatefulLayer', 'Generic', 'object')
+
+
+def of_class(module: Any, package: str, roles: Roles) -> LayerType:
+  """Returns the type of a layer, with the roles that its own package gives it.
+
+  A layer is known by its class, not by the name of it: somebody else's `Linear`
+  may have axes of any meaning.
+
+  Args:
+    module: the layer.
+    package: the framework whose classes `roles` are of.
+    roles: by name of the class.
+  """
+  names: list[str] = []
+  layouts: dict[str, str] = {}
+  for cls in type(module).__mro__:
+    if cls.__name__ in _ENDS:
+      break
+    names.append(cls.__name__)
+    if not layouts and cls.__module__.startswith(package):
+      known = roles.get(cls.__name__)
+      layouts = dict(known(module)) if known else {}
+  return LayerType(tuple(names), layouts)
+
+
+def fixed(**layouts: str) -> Callable[[Any], Mapping[str, str]]:
+  """Returns roles that are the same for all layers of a class."""
+  return lambda module: layouts

@@ -1,0 +1,57 @@
+"""Layers of linen, met in an abstract call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from surgery import errors
+from surgery.model.layers import LayerType, LayerTypes
+from surgery.naming.paths import Path
+from surgery.trees.layers import fixed, of_class
+
+_NORM = fixed(scale='o', bias='o', mean='o', var='o')
+
+
+def _conv(module: Any) -> Mapping[str, str]:
+  return {'kernel': 'i' * len(module.kernel_size) + 'io', 'bias': 'o'}
+
+
+_ROLES = {
+  'Dense': fixed(kernel='io', bias='o'),
+  'Embed': fixed(embedding='io'),
+  'Conv': _conv,
+  'LayerNorm': _NORM,
+  'RMSNorm': _NORM,
+  'BatchNorm': _NORM,
+  'GroupNorm': _NORM,
+}
+
+
+def layer_types(
+  model: Any, example: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> LayerTypes:
+  """Returns the types of all modules that a call meets, by path.
+
+  Raises:
+    SurgeryError: if nobody says what the module is called with.
+  """
+  import flax.linen as nn
+
+  if not example and not kwargs:
+    raise errors.SurgeryError(
+      f'layers: a module of linen makes its layers when it is called. Say what '
+      f'{type(model).__name__} is called with: surgery.layers(model, x).'
+    )
+  found: dict[Path, LayerType] = {}
+
+  def meet(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    module = context.module
+    found[tuple(module.path)] = of_class(module, 'flax.linen', _ROLES)
+    return method(*args, **kwargs)
+
+  with nn.intercept_methods(meet):
+    jax.eval_shape(lambda: model.init(jax.random.key(0), *example, **kwargs))
+  return found

@@ -1,0 +1,38 @@
+"""Layers of nnx."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.model.layers import LayerTypes
+from surgery.trees.layers import fixed, of_class
+
+_NORM = fixed(scale='o', bias='o', mean='o', var='o')
+
+
+def _conv(module: Any) -> Mapping[str, str]:
+  return {'kernel': 'i' * (len(module.kernel_shape) - 2) + 'io', 'bias': 'o'}
+
+
+_ROLES = {
+  'Linear': fixed(kernel='io', bias='o'),
+  'Embed': fixed(embedding='io'),
+  'Conv': _conv,
+  'LayerNorm': _NORM,
+  'RMSNorm': _NORM,
+  'BatchNorm': _NORM,
+  'GroupNorm': _NORM,
+}
+
+
+def layer_types(
+  model: Any, example: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> LayerTypes:
+  """Returns the types of all modules in a model, by path."""
+  from flax import nnx
+
+  return {
+    tuple(map(str, path)): of_class(module, 'flax.nnx', _ROLES)
+    for path, module in nnx.iter_modules(model)
+  }

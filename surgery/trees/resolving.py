@@ -1,0 +1,257 @@
+"""What the code of a model is given in the place of an adapted tree.
+
+A function is called with the user's own structure, of which each adapted array
+is what its adapters answer. To `factored`, `check` and `explain` that is a
+function of `bx.Params`: the params are made of the tree, and the structure is
+put around what they answer inside of the call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import blox as bx
+import jax
+
+from surgery import errors
+from surgery.live import params as live
+from surgery.live import reads
+from surgery.naming import paths
+from surgery.naming.paths import Path
+from surgery.trees.adapted import AdaptedTree, is_tree
+from surgery.trees.converting import to_params
+
+
+def answered(params: live.AdaptedParams) -> dict[Path, Any]:
+  """Returns what layers get of params, by path, without adapters' weights.
+
+  Raises:
+    AdapterError: if they are a half.
+  """
+  records = params.records
+  missing = live.missing_of(params)
+  if missing:
+    more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
+    raise errors.AdapterError(
+      f'{paths.show(missing[0])}{more} that an adapter needs are not in this '
+      'tree, which is a half that split() or a framework made. Put the halves '
+      'together before calling the model: half.merge(rest), or '
+      'equinox.combine(half, rest).'
+    )
+  found = {}
+  for path, param in params.items():
+    if path in records.owned:
+      continue
+    if path in records.chains or path in records.standing:
+      found[path] = params._answered(path, params._fetch(path))
+    else:
+      found[path] = param.value
+  return found
+
+
+def resolved(tree: AdaptedTree) -> Any:
+  """Returns the user's structure with adapted arrays."""
+  return tree._kind.build(tree.base, answered(to_params(tree)))
+
+
+def holds(tree: Any) -> bool:
+  """Whether there is an adapted tree among some arguments."""
+  return bool(found(tree))
+
+
+def found(tree: Any) -> list[AdaptedTree]:
+  """Returns the adapted trees in a pytree, or among arguments."""
+  try:
+    leaves = jax.tree.leaves(tree, is_leaf=is_tree)
+  except (TypeError, ValueError):
+    # Some argument is no pytree.
+    args, kwargs = tree if isinstance(tree, tuple) else ((tree,), {})
+    leaves = [*args, *kwargs.values()]
+  return [leaf for leaf in leaves if is_tree(leaf)]
+
+
+def _is_params(value: Any) -> bool:
+  return isinstance(value, live.AdaptedParams)
+
+
+class Call:
+  """A call of a user's function in which trees are arguments.
+
+  Attributes:
+    model: the same call as a function of params.
+    args: its arguments, with params in the place of trees.
+    kwargs: the same by name.
+  """
+
+  def __init__(
+    self, function: Callable[..., Any], args: Any, kwargs: Any
+  ) -> None:
+    self._trees = found((args, kwargs))
+    params = [to_params(tree) for tree in self._trees]
+    made = iter(params)
+    one = lambda value: next(made) if is_tree(value) else value
+    self.args, self.kwargs = jax.tree.map(one, (args, kwargs), is_leaf=is_tree)
+    self._function = function
+    # What a call has changed in each of the models: paths, and boxes.
+    self._changed: list[dict[Path, Any]] = []
+    called = lambda *args, **kwargs: self._called(*args, **kwargs)
+    self.model = functools.wraps(function, updated=())(called)
+
+  def _called(self, *args: Any, **kwargs: Any) -> Any:
+    """Calls the function; returns its result and what it has changed."""
+    built: list[tuple[Any, dict[Path, Any]]] = []
+
+    def one(value: Any) -> Any:
+      if not _is_params(value):
+        return value
+      tree = self._trees[len(built)]
+      answers = answered(value)
+      built.append((tree._kind.build(tree.base, answers), answers))
+      return built[-1][0]
+
+    args, kwargs = jax.tree.map(one, (args, kwargs), is_leaf=_is_params)
+    result = self._function(*args, **kwargs)
+    _refuse_adapted(result, self._adapted(built))
+    self._changed = [
+      self._changes(tree, model, given)
+      for tree, (model, given) in zip(self._trees, built, strict=True)
+    ]
+    return result, [_arrays(one) for one in self._changed]
+
+  def _adapted(
+    self, built: Sequence[tuple[Any, Mapping[Path, Any]]]
+  ) -> dict[int, Path]:
+    """Returns paths of adapted arrays by their identity."""
+    return {
+      id(given[path]): path
+      for tree, (_, given) in zip(self._trees, built, strict=True)
+      for path in (*tree.records.chains, *tree.records.standing)
+      if given[path] is not None
+    }
+
+  def _changes(
+    self, tree: AdaptedTree, model: Any, given: Mapping[Path, Any]
+  ) -> dict[Path, Any]:
+    changes = tree._kind.changes(model, given)
+    for path in changes:
+      if path in tree.records.chains:
+        raise errors.AdapterError(
+          f'{paths.show(path)}: the model writes this parameter, and an '
+          'adapter rewrites it: it would be folded in again at every '
+          'call. Attach elsewhere, or merge or disable the adapter.'
+        )
+    return changes
+
+  def finished(self, result: tuple[Any, Any]) -> Any:
+    """Writes into the models what the call has changed; returns its result."""
+    returned, arrays = result
+    for tree, changes, values in zip(
+      self._trees, self._changed, arrays, strict=True
+    ):
+      if changes:
+        tree._kind.write(tree.base, _with_arrays(changes, values))
+    return returned
+
+
+def _arrays(changes: Mapping[Path, Any]) -> dict[str, Any]:
+  """Returns what is computed of some changes: boxes are static."""
+  return {paths.show(path): jax.tree.leaves(v) for path, v in changes.items()}
+
+
+def _with_arrays(
+  changes: Mapping[Path, Any], values: Mapping[str, Any]
+) -> dict[Path, Any]:
+  return {
+    path: jax.tree.unflatten(jax.tree.structure(v), values[paths.show(path)])
+    for path, v in changes.items()
+  }
+
+
+def _refuse_adapted(result: Any, adapted: Mapping[int, Path]) -> None:
+  """Raises if a result is an adapted parameter.
+
+  Raises:
+    AdapterError: naming it.
+  """
+  for leaf in jax.tree.leaves(result):
+    path = adapted.get(id(leaf))
+    if path is not None:
+      raise errors.AdapterError(
+        f'{paths.show(path)}: the function returns this parameter, adapted. '
+        'Whoever goes on with it takes it for the base, which is lost, and '
+        'adapts it again. Return what was computed, not the parameters: leave '
+        "'params' out of mutable=[…], e.g. mutable=['batch_stats']. To fold "
+        'adapters in use surgery.merge.'
+      )
+
+
+def of_params(
+  function: Callable[..., Any], holder: Any
+) -> tuple[Callable[..., Any], live.AdaptedParams]:
+  """Returns a function as one of params, and these.
+
+  Args:
+    function: takes a tree first, or what holds one.
+    holder: the tree, or what holds it.
+  """
+  (tree,) = found(holder)
+
+  def called(params: Any, *args: Any, **kwargs: Any) -> Any:
+    call = Call(function, (holder, *args), kwargs)
+    first, *rest = call.args
+    given = jax.tree.map(
+      lambda one: params if _is_params(one) else one, first, is_leaf=_is_params
+    )
+    return call.model(given, *rest, **call.kwargs)
+
+  return functools.wraps(function, updated=())(called), to_params(tree)
+
+
+def check_used(
+  tree: AdaptedTree,
+  function: Callable[..., Any],
+  holder: Any,
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+) -> None:
+  """Raises if a function does not use an adapted array of a tree.
+
+  Raises:
+    UnreachedError: naming the parameters.
+  """
+  values = answered(to_params(tree))
+
+  def called(values: Mapping[Path, Any]) -> Any:
+    model = tree._kind.build(tree.base, values)
+    given = jax.tree.map(
+      lambda one: model if is_tree(one) else one, holder, is_leaf=is_tree
+    )
+    return function(given, *args, **kwargs)
+
+  used = reads.influences(called, values)
+  adapted = (*tree.records.chains, *tree.records.standing)
+  unused = [path for path in dict.fromkeys(adapted) if path not in used]
+  if unused:
+    shown = errors.listed(map(paths.show, unused))
+    raise errors.UnreachedError(
+      f'{len(unused)} of {len(adapted)} adapted parameters change no result of '
+      f'this call: {shown}. Either the call does not use them, or the model '
+      'holds them elsewhere, too.',
+      unused,
+    )
+
+
+def bound(tree: AdaptedTree) -> Callable[..., Any]:
+  """Returns the function that a call of the adapted model is.
+
+  Raises:
+    SurgeryError: if it is data.
+  """
+  return tree._kind.function(tree.base)
+
+
+def is_params(value: Any) -> bool:
+  """Whether a value is params of blox."""
+  return isinstance(value, bx.Params)
