@@ -26,7 +26,9 @@ class PeftLoRA(PeftMapping):
 
   Embeddings have `A` `(r, rows)` and `B` `(features, r)`. The scale is in the
   configuration alone: `lora_alpha / r`, with `use_rslora` `lora_alpha / √r`,
-  where `alpha_pattern` and `rank_pattern` may have others for some modules.
+  where `alpha_pattern` and `rank_pattern` may have others for some modules. For
+  experts that are stacked in one parameter `A` is `(experts·r, in)` and `B`
+  `(out, r·experts)`.
   """
 
   peft_type = 'LORA'
@@ -46,6 +48,7 @@ class PeftLoRA(PeftMapping):
     'init_lora_weights': True,
     'use_dora': False,
     'lora_bias': False,
+    'target_parameters': None,
   }
   ignored = (
     'corda_config',
@@ -64,7 +67,6 @@ class PeftLoRA(PeftMapping):
     'with the step `repeat`',
     'megatron_config': 'its layers are those of Megatron',
     'monteclora_config': 'its weights are drawn anew in each call',
-    'target_parameters': 'its weights are for parameters of experts',
     'trainable_token_indices': 'it has rows of an embedding of its own',
     'use_bdlora': 'its factors are blocks on a diagonal',
     'use_qalora': 'inputs are pooled before the factors',
@@ -73,6 +75,7 @@ class PeftLoRA(PeftMapping):
   drawn = ('lora_dropout',)
   bias = True
   conv1d = True
+  experts = True
 
   def reads(self, config: Mapping[str, Any]) -> bool:
     """LoRA itself, not one of its relatives."""
@@ -127,14 +130,34 @@ class PeftLoRA(PeftMapping):
       a, b = tensors['lora_embedding_A'], tensors['lora_embedding_B']
     else:
       a, b = tensors['lora_A.weight'], tensors['lora_B.weight']
+    if layer.stack:
+      return self._of_experts(layer, a, b)
     b = b.reshape(b.shape[0], -1)  # Of a convolution (out, r, 1, 1).
     return {
       'lora_a': layer.inputs(a.transpose(*range(1, a.ndim), 0)),
       'lora_b': layer.outputs(b.T),
     }
 
+  def _of_experts(self, layer: PeftLayer, a: Any, b: Any) -> dict[str, Any]:
+    count, site = math.prod(layer.stack), layer.site
+    # The ranks of an expert are neighbours in A, and far apart in B.
+    a = a.reshape(count, -1, a.shape[-1]).transpose(0, 2, 1)
+    b = b.reshape(b.shape[0], -1, count).transpose(2, 1, 0)
+    return {
+      'lora_a': a.reshape(*layer.stack, *site.in_shape, -1),
+      'lora_b': b.reshape(*layer.stack, -1, *site.out_shape),
+    }
+
   def tensors(self, layer: PeftLayer, weights: Arrays) -> dict[str, Any]:
     """Returns `A` and `B`, under their names for this kind of module."""
+    if layer.stack:
+      count, site = math.prod(layer.stack), layer.site
+      a = weights['lora_a'].reshape(count, site.in_size, -1).transpose(0, 2, 1)
+      b = weights['lora_b'].reshape(count, -1, site.out_size)
+      return {
+        'lora_A.weight': a.reshape(-1, site.in_size),
+        'lora_B.weight': b.transpose(2, 1, 0).reshape(site.out_size, -1),
+      }
     a = layer.torch_inputs(weights['lora_a'])
     a = a.transpose(a.ndim - 1, *range(a.ndim - 1))
     b = layer.torch_outputs(weights['lora_b']).T

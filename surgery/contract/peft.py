@@ -90,6 +90,8 @@ class PeftLayer(_Named):
     config: `adapter_config.json`, with PEFT's defaults for absent keys; empty
       when a folder is written anew.
     options: the type's options that hold for the site.
+    stack: sizes of the axes stacked in front: experts, whose matrices are one
+      parameter; empty for most.
   """
 
   name: str
@@ -99,6 +101,7 @@ class PeftLayer(_Named):
   base: Callable[[], Any] | None = None
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  stack: tuple[int, ...] = ()
 
   @property
   def kernel(self) -> tuple[int, ...]:
@@ -169,6 +172,8 @@ class PeftMapping:
     drawn: weights of ours that PEFT does not have; `init` draws them.
     bias: whether the configuration has `bias`, so that biases can be saved.
     conv1d: whether it has `fan_in_fan_out`, so that Conv1D can be adapted.
+    experts: whether it has `target_parameters`, so that parameters in which
+      experts are stacked can be adapted; see `PeftLayer.stack`.
 
   Example:
     class PeftIA3(surgery.PeftMapping):
@@ -193,6 +198,7 @@ class PeftMapping:
   drawn: ClassVar[tuple[str, ...]] = ()
   bias: ClassVar[bool] = False
   conv1d: ClassVar[bool] = False
+  experts: ClassVar[bool] = False
 
   # Reading.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,17 @@ Config = Mapping[str, Any]
 Layers = Mapping[str, tuple[Any, Mapping[str, tuple[int, ...]]]]
 
 
-class PeftDoRA(surgery.PeftLoRA):
+class _Relative(surgery.PeftLoRA):
+  """LoRA for modules alone: PEFT refuses its relatives for parameters."""
+
+  experts = False
+  off: ClassVar[Mapping[str, str]] = {
+    **surgery.PeftLoRA.off,
+    'target_parameters': 'PEFT has parameters of experts for plain LoRA alone',
+  }
+
+
+class PeftDoRA(_Relative):
   """LoRA with `lora_magnitude_vector` `(out,)`, or `(1, out, 1…)`."""
 
   names = (*surgery.PeftLoRA.names, 'lora_magnitude_vector')
@@ -46,7 +56,7 @@ class PeftDoRA(surgery.PeftLoRA):
     return {**super().config(adapter, layers), 'use_dora': True}
 
 
-class PeftBiasLoRA(surgery.PeftLoRA):
+class PeftBiasLoRA(_Relative):
   """LoRA with `lora_B.bias` `(out,)`."""
 
   names = (*surgery.PeftLoRA.names, 'lora_B.bias')
@@ -74,7 +84,7 @@ class PeftBiasLoRA(surgery.PeftLoRA):
     return {**super().config(adapter, layers), 'lora_bias': True}
 
 
-class _Decomposed(surgery.PeftLoRA):
+class _Decomposed(_Relative):
   """LoRA that took a part of the base out of it, as PEFT does when it loads.
 
   PEFT computes that part again of the base that it is given, and its scale is

@@ -19,6 +19,7 @@ import numpy as np
 
 from surgery import errors
 from surgery.contract.peft import CONV, EMBEDDING
+from surgery.interop.peft import experts
 from surgery.model.checkpoint import Leaf
 from surgery.naming.paths import Path
 
@@ -38,6 +39,8 @@ class Sought:
     outputs: number of outputs; None if unknown.
     known: its layout where the model has it on record.
     name: the parameter's name.
+    alone: whether it is adapted by itself, as those of experts; its shape is
+      that of one expert.
   """
 
   shown: str
@@ -48,12 +51,15 @@ class Sought:
   outputs: int | None
   known: str | None
   name: str
+  alone: bool = False
 
   def candidates(self) -> list[str]:
     """Returns the layouts that it may have, the most likely first."""
     count = len(self.shape)
     if self.known is not None and len(self.known) == count:
       return [self.known]
+    if self.alone:
+      return ['oi', 'io'] if count == 2 else []
     torch = self.name in ('weight', 'in_proj_weight')
     if self.kind == EMBEDDING:
       return ['i' + 'o' * (count - 1)]
@@ -122,9 +128,13 @@ def found(
   certain = {
     letters[p] for p, one in sought.items() if p in letters and _is_torch(one)
   }
+  told = [letters[p] for p, one in sought.items() if p in letters and one.alone]
   for path, fitting in open_.items():
     one = sought[path]
-    if not _is_torch(one):
+    if one.alone:
+      some = [sought[p] for p in open_ if sought[p].alone]
+      letters[path] = experts.letters(some, told, origin)
+    elif not _is_torch(one):
       letters[path] = fitting[0]
     elif fan_in_fan_out:
       letters[path] = 'io'
@@ -141,7 +151,8 @@ def found(
 
 
 def _is_torch(one: Sought) -> bool:
-  return one.kind not in (EMBEDDING, CONV) and one.name == 'weight'
+  matrix = one.kind not in (EMBEDDING, CONV) and one.name == 'weight'
+  return matrix and not one.alone
 
 
 def _count(number: int | None) -> str:

@@ -39,12 +39,12 @@ def written(
 
   Args:
     entry: what the manifest says of the adapter.
-    layers: modules and their sites, by name.
+    layers: modules and their sites.
   """
   if not isinstance(entry.get(bound.BASE), dict):
     return None
   modules: dict[str, list[dict[str, Any]]] = {}
-  for name, (_, one) in layers.items():
+  for layer, one in layers.values():
     params = []
     for path, spec in zip(following.base_of(one), one.site.params, strict=True):
       found = entry[bound.BASE].get(paths.show(path))
@@ -58,7 +58,7 @@ def written(
             'layout': spec.layout,
           }
         )
-    modules[name] = params
+    modules[layer.name] = params
   more = {k: entry[k] for k in bound.KEYS if k != bound.BASE and k in entry}
   return json.dumps({_MODULES: modules, **more}, sort_keys=True)
 
@@ -172,8 +172,11 @@ def _turned(value: Any, layer: PeftLayer, there: ParamSpec) -> Any:
   other = dataclasses.replace(
     layer, site=Site(layer.site.layer, (there,)), channels_last=last
   )
-  value = value.transpose(layer.site.primary.order)
-  # Torch's order of axes is what both can be brought to.
-  plain = layer.torch_outputs(layer.torch_inputs(value))
-  value = other.outputs(other.inputs(plain))
-  return np.ascontiguousarray(value.transpose(np.argsort(there.order)))
+  stack = value.shape[: len(layer.stack)]
+  turned = []
+  for one in value.reshape(-1, *value.shape[len(stack) :]):
+    # Torch's order of axes is what both can be brought to.
+    plain = layer.torch_inputs(one.transpose(layer.site.primary.order))
+    back = other.outputs(other.inputs(layer.torch_outputs(plain)))
+    turned.append(back.transpose(np.argsort(there.order)))
+  return np.ascontiguousarray(np.stack(turned)).reshape(*stack, *there.shape)

@@ -42,6 +42,8 @@ class Places:
   Args:
     base: the parameters of the base.
     modules: names of all modules that have weights.
+    params: names of parameters that are adapted beside those that modules are
+      known for.
     names: what they are called in the base, if anything was said of it.
     origin: the folder, for messages.
 
@@ -56,7 +58,9 @@ class Places:
     modules: Sequence[str],
     names: Any,
     origin: str,
+    params: Iterable[str] = (),
   ) -> None:
+    self._params = (*_PARAMS, *params)
     self._base = list(base)
     self._known = {name_of(path): path for path in self._base}
     self._layers: dict[str, Path] = {}
@@ -78,10 +82,19 @@ class Places:
   def param(self, module: str) -> Path | None:
     """Returns the parameter of a module that is adapted, if there is one."""
     layer = self._there(plain(module))
-    for name in _PARAMS:
+    for name in self._params:
       if f'{layer}.{name}' in self._known:
         return self._known[f'{layer}.{name}']
     return None
+
+  def params(self) -> dict[str, Path]:
+    """Returns all parameters of the base by their names in the folder."""
+    found: dict[str, Path] = {}
+    for path in self._base:
+      layer = self._back(name_of(path[:-1]))
+      if layer is not None:
+        found.setdefault(f'{layer}.{path[-1]}' if layer else path[-1], path)
+    return found
 
   def tensor(self, name: str) -> Path | None:
     """Returns the parameter that a tensor of the base's own is, if any."""
@@ -98,7 +111,8 @@ class Places:
     """Returns the parameters that can be adapted, by their module's name."""
     found: dict[str, Path] = {}
     for path in self._base:
-      name = self._back(name_of(path[:-1])) if path[-1] in _PARAMS else None
+      adapted = path[-1] in _PARAMS
+      name = self._back(name_of(path[:-1])) if adapted else None
       if name is not None:
         found.setdefault(name, path)
     return found
@@ -151,7 +165,7 @@ class Places:
     ]
 
   def _has(self, layer: str) -> bool:
-    return any(f'{layer}.{name}' in self._known for name in _PARAMS)
+    return any(f'{layer}.{name}' in self._known for name in self._params)
 
 
 # What torch and JAX call the same parameter.

@@ -30,7 +30,7 @@ from surgery.contract.peft import (
 )
 from surgery.contract.site import Site
 from surgery.host.manager import Host
-from surgery.interop.peft import axes, bases, places, targets
+from surgery.interop.peft import axes, bases, experts, places, targets
 from surgery.interop.peft import config as configs
 from surgery.model import manifest, record_json
 from surgery.model.checkpoint import Checkpoint, Leaf
@@ -147,13 +147,18 @@ class Folder:
         found.modules.setdefault(module, {})[tensor] = path
     return found
 
-  def module(self, name: str) -> PeftModule:
-    """Returns a module as mappings see it."""
+  def module(self, name: str, called: str | None = None) -> PeftModule:
+    """Returns a module as mappings see it.
+
+    Args:
+      name: what its tensors are called by.
+      called: what the configuration calls it, if otherwise.
+    """
     shapes = {
       tensor: self.leaves[path].shape or ()
       for tensor, path in self.modules[name].items()
     }
-    return PeftModule(places.plain(name), shapes, self.config)
+    return PeftModule(called or places.plain(name), shapes, self.config)
 
 
 class _Binding:
@@ -189,7 +194,19 @@ class _Binding:
     wanted = list(folder.modules) or [
       name.rpartition('.')[0] for name in folder.others
     ]
-    self._places = places.Places(self._info, wanted, names, folder.origin)
+    self._alone = targets.parameters(self._config, self._origin)
+    ends = self._config.get('target_parameters') or ()
+    self._places = places.Places(
+      self._info,
+      wanted,
+      names,
+      folder.origin,
+      [one.rpartition('.')[2] for one in ends],
+    )
+    # Names of parameters that are adapted by themselves, by those of tensors.
+    self._called: dict[str, str] = {}
+    # What tensors are called by, by the parameter that they are for.
+    self._raw: dict[Path, str] = {}
 
   def checkpoint(self, said: Mapping[str, Any]) -> Checkpoint:
     """Returns the adapter."""
@@ -201,6 +218,7 @@ class _Binding:
         f'{self._origin}: it holds no weights of peft_type '
         f'{self._mapping.peft_type!r}.'
       )
+    self._raw = found
     layers = self._layers(found)
     adapter = self._adapter(layers)
     sites, leaves = self._sites(adapter, layers)
@@ -216,7 +234,7 @@ class _Binding:
     told = {
       CONFIG: dict(said),
       MODULES: {
-        paths.show(path): [layer.name, layer.kind]
+        paths.show(path): self._told(found[path], layer)
         for path, layer in layers.items()
       },
       SAVED: {
@@ -236,14 +254,19 @@ class _Binding:
       origin=self._origin,
     )
 
+  def _told(self, wrapper: str, layer: PeftLayer) -> list[str]:
+    """Returns what an adapter keeps of a module, to write it again."""
+    called = self._called.get(wrapper)
+    return [wrapper, layer.kind, *([] if called is None else [called])]
+
   # Names.
 
   def _found(self) -> dict[Path, str]:
     """Returns the modules that have a place, by their parameter."""
-    found: dict[Path, str] = {}
+    found = self._params()
     for name in self._folder.modules:
       path = self._places.param(name)
-      if path is None:
+      if path is None or name in self._called:
         continue
       if path in found:
         raise errors.FormatError(
@@ -252,6 +275,37 @@ class _Binding:
         )
       found[path] = name
     return found
+
+  def _meant(self) -> dict[str, dict[str, Path]]:
+    """Returns parameters that are adapted by themselves, by their module."""
+    found: dict[str, dict[str, Path]] = {}
+    if self._alone is not None:
+      for name, path in self._places.params().items():
+        if self._alone(name):
+          found.setdefault(name.rpartition('.')[0], {})[name] = path
+    return found
+
+  def _params(self) -> dict[Path, str]:
+    """Returns modules of the folder that are for parameters by themselves."""
+    wrappers: dict[str, list[str]] = {}
+    for name in self._folder.modules:
+      wrappers.setdefault(places.plain(name), []).append(name)
+    found: dict[Path, str] = {}
+    for module, params in self._meant().items():
+      sizes = {
+        name: self._mapping.sizes(self._folder.module(name))
+        for name in wrappers.get(module, ())
+      }
+      shapes = {path: self._info[path].shape for path in params.values()}
+      some = experts.assigned(module, sizes, shapes, self._origin)
+      found.update(some)
+      names = {path: name for name, path in params.items()}
+      self._called.update((some[path], names[path]) for path in some)
+    return found
+
+  def _module(self, name: str) -> PeftModule:
+    """Returns a module as mappings see it."""
+    return self._folder.module(name, self._called.get(name))
 
   def _saved(self) -> dict[Path, str]:
     """Returns the tensors of the base's own that have a place there."""
@@ -291,9 +345,16 @@ class _Binding:
     unmeant = [
       name
       for name in found.values()
-      if meant is not None and not meant(places.plain(name))
+      if meant is not None
+      and name not in self._called
+      and not meant(places.plain(name))
     ]
-    empty = []
+    empty = [
+      name
+      for params in self._meant().values()
+      for name, path in params.items()
+      if path not in found
+    ]
     there = {places.plain(name) for name in found.values()}
     for name, path in self._places.modules().items():
       info = self._info[path]
@@ -347,22 +408,24 @@ class _Binding:
     known = self._base.manifest.layer_types
     rows = {}
     for path, name in found.items():
-      module = self._folder.module(name)
-      kinds[path] = self._kind(module, path)
+      module, alone = self._module(name), name in self._called
+      kinds[path] = LINEAR if alone else self._kind(module, path)
+      shape = self._info[path].shape
       rows[path] = axes.Sought(
         paths.show(path),
         module.name,
         kinds[path],
-        self._info[path].shape,
+        shape[-2:] if alone else shape,
         *self._mapping.sizes(module),
         known[path[:-1]].layouts.get(path[-1]) if path[:-1] in known else None,
         path[-1],
+        alone,
       )
     letters = axes.found(
       rows, bool(self._config['fan_in_fan_out']), self._origin
     )
     for path, one in letters.items():
-      told = known.get(path[:-1])
+      told = types.get(path[:-1], known.get(path[:-1]))
       types[path[:-1]] = LayerType(
         told.names if told else (),
         {**(told.layouts if told else {}), path[-1]: one},
@@ -374,13 +437,15 @@ class _Binding:
     for path, name in found.items():
       layer = path[:-1]
       site = finder.site(layer, path[-1], params[layer], True)
+      shape = self._info[path].shape
       layers[path] = PeftLayer(
-        name,
+        self._module(name).name,
         kinds[path],
         site,
         kinds[path] == CONV and not letters[path].startswith('o'),
         functools.partial(_stored, self._base[path], site),
         self._config,
+        stack=shape[: len(shape) - len(site.primary.shape)],
       )
     return layers
 
@@ -423,7 +488,7 @@ class _Binding:
 
   def _options(self, name: str) -> dict[str, Any]:
     with errors.within(self._origin):
-      return dict(self._mapping.options(self._folder.module(name)))
+      return dict(self._mapping.options(self._module(name)))
 
   def _made(
     self, general: Mapping[str, Any], patterns: Mapping[str, Mapping[str, Any]]
@@ -437,7 +502,7 @@ class _Binding:
 
   def _adapter(self, layers: Mapping[Path, PeftLayer]) -> Adapter:
     """Returns the adapter; what most modules have is its configuration."""
-    said = {path: self._options(one.name) for path, one in layers.items()}
+    said = {path: self._options(self._raw[path]) for path in layers}
     general = usual(list(said.values()))
     return self._made(general, patterns_of(said, general))
 
@@ -485,9 +550,10 @@ class _Binding:
     self, layer: PeftLayer, record: SiteRecord
   ) -> tuple[dict[str, Leaf], list[str]]:
     """Returns a site's weights, and what is wrong with its tensors."""
-    mapping, there = self._mapping, self._folder.modules[layer.name]
+    mapping = self._mapping
+    there = self._folder.modules[self._raw[record.site.path]]
     ours = {
-      name: np.zeros(spec.shape, 'float32')
+      name: np.zeros((*layer.stack, *spec.shape), 'float32')
       for name, spec in record.weights.items()
       if name not in mapping.drawn
     }
@@ -502,7 +568,7 @@ class _Binding:
     return {
       name: Leaf(
         functools.partial(_weight, mapping, layer, tensors, name, dtype),
-        record.weights[name].shape,
+        ours[name].shape,
         dtype,
         record.weights[name].trainable,
         {'adapter': NAME},

@@ -63,6 +63,24 @@ def saved(config: Mapping[str, Any], origin: str) -> Matches:
   return lambda name: any(rule.match(name) for rule in rules)
 
 
+def parameters(config: Mapping[str, Any], origin: str) -> Matches | None:
+  """Returns whether a parameter is adapted by itself, by its name.
+
+  Such parameters are those of experts; see `target_parameters` of PEFT.
+
+  Returns:
+    None if no parameter is.
+
+  Raises:
+    ConfigError: for what is no list of names.
+  """
+  names = configs.texts(config, 'target_parameters', origin)
+  if names is None:
+    return None
+  ends = tuple(f'.{name}' for name in names)
+  return lambda name: f'.{name}'.endswith(ends)
+
+
 def _never(name: str) -> bool:
   del name
   return False

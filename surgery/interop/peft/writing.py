@@ -29,7 +29,7 @@ from surgery.contract.peft import (
 from surgery.files import atomic_folders
 from surgery.files.safetensors import writing as safetensors
 from surgery.host.manager import Host
-from surgery.interop.peft import bases, places, reading, targets
+from surgery.interop.peft import bases, experts, places, reading, targets
 from surgery.interop.peft import config as configs
 from surgery.interop.peft import folder as folders
 from surgery.model import manifest, record_json
@@ -43,6 +43,10 @@ from surgery.naming.paths import Path
 _EMBEDDING_NAMES = re.compile(
   r'(.*_)?(emb|embed|embeds|embedding|embeddings)|embed_tokens|wte|wpe|shared'
 )
+
+# Parameters that modules of torch are adapted by, as they or JAX call them:
+# where several of one are stacked, they are those of layers.
+_OF_LAYERS = ('weight', 'kernel', 'embedding', 'scale')
 
 # The release whose folders are written; PEFT reads some as others did without.
 _VERSION = '0.21.2'
@@ -121,6 +125,9 @@ class _Writer:
     self._kept: Mapping[str, Any] = told.get(configs.KEY) or {}
     self._many = entry.get(fitting.MANY)
     layers = [path[:-1] for path in (*self._record.sites, *self._record.saved)]
+    self._stacks = {
+      path: _stack(checkpoint, one) for path, one in self._record.sites.items()
+    }
     self._called: Mapping[Path, str] = {}
     if told.get('names') is not None:
       self._called = places.called(told['names'], dict.fromkeys(layers))
@@ -137,6 +144,9 @@ class _Writer:
         'model.'
       )
     self._mapping: PeftMapping = mapping
+    for path, stack in self._stacks.items():
+      self._check_stack(path, stack)
+    self._wrappers = self._nested()
 
   def converted(self) -> tuple[dict[str, Leaf], dict[str, Any], str | None]:
     """Returns tensors, configuration, and what is known of the base."""
@@ -148,22 +158,23 @@ class _Writer:
     layers: dict[str, tuple[PeftLayer, SiteRecord]] = {}
     for path, one in self._record.sites.items():
       layer = self._layer(path, one)
-      if layer.name in layers:
+      wrapper = self._wrapper(path, layer)
+      if wrapper in layers:
         raise errors.FormatError(
           f'{self._origin}: two parameters of {layer.name!r} have weights, and '
           'PEFT has one for a module.'
         )
-      layers[layer.name] = layer, one
+      layers[wrapper] = layer, one
     at: dict[str, tuple[Any, Shapes]] = {
-      name: (
+      layer.name: (
         one.interceptor,
         {n: self._shape(spec.path) for n, spec in one.weights.items()},
       )
-      for name, (_, one) in layers.items()
+      for layer, one in layers.values()
     }
     shapes = {
-      name: {n: a.shape for n, a in self._shown(*both).items()}
-      for name, both in layers.items()
+      both[0].name: {n: a.shape for n, a in self._shown(*both).items()}
+      for both in layers.values()
     }
     saved = self._saved(at)
     said, kept = self._config(at, shapes, list(saved))
@@ -185,21 +196,73 @@ class _Writer:
   def _name(self, layer: Path) -> str:
     return self._called.get(layer) or places.name_of(layer)
 
+  def _check_stack(self, path: Path, stack: tuple[int, ...]) -> None:
+    """Raises for a parameter of several layers that is none of experts.
+
+    Raises:
+      FormatError: saying what to do.
+    """
+    # Torch has stacked matrices under names of their own alone.
+    layers = path[-1] in _OF_LAYERS or not self._mapping.experts
+    if len(stack) > 1 or (stack and layers):
+      raise errors.FormatError(
+        f'{paths.show(path)}: its weights are those of {stack} layers that are '
+        'stacked. PEFT has one module a layer: unstack the model first.'
+      )
+
+  def _modules(self) -> Mapping[str, Any]:
+    """Returns what a folder had, by parameter.
+
+    That is what tensors were called by, the kind of the module, and the name of
+    the parameter if it was adapted by itself.
+    """
+    kept: Mapping[str, Any] = self._kept.get(reading.MODULES, {})
+    return kept
+
+  def _alone(self) -> set[str]:
+    """Returns the parameters that are adapted by themselves."""
+    return {
+      self._layer(path, one).name
+      for path, one in self._record.sites.items()
+      if self._stacks[path]
+      or len(self._modules().get(paths.show(path), ())) > 2
+    }
+
+  def _nested(self) -> dict[Path, str]:
+    """Returns what tensors of parameters of experts are called by."""
+    by_layer: dict[Path, list[Path]] = {}
+    for path, stack in self._stacks.items():
+      if stack and paths.show(path) not in self._modules():
+        by_layer.setdefault(path[:-1], []).append(path)
+    found: dict[Path, str] = {}
+    for layer, params in by_layer.items():
+      found |= experts.nested(self._name(layer), params, self._origin)
+    return found
+
+  def _wrapper(self, path: Path, layer: PeftLayer) -> str:
+    """Returns what the tensors of a module are called by."""
+    kept = self._modules().get(paths.show(path))
+    return kept[0] if kept else self._wrappers.get(path, layer.name)
+
   def _layer(self, path: Path, one: SiteRecord) -> PeftLayer:
-    """Returns the module that a site is."""
-    for name, spec in one.weights.items():
-      if len(self._shape(spec.path)) != len(spec.shape):
-        raise errors.FormatError(
-          f'{paths.show(path)}: its weight {name!r} is that of several layers '
-          f'that are stacked, of shape {self._shape(spec.path)}. PEFT has one '
-          'module a layer: unstack the model first.'
-        )
-    kept = self._kept.get(reading.MODULES, {}).get(paths.show(path))
-    name, kind = kept or (self._name(path[:-1]), self._kind(path, one))
+    """Returns the module that a site is, or the parameter of experts."""
+    kept = self._modules().get(paths.show(path))
+    if kept:
+      name, kind, *called = kept
+    elif self._stacks[path]:
+      name, kind = f'{self._name(path[:-1])}.{path[-1]}', LINEAR
+      called = []
+    else:
+      name, kind, called = self._name(path[:-1]), self._kind(path, one), []
     letters = one.site.primary.layout
-    last = kind == CONV and not letters.startswith('o')
-    options = reading.said_by(one.interceptor)
-    return PeftLayer(name, kind, one.site, last, options=options)
+    return PeftLayer(
+      called[0] if called else places.plain(name),
+      kind,
+      one.site,
+      kind == CONV and not letters.startswith('o'),
+      options=reading.said_by(one.interceptor),
+      stack=self._stacks[path],
+    )
 
   def _kind(self, path: Path, one: SiteRecord) -> str:
     spec = one.site.primary
@@ -296,7 +359,7 @@ class _Writer:
       for path, one in self._record.sites.items()
       if self._layer(path, one).kind == LINEAR
     )
-    plain = {name: places.plain(name) for name in at}
+    alone = self._alone()
     modules = list(
       dict.fromkeys(
         n.rpartition('.')[0] for n in saved if '.base_layer.' not in n
@@ -317,7 +380,8 @@ class _Writer:
       'inference_mode': True,
       **{k: kept[k] for k in kept if k not in ('layers_pattern',)},
       **said,
-      'target_modules': sorted(plain.values()),
+      'target_modules': sorted(set(at) - alone),
+      **({'target_parameters': sorted(alone)} if alone else {}),
       'modules_to_save': modules or None,
     }
     if self._mapping.bias:
@@ -326,6 +390,11 @@ class _Writer:
       fresh['bias'] = only if bias else 'none'
     for key in ('exclude_modules', 'layers_to_transform', 'layers_pattern'):
       fresh.pop(key, None)
+    if alone and fresh.get('lora_dropout'):
+      raise errors.FormatError(
+        f'{self._origin}: it has dropout, which PEFT does not have for '
+        f'parameters of experts ({errors.listed(sorted(alone))}). Set it to 0.'
+      )
     if conv1d and not self._mapping.conv1d:
       raise errors.FormatError(
         f'{self._origin}: PEFT has no {self._mapping.peft_type} for matrices '
@@ -346,22 +415,36 @@ class _Writer:
     """Whether a configuration still says what the adapter is."""
     if kept.get('peft_type') != self._mapping.peft_type:
       return False
-    names = {name for name, _ in self._kept.get(reading.MODULES, {}).values()}
-    if names != set(at) or set(saved) != set(
+    sites = {paths.show(path) for path in self._record.sites}
+    if set(self._modules()) != sites or set(saved) != set(
       self._kept.get(reading.SAVED, {}).values()
     ):
       return False
     config = configs.checked(kept, self._mapping, self._origin)
     meant = targets.meant(config, self._origin)
-    if meant is not None and not all(meant(places.plain(n)) for n in at):
-      return False
+    by_itself = targets.parameters(config, self._origin)
+    alone = self._alone()
+    for name in at:
+      if name in alone:
+        if by_itself is None or not by_itself(name):
+          return False
+      elif meant is not None and not meant(name):
+        return False
     for name, (who, _) in at.items():
-      module = PeftModule(places.plain(name), shapes[name], config)
+      module = PeftModule(name, shapes[name], config)
       cls: Any = type(self._record.adapter)
       said = checking.from_json(cls, self._mapping.options(module))
       if not isinstance(who, Adapter) or cls(**said) != who:
         return False
     return all(one.drawn_rank is None for one in self._record.sites.values())
+
+
+def _stack(checkpoint: Checkpoint, one: SiteRecord) -> tuple[int, ...]:
+  """Returns the sizes of the axes stacked in front of a site's weights."""
+  for spec in one.weights.values():
+    shape = checkpoint[spec.path].shape or ()
+    return shape[: len(shape) - len(spec.shape)]
+  return ()
 
 
 def _zeros(weights: Mapping[str, Leaf]) -> dict[str, np.ndarray]:

@@ -139,10 +139,29 @@ MODELS = {
   'conv': (Conv, images),
 }
 
+EXPERTS = ['experts.gate_up_proj', 'experts.down_proj']
 # By case: whose test it is of, the model, and the configuration.
 CASES = {
   'large_rank': ('', 'net', peft.LoraConfig(
     r=9, lora_alpha=6, target_modules=['emb', 'fc0', 'head'])),
+  'experts': ('', 'moe', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=['q_proj'],
+    target_parameters=EXPERTS)),
+  'experts_one': ('', 'moe', peft.LoraConfig(
+    r=2, lora_alpha=5, use_rslora=True, target_modules=[],
+    target_parameters=['layers.0.experts.down_proj'])),
+  'experts_patterns': ('', 'moe', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=[], target_parameters=EXPERTS,
+    rank_pattern={'experts.down_proj': 4},
+    alpha_pattern={'experts.gate_up_proj': 7})),
+  'experts_turned': ('', 'moe_turned', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=[], target_parameters=EXPERTS)),
+  'experts_square': ('', 'moe_square', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=['q_proj'],
+    target_parameters=EXPERTS)),
+  'matrix': ('', 'net', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=[],
+    target_parameters=['fc0.weight', 'head.weight'])),
   'large_rank_dora': ('lora-family', 'net', peft.LoraConfig(
     r=9, lora_alpha=6, use_dora=True, target_modules=['fc0', 'head'])),
   'large_rank_loha': ('products', 'net', peft.LoHaConfig(

@@ -2,15 +2,26 @@
 
 import json
 import pathlib
+import shutil
 
+import blox as bx
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import surgery
 
 DATA = pathlib.Path(__file__).parents[2] / 'data' / 'peft_cases'
-CASES = ('net/large_rank',)
+CASES = (
+  'net/large_rank',
+  'net/matrix',
+  'moe/experts',
+  'moe/experts_one',
+  'moe/experts_patterns',
+  'moe_turned/experts_turned',
+  'moe_square/experts_square',
+)
 
 
 def run(steps, folder, out, base=None, **more):
@@ -56,3 +67,141 @@ def test_what_was_read_is_written_as_it_was(name, tmp_path):
     np.testing.assert_array_equal(found[key], value, err_msg=key)
   said = json.loads((folder / 'adapter_config.json').read_text())
   assert said == json.loads((tmp_path / 'out/adapter_config.json').read_text())
+
+
+# Experts.
+
+
+@pytest.fixture
+def experts(tmp_path):
+  """Copies a case, and returns it with a function that changes what it has."""
+
+  def copied(name, *, tensors=None, base=None, **said):
+    folder = tmp_path / 'case' / pathlib.Path(name).name
+    shutil.copytree((DATA / name).parent, folder.parent)
+    path = folder / 'adapter_config.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **said}))
+    for change, file in (
+      (tensors, folder / 'adapter_model.safetensors'),
+      (base, folder.parent / 'base.safetensors'),
+    ):
+      if change is not None:
+        found = load_file(file)
+        change(found)
+        save_file(found, file)
+    return folder
+
+  return copied
+
+
+def merged(folder, tmp_path):
+  return load_file(
+    run([{'merge': {'with': 'adapter'}}], folder, tmp_path / 'out.safetensors')
+  )
+
+
+WRAPPER = 'base_model.model.layers.0.experts'
+
+
+def without_one(found):
+  for name in 'AB':
+    del found[f'{WRAPPER}.base_layer.lora_{name}.weight']
+
+
+def alike(found):
+  # Both parameters and both weights have the same shapes.
+  for place in ('base_layer.', ''):
+    found[f'{WRAPPER}.{place}lora_A.weight'] = np.ones((6, 6), 'float32')
+    found[f'{WRAPPER}.{place}lora_B.weight'] = np.ones((6, 6), 'float32')
+
+
+def square(found):
+  for name in ('gate_up_proj', 'down_proj'):
+    found[f'layers.0.experts.{name}'] = np.ones((3, 6, 6), 'float32')
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    (
+      'moe/experts',
+      {'tensors': without_one},
+      'no tensors for: layers.0.experts.gate_up_proj',
+    ),
+    (
+      'moe/experts',
+      {'target_parameters': ['experts.down_proj']},
+      r'expected weights of 1 parameters.*found weights of 2',
+    ),
+    (
+      'moe/experts',
+      {'target_parameters': None},
+      'no place in the base for: layers.0.experts',
+    ),
+    (
+      'moe/experts',
+      {'tensors': alike, 'base': square},
+      'do not tell which parameter its weights are for',
+    ),
+    (
+      'moe_square/experts_square',
+      {
+        'tensors': without_one,
+        'target_parameters': ['experts.down_proj'],
+      },
+      r'experts/down_proj \(6, 6\) are square, and nothing tells whether',
+    ),
+    ('moe/experts_one', {'r': 3}, r'expected shape \(9, 10\), found \(6, 10\)'),
+    ('moe/experts', {'target_parameters': 'x'}, 'expected a list of names'),
+  ],
+)
+def test_experts_that_do_not_fit_are_refused(
+  experts, tmp_path, name, changes, message
+):
+  folder = experts(name, **changes)
+  with pytest.raises(surgery.RecipeError, match=message):
+    merged(folder, tmp_path)
+
+
+def test_experts_whose_ranks_were_pruned_are_written(tmp_path):
+  folder = DATA / 'moe/experts'
+  base = surgery.open(folder.parent / 'base.safetensors')
+  params = surgery.load_adapter(folder, surgery.load(base.origin))
+  site = 'layers/0/experts/down_proj'
+  params = surgery.prune_ranks(params, {site: [1]})
+  surgery.save_adapter(tmp_path / 'out', params, format='peft')
+  said = json.loads((tmp_path / 'out/adapter_config.json').read_text())
+  assert said['rank_pattern'] == {r'^layers\.0\.experts\.down_proj': 1}
+  assert said['target_modules'] == ['layers.0.q_proj']
+  assert said['target_parameters'] == [
+    'layers.0.experts.down_proj',
+    'layers.0.experts.gate_up_proj',
+  ]
+  plain = surgery.load(base.origin)
+  again = surgery.load_adapter(tmp_path / 'out', plain)
+  for path, value in surgery.merge(params).items():
+    np.testing.assert_allclose(
+      surgery.merge(again)[path].value, value.value, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+  ('names', 'options', 'message'),
+  [
+    (('a', 'b'), {}, 'not known of experts .a, b.. Merge it instead'),
+    (('up_proj',), {'dropout': 0.5}, 'does not have for parameters of experts'),
+    (('kernel',), {}, 'unstack the model first'),
+  ],
+)
+def test_experts_that_peft_cannot_have_are_not_written(
+  tmp_path, names, options, message
+):
+  params = bx.Params()
+  for name in names:
+    params['experts', name] = bx.Param(jnp.ones((3, 8, 4)))
+  params = surgery.attach(
+    params.locked(), surgery.LoRA(rank=2, **options), to='all', stacked=1
+  )
+  with pytest.raises(surgery.FormatError, match=message):
+    surgery.save_adapter(tmp_path / 'out', params, format='peft')
+  assert not (tmp_path / 'out').exists()

@@ -197,3 +197,57 @@ def test_a_folder_that_peft_wrote_today_is_merged_alike(net, base, tmp_path):
   np.testing.assert_allclose(
     merged(adapted, host), expected, rtol=1e-4, atol=1e-5
   )
+
+
+class Experts(torch.nn.Module):  # type: ignore[misc]
+  """Matrices of three experts, `(experts, in, out)`, or `(experts, out, in)`."""
+
+  def __init__(self, turned):
+    super().__init__()
+    self.is_transposed = not turned  # PEFT's word for (in, out).
+    shapes = {'gate_up_proj': (6, 20), 'down_proj': (10, 6)}
+    for name, (i, o) in shapes.items():
+      value = torch.randn((3, o, i) if turned else (3, i, o))
+      setattr(self, name, torch.nn.Parameter(0.4 * value))
+
+  def forward(self, x):
+    first, last = self.gate_up_proj, self.down_proj
+    if not self.is_transposed:
+      first, last = first.transpose(1, 2), last.transpose(1, 2)
+    gate, up = (x @ first).chunk(2, -1)
+    return ((torch.tanh(gate) * up) @ last).sum(0)
+
+
+@pytest.mark.parametrize('layout', ['sio', 'soi'])
+def test_experts_are_computed_as_we_merge_them(layout, tmp_path):
+  from safetensors.torch import save_file
+
+  torch.manual_seed(0)
+  model = torch.nn.ModuleDict({'experts': Experts(layout == 'soi')})
+  model.forward = lambda x: model['experts'](x)
+  save_file(model.state_dict(), tmp_path / 'base.safetensors')
+  host = default_host()
+  adapted = moved(
+    attach.attach(
+      surgery.open(tmp_path / 'base.safetensors'),
+      'lora',
+      to=['experts/gate_up_proj', 'experts/down_proj'],
+      set={'rank': 2, 'alpha': 3.0, 'experts/down_proj:rank': 3},
+      layout=layout,
+      host=host,
+    )
+  )
+  extract.extract(adapted, host=host).write(
+    tmp_path / 'folder', format='peft', host=host
+  )
+  plain = {
+    '.'.join(path): torch.tensor(np.asarray(leaf.load()))
+    for path, leaf in merge.merge(adapted, host=host).items()
+  }
+  x = torch.randn(5, 6)
+  with torch.no_grad():
+    expected = torch.func.functional_call(model, plain, x).numpy()
+    assert np.abs(model(x).numpy() - expected).max() > 1e-2
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / 'folder').eval()
+    found = loaded(x).numpy()
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
