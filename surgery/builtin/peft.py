@@ -49,6 +49,7 @@ class PeftLoRA(PeftMapping):
     'use_dora': False,
     'lora_bias': False,
     'target_parameters': None,
+    'trainable_token_indices': None,
   }
   ignored = (
     'corda_config',
@@ -67,7 +68,6 @@ class PeftLoRA(PeftMapping):
     'with the step `repeat`',
     'megatron_config': 'its layers are those of Megatron',
     'monteclora_config': 'its weights are drawn anew in each call',
-    'trainable_token_indices': 'it has rows of an embedding of its own',
     'use_bdlora': 'its factors are blocks on a diagonal',
     'use_qalora': 'inputs are pooled before the factors',
     'velora_config': 'its activations are compressed',

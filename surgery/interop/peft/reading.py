@@ -30,7 +30,15 @@ from surgery.contract.peft import (
 )
 from surgery.contract.site import Site
 from surgery.host.manager import Host
-from surgery.interop.peft import axes, bases, experts, places, targets
+from surgery.interop.peft import (
+  axes,
+  bases,
+  experts,
+  places,
+  rows,
+  targets,
+  twins,
+)
 from surgery.interop.peft import config as configs
 from surgery.model import manifest, record_json
 from surgery.model.checkpoint import Checkpoint, Leaf
@@ -43,6 +51,7 @@ from surgery.naming.paths import Path
 NAME = 'default'
 # What an entry keeps of a folder, beside its configuration.
 CONFIG, MODULES, SAVED = 'config', 'modules', 'saved'
+ROWS, TWINS = 'rows', 'twins'
 
 # Layers whose embeddings PEFT saves of its own accord, as it names them and as
 # models do.
@@ -99,6 +108,7 @@ class Folder:
     modules: tensors by module and name within it.
     shared: tensors of no module, by the name that `init_shared` gives them.
     others: tensors of the base's own, by name.
+    rows: rows of embeddings, by module.
     spelled: what the folder calls those of these that it calls otherwise.
     strange: names that are none of these.
   """
@@ -110,6 +120,7 @@ class Folder:
   modules: dict[str, dict[str, Path]]
   shared: dict[str, Path]
   others: dict[str, Path]
+  rows: dict[str, Path]
   strange: list[str]
   spelled: dict[str, str]
 
@@ -122,7 +133,7 @@ class Folder:
     origin: str,
   ) -> Folder:
     """Returns the tensors of a folder, told apart by their names."""
-    found = cls(alone, mapping, config, origin, {}, {}, {}, [], {})
+    found = cls(alone, mapping, config, origin, {}, {}, {}, {}, [], {})
     shared = {f'base_model.{n}': ours for ours, n in mapping.shared.items()}
     # The longest first: one may be the end of another.
     known = sorted(mapping.names, key=len, reverse=True)
@@ -137,7 +148,9 @@ class Folder:
       name = name[len(places.PREFIX) :]
       tensor = next((t for t in known if name.endswith(f'.{t}')), None)
       own = next((t for t in mapping.replaced if name.endswith(f'.{t}')), None)
-      if own is not None:
+      if name.endswith(rows.TENSOR) and rows.KEY in mapping.defaults:
+        found.rows[name[: -len(rows.TENSOR)]] = path
+      elif own is not None:
         plain = f'{name[: -len(own)]}{mapping.replaced[own]}'
         found.others[plain], found.spelled[plain] = path, name
       elif tensor is None:
@@ -192,7 +205,8 @@ class _Binding:
     self._origin = folder.origin
     self._info = attachment.info_of(base, base.records(host))
     wanted = list(folder.modules) or [
-      name.rpartition('.')[0] for name in folder.others
+      *(name.rpartition('.')[0] for name in folder.others),
+      *folder.rows,
     ]
     self._alone = targets.parameters(self._config, self._origin)
     ends = self._config.get('target_parameters') or ()
@@ -212,8 +226,9 @@ class _Binding:
     """Returns the adapter."""
     found = self._found()
     saved = self._saved()
-    self._check_all(found, saved)
-    if not found and not saved:
+    tokens = self._tokens()
+    copies = self._check_all(found, saved, tokens)
+    if not found and not saved and not tokens:
       raise errors.FormatError(
         f'{self._origin}: it holds no weights of peft_type '
         f'{self._mapping.peft_type!r}.'
@@ -231,6 +246,12 @@ class _Binding:
       spec, leaf = self._keep(path, name, leaves)
       kept[path] = spec
       leaves[spec.path] = leaf
+    rows_told = {}
+    for path, module in tokens.items():
+      spec, leaf, said_of = self._keep_rows(path, module, leaves)
+      kept[path] = spec
+      leaves[spec.path] = leaf
+      rows_told[paths.show(path)] = said_of
     told = {
       CONFIG: dict(said),
       MODULES: {
@@ -240,6 +261,11 @@ class _Binding:
       SAVED: {
         paths.show(path): self._folder.spelled.get(name, name)
         for path, name in saved.items()
+      },
+      ROWS: rows_told,
+      TWINS: {
+        places.name_of(path): [places.name_of(other), turned]
+        for path, (other, turned) in copies.items()
       },
     }
     record = dataclasses.replace(
@@ -316,6 +342,15 @@ class _Binding:
         found[path] = name
     return found
 
+  def _tokens(self) -> dict[Path, str]:
+    """Returns the modules whose rows have a place, by their parameter."""
+    found: dict[Path, str] = {}
+    for module in self._folder.rows:
+      path = self._places.param(module)
+      if path is not None:
+        found[path] = module
+    return found
+
   def _is_meant(self, name: str) -> bool:
     """Whether the configuration says that a tensor of the base is saved."""
     if name in self._folder.spelled:
@@ -328,20 +363,21 @@ class _Binding:
     return places.plain(module).rpartition('.')[2] in _EMBEDDINGS
 
   def _check_all(
-    self, found: Mapping[Path, str], saved: Mapping[Path, str]
-  ) -> None:
+    self,
+    found: Mapping[Path, str],
+    saved: Mapping[Path, str],
+    tokens: Mapping[Path, str],
+  ) -> dict[Path, tuple[Path, bool]]:
     """Raises unless each tensor has a place, and each place its tensors.
+
+    Returns:
+      Tensors without a place that are copies of others, and of which.
 
     Raises:
       FormatError: listing both.
     """
-    folder = self._folder
     meant = targets.meant(self._config, self._origin)
-    homeless = [
-      *folder.strange,
-      *(n for n in folder.modules if n not in found.values()),
-      *(n for n in folder.others if n not in saved.values()),
-    ]
+    copies, homeless = self._without_place(found, saved, tokens)
     unmeant = [
       name
       for name in found.values()
@@ -364,6 +400,7 @@ class _Binding:
       if meant is not None and meant(name) and name not in there and matrix:
         empty.append(name)
     empty += self._unsaved(found, saved)
+    empty += self._untrained(tokens)
     problems = [
       f'{what}: {_listed(names)}'
       for what, names in (
@@ -381,6 +418,51 @@ class _Binding:
         'take its base, or name what that class does not have in '
         'exclude_modules of adapter_config.json.'
       )
+    return copies
+
+  def _without_place(
+    self,
+    found: Mapping[Path, str],
+    saved: Mapping[Path, str],
+    tokens: Mapping[Path, str],
+  ) -> tuple[dict[Path, tuple[Path, bool]], list[str]]:
+    """Returns what has no place: copies of tensors that have, and the rest."""
+    folder = self._folder
+    at_home: list[Path] = []
+    lost: dict[str, list[Path]] = {}
+    for names, here in (
+      (folder.modules, found.values()),
+      ({n: {'': p} for n, p in folder.others.items()}, saved.values()),
+      ({n: {'': p} for n, p in folder.rows.items()}, tokens.values()),
+    ):
+      for name, tensors in names.items():
+        if name in here:
+          at_home += tensors.values()
+        else:
+          lost[name] = list(tensors.values())
+    twin: dict[Path, tuple[Path, bool]] = {}
+    homeless = list(folder.strange)
+    for name, some in lost.items():
+      # Others may be alike by chance, as all that begins with zeros is.
+      tied = any(part in _EMBEDDINGS for part in name.split('.'))
+      copies = twins.found(folder.leaves, some, at_home) if tied else {}
+      twin.update(copies)
+      if not copies:
+        homeless.append(name)
+    return twin, homeless
+
+  def _untrained(self, tokens: Mapping[Path, str]) -> list[str]:
+    """Returns what should have rows of its own, and has none."""
+    said = self._config.get(rows.KEY)
+    if configs.is_nothing(said):
+      return []
+    if not isinstance(said, Mapping):
+      return [] if tokens else [rows.KEY]
+    return [
+      name
+      for name in self._places.modules()
+      if any(name.endswith(key) for key in said) and name not in tokens.values()
+    ]
 
   def _unsaved(
     self, found: Mapping[Path, str], saved: Mapping[Path, str]
@@ -406,12 +488,12 @@ class _Binding:
     types: dict[Path, LayerType] = {}
     kinds: dict[Path, str] = {}
     known = self._base.manifest.layer_types
-    rows = {}
+    sought = {}
     for path, name in found.items():
       module, alone = self._module(name), name in self._called
       kinds[path] = LINEAR if alone else self._kind(module, path)
       shape = self._info[path].shape
-      rows[path] = axes.Sought(
+      sought[path] = axes.Sought(
         paths.show(path),
         module.name,
         kinds[path],
@@ -422,7 +504,7 @@ class _Binding:
         alone,
       )
     letters = axes.found(
-      rows, bool(self._config['fan_in_fan_out']), self._origin
+      sought, bool(self._config['fan_in_fan_out']), self._origin
     )
     for path, one in letters.items():
       told = types.get(path[:-1], known.get(path[:-1]))
@@ -642,6 +724,41 @@ class _Binding:
     assert leaf.shape is not None and leaf.dtype is not None
     spec = WeightSpec(to, leaf.shape, leaf.dtype, True)
     return spec, leaf.replace(metadata={'adapter': NAME})
+
+  def _keep_rows(
+    self, path: Path, module: str, leaves: Mapping[Path, Leaf]
+  ) -> tuple[WeightSpec, Leaf, list[Any]]:
+    """Returns a parameter with trained rows as an adapter keeps it.
+
+    Returns:
+      What is recorded, the parameter, and what is needed to write its rows.
+
+    Raises:
+      FormatError: for rows that the parameter does not have.
+    """
+    chosen = rows.indices(self._config, places.plain(module), self._origin)
+    tensor = self._folder.leaves[self._folder.rows[module]]
+    base, where = self._base[path], rows.axis(path[-1])
+    shape = list(base.shape or ())
+    count = shape.pop(where) if len(shape) == 2 else 0
+    expected = (len(chosen or ()), *shape)
+    if not chosen or tensor.shape != expected or max(chosen) >= count:
+      raise errors.FormatError(
+        f'{self._origin}: {module}: expected rows of {paths.show(path)}, whose '
+        f'shape is {base.shape}, by {rows.KEY} {chosen}, found a tensor of '
+        f'shape {tensor.shape}. If the vocabulary was resized, resize that of '
+        'the base first (resize-vocab).'
+      )
+    to = attachment.weight_path(
+      path[:-1], path[-1], 'saved', NAME, leaves.__contains__
+    )
+    whole = rows.placed(base, tensor, chosen, where)
+    assert whole.shape is not None and whole.dtype is not None
+    # All of it would train, where PEFT trains these rows alone.
+    spec = WeightSpec(to, whole.shape, whole.dtype, False)
+    rest = rows.others(base, chosen, where)
+    said = [module, chosen, tensor.dtype, rest]
+    return spec, whole.replace(metadata={'adapter': NAME}), said
 
 
 def _common(tensors: Iterable[Leaf]) -> str:

@@ -29,7 +29,15 @@ from surgery.contract.peft import (
 from surgery.files import atomic_folders
 from surgery.files.safetensors import writing as safetensors
 from surgery.host.manager import Host
-from surgery.interop.peft import bases, experts, places, reading, targets
+from surgery.interop.peft import (
+  bases,
+  experts,
+  places,
+  reading,
+  rows,
+  targets,
+  twins,
+)
 from surgery.interop.peft import config as configs
 from surgery.interop.peft import folder as folders
 from surgery.model import manifest, record_json
@@ -188,6 +196,10 @@ class _Writer:
       )
     tensors.update(self._shared())
     tensors.update((f'{places.PREFIX}{n}', leaf) for n, leaf in saved.items())
+    for name, (other, turned) in self._kept.get(reading.TWINS, {}).items():
+      if other in tensors:
+        leaf = tensors[other]
+        tensors[name] = twins.turned(leaf) if turned else leaf
     return tensors, said, bases.written(self._entry, layers)
 
   def _shape(self, path: Path) -> tuple[int, ...]:
@@ -320,6 +332,13 @@ class _Writer:
     found: dict[str, Leaf] = {}
     for path, spec in self._record.saved.items():
       leaf = self._leaves[spec.path]
+      if paths.show(path) in self._rows():
+        module, chosen, dtype, _ = self._rows()[paths.show(path)]
+        self._check_rows(path, leaf)
+        found[f'{module}{rows.TENSOR}'] = rows.taken(
+          leaf, chosen, rows.axis(path[-1]), dtype
+        )
+        continue
       module, last = self._name(path[:-1]), path[-1]
       name = kept.get(paths.show(path))
       if name is None:
@@ -335,6 +354,25 @@ class _Writer:
         )
       found[name] = _as_torch(leaf) if last == 'kernel' else leaf
     return found
+
+  def _rows(self) -> Mapping[str, Any]:
+    """Returns the parameters of which some rows were trained alone."""
+    kept: Mapping[str, Any] = self._kept.get(reading.ROWS, {})
+    return kept
+
+  def _check_rows(self, path: Path, leaf: Leaf) -> None:
+    """Raises if other rows changed than those that were trained.
+
+    Raises:
+      FormatError: saying what to do.
+    """
+    _, chosen, _, rest = self._rows()[paths.show(path)]
+    if rows.others(leaf, chosen, rows.axis(path[-1])) != rest:
+      raise errors.FormatError(
+        f'{paths.show(path)}: other rows than {chosen} have changed, and the '
+        f'folder that it came from has these alone ({rows.KEY}). Give names= '
+        '(--names), so that all of it is written.'
+      )
 
   # The configuration.
 
@@ -362,7 +400,9 @@ class _Writer:
     alone = self._alone()
     modules = list(
       dict.fromkeys(
-        n.rpartition('.')[0] for n in saved if '.base_layer.' not in n
+        n.rpartition('.')[0]
+        for n in saved
+        if '.base_layer.' not in n and not n.endswith(rows.TENSOR)
       )
     )
     bias = any('.base_layer.' in name for name in saved)
@@ -382,6 +422,7 @@ class _Writer:
       **said,
       'target_modules': sorted(set(at) - alone),
       **({'target_parameters': sorted(alone)} if alone else {}),
+      **self._tokens(saved),
       'modules_to_save': modules or None,
     }
     if self._mapping.bias:
@@ -405,6 +446,17 @@ class _Writer:
       fresh['fan_in_fan_out'] = conv1d
     return fresh, {}
 
+  def _tokens(self, saved: list[str]) -> dict[str, Any]:
+    """Returns which rows of which modules were trained, if the type can."""
+    if rows.KEY not in self._mapping.defaults:
+      return {}
+    found = {
+      places.plain(module): chosen
+      for module, chosen, _, _ in self._rows().values()
+      if f'{module}{rows.TENSOR}' in saved
+    }
+    return {rows.KEY: found or None}
+
   def _holds(
     self,
     kept: Mapping[str, Any],
@@ -416,9 +468,11 @@ class _Writer:
     if kept.get('peft_type') != self._mapping.peft_type:
       return False
     sites = {paths.show(path) for path in self._record.sites}
-    if set(self._modules()) != sites or set(saved) != set(
-      self._kept.get(reading.SAVED, {}).values()
-    ):
+    had = {
+      *self._kept.get(reading.SAVED, {}).values(),
+      *(f'{one[0]}{rows.TENSOR}' for one in self._rows().values()),
+    }
+    if set(self._modules()) != sites or set(saved) != had:
       return False
     config = configs.checked(kept, self._mapping, self._origin)
     meant = targets.meant(config, self._origin)

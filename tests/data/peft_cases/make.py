@@ -162,6 +162,22 @@ CASES = {
   'matrix': ('', 'net', peft.LoraConfig(
     r=2, lora_alpha=5, target_modules=[],
     target_parameters=['fc0.weight', 'head.weight'])),
+  'rows': ('', 'net', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=['fc0', 'head'],
+    trainable_token_indices={'emb': [7, 2, 9]})),
+  'rows_tied': ('', 'tied', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=['fc'],
+    trainable_token_indices=[0, 11, 3])),
+  'rows_ensured': ('', 'tied', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=['fc'], ensure_weight_tying=True,
+    trainable_token_indices={'embed_tokens': [0, 11, 3]})),
+  'saved_ensured': ('', 'tied', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=['fc'], ensure_weight_tying=True,
+    modules_to_save=['embed_tokens'])),
+  # PEFT merges both into the one parameter, which then has the update twice.
+  'lora_ensured': ('', 'tied', peft.LoraConfig(
+    r=2, lora_alpha=5, target_modules=['fc', 'embed_tokens'],
+    ensure_weight_tying=True)),
   'large_rank_dora': ('lora-family', 'net', peft.LoraConfig(
     r=9, lora_alpha=6, use_dora=True, target_modules=['fc0', 'head'])),
   'large_rank_loha': ('products', 'net', peft.LoHaConfig(

@@ -16,6 +16,10 @@ DATA = pathlib.Path(__file__).parents[2] / 'data' / 'peft_cases'
 CASES = (
   'net/large_rank',
   'net/matrix',
+  'net/rows',
+  'tied/rows_tied',
+  'tied/rows_ensured',
+  'tied/saved_ensured',
   'moe/experts',
   'moe/experts_one',
   'moe/experts_patterns',
@@ -205,3 +209,126 @@ def test_experts_that_peft_cannot_have_are_not_written(
   with pytest.raises(surgery.FormatError, match=message):
     surgery.save_adapter(tmp_path / 'out', params, format='peft')
   assert not (tmp_path / 'out').exists()
+
+
+# Rows of embeddings, and what is tied.
+
+
+def test_a_lora_on_a_tied_embedding_is_one_update_for_both(tmp_path):
+  folder = DATA / 'tied/lora_ensured'
+  found = merged(folder, tmp_path)
+  x = load_file(folder.parent / 'inputs.safetensors')['x']
+  table = found['model.embed_tokens.weight']
+  weight, bias = found['model.fc.weight'], found['model.fc.bias']
+  h = table[x]
+  y = (h + np.tanh(h @ weight.T + bias)) @ table.T
+  expected = load_file(folder / 'y.safetensors')['y']
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_for_a_tied_head_are_written_again(tmp_path):
+  for name in ('tied/lora_ensured', 'tied/saved_ensured'):
+    folder = DATA / name
+    plain = surgery.load(folder.parent / 'base.safetensors')
+    params = surgery.load_adapter(folder, plain)
+    out = tmp_path / folder.name
+    surgery.save_adapter(out, params, format='peft')
+    expected = {
+      key: value
+      for key, value in load_file(folder / 'adapter_model.safetensors').items()
+      # Embeddings that PEFT saves along, as the base has them.
+      if 'base_layer' not in key
+    }
+    tensors = load_file(out / 'adapter_model.safetensors')
+    assert set(expected) == set(tensors)
+    for key, value in expected.items():
+      np.testing.assert_array_equal(tensors[key], value, err_msg=key)
+
+
+def test_a_head_that_is_no_copy_has_no_place(experts, tmp_path):
+  def other(found):
+    found['base_model.model.lm_head.weight'][0, 0] += 1
+
+  folder = experts('tied/saved_ensured', tensors=other)
+  with pytest.raises(
+    surgery.RecipeError, match='no place .*for: lm_head.weight'
+  ):
+    merged(folder, tmp_path)
+
+
+ROWS = 'base_model.model.emb.token_adapter.trainable_tokens_delta'
+
+
+def widened(found):
+  found[ROWS] = np.ones((3, 9), 'float32')
+
+
+def gone(found):
+  del found[ROWS]
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'trainable_token_indices': {'emb': [7, 2]}}, r'shape is \(12, 8\), by'),
+    (
+      {'trainable_token_indices': {'emb': [7, 2, 12]}},
+      'resize that of the base',
+    ),
+    ({'trainable_token_indices': {'emb': [7, 2, 7]}}, 'is there twice'),
+    ({'trainable_token_indices': {'emb': [7, 2, -1]}}, 'a list of row numbers'),
+    ({'trainable_token_indices': {'emb': 'x'}}, 'a list of row numbers'),
+    ({'trainable_token_indices': {'fc0': [7, 2, 9]}}, 'no tensors for: fc0'),
+    ({'trainable_token_indices': None}, r'by trainable_token_indices None'),
+    ({'tensors': widened}, r'found a tensor of shape \(3, 9\)'),
+    ({'tensors': gone}, 'no tensors for: emb'),
+  ],
+)
+def test_rows_that_do_not_fit_are_refused(experts, tmp_path, changes, message):
+  folder = experts('net/rows', **changes)
+  with pytest.raises(surgery.RecipeError, match=message):
+    merged(folder, tmp_path)
+
+
+def test_rows_are_those_of_a_jax_model_too_and_no_others_are_lost(tmp_path):
+  folder = DATA / 'net/rows'
+  base = load_file(folder.parent / 'base.safetensors')
+  params = bx.Params()
+  for name, value in base.items():
+    layer, last = name.split('.')
+    if last == 'weight':
+      last, value = (
+        ('embedding', value) if layer == 'emb' else ('kernel', value.T)
+      )
+    params['net', layer, last] = bx.Param(jnp.asarray(value))
+  params = surgery.load_adapter(folder, params.locked())
+  expected = load_file(folder / 'merged_changed.safetensors')
+  table = surgery.merge(params)['net', 'emb', 'embedding'].value
+  np.testing.assert_array_equal(table, expected['emb.weight'])
+  surgery.save_adapter(tmp_path / 'out', params, format='peft')
+  tensors = load_file(tmp_path / 'out/adapter_model.safetensors')
+  np.testing.assert_array_equal(
+    tensors[ROWS], load_file(folder / 'adapter_model.safetensors')[ROWS]
+  )
+  [path] = surgery.adapters(params)[0].saved
+  where = next(
+    p for p in params.keys() if p[:2] == path[:2] and 'saved' in p[-1]
+  )
+  # PEFT trains these rows alone, so nothing of it trains here by itself.
+  assert not params[where].trainable
+  changed = params.unlocked()
+  value = jnp.asarray(params[where].value)
+  changed[where] = params[where].replace(value=value.at[7].add(1))
+  surgery.save_adapter(tmp_path / 'row', changed.locked(), format='peft')
+  found = load_file(tmp_path / 'row/adapter_model.safetensors')[ROWS]
+  np.testing.assert_array_equal(found[0], value[7] + 1)
+  changed[where] = params[where].replace(value=value.at[0].add(1))
+  with pytest.raises(
+    surgery.FormatError, match='other rows than .7, 2, 9. have'
+  ):
+    surgery.save_adapter(tmp_path / 'other', changed.locked(), format='peft')
+  surgery.save_adapter(
+    tmp_path / 'all', changed.locked(), format='peft', names={'emb': 'net/emb'}
+  )
+  said = json.loads((tmp_path / 'all/adapter_config.json').read_text())
+  assert said['modules_to_save'] == ['emb']
