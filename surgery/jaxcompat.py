@@ -24,6 +24,8 @@ import jax
 import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
+Equation = jex.JaxprEqn
+
 # Primitives by name, with their parameters; a `?` ends those that some of the
 # releases that are supported do not have.
 

@@ -1,4 +1,4 @@
-"""What `factored` says where a parameter's factors were lost."""
+"""Warnings of `factored` about parameters whose factors were lost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from surgery.factoring.walking import Kind, Note
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
-# What is said of each kind of loss, after the parameters.
+# Why a parameter is dense, by the kind of loss.
 _REASONS = {
   Kind.USE: '{what!r} needs the dense array: `factored` has no rule for this '
   'primitive of JAX, or not for this use of it.',
-  Kind.APPLY: "the adapter type's `apply` made a low-rank value dense, by "
-  '{what!r}, for which `factored` has no rule, or not for this use.',
+  Kind.APPLY: "the adapter type's `apply` made a low-rank value dense by "
+  '{what!r}: `factored` has no rule for it, or not for this use of it.',
   Kind.CALL: '{what}, so the call was not followed.',
   Kind.FAILURE: 'surgery itself failed: {what}. Nothing is wrong with the '
   'model. See docs/compatibility.md if JAX is newer than surgery; please '
@@ -38,39 +38,46 @@ def report(losses: Losses, *, strict: bool, seen: Seen) -> None:
   Args:
     losses: for each parameter the reasons.
     strict: whether it is an error.
-    seen: what was warned of before; what is new is added.
+    seen: parameters and reasons of earlier warnings; new ones are added.
 
   Raises:
     AdapterError: if it is strict and something was lost.
   """
-  by_reason: dict[Note, list[Path]] = {}
-  for path, notes in losses.items():
-    for note in notes:
-      by_reason.setdefault(note, []).append(path)
+  by_reason = _by_reason(losses)
   if strict and by_reason:
-    said = ' '.join(_message(note, some) for note, some in by_reason.items())
-    raise errors.AdapterError(said)
-  for note, some in by_reason.items():
-    new = [path for path in some if (path, note) not in seen]
+    raise errors.AdapterError(' '.join(map(_message, by_reason.items())))
+  for note, where in by_reason.items():
+    new = [path for path in where if (path, note) not in seen]
     if new:
-      text = _message(note, new)
+      text = _message((note, new))
       warnings.warn(text, errors.DenseFallbackWarning, stacklevel=_outside())
       seen.update((path, note) for path in new)
 
 
-def _message(note: Note, where: Sequence[Path]) -> str:
+def _by_reason(losses: Losses) -> dict[Note, list[Path]]:
+  """Returns the parameters for each reason."""
+  found: dict[Note, list[Path]] = {}
+  for path, notes in losses.items():
+    for note in notes:
+      found.setdefault(note, []).append(path)
+  return found
+
+
+def _message(loss: tuple[Note, Sequence[Path]]) -> str:
+  """Returns the message for a reason and the parameters that it is for."""
+  note, where = loss
   shown = ', '.join(map(paths.show, where[:_NAMED]))
   more = f' and {len(where) - _NAMED} more' if len(where) > _NAMED else ''
   is_dense = 'is dense' if len(where) == 1 else 'are dense'
   return (
     f'factored: {shown}{more} {is_dense}: '
-    f'{_REASONS[note.kind].format(what=note.what)} Results are right, and cost '
-    'as much as without factored; surgery.explain(model, params, …) shows '
+    f'{_REASONS[note.kind].format(what=note.what)} Results are correct, at the '
+    'cost of a call without factored. surgery.explain(model, params, …) shows '
     'every parameter.'
   )
 
 
-# Where no user's code lies.
+# Folders of code that is not the user's.
 _LIBRARIES = tuple(
   str(folder)
   for folder in (
@@ -83,7 +90,7 @@ _LIBRARIES = tuple(
 def _outside() -> int:
   """Returns the `stacklevel` of the code that called the factored model.
 
-  Between it and us there may be any number of frames of JAX.
+  There may be any number of frames of JAX in between.
   """
   level, frame = 1, sys._getframe(1)
   while frame.f_back and frame.f_code.co_filename.startswith(_LIBRARIES):

@@ -10,8 +10,16 @@ from typing import Any
 
 import jax
 
+from surgery.aliases import Array
 from surgery.factoring import views
-from surgery.factoring.views import EXACT, Decline, Factor, Labels, Shape
+from surgery.factoring.views import (
+  EXACT,
+  Decline,
+  DType,
+  Factor,
+  Labels,
+  Shape,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +32,8 @@ class _Plan:
     numbers: dimension numbers of the product.
     shape: shape to which it is brought.
     order: order of its axes; None if they are in order.
+
+  What is None is not done.
   """
 
   turns: tuple[Shape | None, Shape | None]
@@ -70,59 +80,45 @@ def _plan(
   common = [label for label in x_labels if label in y_labels]
   batch = [label for label in common if label in out]
   summed = [label for label in common if label not in out]
-  sizes = dict(zip((*x_labels, *y_labels), (*x_shape, *y_shape), strict=True))
-  outer = [
-    label
-    for label in (*x_labels, *y_labels)
-    if label not in batch and label not in summed
-  ]
+  outer = [label for label in (*x_labels, *y_labels) if label not in common]
   if any(label not in out for label in outer):
     raise Decline  # Summed over in one of them alone.
+  # The primitive gives the axes that go along, then those of `x`, of `y`.
   found = [*batch, *outer]
-  order = tuple(found.index(label) for label in out)
-  shape: Shape | None = tuple(sizes[label] for label in found)
-  shapes: tuple[Shape | None, Shape | None] = (None, None)
-  numbers: Any = (
-    (
-      tuple(map(x_labels.index, summed)),
-      tuple(map(y_labels.index, summed)),
-    ),
-    (tuple(map(x_labels.index, batch)), tuple(map(y_labels.index, batch))),
-  )
-  turns: tuple[Shape | None, Shape | None] = (None, None)
-  if not batch and summed and max(len(x_labels), len(y_labels)) > 2:
-    # As matrices: axes that are not summed over cost copies in the gradient.
-    # The smaller one is turned, if they have them in another order.
-    larger = x_labels if math.prod(x_shape) > math.prod(y_shape) else y_labels
-    summed.sort(key=larger.index)
-    x_turn, x_matrix, x_axis = _matrix(x_labels, x_shape, summed)
-    y_turn, y_matrix, y_axis = _matrix(y_labels, y_shape, summed)
-    turns = (x_turn, y_turn)
-    shapes = (
-      None if x_matrix == x_shape else x_matrix,
-      None if y_matrix == y_shape else y_matrix,
+  at = tuple(found.index(label) for label in out)
+  order = None if at == tuple(range(len(at))) else at
+  if batch or not summed or max(len(x_labels), len(y_labels)) <= 2:
+    at_both = lambda labels: (
+      tuple(map(x_labels.index, labels)),
+      tuple(map(y_labels.index, labels)),
     )
-    numbers = (((x_axis,), (y_axis,)), ((), ()))
-  else:
-    shape = None
-  return _Plan(
-    turns,
-    shapes,
-    numbers,
-    shape,
-    None if order == tuple(range(len(order))) else order,
+    numbers = (at_both(summed), at_both(batch))
+    return _Plan((None, None), (None, None), numbers, None, order)
+  # As matrices: axes that are not summed over cost copies in the gradient.
+  # The smaller one is turned, if they have them in another order.
+  larger = x_labels if math.prod(x_shape) > math.prod(y_shape) else y_labels
+  summed.sort(key=larger.index)
+  x_turn, x_matrix, x_axis = _matrix(x_labels, x_shape, summed)
+  y_turn, y_matrix, y_axis = _matrix(y_labels, y_shape, summed)
+  shapes = (
+    None if x_matrix == x_shape else x_matrix,
+    None if y_matrix == y_shape else y_matrix,
   )
+  sizes = dict(zip((*x_labels, *y_labels), (*x_shape, *y_shape), strict=True))
+  shape = tuple(sizes[label] for label in found)
+  numbers = (((x_axis,), (y_axis,)), ((), ()))
+  return _Plan((x_turn, y_turn), shapes, numbers, shape, order)
 
 
 def product(
-  x: Any,
+  x: Array,
   x_labels: Labels,
-  y: Any,
+  y: Array,
   y_labels: Labels,
   out: Labels,
   params: Mapping[str, Any] = EXACT,
-  dtype: Any = None,
-) -> Any:
+  dtype: DType | None = None,
+) -> Array:
   """Returns the product of two arrays, summed over labels that `out` lacks.
 
   Args:
@@ -131,7 +127,7 @@ def product(
     y: another array.
     y_labels: labels of its axes; equal ones go together.
     out: labels of the result.
-    params: of the primitive `dot_general`, as far as they are not said here.
+    params: further parameters of the primitive `dot_general`.
     dtype: in which it is summed, and which it has.
 
   Raises:
@@ -156,7 +152,7 @@ def product(
   return made if plan.order is None else jax.lax.transpose(made, plan.order)
 
 
-def multiplied(x: Any, labels: Labels, by: Factor, names: Labels) -> Any:
+def multiplied(x: Array, labels: Labels, by: Factor, names: Labels) -> Array:
   """Returns an array times one that owns some of its axes.
 
   Args:

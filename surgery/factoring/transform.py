@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import blox as bx
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from surgery import errors, expect, jaxcompat
 from surgery.adapting import compute
+from surgery.aliases import Array
 from surgery.factoring import fallback
 from surgery.factoring.views import Misrouted
 from surgery.factoring.walking import DropoutLost, Kind, Note, Walk, makes
@@ -28,7 +30,7 @@ from surgery.trees.adapted import AdaptedTree
 P = ParamSpec('P')
 R = TypeVar('R')
 
-# What a model raises that cannot be traced with its inputs unknown.
+# Raised by a model that needs the values of its inputs.
 UNTRACEABLE = (
   jax.errors.ConcretizationTypeError,
   jax.errors.TracerArrayConversionError,
@@ -142,62 +144,99 @@ class _Factored(Generic[P, R]):
       return call.finished(made)  # type: ignore[no-any-return]
 
   def _called(self, model: Any, args: Any, kwargs: Any) -> Any:
-    signature = self._signature
-    strict, seen = self._strict, self._seen
-    _check_params(model, signature, args, kwargs)
-    drops = any(map(_counters, _all_params((args, kwargs))))
-    if drops:
-      drops, kwargs = _training(signature, args, kwargs)
-    else:
-      kwargs = _arguments(signature, kwargs)
-    routed = any(map(_is_routed, _all_params((args, kwargs))))
-    if drops and routed:
-      raise errors.AdapterError(
-        'factored: routed params have no dropout, and this call is in '
-        'training. Call it with is_training=False, or attach with dropout=0.'
-      )
+    _check_params(model, self._signature, args, kwargs)
+    drops, routed, kwargs = _modes(self._signature, args, kwargs)
     lost: dict[paths.Path, list[Note]] = {}
     own_error = False
     try:
       leaves, tree = _flattened((args, kwargs))
       traced = any(map(jaxcompat.is_traced, leaves))
       if traced or drops or routed or _narrow((args, kwargs)):
-        walk = Walk(training=drops)
-        result = walked(model, leaves, tree, walk)
-        fallback.report(walk.losses(), strict=strict, seen=seen)
-        return _counted(result, traced) if drops else result
+        with _advised():
+          return self._followed(model, leaves, tree, drops, traced)
     except NotFollowed as found:
       if drops or routed:
-        cause = found.__cause__
-        if found.model_raised and cause is not None:
-          raise cause from None
         what = 'dropout' if drops else 'adapter of each row'
-        raise errors.AdapterError(
-          f'factored: {found.reason}, so parameters would be dense, and a '
-          f'dense parameter has no {what}.'
-        ) from cause
+        _refuse_dense(found, what)
       given = _all_params((args, kwargs))
       lost = {path: [found.note] for p in given for path in _low_rank(p)}
       own_error = found.model_raised
-    except Misrouted as mistaken:
-      raise errors.AdapterError(
-        f'factored: {_named(mistaken.origin)} is routed, and '
-        f'{mistaken.reason}. Rows have to be the leading axis of what a layer '
-        'gets.'
-      ) from None
-    except DropoutLost as dropped:
-      raise errors.AdapterError(
-        f'factored: {_named(dropped.origin)} has dropout, and '
-        f'{str(dropped.because)!r} needs the dense parameter, which has none. '
-        'Attach elsewhere, or with dropout=0 there by patterns.'
-      ) from None
-    # What the model raises by itself is not told as if raised by the above,
-    # and comes first.
-    if lost and strict and not own_error:
-      fallback.report(lost, strict=True, seen=seen)
+    # Outside of the handler: an error of the model's own has no context, and
+    # comes before one of ours.
+    if lost and self._strict and not own_error:
+      self._report(lost)
     result = model(*args, **kwargs)
-    fallback.report(lost, strict=strict, seen=seen)
+    self._report(lost)
     return result
+
+  def _followed(
+    self, model: Any, leaves: list[Any], tree: Any, drops: bool, traced: bool
+  ) -> Any:
+    """Returns the results of a call that is walked through."""
+    walk = Walk(training=drops)
+    result = walked(model, leaves, tree, walk)
+    self._report(walk.losses())
+    return _counted(result, traced) if drops else result
+
+  def _report(self, losses: fallback.Losses) -> None:
+    fallback.report(losses, strict=self._strict, seen=self._seen)
+
+
+def _modes(
+  signature: inspect.Signature, args: Any, kwargs: dict[str, Any]
+) -> tuple[bool, bool, dict[str, Any]]:
+  """Returns whether a call drops elements, and is routed, and its keywords.
+
+  Raises:
+    AdapterError: if it is both.
+  """
+  drops = any(map(_counters, _all_params((args, kwargs))))
+  if drops:
+    drops, kwargs = _training(signature, args, kwargs)
+  else:
+    kwargs = _arguments(signature, kwargs)
+  routed = any(map(_is_routed, _all_params((args, kwargs))))
+  if drops and routed:
+    raise errors.AdapterError(
+      'factored: routed params have no dropout, and this call is in '
+      'training. Call it with is_training=False, or attach with dropout=0.'
+    )
+  return drops, routed, kwargs
+
+
+@contextlib.contextmanager
+def _advised() -> Iterator[None]:
+  """Makes an error with advice of a use that only a dense array can serve."""
+  try:
+    yield
+  except Misrouted as mistaken:
+    raise errors.AdapterError(
+      f'factored: {_named(mistaken.origin)} is routed, and '
+      f"{mistaken.reason}. Rows have to be the leading axis of a layer's "
+      'input.'
+    ) from None
+  except DropoutLost as dropped:
+    raise errors.AdapterError(
+      f'factored: {_named(dropped.origin)} has dropout, and '
+      f'{str(dropped.because)!r} needs the dense parameter, to which dropout '
+      'cannot be applied. Attach to other layers, or set dropout=0 for this '
+      'one by patterns.'
+    ) from None
+
+
+def _refuse_dense(found: NotFollowed, what: str) -> NoReturn:
+  """Raises for a call that cannot be computed densely instead.
+
+  Raises:
+    AdapterError: unless the model itself raised an error, which comes first.
+  """
+  cause = found.__cause__
+  if found.model_raised and cause is not None:
+    raise cause from None
+  raise errors.AdapterError(
+    f'factored: {found.reason}, so parameters would be dense, and a '
+    f'dense parameter has no {what}.'
+  ) from cause
 
 
 def _check_params(
@@ -252,6 +291,7 @@ def _flattened(tree: Any) -> tuple[list[Any], Any]:
 
 
 def _line(error: Exception) -> str:
+  """Returns the first line of a message."""
   return str(error).split('\n', 1)[0]
 
 
@@ -264,7 +304,7 @@ def _is_routed(params: live.AdaptedParams) -> bool:
 
 
 def _narrow(tree: Any) -> bool:
-  """Whether the model by itself would round what adapters make of a base."""
+  """Whether a base has fewer than 32 bits, to which the model would round."""
   return any(
     compute.enabled(chain)
     and path in params
@@ -285,7 +325,7 @@ def _takes(signature: inspect.Signature, name: str) -> bool:
 def _arguments(
   signature: inspect.Signature, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns keywords that a model takes: it may do without `is_training`."""
+  """Returns keyword arguments, less an `is_training` that is not taken."""
   if 'is_training' not in kwargs or _takes(signature, 'is_training'):
     return kwargs
   return {k: v for k, v in kwargs.items() if k != 'is_training'}
@@ -294,7 +334,7 @@ def _arguments(
 def arguments(
   model: Callable[..., Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-  """Returns those keywords that a model is called with."""
+  """Returns the keyword arguments that a model is called with."""
   return _arguments(inspect.signature(model), kwargs)
 
 
@@ -316,18 +356,18 @@ def _training(
     kwargs = _arguments(signature, kwargs)
   if jaxcompat.is_traced(value):
     raise errors.AdapterError(
-      'factored: is_training is traced. Make it static (static_argnames=), as '
-      'dropout is there or not.'
+      'factored: is_training is traced, and must be a Python bool. Pass it as '
+      'a static argument, as by jax.jit(…, static_argnames=...).'
     )
   return bool(value), kwargs
 
 
 class NotFollowed(Exception):  # noqa: N818 - the dense way is taken.
-  """A call that cannot be traced with its inputs unknown.
+  """A call cannot be traced with its inputs unknown.
 
   Attributes:
     reason: why.
-    model_raised: whether the model raised what may be an error of its own.
+    model_raised: whether the model raised an exception, maybe one of its own.
     note: the reason, as it is written down for parameters.
   """
 
@@ -349,36 +389,12 @@ def walked(
     NotFollowed: if the call cannot be traced.
     DropoutLost: if a value with dropout would have been made dense.
   """
-  # What is known stays known: the model may decide by it.
-  where = [i for i, v in enumerate(leaves) if jaxcompat.is_traced(v)]
-  results: list[Any] = []
-  trees: list[Any] = []
-  stash = Stash([model, *leaves])
-
-  def flat(*traced: Any) -> list[Any]:
-    given = [*leaves]
-    for i, value in zip(where, traced, strict=True):
-      given[i] = value
-    args, kwargs = jax.tree.unflatten(tree, given)
-    found, out = jax.tree.flatten(model(*args, **kwargs))
-    for value in found:
-      if not jaxcompat.is_array_like(value) and not isinstance(value, str):
-        raise NotFollowed(f'a result is a {type(value).__name__}')
-    after, same = jax.tree.flatten((args, kwargs))
-    if same != tree or any(map(operator.is_not, after, given)):
-      raise NotFollowed('the model writes to an argument')
-    if stash.grown:
-      raise NotFollowed('a module keeps an intermediate value')
-    # Not the traced values: they are of a trace that ends here.
-    results[:] = [None if jaxcompat.is_traced(v) else v for v in found]
-    trees[:] = [out]
-    return [v for v in found if jaxcompat.is_traced(v)]
-
+  call = _Call(model, leaves, tree)
   try:
-    closed = jax.make_jaxpr(flat)(*(leaves[i] for i in where))
+    closed = jax.make_jaxpr(call.flat)(*call.traced)
   except Exception as error:
     # The dense way is taken, and raises it where it is the model's own.
-    stash.restore()
+    call.stash.restore()
     if isinstance(error, NotFollowed):
       raise
     if isinstance(error, UNTRACEABLE):
@@ -387,10 +403,11 @@ def walked(
     reason = f'tracing raises {type(error).__name__} ({_line(error)})'
     raise NotFollowed(reason, model_raised=True) from error
   try:
-    # The model has been traced as it likes; the rules write for any setting.
+    # The caller's setting has applied to the model, which is traced already.
+    # The rules are ours, and rely on standard promotion.
     with jax.numpy_dtype_promotion('standard'):
-      made = walk.closed(closed, [leaves[i] for i in where])
-    computed = iter([walk.dense(v, 'result') for v in made])
+      made = walk.closed(closed, call.traced)
+    return call.result([walk.dense(v, 'result') for v in made])
   except (DropoutLost, Misrouted):
     raise
   except Exception as error:
@@ -398,8 +415,59 @@ def walked(
     what = f'{type(error).__name__}: {_line(error)}'
     reason = f'the walk through it fails ({what})'
     raise NotFollowed(reason, failed=True) from error
-  whole = [next(computed) if v is None else v for v in results]
-  return jax.tree.unflatten(trees[0], whole)
+
+
+class _Call:
+  """A call of a model as a function of its traced arguments alone.
+
+  What is known stays known: the model may decide by a flag or a concrete array.
+
+  Attributes:
+    traced: the arguments that are traced.
+    stash: what modules keep of the call.
+  """
+
+  def __init__(
+    self, model: Callable[..., Any], leaves: list[Any], tree: Any
+  ) -> None:
+    self._model = model
+    self._leaves = leaves
+    self._tree = tree
+    self._where = [i for i, v in enumerate(leaves) if jaxcompat.is_traced(v)]
+    self.traced = [leaves[i] for i in self._where]
+    self.stash = Stash([model, *leaves])
+    # Of the results: those that are not traced, and their structure.
+    self._known: list[Any] = []
+    self._out: Any = None
+
+  def flat(self, *traced: Array) -> list[Array]:
+    """Calls the model, and returns those of its results that are traced.
+
+    Raises:
+      NotFollowed: if the call does more than a jaxpr can tell.
+    """
+    given = [*self._leaves]
+    for i, value in zip(self._where, traced, strict=True):
+      given[i] = value
+    args, kwargs = jax.tree.unflatten(self._tree, given)
+    found, self._out = jax.tree.flatten(self._model(*args, **kwargs))
+    for value in found:
+      if not jaxcompat.is_array_like(value) and not isinstance(value, str):
+        raise NotFollowed(f'a result is a {type(value).__name__}')
+    after, same = jax.tree.flatten((args, kwargs))
+    if same != self._tree or any(map(operator.is_not, after, given)):
+      raise NotFollowed('the model writes to an argument')
+    if self.stash.grown:
+      raise NotFollowed('a module keeps an intermediate value')
+    # Not the traced values: they are of a trace that ends here.
+    self._known = [None if jaxcompat.is_traced(v) else v for v in found]
+    return [v for v in found if jaxcompat.is_traced(v)]
+
+  def result(self, computed: Sequence[Array]) -> Any:
+    """Returns what the model returns, given those results that were traced."""
+    values = iter(computed)
+    whole = [next(values) if v is None else v for v in self._known]
+    return jax.tree.unflatten(self._out, whole)
 
 
 def _low_rank(params: live.AdaptedParams) -> list[paths.Path]:

@@ -11,18 +11,24 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, Union
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from surgery.adapting import compute
+from surgery.aliases import Array
 from surgery.contract import lowrank
 from surgery.contract.lowrank import RANK, ROW
 
 Shape = tuple[int, ...]
+Axes = tuple[int, ...]
 Labels = tuple[Hashable, ...]
+DType: TypeAlias = DTypeLike
+# What a rule is given, and what it makes.
+Operand: TypeAlias = Union['View', Array]
 
 
 class Decline(Exception):  # noqa: N818 - not an error: the dense way is taken.
@@ -53,14 +59,14 @@ class Factor:
       one for each row of what it is multiplied with.
   """
 
-  value: Any
-  axes: tuple[int, ...]
+  value: Array
+  axes: Axes
 
   def owns(self, axis: int) -> bool:
     """Whether it varies along an axis of the view."""
     return axis in self.axes
 
-  def along(self, axis: int, change: Callable[[Any, int], Any]) -> Factor:
+  def along(self, axis: int, change: Callable[[Array, int], Array]) -> Factor:
     """Returns it with its array changed along an axis of the view."""
     return Factor(change(self.value, self.axes.index(axis)), self.axes)
 
@@ -87,8 +93,8 @@ class Dropout:
     return dataclasses.replace(self, key=change(self.key))
 
   def __call__(
-    self, x: Any, labels: Labels, names: Mapping[int, Hashable]
-  ) -> Any:
+    self, x: Array, labels: Labels, names: Mapping[int, Hashable]
+  ) -> Array:
     """Returns an array with elements dropped, the others made larger.
 
     Args:
@@ -122,7 +128,7 @@ class Term:
   """
 
   factors: tuple[Factor, ...]
-  scale: Any = 1.0
+  scale: float | Array = 1.0
   spreads: tuple[Factor, ...] = ()
   dropout: Dropout | None = None
 
@@ -140,7 +146,7 @@ class Term:
       dropout=None if self.dropout is None else self.dropout.mapped(change),
     )
 
-  def scaled(self, by: Any) -> Term:
+  def scaled(self, by: float | Array) -> Term:
     """Returns it multiplied by a number."""
     return dataclasses.replace(self, scale=self.scale * by)
 
@@ -164,7 +170,7 @@ class View:
   def __init__(
     self,
     shape: Sequence[int],
-    dtype: Any,
+    dtype: DType,
     terms: Sequence[Term],
     origin: tuple[Any, ...] = (),
   ) -> None:
@@ -172,7 +178,8 @@ class View:
     self.dtype = jnp.dtype(dtype)
     self.terms = tuple(terms)
     self.origin = origin
-    self._dense: Any = None
+    # Made once: the walk may need it for several uses.
+    self._dense: Array | None = None
 
   @property
   def ndim(self) -> int:
@@ -185,13 +192,14 @@ class View:
     return math.prod(self.shape)
 
   @property
-  def arithmetic(self) -> Any:
+  def arithmetic(self) -> np.dtype[Any]:
     """The dtype in which factors are used.
 
     That of the view. In 8 bits a small update would be nothing at all, so there
     it is float32.
     """
-    return compute.wide(self.dtype) if self.dtype.itemsize == 1 else self.dtype
+    wide = self.dtype.itemsize == 1
+    return np.dtype(compute.wide(self.dtype)) if wide else self.dtype
 
   @property
   def dropped(self) -> bool:
@@ -211,7 +219,7 @@ class View:
     self,
     terms: Sequence[Term],
     shape: Sequence[int] | None = None,
-    dtype: Any = None,
+    dtype: DType | None = None,
   ) -> View:
     """Returns another view of the same origin."""
     return View(
@@ -232,20 +240,23 @@ class View:
     return self.like([t.mapped(change) for t in self.terms], shape)
 
   def along(
-    self, axis: int, change: Callable[[Any, int], Any], shape: Sequence[int]
+    self,
+    axis: int,
+    change: Callable[[Array, int], Array],
+    shape: Sequence[int],
   ) -> View:
     """Returns a view changed along one axis, in the factors that own it."""
     return self.mapped(
       lambda f: f.along(axis, change) if f.owns(axis) else f, shape
     )
 
-  def dense(self) -> Any:
+  def dense(self) -> Array:
     """Returns the array."""
     if self._dense is None:
       self._dense = _dense(self)
     return self._dense
 
-  def leaves(self) -> list[Any]:
+  def leaves(self) -> list[Array]:
     """Returns the arrays that it is made of."""
     return jax.tree.leaves(self)
 
@@ -282,12 +293,13 @@ class Derived(View):
     return self.view.rows
 
 
-def _flatten(view: View) -> Any:
+def _flatten(view: View) -> tuple[list[Array], tuple[Any, ...]]:
   """Returns the arrays, each once, and what there is beside them."""
+  # An array that two terms share is one leaf, so that JAX keeps it one.
   found: dict[int, int] = {}
-  leaves: list[Any] = []
+  leaves: list[Array] = []
 
-  def number(value: Any) -> int:
+  def number(value: Array) -> int:
     if id(value) not in found:
       found[id(value)] = len(leaves)
       leaves.append(value)
@@ -309,10 +321,10 @@ def _flatten(view: View) -> Any:
   return leaves, (view.shape, view.dtype, terms, view.origin)
 
 
-def _unflatten(aux: Any, leaves: Any) -> View:
+def _unflatten(aux: tuple[Any, ...], leaves: Sequence[Array]) -> View:
   shape, dtype, terms, origin = aux
 
-  def factors(pairs: Any) -> tuple[Factor, ...]:
+  def factors(pairs: Sequence[tuple[int, Axes]]) -> tuple[Factor, ...]:
     return tuple(Factor(leaves[at], axes) for at, axes in pairs)
 
   return View(
@@ -335,7 +347,7 @@ jax.tree_util.register_pytree_node(View, _flatten, _unflatten)
 
 
 class Squared(Derived):
-  """The square of a view, of which only a sum is known to be cheaper."""
+  """The square of a view: a sum over it is cheaper than the dense array."""
 
   def __init__(self, view: View) -> None:
     super().__init__(view, view.shape)
@@ -344,16 +356,16 @@ class Squared(Derived):
     """Returns the square of another view."""
     return Squared(view)
 
-  def dense(self) -> Any:
+  def dense(self) -> Array:
     """Returns the array."""
     value = self.view.dense()
     return value * value
 
 
 class Folded(Derived):
-  """A view of which neighbouring axes were joined that factors own in part.
+  """A view after a reshape that joined axes which different factors own.
 
-  So it is with a Kronecker product, and with blocks along a diagonal.
+  Kronecker products and blocks along a diagonal are made in this way.
 
   Attributes:
     groups: for each axis the axes of the view that it was joined from.
@@ -368,22 +380,22 @@ class Folded(Derived):
     """Returns another view with the same axes joined."""
     return Folded(view, self.groups)
 
-  def dense(self) -> Any:
+  def dense(self) -> Array:
     """Returns the array."""
     return jax.lax.reshape(self.view.dense(), self.shape)
 
 
 class Looked(Derived):
-  """Rows that were looked up in a view, as long as nobody has used them.
+  """Rows that were looked up in a view, until an operation uses them.
 
-  Where they are used in a wider dtype, they are summed in that: an embedding's
+  If that is a cast to a wider dtype, they are summed in it: an embedding's
   update is not rounded to the dtype in which the table is stored.
 
   Attributes:
     computed: computes the array of a view, in its arithmetic.
   """
 
-  def __init__(self, view: View, computed: Callable[[View], Any]) -> None:
+  def __init__(self, view: View, computed: Callable[[View], Array]) -> None:
     super().__init__(view, view.shape)
     self.computed = computed
 
@@ -391,7 +403,7 @@ class Looked(Derived):
     """Returns the rows of another view."""
     return Looked(view, self.computed)
 
-  def dense(self) -> Any:
+  def dense(self) -> Array:
     """Returns the array."""
     return cast(self.computed(self.view), self.dtype)
 
@@ -411,7 +423,7 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def plain(value: Any, dtype: Any = None) -> View:
+def plain(value: Array, dtype: DType | None = None) -> View:
   """Returns an array as a view of one term, cast to a dtype when it is used."""
   axes = tuple(range(value.ndim))
   return View(
@@ -421,14 +433,14 @@ def plain(value: Any, dtype: Any = None) -> View:
   )
 
 
-def cast(value: Any, dtype: Any) -> Any:
+def cast(value: Array, dtype: DType) -> Array:
   """Returns an array in a dtype; the very array if it has it."""
   if value.dtype == dtype:
     return value
   return jax.lax.convert_element_type(value, dtype)
 
 
-def widens(old: Any, new: Any) -> bool:
+def widens(old: DType, new: DType) -> bool:
   """Whether each number of a floating dtype is one of another."""
   floating = (jnp.issubdtype(dtype, jnp.floating) for dtype in (old, new))
   if not all(floating):
@@ -441,59 +453,54 @@ def widens(old: Any, new: Any) -> bool:
   )
 
 
-def times(value: Any, scale: Any) -> Any:
+def times(value: Array, scale: float | Array) -> Array:
   """Returns an array times a number, in the array's dtype."""
-  if not isinstance(scale, jax.Array):
-    if scale == 1.0:
-      return value
-    scale = np.asarray(scale, value.dtype)
-  return jax.lax.mul(value, cast(scale, value.dtype))
+  if isinstance(scale, jax.Array):
+    return jax.lax.mul(value, cast(scale, value.dtype))
+  if scale == 1.0:
+    return value
+  return jax.lax.mul(value, np.asarray(scale, value.dtype))
 
 
-def _dense(view: View) -> Any:
+def plus(total: Array | None, value: Array) -> Array:
+  """Returns a sum that has one more summand; None is an empty one."""
+  return value if total is None else jax.lax.add(total, value)
+
+
+def _dense(view: View) -> Array:
   wide = compute.wide(view.dtype)
-  total = None
-  for number, term in enumerate(view.terms):
-    if _is_low_rank(view, number):
-      # As the parameter is where nothing keeps it factored.
-      base, a, b = (
-        cast(f.value, wide)
-        for f in (*view.terms[number].factors, *view.terms[number + 1].factors)
-      )
-      axes = tuple(
-        f.axes for t in view.terms[number : number + 2] for f in t.factors
-      )
-      total = lowrank.primitive().bind(
-        base, a, b, axes=axes, scale=view.terms[1].scale, dropout=0.0
-      )
-      continue
-    if number == 1 and _is_low_rank(view, 0):
-      continue
-    made = _dense_term(term, view.shape, wide)
-    total = made if total is None else total + made
+  total, rest = None, view.terms
+  if _begins_low_rank(view):
+    # The primitive computes it, so that it has the bits that the parameter has
+    # where nothing keeps it factored.
+    first, rest = view.terms[:2], view.terms[2:]
+    factors = [f for t in first for f in t.factors]
+    total = lowrank.primitive().bind(
+      *(cast(f.value, wide) for f in factors),
+      axes=tuple(f.axes for f in factors),
+      scale=first[1].scale,
+      dropout=0.0,
+    )
+  for term in rest:
+    total = plus(total, _dense_term(term, view.shape, wide))
+  assert total is not None  # A view has a term at least.
   return cast(total, view.dtype)
 
 
-def _is_low_rank(view: View, number: int) -> bool:
-  """Whether a view begins as what the primitive `low_rank` computes."""
-  if number or len(view.terms) < 2:
+def _begins_low_rank(view: View) -> bool:
+  """Whether the first terms of a view are what the primitive computes."""
+  first = view.terms[:2]
+  if [len(t.factors) for t in first] != [1, 2]:
     return False
-  base, product = view.terms[:2]
-  owned = {x for t in (base, product) for f in t.factors for x in f.axes}
-  if owned != {RANK, *range(view.ndim)}:
+  owned = {x for t in first for f in t.factors for x in f.axes}
+  if owned != {RANK, *range(view.ndim)} or any(t.spreads for t in first):
     return False
-  return (
-    len(base.factors) == 1
-    and len(product.factors) == 2
-    and not base.spreads
-    and not product.spreads
-    and isinstance(base.scale, float)
-    and base.scale == 1.0
-    and isinstance(product.scale, float)
-  )
+  # A scale that is an array is no parameter of a primitive.
+  base, product = (t.scale for t in first)
+  return isinstance(product, float) and isinstance(base, float) and base == 1.0
 
 
-def _dense_term(term: Term, shape: Shape, dtype: Any) -> Any:
+def _dense_term(term: Term, shape: Shape, dtype: DType) -> Array:
   values = [cast(f.value, dtype) for f in term.factors]
   owned: Sequence[int]
   if len(values) == 1:
@@ -518,7 +525,7 @@ EXACT: Mapping[str, Any] = {
 }
 
 
-def beside(value: Any, axes: Sequence[int], ndim: int) -> Any:
+def beside(value: Array, axes: Sequence[int], ndim: int) -> Array:
   """Returns an array with one axis for each of a view, some of size one."""
   order = sorted(range(len(axes)), key=axes.__getitem__)
   sizes = [1] * ndim

@@ -1,9 +1,9 @@
 """Goes through a model's jaxpr and keeps low-rank values factored.
 
-Each equation is bound again as it stands, unless a view takes part in it; then
-the table of rules says what becomes of it. Calls are gone into where they can
-be traced again: `jit` is written out in place, `scan`, `while`, `cond`,
-`checkpoint` and `shard_map` get the parts of a view as operands.
+Each equation is bound again as it stands, unless a view is among its operands;
+then the table of rules decides. Calls are entered where they can be traced
+again: `jit` is written out in place, and `scan`, `while`, `cond`, `checkpoint`
+and `shard_map` get the parts of a view as operands.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ import jax
 import jax.numpy as jnp
 
 from surgery import jaxcompat
+from surgery.aliases import Array
 from surgery.contract import lowrank
 from surgery.factoring.rules import CONSUMERS, EACH, RULES, Rule, rule_for
 from surgery.factoring.views import (
   Decline,
   Derived,
+  DType,
   Factor,
   Looked,
   Misrouted,
+  Operand,
   Squared,
   View,
   cast,
   plain,
   widens,
 )
+from surgery.jaxcompat import Equation
 from surgery.live.primitives import TAG
 from surgery.naming.paths import Path
+
+Inputs = Sequence[Operand]
 
 
 class DropoutLost(Exception):  # noqa: N818 - becomes an error with advice.
@@ -128,7 +134,7 @@ class Walk:
     for path in paths:
       self.notes.setdefault(path, []).append(note)
 
-  def computed(self, view: View, dtype: Any) -> None:
+  def computed(self, view: View, dtype: DType) -> None:
     """Writes down in which dtype the factors of a view are used."""
     for path in view.origin:
       self.dtypes.setdefault(path, set()).add(str(dtype))
@@ -141,7 +147,7 @@ class Walk:
     }
     return {path: notes for path, notes in found.items() if notes}
 
-  def dense(self, value: Any, because: Note | str) -> Any:
+  def dense(self, value: Operand, because: Note | str) -> Array:
     """Returns an array for a view, made dense because of a primitive.
 
     Raises:
@@ -163,36 +169,37 @@ class Walk:
       self.lose([made], because)
     return made
 
-  def lose(self, values: Sequence[Any], because: Note) -> None:
+  def lose(self, values: Inputs, because: Note) -> None:
     """Remembers arrays in which factors are lost, until they are tagged."""
     if because.kind is Kind.USE:
       because = Note(because.what, Kind.APPLY)
     self.lost.update((id(value), (value, because)) for value in values)
 
-  def lost_in(self, inputs: Sequence[Any]) -> Note | None:
-    """Returns by what factors were lost in what an equation is given."""
+  def lost_in(self, inputs: Inputs) -> Note | None:
+    """Returns why factors were lost in an operand, if they were."""
     if not self.lost:
       return None
     found = (self.lost[id(i)] for i in inputs if id(i) in self.lost)
     return next((note for _, note in found), None)
 
-  def whole(self, value: Any, because: Note | str) -> Any:
-    """Returns a value as it is, an array for what is derived of a view."""
+  def whole(self, value: Operand, because: Note | str) -> Operand:
+    """Returns a value as it is, and an array for a `Derived` view."""
     return self.dense(value, because) if isinstance(value, Derived) else value
 
   # The walk.
 
-  def closed(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+  def closed(self, jaxpr: Any, operands: Inputs) -> list[Operand]:
     """Goes through a closed jaxpr; returns its results, views among them."""
     bases = _bases(jaxpr)
     # Whether there may be views among operands: few jaxprs have one.
     viewed = any(isinstance(o, View) for o in operands)
 
-    def equation(eqn: Any, inputs: list[Any]) -> list[Any]:
+    def equation(eqn: Equation, inputs: list[Operand]) -> list[Operand]:
       nonlocal viewed
       if bases.intersection(eqn.outvars) and _widens(eqn, inputs):
         # The base of a low-rank value stays in the dtype that it is stored in.
         (value,) = inputs
+        assert not isinstance(value, View)
         viewed = True
         return [plain(value, eqn.params['new_dtype'])]
       with jaxcompat.scope(eqn):
@@ -204,9 +211,9 @@ class Walk:
     return jaxcompat.interpret(jaxpr, operands, equation)
 
   def equation(
-    self, eqn: Any, inputs: Sequence[Any], viewed: bool
-  ) -> list[Any]:
-    """Does an equation.
+    self, eqn: Equation, inputs: Inputs, viewed: bool
+  ) -> list[Operand]:
+    """Returns the results of an equation.
 
     Args:
       eqn: the equation.
@@ -223,13 +230,14 @@ class Walk:
       return self.call(eqn, inputs)
     return self.bound(eqn, inputs)
 
-  def low_rank(self, eqn: Any, inputs: Sequence[Any]) -> Any:
+  def low_rank(self, eqn: Equation, inputs: Inputs) -> Operand:
     """Returns the view that a low-rank value is."""
     inputs = [self.whole(i, 'low_rank') for i in inputs]
     try:
       view = RULES['low_rank'](*inputs, training=self.training, **eqn.params)
       # A base may be narrower than what comes out.
-      return view.like(view.terms, dtype=eqn.outvars[0].aval.dtype)
+      made_as: Any = eqn.outvars[0].aval
+      return view.like(view.terms, dtype=made_as.dtype)
     except Decline:
       if self.training and eqn.params['dropout']:
         raise DropoutLost((), Note('vmap')) from None
@@ -237,7 +245,7 @@ class Walk:
       self.lose(made, Note('low_rank'))
       return made[0]
 
-  def bound(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+  def bound(self, eqn: Equation, inputs: Inputs) -> list[Operand]:
     """Binds an equation's primitive as it stands."""
     made = jaxcompat.bind_again(eqn, inputs, self.ambient)
     because = self.lost_in(inputs)
@@ -245,8 +253,8 @@ class Walk:
       self.lose(made, because)
     return made
 
-  def left(self, eqn: Any, inputs: Sequence[Any], because: Note) -> list[Any]:
-    """Binds an equation as it stands that has views, or makes them inside.
+  def left(self, eqn: Equation, inputs: Inputs, because: Note) -> list[Operand]:
+    """Binds an equation as it stands whose operands or calls have views.
 
     Raises:
       DropoutLost: if a low-rank value that is made inside has dropout.
@@ -261,44 +269,36 @@ class Walk:
       self.lose(made, because)
     return made
 
-  def viewed(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Does an equation of which an operand is a view."""
+  def viewed(self, eqn: Equation, inputs: Inputs) -> list[Operand]:
+    """Returns the results of an equation of which an operand is a view."""
     name = eqn.primitive.name
     if name in jaxcompat.CALLS or name in RETRACED:
       return self.call(eqn, inputs)
     views = [i for i in inputs if isinstance(i, View)]
     rule = rule_for(name, views)
-    because = Note(name)
-    if rule is not None:
-      try:
-        jaxcompat.check(name, eqn.params)
-        if name in CONSUMERS:
-          result = _compiled(rule, *inputs, **eqn.params)
-        elif name in EACH:
-          result = rule(*inputs, primitive=eqn.primitive, **eqn.params)
-        else:
-          result = rule(*inputs, **eqn.params)
-      except Decline:
-        pass
-      except Misrouted:
-        raise
-      except Exception as error:  # Of ours: the dense way is still right.
-        because = _failure(name, error)
-      else:
-        results = result if eqn.primitive.multiple_results else [result]
-        if all(map(_fits, results, eqn.outvars)):
-          if name in CONSUMERS:
-            return [
-              self.used(r, views, v)
-              for r, v in zip(results, eqn.outvars, strict=True)
-            ]
-          for view in views:
-            if isinstance(view, Looked):
-              self.computed(view, results[0].dtype)
-          return results
-    return self.left(eqn, inputs, because)
+    if rule is None:
+      return self.left(eqn, inputs, Note(name))
+    try:
+      results = _by_rule(rule, eqn, inputs)
+    except Decline:
+      return self.left(eqn, inputs, Note(name))
+    except Misrouted:
+      raise
+    except Exception as error:  # Of ours: the dense way is still right.
+      return self.left(eqn, inputs, _failure(name, error))
+    if not all(map(_fits, results, eqn.outvars)):
+      return self.left(eqn, inputs, Note(name))
+    if name in CONSUMERS:
+      return [
+        self.used(r, views, v)
+        for r, v in zip(results, eqn.outvars, strict=True)
+      ]
+    for view in views:
+      if isinstance(view, Looked):
+        self.computed(view, results[0].dtype)
+    return results
 
-  def used(self, result: Any, views: Sequence[View], var: Any) -> Any:
+  def used(self, result: Operand, views: Sequence[View], var: Any) -> Operand:
     """Returns what a rule made that uses views up, or only a part of one."""
     if isinstance(result, View):
       if isinstance(result, Looked):
@@ -309,7 +309,7 @@ class Walk:
       self.computed(view, view.arithmetic)
     return cast(result, var.aval.dtype)
 
-  def tagged(self, value: Any, path: Path) -> Any:
+  def tagged(self, value: Operand, path: Path) -> Operand:
     """Returns a view that knows which parameter it is."""
     because = self.lost_in([value])
     self.lost.clear()  # What follows is not inside of this `apply`.
@@ -321,8 +321,8 @@ class Walk:
     self.notes.setdefault(path, [])
     return value.named((path,))
 
-  def call(self, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Does an equation that calls a jaxpr."""
+  def call(self, eqn: Equation, inputs: Inputs) -> list[Operand]:
+    """Returns the results of an equation that calls a jaxpr."""
     name = eqn.primitive.name
     if name not in jaxcompat.CALLS and name not in RETRACED:
       return self.left(eqn, inputs, Note(name))
@@ -345,10 +345,11 @@ class Walk:
       self.lose(made, because)
     return made
 
-  def inner(self, jaxpr: Any, because: str) -> Callable[..., list[Any]]:
+  def inner(self, jaxpr: Any, because: str) -> Callable[..., list[Array]]:
     """Returns a function of arrays and views that gives arrays."""
 
-    def function(*operands: Any) -> list[Any]:
+    def function(*operands: Operand) -> list[Array]:
+      # JAX may trace it again: a view keeps no array of an earlier trace.
       operands_ = [o.like(o.terms) if type(o) is View else o for o in operands]
       results = self.closed(jaxpr, operands_)
       return [
@@ -359,12 +360,30 @@ class Walk:
     return function
 
 
-def _compiled(rule: Rule, *operands: Any, **params: Any) -> Any:
+def _by_rule(rule: Rule, eqn: Equation, inputs: Inputs) -> list[Operand]:
+  """Returns what a rule makes of an equation.
+
+  Raises:
+    Decline: if the rule has nothing for this case.
+  """
+  name = eqn.primitive.name
+  jaxcompat.check(name, eqn.params)
+  if name in CONSUMERS:
+    made = _compiled(rule, *inputs, **eqn.params)
+  elif name in EACH:
+    made = rule(*inputs, primitive=eqn.primitive, **eqn.params)
+  else:
+    made = rule(*inputs, **eqn.params)
+  return made if eqn.primitive.multiple_results else [made]
+
+
+def _compiled(rule: Rule, *operands: Operand, **params: Any) -> Any:
   """Returns what a rule makes, by a program for all operands that look alike.
 
-  It is written out in the caller's program. What it is for is that a model's
-  many layers are traced, and differentiated, once a kind.
+  It is written out in the caller's program. So the many layers of a model are
+  traced and differentiated once for each kind.
   """
+  # Without paths, which would make each layer another kind.
   anonymous = [o.named(()) if isinstance(o, View) else o for o in operands]
   return _program(rule, tuple(params.items()))(*anonymous)
 
@@ -374,7 +393,7 @@ def _program(rule: Rule, params: Any) -> Callable[..., Any]:
   return jaxcompat.inlined(functools.partial(rule, **dict(params)))
 
 
-def _fits(result: Any, var: Any) -> bool:
+def _fits(result: Operand, var: Any) -> bool:
   """Whether a rule's result is of the kind that the primitive's would be.
 
   If not, the primitive does something that the rule does not know of.
@@ -384,14 +403,15 @@ def _fits(result: Any, var: Any) -> bool:
   return not isinstance(result, View) or result.dtype == var.aval.dtype
 
 
-def _as_aval(value: Any, aval: Any) -> Any:
-  """Returns a value that has the dtype that a jaxpr says."""
+def _as_aval(value: Array, aval: Any) -> Array:
+  """Returns a value in the dtype that a jaxpr declares."""
   if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
     return value
   return cast(jnp.asarray(value), aval.dtype)
 
 
-def _widens(eqn: Any, inputs: Sequence[Any]) -> bool:
+def _widens(eqn: Equation, inputs: Inputs) -> bool:
+  """Whether an equation casts an array to a wider floating dtype."""
   if eqn.primitive.name != 'convert_element_type':
     return False
   (value,) = inputs
@@ -415,7 +435,7 @@ def _bases(jaxpr: Any) -> set[Any]:
   }
 
 
-def _inside(eqn: Any) -> tuple[list[Path], bool]:
+def _inside(eqn: Equation) -> tuple[list[Path], bool]:
   """Returns which parameters are answered inside of an equation's jaxprs.
 
   Returns:
@@ -451,9 +471,12 @@ def makes(jaxpr: Any) -> bool:
 # Calls that are traced again.
 
 
-def _scan(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _scan(walk: Walk, eqn: Equation, inputs: Inputs) -> list[Operand]:
+  """Scans again with a body that keeps views factored."""
   known = jaxcompat.scan(eqn)
   rows_at = known.consts + known.carry
+  # What the body closes over may be a view. A carry goes round as arrays, since
+  # one step need not return the terms that it was given.
   consts = inputs[: known.consts]
   carry = [
     walk.dense(i, 'scan (carry)') for i in inputs[known.consts : rows_at]
@@ -473,24 +496,29 @@ def _scan(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   return [*carry, *ys]
 
 
-def _stacked(walk: Walk, xs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-  """Returns operands that are scanned over, and what a view has beside them."""
-  scanned: list[Any] = []
-  held: list[Any] = []
+def _stacked(
+  walk: Walk, xs: Inputs
+) -> tuple[list[list[Array | None] | Array], list[View | None]]:
+  """Returns what is scanned over of each operand, and the views among them.
+
+  Of a view these are its factors that own the leading axis, along which scan
+  slices. Of others there is None: `_row` takes them whole from the view.
+  """
+  scanned: list[list[Array | None] | Array] = []
+  held: list[View | None] = []
   for x in xs:
     if not isinstance(x, View) or isinstance(x, Derived) or _one_key(x):
       scanned.append(walk.dense(x, 'scan'))
       held.append(None)
       continue
-    leaves: list[Any] = []
-    for term in x.terms:
-      for factor in term.parts():
-        if factor.owns(0):
-          at = factor.axes.index(0)
-          leaves.append(jnp.moveaxis(factor.value, at, 0))
-        else:
-          leaves.append(None)
-    scanned.append(leaves)
+    # Scan slices the first axis of arrays, wherever a factor has the layers'.
+    scanned.append(
+      [
+        jnp.moveaxis(f.value, f.axes.index(0), 0) if f.owns(0) else None
+        for term in x.terms
+        for f in term.parts()
+      ]
+    )
     held.append(x)
   return scanned, held
 
@@ -504,21 +532,30 @@ def _one_key(view: View) -> bool:
   )
 
 
-def _row(leaves: Sequence[Any], stack: View) -> View:
-  """Returns one view of a stack of them."""
-  rows = iter(leaves)
+def _row(leaves: Sequence[Array | None], stack: View) -> View:
+  """Returns one layer's view of a stack of them.
 
-  def change(factor: Any) -> Any:
+  Args:
+    leaves: what scan made of the arrays of `_stacked`, in its order.
+    stack: the view of all layers.
+  """
+  # `mapped` goes through terms and factors in the order of `parts`, in which
+  # `_stacked` listed them.
+  rows = iter(leaves)
+  # The leading axis is gone, so all others move one to the front.
+  names = {x: x - 1 for x in range(1, stack.ndim)}
+
+  def change(factor: Factor) -> Factor:
     row = next(rows)
     axes = tuple(x for x in factor.axes if x != 0)
     value = factor.value if row is None else row
-    names = {x: x - 1 for x in range(1, stack.ndim)}
-    return type(factor)(value, axes).renamed(names)
+    return Factor(value, axes).renamed(names)
 
   return stack.mapped(change, stack.shape[1:])
 
 
-def _while(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _while(walk: Walk, eqn: Equation, inputs: Inputs) -> list[Operand]:
+  """Loops again with a body that keeps views factored; a carry is dense."""
   params = eqn.params
   split = params['cond_nconsts']
   rest = split + params['body_nconsts']
@@ -535,13 +572,15 @@ def _while(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   )
 
 
-def _cond(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _cond(walk: Walk, eqn: Equation, inputs: Inputs) -> list[Operand]:
+  """Branches again; each branch may keep views factored in its own way."""
   index, *operands = inputs
   branches = [walk.inner(b, 'cond') for b in eqn.params['branches']]
   return list(jax.lax.switch(index, branches, *operands))
 
 
-def _remat(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _remat(walk: Walk, eqn: Equation, inputs: Inputs) -> list[Operand]:
+  """Checkpoints again: what is recomputed are the products of factors."""
   params = eqn.params
   function = jax.checkpoint(
     walk.inner(jaxcompat.closed(params['jaxpr']), 'checkpoint'),
@@ -551,13 +590,16 @@ def _remat(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   return list(function(*inputs))
 
 
-def _shard_map(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _shard_map(walk: Walk, eqn: Equation, inputs: Inputs) -> list[Operand]:
+  """Maps over the mesh again, with the arrays of views as operands."""
   params = eqn.params
   jaxpr = jaxcompat.closed(params['jaxpr'])
   inner = walk.inner(jaxpr, 'shard_map')
   leaves: list[Any] = []
   specs: list[Any] = []
   trees: list[tuple[Any, int]] = []
+  # A view is many operands of the mapped function, each with its own spec, and
+  # is put together again on each device.
   for one, spec in zip(inputs, params['in_specs'], strict=True):
     operand = _unshared(one)
     parts, tree = jax.tree.flatten(operand)
@@ -584,10 +626,10 @@ def _shard_map(walk: Walk, eqn: Any, inputs: Sequence[Any]) -> list[Any]:
   return list(mapped(*leaves))
 
 
-def _unshared(operand: Any) -> Any:
-  """Returns a view none of whose arrays takes part along two sets of axes.
+def _unshared(operand: Operand) -> Operand:
+  """Returns a view in which no array stands for two different sets of axes.
 
-  As in `k + k.T`: it would have to lie on the mesh in two ways.
+  In `k + k.T` one does, and would have to lie on the mesh in two ways.
   """
   if not isinstance(operand, View):
     return operand
@@ -596,14 +638,14 @@ def _unshared(operand: Any) -> Any:
   def change(factor: Factor) -> Factor:
     if known.setdefault(id(factor.value), factor.axes) == factor.axes:
       return factor
-    # Another array of the same numbers, by name.
+    # A copy is another array to JAX, and may have another spec.
     return Factor(jnp.array(factor.value), factor.axes)
 
   return operand.mapped(change)
 
 
-def _specs(operand: Any, spec: Any, leaves: Sequence[Any]) -> list[Any]:
-  """Returns how the arrays of a view lie on a mesh where the view lies so."""
+def _specs(operand: Operand, spec: Any, leaves: Sequence[Array]) -> list[Any]:
+  """Returns the partition specs of a view's arrays, given the view's own."""
   if not isinstance(operand, View):
     return [spec]
   names = (*spec, *[None] * (operand.ndim - len(spec)))
@@ -616,14 +658,14 @@ def _specs(operand: Any, spec: Any, leaves: Sequence[Any]) -> list[Any]:
   return [known.get(id(v), part()) for v in leaves]
 
 
-def _local(operand: Any, var: Any) -> Any:
-  """Returns a view that has the shape that it has on one device."""
+def _local(operand: Operand, var: Any) -> Operand:
+  """Returns a view with the shape that it has on one device."""
   if isinstance(operand, View):
     return operand.like(operand.terms, var.aval.shape)
   return operand
 
 
-RETRACED: dict[str, Callable[[Walk, Any, Sequence[Any]], list[Any]]] = {
+RETRACED: dict[str, Callable[[Walk, Equation, Inputs], list[Operand]]] = {
   'scan': _scan,
   'while': _while,
   'cond': _cond,

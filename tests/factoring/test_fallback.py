@@ -286,7 +286,7 @@ def typed(kind):
 
 def test_what_apply_makes_dense_is_named():
   (message,) = warned(*typed(Lossy))
-  assert "`apply` made a low-rank value dense, by 'tanh'" in message
+  assert "`apply` made a low-rank value dense by 'tanh'" in message
 
 
 def test_explain_names_what_apply_makes_dense():

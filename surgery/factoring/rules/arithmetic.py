@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery.aliases import Array
 from surgery.contract.lowrank import NONE, RANK, shape_of
-from surgery.factoring.rules.table import Table, is_number, only
+from surgery.factoring.rules.table import Table, is_number, one_view, only
 from surgery.factoring.views import (
+  Axes,
   Decline,
   Dropout,
+  DType,
   Factor,
+  Operand,
   Squared,
   Term,
   View,
@@ -29,20 +33,16 @@ rule = RULES.rule
 
 @rule('low_rank')
 def low_rank(
-  base: Any,
-  a: Any,
-  b: Any,
-  *key: Any,
-  axes: Any,
+  base: Operand,
+  a: Operand,
+  b: Operand,
+  *key: Array,
+  axes: tuple[Axes, ...],
   scale: float,
   dropout: float,
   training: bool = False,
 ) -> View:
-  """The base's terms and one more.
-
-  A product in front of it that is like it is joined with it: two adapters on a
-  layer are one of both ranks.
-  """
+  """Returns the base's terms and one more, for the product."""
   if isinstance(a, View) or isinstance(b, View):
     raise Decline
   if axes[0] == NONE:
@@ -78,7 +78,8 @@ def convert(view: View, *, new_dtype: Any, **_: Any) -> View:
   return view.like([_rounded(t, new) for t in view.terms], dtype=new)
 
 
-def _rounded(term: Term, dtype: Any) -> Term:
+def _rounded(term: Term, dtype: DType) -> Term:
+  """Returns a base that was rounded, and a product as it is."""
   if len(term.factors) > 1:
     return term
   (base,) = term.factors
@@ -95,20 +96,22 @@ def neg(view: View, **_: Any) -> View:
 
 
 @rule('mul')
-def mul(x: Any, y: Any, **_: Any) -> View:
-  """Times a number, or an array that is constant along some axes."""
-  view, other = (x, y) if isinstance(x, View) else (y, x)
-  if isinstance(view, View) and isinstance(other, View):
-    if view is other:
-      return Squared(view)
-    if _spread(view) is not None and _spread(other) is None:
-      view, other = other, view
-  return _multiplied(view, other)
+def mul(x: Operand, y: Operand, **_: Any) -> View:
+  """Scales by a number, or by an array that is constant along some axes."""
+  if not (isinstance(x, View) and isinstance(y, View)):
+    view, other, _left = one_view(x, y)
+    return _multiplied(view, other)
+  if x is y:
+    return Squared(x)
+  # One of them has to be an array that is repeated: the other is scaled by it.
+  if _spread(x) is not None and _spread(y) is None:
+    x, y = y, x
+  return _multiplied(x, y)
 
 
 @rule('div')
-def div(x: Any, y: Any, **_: Any) -> View:
-  """Divided by a number, or an array that is constant along some axes."""
+def div(x: Operand, y: Operand, **_: Any) -> View:
+  """Divides by a number, or by an array that is constant along some axes."""
   if not isinstance(x, View):
     raise Decline
   if isinstance(y, View):
@@ -131,37 +134,46 @@ def _spread(view: View) -> Factor | None:
   return factor if len(factor.axes) < view.ndim else None
 
 
-def _multiplied(view: View, other: Any) -> View:
-  if isinstance(other, View):
-    factor = _spread(other)
-    if factor is None:
-      raise Decline
-    factor = Factor(cast(factor.value, other.arithmetic), factor.axes)
-  elif np.ndim(other) == 0 and not isinstance(other, jax.Array):
+def _multiplied(view: View, other: Operand) -> View:
+  if not isinstance(other, (jax.Array, View)) and np.ndim(other) == 0:
+    # A number that is known stays one: it may be a parameter of a primitive.
     return view.like([t.scaled(float(other)) for t in view.terms])
-  else:
-    axes = tuple(i for i in range(other.ndim) if other.shape[i] != 1)
-    if len(axes) == view.ndim and view.ndim:
-      raise Decline
-    factor = Factor(other.reshape([other.shape[i] for i in axes]), axes)
+  factor = _as_factor(other, view.ndim)
   if not factor.axes:
     return view.like([t.scaled(factor.value) for t in view.terms])
   return view.like([t.spread(factor) for t in view.terms])
 
 
+def _as_factor(other: Operand, ndim: int) -> Factor:
+  """Returns what a view of `ndim` axes is multiplied by, as a factor of it.
+
+  Raises:
+    Decline: if it varies along all axes, or is a view of several arrays.
+  """
+  if isinstance(other, View):
+    factor = _spread(other)
+    if factor is None:
+      raise Decline
+    return Factor(cast(factor.value, other.arithmetic), factor.axes)
+  axes = tuple(i for i in range(other.ndim) if other.shape[i] != 1)
+  if len(axes) == ndim and ndim:
+    raise Decline
+  return Factor(other.reshape([other.shape[i] for i in axes]), axes)
+
+
 @rule('add', 'add_any')
-def add(x: Any, y: Any, **_: Any) -> View:
-  """The terms of both; an array is a term."""
+def add(x: Operand, y: Operand, **_: Any) -> View:
+  """Adds views up: their terms together; an array is a term."""
   return _sum(x, y, 1.0)
 
 
 @rule('sub')
-def sub(x: Any, y: Any, **_: Any) -> View:
-  """The terms of both, those of the second one with the other sign."""
+def sub(x: Operand, y: Operand, **_: Any) -> View:
+  """Adds the terms of the second view with the other sign."""
   return _sum(x, y, -1.0)
 
 
-def _sum(x: Any, y: Any, sign: float) -> View:
+def _sum(x: Operand, y: Operand, sign: float) -> View:
   views = [v if isinstance(v, View) else plain(jnp.asarray(v)) for v in (x, y)]
   if views[0].shape != views[1].shape:
     raise Decline  # One of them is repeated: rarely a kernel.
@@ -173,13 +185,13 @@ def _sum(x: Any, y: Any, sign: float) -> View:
 
 @rule('square')
 def square(view: View, **_: Any) -> View:
-  """The square, for `reduce_sum`."""
+  """Returns the square, for which `reduce_sum` has a rule."""
   return Squared(only([view]))
 
 
 @rule('integer_pow')
 def integer_pow(view: View, *, y: int, **_: Any) -> View:
-  """The square, for `reduce_sum`."""
+  """Returns the square, for which `reduce_sum` has a rule."""
   if y != 2:
     raise Decline
   return Squared(only([view]))

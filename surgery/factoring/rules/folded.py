@@ -1,6 +1,7 @@
-"""Views of which axes were joined: a Kronecker product, blocks on a diagonal.
+"""Rules for views whose axes were joined: Kronecker products, diagonal blocks.
 
-What is done to them is done to the view before, and its axes joined again.
+The operation is done to the view before the reshape, and then its axes are
+joined again.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from surgery.factoring.rules import arithmetic, moves, products
 from surgery.factoring.rules.table import Table
-from surgery.factoring.views import Decline, Folded, Shape, View
+from surgery.factoring.views import Axes, Decline, Folded, Operand, Shape, View
 
 RULES = Table()
 rule = RULES.rule
@@ -41,11 +42,11 @@ def _divided(value: Any, like: Folded) -> Any:
 
 
 def _elementwise(name: str, rules: Table) -> None:
-  """Registers a primitive that takes elements that lie in one place."""
+  """Registers a primitive that works element by element."""
 
   @rule(name)
   def elementwise(*operands: Any, **params: Any) -> Folded:
-    """Does it to the views before."""
+    """Does it to the views before the reshape."""
     like = next(o for o in operands if isinstance(o, Folded))
     made = rules[name](*(_divided(o, like) for o in operands), **params)
     if type(made) is not View:
@@ -66,7 +67,7 @@ for _name in moves.EACH:
 def transpose(
   folded: Folded, *, permutation: Sequence[int], **_: Any
 ) -> Folded:
-  """Turns the axes of groups together."""
+  """Moves the axes of each group together."""
   order = [i for to in permutation for i in folded.groups[to]]
   sizes = [len(folded.groups[to]) for to in permutation]
   return Folded(
@@ -78,7 +79,7 @@ def transpose(
 def dot_general(
   lhs: Any, rhs: Any, *, dimension_numbers: Any, **params: Any
 ) -> Any:
-  """The product with the view before, and an input divided likewise."""
+  """Multiplies the view before by an input whose axes are divided likewise."""
   if isinstance(lhs, View) and isinstance(rhs, View):
     raise Decline
   summed, batch = dimension_numbers
@@ -86,29 +87,33 @@ def dot_general(
   values = [lhs, rhs]
   folded, x = values[ours], values[theirs]
   # The sizes that each axis of the input is divided into.
-  divided: list[tuple[int, ...]] = [(size,) for size in x.shape]
+  divided: list[Axes] = [(size,) for size in x.shape]
   for pair in (summed, batch):
     for mine, axis in zip(pair[ours], pair[theirs], strict=True):
       divided[axis] = tuple(folded.view.shape[i] for i in folded.groups[mine])
-  groups: list[tuple[tuple[int, ...], ...]] = [(), ()]
+  groups: list[tuple[Axes, ...]] = [(), ()]
   groups[ours], groups[theirs] = folded.groups, moves.runs(map(len, divided))
   values[ours] = folded.view
   values[theirs] = jax.lax.reshape(x, [n for sizes in divided for n in sizes])
   made = products.dot_general(
     *values,
-    dimension_numbers=tuple(
-      tuple(
-        tuple(i for axis in axes for i in of[axis])
-        for axes, of in zip(pair, groups, strict=True)
-      )
-      for pair in (summed, batch)
-    ),
+    dimension_numbers=(_apart(summed, groups), _apart(batch, groups)),
     **params,
   )
   return jax.lax.reshape(made, _shape(lhs, rhs, dimension_numbers))
 
 
-def _shape(lhs: Any, rhs: Any, dimension_numbers: Any) -> Shape:
+def _apart(
+  pair: Sequence[Sequence[int]], groups: Sequence[Sequence[Axes]]
+) -> tuple[Axes, ...]:
+  """Returns axes of two operands as those that they were joined from."""
+  return tuple(
+    tuple(i for axis in axes for i in own[axis])
+    for axes, own in zip(pair, groups, strict=True)
+  )
+
+
+def _shape(lhs: Operand, rhs: Operand, dimension_numbers: Any) -> Shape:
   """Returns the shape of a product."""
   (ls, rs), (lb, rb) = dimension_numbers
   batch = [lhs.shape[i] for i in lb]

@@ -1,22 +1,26 @@
-"""What only moves elements: other names, shapes and cuts for factors."""
+"""Rules that only move elements: axes of factors are renamed, cut, reshaped."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from surgery.aliases import Array
 from surgery.factoring.rules.table import Table, only
 from surgery.factoring.views import (
+  Axes,
   Decline,
+  DType,
   Factor,
   Folded,
+  Operand,
   Term,
   View,
   cast,
@@ -30,7 +34,7 @@ rule = RULES.rule
 
 @rule('transpose')
 def transpose(view: View, *, permutation: Sequence[int], **_: Any) -> View:
-  """Names the axes of factors anew."""
+  """Gives the axes of factors their new numbers."""
   names = {old: new for new, old in enumerate(permutation)}
   shape = [view.shape[i] for i in permutation]
   return view.mapped(lambda f: f.renamed(names), shape)
@@ -84,7 +88,7 @@ def sharding_constraint(
 
 @rule('squeeze')
 def squeeze(view: View, *, dimensions: Sequence[int], **_: Any) -> View:
-  """Takes axes of size one off the factors that have them."""
+  """Removes axes of size one from the factors that have them."""
   gone = {d % view.ndim for d in dimensions}
   return _without(view, gone)
 
@@ -111,7 +115,7 @@ def broadcast_in_dim(
   broadcast_dimensions: Sequence[int],
   **_: Any,
 ) -> View:
-  """Axes that are new, or repeated, are owned by no factor."""
+  """Leaves axes that are new, or repeated, to no factor."""
   if dynamic:
     raise Decline
   repeated = {
@@ -170,42 +174,59 @@ def _reshaped(view: View, new_sizes: Sequence[int]) -> View:
   groups = _groups(view.shape, tuple(new_sizes))
   if any(_torn(view, old) for old, _ in groups):
     raise Decline
+  return view.mapped(lambda f: _regrouped(f, groups, new_sizes), new_sizes)
 
-  def change(factor: Factor) -> Factor:
-    value, axes = factor.value, factor.axes
-    for old, new in groups:
-      have = [i for i in old if i in axes]
-      if not have or (len(old) == 1 and len(new) == 1):
-        continue
-      # Side by side, in order, at the place of the first.
-      at = min(axes.index(i) for i in have)
-      order = [i for i in range(len(axes)) if axes[i] not in have]
-      order[at:at] = [axes.index(i) for i in have]
-      if order != list(range(len(axes))):
-        value = value.transpose(order)
-        axes = tuple(axes[i] for i in order)
-      sizes = list(value.shape)
-      sizes[at : at + len(have)] = [new_sizes[i] for i in new]
-      value = value.reshape(sizes)
-      axes = (*axes[:at], *(_NEW + i for i in new), *axes[at + len(have) :])
-    names = {old[0]: _NEW + new[0] for old, new in groups if old and new}
-    renamed = tuple(
-      x if x < 0 else names.get(x, x) if x < _NEW else x for x in axes
-    )
-    return Factor(value, tuple(x if x < 0 else x - _NEW for x in renamed))
 
-  return view.mapped(change, new_sizes)
+def _regrouped(
+  factor: Factor, groups: Sequence[Group], new_sizes: Sequence[int]
+) -> Factor:
+  """Returns a factor of a view some of whose axes become others together."""
+  value, axes = factor.value, factor.axes
+  # The numbers of old and new axes overlap, so new ones are marked until all
+  # groups are done.
+  names = {old[0]: new[0] for old, new in groups if old and new}
+  for old, new in groups:
+    have = [i for i in old if i in axes]
+    if not have or (len(old) == 1 and len(new) == 1):
+      continue
+    value, axes = _side_by_side(value, axes, have)
+    at = axes.index(have[0])
+    sizes = list(value.shape)
+    sizes[at : at + len(have)] = [new_sizes[i] for i in new]
+    value = value.reshape(sizes)
+    axes = (*axes[:at], *(_NEW + i for i in new), *axes[at + len(have) :])
+  return Factor(value, tuple(_renamed(x, names) for x in axes))
+
+
+def _renamed(axis: int, names: Mapping[int, int]) -> int:
+  """Returns the new name of an axis; `RANK` and `ROW` keep theirs."""
+  if axis < 0:
+    return axis
+  return axis - _NEW if axis >= _NEW else names.get(axis, axis)
+
+
+def _side_by_side(
+  value: Array, axes: Axes, have: Sequence[int]
+) -> tuple[Array, Axes]:
+  """Returns an array in which some axes are neighbours, in order."""
+  at = min(axes.index(i) for i in have)
+  order = [i for i in range(len(axes)) if axes[i] not in have]
+  order[at:at] = [axes.index(i) for i in have]
+  if order == list(range(len(axes))):
+    return value, axes
+  return value.transpose(order), tuple(axes[i] for i in order)
 
 
 # Above all axes that there are: marks axes that have their new names.
 _NEW = 1 << 20
 
+# Axes of a shape, and those of another that have the same elements.
+Group = tuple[list[int], list[int]]
 
-def _groups(
-  old: Sequence[int], new: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
+
+def _groups(old: Sequence[int], new: Sequence[int]) -> list[Group]:
   """Returns which axes of a shape become which of another, in small groups."""
-  groups: list[tuple[list[int], list[int]]] = []
+  groups: list[Group] = []
   i = j = 0
   while i < len(old) or j < len(new):
     ours: list[int] = []
@@ -215,6 +236,7 @@ def _groups(
       ours, have, i = [i], old[i], i + 1
     if j < len(new):
       theirs, want, j = [j], new[j], j + 1
+    # The side with fewer elements takes its next axis, until both have as many.
     while have != want:
       if have < want:
         have *= old[i]
@@ -228,12 +250,12 @@ def _groups(
   return groups
 
 
-def _cut(value: Any, axis: int, cut: tuple[int, int, int]) -> Any:
+def _cut(value: Array, axis: int, cut: tuple[int, int, int]) -> Array:
   start, stop, stride = cut
   return jax.lax.slice_in_dim(value, start, stop, stride, axis)
 
 
-def _cut_at(value: Any, axis: int, start: Any, size: int) -> Any:
+def _cut_at(value: Array, axis: int, start: Array, size: int) -> Array:
   # As the primitive has it: what begins before the array begins with it. The
   # function would count from the end, which has been done.
   start = jnp.maximum(start, 0)
@@ -303,33 +325,25 @@ def split(
 
 @rule('rev')
 def rev(view: View, *, dimensions: Sequence[int], **_: Any) -> View:
-  """Turns the factors that own the axes around."""
+  """Reverses the factors that own the axes."""
   for axis in dimensions:
     view = view.along(axis, lambda v, at: jax.lax.rev(v, (at,)), view.shape)
   return view
 
 
 @rule('concatenate')
-def concatenate(*operands: Any, dimension: int, **_: Any) -> View:
-  """Puts bases side by side; a product has zeros where others are."""
+def concatenate(*operands: Operand, dimension: int, **_: Any) -> View:
+  """Concatenates bases; a product gets zeros where the other bases are."""
   views = [v if isinstance(v, View) else plain(v) for v in operands]
-  bases, terms, start = [], [], 0
   total = sum(v.shape[dimension] for v in views)
   dtype = views[0].dtype
+  bases, terms, start = [], [], 0
   for view in views:
-    size = view.shape[dimension]
     base, *rest = view.terms
-    whole = len(base.factors) == 1 and len(base.factors[0].axes) == view.ndim
-    if not whole or base.spreads:
-      raise Decline
-    order = sorted(range(view.ndim), key=base.factors[0].axes.__getitem__)
-    value = cast(base.factors[0].value, dtype).transpose(order)
-    bases.append(times(value, base.scale))
-    for term in rest:
-      if len(term.factors) == 1:
-        raise Decline
-      terms.append(_padded(term, dimension, start, total - start - size))
-    start += size
+    bases.append(_whole(base, view.ndim, dtype))
+    behind = total - start - view.shape[dimension]
+    terms += [_padded(term, dimension, start, behind) for term in rest]
+    start += view.shape[dimension]
   shape = list(views[0].shape)
   shape[dimension] = total
   joint = plain(jnp.concatenate(bases, dimension))
@@ -337,13 +351,33 @@ def concatenate(*operands: Any, dimension: int, **_: Any) -> View:
   return View(shape, dtype, (*joint.terms, *terms), origin)
 
 
+def _whole(base: Term, ndim: int, dtype: DType) -> Array:
+  """Returns a base as an array.
+
+  Raises:
+    Decline: if it does not own all axes, or is scaled along some.
+  """
+  factor = base.factors[0]
+  whole = len(base.factors) == 1 and len(factor.axes) == ndim
+  if not whole or base.spreads:
+    raise Decline
+  order = sorted(range(ndim), key=factor.axes.__getitem__)
+  return times(cast(factor.value, dtype).transpose(order), base.scale)
+
+
 def _padded(term: Term, axis: int, before: int, behind: int) -> Term:
-  def pad(value: Any, at: int) -> Any:
+  """Returns a product with zeros along an axis, where other views are.
+
+  Raises:
+    Decline: if it is a second base, or zeros in its factors are not enough.
+  """
+
+  def pad(value: Array, at: int) -> Array:
     widths = [(0, 0, 0)] * value.ndim
     widths[at] = (before, behind, 0)
     return jax.lax.pad(value, jnp.zeros((), value.dtype), widths)
 
-  if not any(f.owns(axis) for f in term.factors):
+  if len(term.factors) == 1 or not any(f.owns(axis) for f in term.factors):
     raise Decline
   if any(f.owns(axis) for f in term.parts() if f not in term.factors):
     raise Decline

@@ -7,16 +7,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from surgery.aliases import Array
 from surgery.contract.lowrank import RANK
-from surgery.factoring.labelled import (
-  product,
-)
+from surgery.factoring.labelled import product
 from surgery.factoring.rules.products import joined
 from surgery.factoring.rules.table import Table, is_number, ordered
 from surgery.factoring.views import (
   Decline,
+  Factor,
   Labels,
   Squared,
+  Term,
+  View,
   cast,
 )
 
@@ -25,54 +27,77 @@ rule = RULES.rule
 
 
 @rule('reduce_sum')
-def reduce_sum(squared: Squared, *, axes: Sequence[int], **_: Any) -> Any:
-  """The squares of columns, summed: the norm that DoRA divides by.
+def reduce_sum(squared: Squared, *, axes: Sequence[int], **_: Any) -> Array:
+  """Sums the squares of columns: the norm that DoRA divides by.
 
   `Σ(W + s·A·B)² = ΣW² + 2s·Σ(WᵀA)ᵀ∘B +
   s²·ΣB∘(AᵀA)B` over axes that A owns and B does not, or the other way round.
   """
   view, summed = squared.view, set(axes)
+  base, low = _base_and_update(view)
+  a, b = _summed_first(low, summed)
+  kept = tuple(i for i in range(view.ndim) if i not in summed)
+  # An ensemble's axes are kept, and both factors own them.
+  both = tuple(x for x in kept if a.owns(x))
+  if not set(both) <= set(b.axes):
+    raise Decline  # Columns that both factors have a part of.
+  w, fa, fb = (cast(f.value, view.arithmetic) for f in (base.factors[0], a, b))
+  w_axes, a_axes, b_axes = (
+    base.factors[0].axes,
+    _ranked(a, 'q'),
+    _ranked(b, 'q'),
+  )
+  by_rank = (*kept, 'q')
+  # Σ(WᵀA)ᵀ∘B: the sum over rows meets the rank first, so that nothing is as
+  # large as W.
+  wa = product(w, w_axes, fa, a_axes, by_rank)
+  b_ordered = ordered(fb, b_axes, by_rank)
+  cross = (wa * b_ordered).sum(-1)
+  # ΣB∘(AᵀA)B: the Gram matrix of A is rank by rank; "q'" is its second axis.
+  pairs = (*both, 'q', "q'")
+  gram = product(fa, a_axes, fa, _ranked(a, "q'"), pairs)
+  gb = product(gram, pairs, fb, _ranked(b, "q'"), by_rank)
+  update = (gb * b_ordered).sum(-1)
+  # ΣW², its axes in the order in which the result has them.
+  squares = (w * w).sum(tuple(w_axes.index(x) for x in summed))
+  squares = ordered(squares, [x for x in w_axes if x not in summed], kept)
+  if not is_number(base.scale, 1.0):
+    squares = squares * base.scale**2
+    cross = cross * base.scale
+  total = squares + 2 * low.scale * cross + low.scale**2 * update
+  # Rounding may leave a little less than nothing of a column of zeros.
+  return jnp.maximum(total, 0)
+
+
+def _base_and_update(view: View) -> tuple[Term, Term]:
+  """Returns the two terms of a view that is a whole base and one product.
+
+  Raises:
+    Decline: if it is something else.
+  """
   terms = joined(view.terms, view.arithmetic)
-  if len(terms) != 2 or any(t.spreads for t in terms):
+  if [len(t.factors) for t in terms] != [1, 2] or any(t.spreads for t in terms):
     raise Decline
   base, low = terms
-  if len(base.factors) != 1 or len(low.factors) != 2:
+  if sorted(base.factors[0].axes) != list(range(view.ndim)):
     raise Decline
-  whole = tuple(range(view.ndim))
-  if sorted(base.factors[0].axes) != list(whole):
-    raise Decline
+  return base, low
+
+
+def _summed_first(low: Term, summed: set[int]) -> tuple[Factor, Factor]:
+  """Returns the factor that owns all axes that are summed over, then the other.
+
+  Raises:
+    Decline: if none does, or both own some.
+  """
   a, b = low.factors
   if not summed <= set(a.axes):
     a, b = b, a
   if not summed <= set(a.axes) or summed & set(b.axes):
     raise Decline
-  kept = tuple(i for i in whole if i not in summed)
-  cast_to = lambda f: cast(f.value, view.arithmetic)
-  w, w_axes = cast_to(base.factors[0]), base.factors[0].axes
-  fa, fb = cast_to(a), cast_to(b)
-  scale = low.scale
-  b_axes = tuple('q' if x == RANK else x for x in b.axes)
-  a_names = tuple('q' if x == RANK else x for x in a.axes)
-  a_kept = [x for x in a.axes if x in kept]
-  if a_kept and not set(a_kept) <= set(b.axes):
-    raise Decline  # Columns that both factors have a part of.
-  both = tuple(x for x in kept if x in a.axes)
-  wa = product(w, w_axes, fa, a_names, (*kept, 'q'))
-  cross = (wa * ordered(fb, b_axes, (*kept, 'q'))).sum(-1)
-  pairs = (*both, 'q', "q'")
-  gram = product(fa, a_names, fa, _primed(a_names), pairs)
-  gb = product(gram, pairs, fb, _primed(b_axes), (*kept, 'q'))
-  square_of = (gb * ordered(fb, b_axes, (*kept, 'q'))).sum(-1)
-  squares = (w * w).sum(tuple(w_axes.index(x) for x in summed))
-  left = [x for x in w_axes if x not in summed]
-  squares = ordered(squares, tuple(left), kept)
-  if not is_number(base.scale, 1.0):
-    squares = squares * base.scale**2
-    cross = cross * base.scale
-  total = squares + 2 * scale * cross + scale**2 * square_of
-  # Rounding may leave a little less than nothing of a column of zeros.
-  return jnp.maximum(total, 0)
+  return a, b
 
 
-def _primed(labels: Sequence[Any]) -> Labels:
-  return tuple("q'" if x == 'q' else x for x in labels)
+def _ranked(factor: Factor, rank: str) -> Labels:
+  """Returns labels of a factor's axes, with a name for the rank."""
+  return tuple(rank if x == RANK else x for x in factor.axes)

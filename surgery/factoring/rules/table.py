@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from surgery.factoring.views import Decline, View
+from surgery.aliases import Array
+from surgery.factoring.views import Decline, Operand, View
 
 Rule = Callable[..., Any]
 
@@ -35,7 +36,23 @@ def only(operands: Sequence[Any]) -> View:
   return view
 
 
-def ordered(value: Any, labels: Sequence[Any], wanted: Sequence[Any]) -> Any:
+def one_view(lhs: Operand, rhs: Operand) -> tuple[View, Array, bool]:
+  """Returns which of two operands is a view, the other, and if it is the left.
+
+  Raises:
+    Decline: if both are views.
+  """
+  if isinstance(lhs, View):
+    if isinstance(rhs, View):
+      raise Decline
+    return lhs, rhs, True
+  assert isinstance(rhs, View)
+  return rhs, lhs, False
+
+
+def ordered(
+  value: Array, labels: Sequence[Hashable], wanted: Sequence[Hashable]
+) -> Array:
   """Returns an array whose axes have labels with these in a wanted order."""
   return value.transpose([list(labels).index(x) for x in wanted])
 
