@@ -103,6 +103,8 @@ class Spread:
     renaming.check_alternatives(self._rule(0), universe)
 
   def _rule(self, place: int) -> Rule:
+    # A rule is compiled for each place, once: a path is matched against all of
+    # them.
     if place not in self._rules:
       segments = [
         [self._placed(part, place) for part in segment]
@@ -126,7 +128,8 @@ def parse(text: str) -> Gather | Spread:
   """Reads a rule between one and several.
 
   Raises:
-    RenameError: if it cannot be read, or has as much on both sides.
+    RenameError: if it cannot be read, or both sides have as many braces and
+      numbers.
   """
   old, new = renaming.sides(text)
   renaming.check_plain(text, old, new)
@@ -140,7 +143,7 @@ def parse(text: str) -> Gather | Spread:
   if extra != 1:
     _fail(
       text,
-      'one side has to have one pair of braces, or one number, more than the '
+      'one side must have one pair of braces, or one number, more than the '
       "other, as in '{a,b} -> ab' and 'h/<i> -> h'",
     )
   if braces:
@@ -164,6 +167,8 @@ def _of_braces(
   _check_rest(text, left, right, {'{…}'})
   if not gathers:
     return Spread(text, words, left, right, extra)
+  # Braces are counted from the left on each side, so behind the one that the
+  # other side lacks the numbers differ by one.
   segments = [
     [_shifted(part, extra) for part in segment] for segment in right.segments
   ]
@@ -174,6 +179,9 @@ def _of_braces(
 def _extra_of(text: str, many: Sequence[Braces], one: Sequence[Braces]) -> int:
   """Returns which braces stand on one side only."""
   found = []
+  # Each pair is left out in turn: what is left has to fit the other side pair
+  # by pair. Of several that fit, the one whose names agree best is meant, as
+  # in `{q,k}/{w,b} -> {w,b}`.
   for k in range(len(many)):
     rest = [*many[:k], *many[k + 1 :]]
     pairs = list(zip(rest, one, strict=True))
@@ -181,9 +189,9 @@ def _extra_of(text: str, many: Sequence[Braces], one: Sequence[Braces]) -> int:
       found.append((sum(a.words != b.words for a, b in pairs), k))
   found.sort()
   if not found:
-    _fail(text, 'braces on both sides have to have as many names')
+    _fail(text, 'braces on both sides must have the same number of names')
   if len(found) > 1 and found[0][0] == found[1][0]:
-    _fail(text, 'it cannot be told which braces stand on one side only')
+    _fail(text, 'it is ambiguous which braces stand on one side only')
   return found[0][1]
 
 
@@ -203,7 +211,7 @@ def _without(part: Braces, extra: int) -> Braces:
 def _check_rest(
   text: str, left: Reader, right: Reader, besides: Iterable[str] = ()
 ) -> None:
-  """Raises unless all else stands on both sides."""
+  """Raises unless everything else stands on both sides."""
   for kind, count in left.counts.items():
     if kind not in besides and count != right.counts[kind]:
       _fail(
@@ -214,7 +222,7 @@ def _check_rest(
   if computed:
     _fail(text, f"on the left write '<{computed[0].name}>'")
   if any(not segment for segment in right.segments):
-    _fail(text, 'the new name has an empty part. Take the slash away')
+    _fail(text, 'the new name has an empty part. Remove the slash')
 
 
 def _fail(text: str, why: str) -> NoReturn:
@@ -242,6 +250,7 @@ def gathered(
       continue
     target, place = one
     other = found.setdefault(target, {}).setdefault(place, path)
+    # Two paths may get one place by wildcards that the right leaves out.
     if other != path:
       _fail(
         rule.text,
@@ -251,21 +260,28 @@ def gathered(
   if not found:
     raise renaming.nothing(rule.text, universe)
   for target, parts in found.items():
-    wanted = range(max(parts) + 1 if rule.words is None else len(rule.words))
-    missing = [k for k in wanted if k not in parts]
-    if missing:
-      named = ', '.join(_shown(rule, k) for k in missing[:5])
-      hint = ' Renumber first.' if rule.words is None else ''
-      _fail(
-        rule.text,
-        f'{paths.show(target)} would be made of {len(parts)} parts, and '
-        f'{named} is missing.{hint}'.rstrip('.'),
-      )
+    _check_complete(rule, target, parts)
   renaming.check_alternatives(rule.rule, universe)
   return {
     target: {k: parts[k] for k in sorted(parts)}
     for target, parts in found.items()
   }
+
+
+def _check_complete(
+  rule: Gather, target: Path, parts: Mapping[Key, Path]
+) -> None:
+  """Raises if a part of what becomes one is missing."""
+  wanted = range(max(parts) + 1 if rule.words is None else len(rule.words))
+  missing = [k for k in wanted if k not in parts]
+  if missing:
+    named = ', '.join(_shown(rule, k) for k in missing[:5])
+    hint = ' Renumber first.' if rule.words is None else ''
+    _fail(
+      rule.text,
+      f'{paths.show(target)} would be made of {len(parts)} parts, and '
+      f'{named} is missing.{hint}'.rstrip('.'),
+    )
 
 
 def _shown(rule: Gather, place: int) -> str:

@@ -21,8 +21,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn, TypeVar
 
 from surgery import errors
 from surgery.naming import paths, selectors
@@ -33,6 +33,8 @@ _NUMBER = re.compile(r'<\s*([a-zA-Z_]\w*)\s*(?:(//|[-+*%])\s*([0-9]+)\s*)?>')
 _TERM = re.compile(r're:|[a-zA-Z_][\w-]*:(?!\\)')
 _SHOWN = 20
 
+# These two characters do not occur in names, so that a regex over joined paths
+# needs no escapes.
 # Between segments, and behind the last, where a path is matched.
 END = '\0'
 # What a name cannot hold, for the place of a number.
@@ -115,6 +117,12 @@ class Number:
 
 Part = Text | _Wild | Braces | Number
 _GROUPS = {'*': 'star', '?': 'one', '**': 'any', '[…]': 'class'}
+_Kind = TypeVar('_Kind', Text, _Wild, Braces, Number)
+
+
+def _of(kind: type[_Kind], side: Iterable[Iterable[Part]]) -> list[_Kind]:
+  """Returns the parts of a kind on a side, in order."""
+  return [p for segment in side for p in segment if isinstance(p, kind)]
 
 
 class Reader:
@@ -144,14 +152,12 @@ class Reader:
   @property
   def braces(self) -> list[Braces]:
     """All braces, in order."""
-    parts = (p for segment in self.segments for p in segment)
-    return [p for p in parts if isinstance(p, Braces)]
+    return _of(Braces, self.segments)
 
   @property
   def numbers(self) -> dict[str, Number]:
     """Numbers by their names."""
-    parts = (p for segment in self.segments for p in segment)
-    return {p.name: p for p in parts if isinstance(p, Number)}
+    return {p.name: p for p in _of(Number, self.segments)}
 
   def _fail(self, why: str) -> NoReturn:
     raise errors.RenameError(f'rule {self._rule!r}: {why}.')
@@ -167,11 +173,7 @@ class Reader:
     elif first in '*?':
       self._add(1, _Wild(first, self._count(first)))
     elif first == '[':
-      end = selectors.class_end(rest, 0)
-      if end < 0 or re.search(r'(?<!\\)/', rest[:end]):
-        self._fail("a '[' without its ']'. Write '\\[' for the character")
-      found = _Wild('[…]', self._count('[…]'), rest[: end + 1])
-      self._add(end + 1, found)
+      self._class(rest)
     elif first == '{':
       self._braces(rest)
     elif first == '}':
@@ -189,6 +191,13 @@ class Reader:
   def _add(self, length: int, part: Part) -> None:
     self._at += length
     self.segments[-1].append(part)
+
+  def _class(self, rest: str) -> None:
+    end = selectors.class_end(rest, 0)
+    # A slash ends a segment, so brackets around it are never closed.
+    if end < 0 or re.search(r'(?<!\\)/', rest[:end]):
+      self._fail("a '[' without its ']'. Write '\\[' for the character")
+    self._add(end + 1, _Wild('[…]', self._count('[…]'), rest[: end + 1]))
 
   def _number(self, rest: str) -> None:
     match = _NUMBER.match(rest)
@@ -261,6 +270,8 @@ class Rule:
       new = self._expanded(path)
     else:
       new = self._built(path, self.right)
+    # A `**` or a group that matched nothing leaves an empty segment. One that
+    # the old name has already is kept.
     if new is not None and (not new or ('' in new and '' not in path)):
       raise errors.RenameError(
         f'rule {self.text!r}: {paths.show(path)} would get the name '
@@ -275,21 +286,19 @@ class Rule:
   def unmet(self, universe: Iterable[Path]) -> list[str]:
     """Returns the alternatives of the left that match none of some paths."""
     if self.left is None:
-      shown = [paths.show(path) for path in universe]
-      choices = selectors.regex_choices(self.regex)
-      return [c.text for c in choices if not any(map(c.matches, shown))]
-    parts = [p for segment in self.left for p in segment]
-    braces = [p for p in parts if isinstance(p, Braces)]
+      return self._unmet_choices(universe)
+    braces = _of(Braces, self.left)
     if not braces:
       return []
     matches = [m for m in map(self.match, universe) if m is not None]
     met = {(p.group, m[p.group]) for m in matches for p in braces}
-    return [
-      word.replace(END, '/')
-      for p in braces
-      for word in p.words
-      if (p.group, word) not in met
-    ]
+    named = [(p.group, word) for p in braces for word in p.words]
+    return [one[1].replace(END, '/') for one in named if one not in met]
+
+  def _unmet_choices(self, universe: Iterable[Path]) -> list[str]:
+    shown = [paths.show(path) for path in universe]
+    choices = selectors.regex_choices(self.regex)
+    return [c.text for c in choices if not any(map(c.matches, shown))]
 
   def _expanded(self, path: Path) -> Path | None:
     match = self.regex.fullmatch(paths.show(path))
@@ -326,11 +335,12 @@ class Rule:
   @functools.cached_property
   def _words(self) -> list[tuple[str, ...]]:
     """What the braces of the left hold."""
-    parts = (p for segment in self.left or () for p in segment)
-    return [p.words for p in parts if isinstance(p, Braces)]
+    return [p.words for p in _of(Braces, self.left or ())]
 
   def _computed(self, part: Number, found: str, path: Path) -> str:
     result = part.of(int(found), self.text, paths.show(path))
+    # `08` becomes `09`, and `8` becomes `9`: the width is kept where zeros
+    # show that names have one.
     return str(result).zfill(len(found) if found.startswith('0') else 0)
 
 
@@ -428,9 +438,10 @@ def _check_template(text: str, new: str) -> None:
   """Raises for what stands for itself on the right of a regular expression.
 
   Raises:
-    RenameError: naming the first character that was meant otherwise.
+    RenameError: naming the first such character.
   """
   check_plain(text, new)
+  # `\\0` would put a NUL byte into a name without a word.
   control = re.search(r'\\[0abfnrtv]', re.sub(r'\\\\', '', new))
   if control is not None:
     raise errors.RenameError(
@@ -522,12 +533,17 @@ def _check(text: str, left: Reader, right: Reader) -> None:
         'right. Each has to stand on both sides, in order; for anything else '
         'write a regular expression (re:…).'
       )
-  parts = lambda side: [p for segment in side.segments for p in segment]
-  for a, b in zip(
-    [p for p in parts(left) if isinstance(p, Braces)],
-    [p for p in parts(right) if isinstance(p, Braces)],
-    strict=True,
-  ):
+  _check_braces(text, left, right)
+  _check_numbers(text, left, right)
+  if any(not segment for segment in right.segments):
+    raise errors.RenameError(
+      f'rule {text!r}: the new name has an empty part. Remove the slash.'
+    )
+
+
+def _check_braces(text: str, left: Reader, right: Reader) -> None:
+  """Raises unless each pair of braces has a new name for each old one."""
+  for a, b in zip(left.braces, right.braces, strict=True):
     if len(a.words) != len(b.words):
       raise errors.RenameError(
         f'rule {text!r}: braces with {len(a.words)} names on the left, and '
@@ -535,25 +551,24 @@ def _check(text: str, left: Reader, right: Reader) -> None:
       )
     if len(set(a.words)) < len(a.words):
       raise errors.RenameError(
-        f'rule {text!r}: braces on the left hold a name twice.'
+        f'rule {text!r}: braces on the left repeat a name.'
       )
-  known = {p.name: p for p in parts(left) if isinstance(p, Number)}
+
+
+def _check_numbers(text: str, left: Reader, right: Reader) -> None:
+  """Raises unless each number of the right is captured by the left."""
+  known = left.numbers
   for number in known.values():
     if number.operator:
       raise errors.RenameError(
-        f"rule {text!r}: on the left write '<{number.name}>'; what is computed "
-        'stands on the right.'
+        f"rule {text!r}: write '<{number.name}>' on the left; arithmetic "
+        'belongs on the right.'
       )
-  for part in parts(right):
-    if isinstance(part, Number) and part.name not in known:
+  for name in right.numbers:
+    if name not in known:
       raise errors.RenameError(
-        f"rule {text!r}: '<{part.name}>' stands on the right and not on the "
-        'left.'
+        f"rule {text!r}: '<{name}>' stands on the right but not on the left."
       )
-  if any(not segment for segment in right.segments):
-    raise errors.RenameError(
-      f'rule {text!r}: the new name has an empty part. Take the slash away.'
-    )
 
 
 def _regex(text: str, segments: Sequence[Sequence[Part]]) -> re.Pattern[str]:
@@ -563,6 +578,7 @@ def _regex(text: str, segments: Sequence[Sequence[Part]]) -> re.Pattern[str]:
   for segment in segments:
     for part in segment:
       out.append(_part_regex(part, seen, text))
+    # `**` brings the separators of the segments that it stands for.
     if not (segment and _is_any(segment[0])):
       out.append(END)
   try:
@@ -577,11 +593,15 @@ def _part_regex(part: Part, seen: set[str], text: str) -> str:
   if isinstance(part, Text):
     return re.escape(part.text)
   if part.group in seen:
+    # The same number twice means the same number: a reference to what it
+    # matched first.
     return f'(?P={part.group})'
   seen.add(part.group)
   if isinstance(part, Braces):
     body = '|'.join(map(re.escape, part.words))
   elif isinstance(part, Number):
+    # Longer ones are no layer numbers, and Python refuses to convert very long
+    # ones.
     body = '[0-9]{1,100}'
   elif part.kind == '[…]':
     body, _ = selectors.segment_regex(part.text, text)
@@ -666,9 +686,9 @@ def _unused(
       before = first(rules, path)
       assert before is not None
       return errors.RenameError(
-        f'rule {rule.text!r} decides nothing: what it matches, e.g. '
-        f'{paths.show(path)}, an earlier rule does, {before[0].text!r}. Put it '
-        'first.'
+        f'rule {rule.text!r} has no effect: the earlier rule '
+        f'{before[0].text!r} decides all that it matches, e.g. '
+        f'{paths.show(path)}. Put it first.'
       )
   return nothing(rule.text, universe)
 
@@ -701,23 +721,30 @@ def check_targets(where: Mapping[Path, Path]) -> None:
   sources: dict[Path, list[Path]] = {}
   for old, new in where.items():
     sources.setdefault(new, []).append(old)
-  lines = []
-  for new, olds in sources.items():
-    if len(olds) > 1:
-      shown = ' and '.join(paths.show(old) for old in olds)
-      lines.append(f'{shown} would all be {paths.show(new)}')
-    above = (new[:n] for n in range(1, len(new)))
-    for other in above:
-      # What was so before is no business of ours: `weight.absmax` of
-      # bitsandbytes lies beneath `weight` whatever both are called.
-      if other in sources and not _beneath(olds[0], sources[other][0]):
-        shown = f'{paths.show(new)} (from {paths.show(olds[0])})'
-        lines.append(
-          f'{shown} would lie beneath the tensor {paths.show(other)} (from '
-          f'{paths.show(sources[other][0])})'
-        )
+  lines = [line for new in sources for line in _clashes(new, sources)]
   if lines:
-    more = len(lines) - _SHOWN
-    shown = '; '.join(lines[:_SHOWN])
-    shown += f'; and {more} more' if more > 0 else ''
+    shown = errors.listed(lines, _SHOWN, '; ')
     raise errors.RenameError(f'rename: {shown}. Change the rules.')
+
+
+def _clashes(
+  new: Path, sources: Mapping[Path, Sequence[Path]]
+) -> Iterator[str]:
+  """Yields why a path cannot be a new name, if it cannot.
+
+  Args:
+    new: the path.
+    sources: for each new name the paths that would get it.
+  """
+  olds = sources[new]
+  if len(olds) > 1:
+    shown = ' and '.join(paths.show(old) for old in olds)
+    yield f'{shown} would all be {paths.show(new)}'
+  for other in (new[:n] for n in range(1, len(new))):
+    # A clash that was there before renaming is allowed: `weight.absmax` of
+    # bitsandbytes lies beneath `weight` whatever both are called.
+    if other in sources and not _beneath(olds[0], sources[other][0]):
+      yield (
+        f'{paths.show(new)} (from {paths.show(olds[0])}) would lie beneath the '
+        f'tensor {paths.show(other)} (from {paths.show(sources[other][0])})'
+      )

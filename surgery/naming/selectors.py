@@ -38,8 +38,10 @@ Owner = Callable[[Path], str | None]
 
 ALL = 'all'
 ADAPTER = 'adapter'
-# A regular expression may begin with a backslash.
+# `word:` in front of an item. A `\:` is the colon of a name, except behind
+# `re`, since a regular expression may begin with a backslash.
 _TERM = re.compile(r'(re(?=:)|[a-zA-Z_][\w-]*(?=:(?!\\))):')
+# Braces multiply: `{0..999}/{0..999}` would be a million patterns.
 _MOST_ALTERNATIVES = 1000
 
 
@@ -148,53 +150,68 @@ def _braces(text: str, whole: str, offset: int = 0) -> list[_Pattern]:
     whole: the selector, for messages.
     offset: where in the whole the part begins.
   """
-  depth, start, cuts, i = 0, -1, [], 0
-  while i < len(text):
-    char = text[i]
-    if char == '\\':
-      i += 2
-      continue
-    if char == '{':
-      if depth == 0:
-        start, cuts = i, [i]
-      depth += 1
-    elif char == ',' and depth == 1:
-      cuts.append(i)
-    elif char == '}':
-      if depth == 0:
-        raise errors.SelectorError(
-          f"selector {whole!r}: a '}}' without its '{{'. Write '\\}}' for the "
-          'character itself.'
+  cuts = _cuts(text, whole)
+  if not cuts:
+    return [_Pattern(text)]
+  start, end = cuts[0], cuts[-1] + 1
+  # What stands behind the pair is expanded once, and follows each alternative.
+  tails = _braces(text[end:], whole, offset + end)
+  result = []
+  for low, high in itertools.pairwise(cuts):
+    # Places are of the whole selector, since an alternative that matches
+    # nothing is found by its place: `{a,b}/{a,c}` has two called `a`.
+    place = (start, end, low + 1, high)
+    mine = frozenset({tuple(offset + n for n in place)})
+    for part in _braces(text[low + 1 : high], whole, offset + low + 1):
+      result += [
+        _Pattern(
+          text[:start] + part.text + tail.text,
+          mine | part.chosen | tail.chosen,
         )
-      depth -= 1
-      if depth == 0:
-        cuts.append(i)
-        tails = _braces(text[i + 1 :], whole, offset + i + 1)
-        result = []
-        for low, high in itertools.pairwise(cuts):
-          ends = (offset + start, offset + i + 1)
-          mine = frozenset({(*ends, offset + low + 1, offset + high)})
-          for part in _braces(text[low + 1 : high], whole, offset + low + 1):
-            result += [
-              _Pattern(
-                text[:start] + part.text + tail.text,
-                mine | part.chosen | tail.chosen,
-              )
-              for tail in tails
-            ]
-        if len(result) > _MOST_ALTERNATIVES:
-          raise errors.SelectorError(
-            f'selector {whole!r}: its braces stand for more than '
-            f'{_MOST_ALTERNATIVES} patterns. Use a regular expression (re:…).'
-          )
-        return result
-    i += 1
+        for tail in tails
+      ]
+  if len(result) > _MOST_ALTERNATIVES:
+    raise errors.SelectorError(
+      f'selector {whole!r}: its braces stand for more than '
+      f'{_MOST_ALTERNATIVES} patterns. Use a regular expression (re:…).'
+    )
+  return result
+
+
+# What braces are made of; an escaped character is none of it.
+_BRACE = re.compile(r'\\.|[{},]', re.DOTALL)
+
+
+def _cuts(text: str, whole: str) -> list[int]:
+  """Returns where the first pair of braces and its commas stand, in order.
+
+  Args:
+    text: a part of the selector.
+    whole: the selector, for messages.
+
+  Raises:
+    SelectorError: for a brace without its counterpart.
+  """
+  depth, cuts = 0, []
+  for match in _BRACE.finditer(text):
+    char = match[0]
+    depth += (char == '{') - (char == '}')
+    if depth < 0:
+      raise errors.SelectorError(
+        f"selector {whole!r}: a '}}' without its '{{'. Write '\\}}' for the "
+        'character itself.'
+      )
+    # Commas of pairs further in belong to these, which are expanded later.
+    if (not cuts and char == '{') or (char == ',' and depth == 1):
+      cuts.append(match.start())
+    if char == '}' and not depth:
+      return [*cuts, match.start()]
   if depth:
     raise errors.SelectorError(
       f"selector {whole!r}: a '{{' without its '}}'. Write '\\{{' for the "
       'character itself.'
     )
-  return [_Pattern(text)]
+  return []
 
 
 def _segments(text: str) -> list[str]:
@@ -274,10 +291,12 @@ def _class(segment: str, start: int, whole: str) -> tuple[str, int]:
       i += 1
       out.append(re.escape(body[i]))
     elif body[i] == '-' and 0 < i < len(body) - 1:
-      out.append('-')  # A range.
+      out.append('-')  # A range, `[a-z]`: not to be escaped.
     else:
       out.append(re.escape(body[i]))
     i += 1
+  # What is negated must not match the separator, or a class would span two
+  # segments.
   inner = ''.join(out)
   return (f'[^\0{inner}]' if negated else f'[{inner}]'), end
 
@@ -291,6 +310,8 @@ def _pattern(one: str, whole: str) -> tuple[str, bool]:
   regex, wild = [], False
   for segment in _segments(one):
     if segment == '**':
+      # It brings its own separators, so that it can stand for no segment at
+      # all.
       regex.append(_BENEATH)
       wild = True
     else:
@@ -308,6 +329,8 @@ def _glob(text: str) -> tuple[re.Pattern[str], bool, tuple[Choice, ...]]:
   """
   text = ranged(text)
   patterns, literal = [], True
+  # For each alternative the patterns that it takes part in: it is met if one
+  # of them is.
   sources: dict[tuple[int, int, int, int], list[str]] = {}
   for one in _braces(text, text):
     regex, wild = _pattern(one.text, text)
@@ -348,15 +371,20 @@ def _check_stars(segment: str, whole: str) -> None:
 
 # Regular expressions.
 
-# Where a group of a regular expression begins.
-_GROUP = re.compile(
-  r'\((?:\?(?:P<\w+>|(?P<flags>[aiLmsux]*(?:-[imsx]+)?):|<?=|>'
-  r'|(?P<other><?!|\([^)]*\))))?'
+# What decides where the alternatives of a regular expression are. Escapes,
+# classes, comments and `(?P=name)` come first, since a bar or a parenthesis in
+# them is none; so all else that is found is one.
+_TOKEN = re.compile(
+  r'\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:#[^)]*|P=\w+)\)'
+  r'|(?P<open>\((?:\?(?:P<\w+>'
+  r'|[aiLmsu]*(?P<verbose>x)?[aiLmsux]*(?:-[imsx]+)?:|<?=|>'
+  # Negative lookaheads are there so as not to match, and conditions choose by
+  # whether a group took part: both have nothing that has to match.
+  r'|(?P<other><?!|\([^)]*\))))?)'
+  r'|(?P<bar>\|)|(?P<close>\))',
+  re.DOTALL,
 )
-# What stands in parentheses and is no group.
-_NO_GROUP = re.compile(r'\(\?(?:#[^)]*|P=\w+)\)')
 _FLAGS = re.compile(r'\(\?[aiLmsux]+\)')
-_CLASS = re.compile(r'\[\^?\]?(?:\\.|[^\]\\])*\]', re.DOTALL)
 _NUMBERED = re.compile(r'\\[1-9]|\(\?\([0-9]')
 _MARK = 'surgery_taken'
 
@@ -375,41 +403,39 @@ def regex_choices(regex: re.Pattern[str]) -> tuple[Choice, ...]:
     return ()
   flags = _FLAGS.match(text)
   head = flags.end() if flags else 0
-  # Each open group: where its alternatives begin, and whether they count.
-  groups: list[tuple[list[int], bool]] = [([head], True)]
-  found: list[list[int]] = []
-  i = head
-  while i < len(text):
-    match = None
-    if text[i] == '\\':
-      i += 2
-      continue
-    if text[i] == '[':
-      match = _CLASS.match(text, i)
-    elif text[i] == '(':
-      match = _NO_GROUP.match(text, i)
-      if match is None:
-        match = _GROUP.match(text, i)
-        assert match is not None
-        if 'x' in (match['flags'] or '').partition('-')[0]:
-          return ()
-        counts = groups[-1][1] and match['other'] is None
-        groups.append(([match.end()], counts))
-    elif text[i] == '|':
-      groups[-1][0].append(i + 1)
-    elif text[i] == ')':
-      starts, counts = groups.pop()
-      if counts and len(starts) > 1:
-        found.append([*starts, i + 1])
-    i = i + 1 if match is None else match.end()
-  starts, _ = groups.pop()
-  if len(starts) > 1:
-    found.append([*starts, len(text) + 1])
   return tuple(
     _regex_choice(text, head, bounds, k)
-    for bounds in sorted(found)
+    for bounds in _alternations(text, head)
     for k in range(len(bounds) - 1)
   )
+
+
+def _alternations(text: str, head: int) -> list[list[int]]:
+  """Returns where the alternatives of each group begin, and where it ends.
+
+  Args:
+    text: the whole expression.
+    head: where it begins behind global flags.
+  """
+  # Each open group: where its alternatives begin, and whether they count. The
+  # whole expression is the first group, and is never closed.
+  groups: list[tuple[list[int], bool]] = [([head], True)]
+  found: list[list[int]] = []
+  for token in _TOKEN.finditer(text, head):
+    kind = token.lastgroup
+    if kind == 'open':
+      if token['verbose']:
+        return []  # Spaces and comments in it would be taken for names.
+      counts = groups[-1][1] and token['other'] is None
+      groups.append(([token.end()], counts))
+    elif kind == 'bar':
+      groups[-1][0].append(token.end())
+    elif kind == 'close':
+      starts, counts = groups.pop()
+      if counts:
+        found.append([*starts, token.end()])
+  found.append([*groups[0][0], len(text) + 1])
+  return sorted(bounds for bounds in found if len(bounds) > 2)
 
 
 def _regex_choice(text: str, head: int, bounds: list[int], k: int) -> Choice:
@@ -423,13 +449,15 @@ def _regex_choice(text: str, head: int, bounds: list[int], k: int) -> Choice:
   """
   low, high = bounds[k], bounds[k + 1] - 1
   if _NUMBERED.search(text):
-    # A further group would change what numbers mean: the others never match.
+    # A further group would change what `\1` means, so the other alternatives
+    # get something in front that never matches.
     source = text
     for other in reversed(bounds[:-1]):
       if other != low:
         source = f'{source[:other]}(?!){source[other:]}'
   else:
-    # It has to have been taken, be the group repeated or optional.
+    # An empty group marks the alternative, and a condition at the end asks
+    # whether the mark was met, also where the group is repeated or optional.
     source = (
       f'{text[:head]}(?:{text[head:low]}(?P<{_MARK}>){text[low:]})'
       f'(?({_MARK})|(?!))'
@@ -454,6 +482,7 @@ class Item:
     choices: its alternatives, each of which has to match something.
   """
 
+  # Compiled patterns follow from the text, so equality leaves them out.
   text: str
   kind: str
   negate: bool
@@ -473,19 +502,22 @@ class Item:
     self, layer: Path, types: Types = _no_types, term: Term | None = None
   ) -> bool:
     """Whether the item matches a layer or one that it lies in."""
-    if self.kind == ALL:
-      return True
-    if self.kind == 'glob':
-      assert self.beneath is not None
+    if self.kind in (ALL, ADAPTER):
+      return self.kind == ALL  # The other is about weights, not about layers.
+    if self.beneath is not None:
       return self.beneath.fullmatch(_joined(layer)) is not None
+    if self.kind == 'term':
+      # A plugin decides by itself whether what lies in a layer is meant.
+      return self.itself(layer, types, term)
     above = (layer[:n] for n in range(len(layer), 0, -1))
-    if self.kind == 're':
-      assert self.regex is not None
-      return any(self.regex.fullmatch(paths.show(a)) for a in above)
+    return any(self.itself(a, types, term) for a in above)
+
+  def itself(self, layer: Path, types: Types, term: Term | None) -> bool:
+    """Whether a regular expression, type or term matches that very layer."""
+    if self.regex is not None:
+      return self.regex.fullmatch(paths.show(layer)) is not None
     if self.kind == 'type':
-      return any(self.text[5:] in types(a) for a in above)
-    if self.kind == ADAPTER:
-      return False  # It is about weights, not about layers.
+      return self.text[5:] in types(layer)
     return term is not None and term(self.text, layer)
 
   def param(self, path: Path) -> bool:
@@ -516,6 +548,7 @@ def _alternatives(text: str) -> tuple[tuple[re.Pattern[str], str], ...]:
   text = ranged(text)
   for one in _braces(text, text):
     regex, wild = _pattern(one.text, text)
+    # The last segment decides: `**/h*` names layers by a part of their name.
     said = _segments(one.text)[-1].strip('*?')
     how = 'name' if not wild else 'part' if said else 'any'
     found.append((re.compile(regex), how))
@@ -542,17 +575,49 @@ def naming(
     text = _joined(layer)
     hows = [h for regex, h in _alternatives(item.text) if regex.fullmatch(text)]
     return next((h for h in ('name', 'part', 'any') if h in hows), '')
-  if item.kind == ALL:
-    return 'any'
-  if item.kind == 're':
-    assert item.regex is not None
-    return 'part' if item.regex.fullmatch(paths.show(layer)) else ''
-  if item.kind == 'type':
-    return 'part' if item.text[5:] in types(layer) else ''
-  return 'part' if term is not None and term(item.text, layer) else ''
+  if item.kind in (ALL, ADAPTER):
+    return 'any' if item.kind == ALL else ''
+  return 'part' if item.itself(layer, types, term) else ''
 
 
 def _item(text: str) -> Item:
+  negate, body = _body(text)
+  if body == ALL:
+    return Item(body, ALL, negate, False, None, None)
+  term = _TERM.match(body)
+  if term is None:
+    regex, literal, choices = _glob(body)
+    beneath = re.compile(f'(?:{regex.pattern}){_BENEATH}')
+    return Item(body, 'glob', negate, literal, regex, beneath, choices)
+  if term[1] == 're':
+    regex, choices = _expression(body, text)
+    return Item(body, 're', negate, False, regex, None, choices)
+  if term[1] == ADAPTER:
+    regex, _, choices = _glob(body.partition(':')[2])
+    return Item(body, ADAPTER, negate, False, regex, None, choices)
+  kind = 'type' if term[1] == 'type' else 'term'
+  return Item(body, kind, negate, False, None, None)
+
+
+def _expression(
+  body: str, text: str
+) -> tuple[re.Pattern[str], tuple[Choice, ...]]:
+  """Returns the regex of a `re:` item, and its alternatives."""
+  try:
+    regex = re.compile(body[3:])
+    return regex, regex_choices(regex)
+  except re.error as error:
+    raise errors.SelectorError(
+      f'selector {text!r}: not a regular expression: {error}.'
+    ) from None
+
+
+def _body(text: str) -> tuple[bool, str]:
+  """Returns whether an item takes out, and the rest of it.
+
+  Raises:
+    SelectorError: if nothing is left, or it is no text.
+  """
   if not isinstance(text, str):
     raise errors.SelectorError(
       f'a selector is text or a list of texts, found {text!r} '
@@ -569,28 +634,7 @@ def _item(text: str) -> Item:
       f"selector {text!r}: two '!'. Write one, or '\\!' for the character "
       'itself.'
     )
-  if body == ALL:
-    return Item(body, ALL, negate, False, None, None)
-  term = _TERM.match(body)
-  if term and term[1] == 're':
-    try:
-      regex = re.compile(body[3:])
-      choices = regex_choices(regex)
-      return Item(body, 're', negate, False, regex, None, choices)
-    except re.error as error:
-      raise errors.SelectorError(
-        f'selector {text!r}: not a regular expression: {error}.'
-      ) from None
-  if term and term[1] == 'type':
-    return Item(body, 'type', negate, False, None, None)
-  if term and term[1] == ADAPTER:
-    regex, _, choices = _glob(body.partition(':')[2])
-    return Item(body, ADAPTER, negate, False, regex, None, choices)
-  if term:
-    return Item(body, 'term', negate, False, None, None)
-  regex, literal, choices = _glob(body)
-  beneath = re.compile(f'(?:{regex.pattern}){_BENEATH}')
-  return Item(body, 'glob', negate, literal, regex, beneath, choices)
+  return negate, body
 
 
 @dataclasses.dataclass(frozen=True)
@@ -713,24 +757,13 @@ def resolve(
   universe = list(universe)
   taken: dict[Item, dict[Path, bool]] = {}
   for item in (*selector.positive, *selector.negative):
-    layers: dict[Path, bool] = {}
-    met: dict[Path, bool] = {}
-    for path in universe:
-      layer = path[:-1]
-      if layer not in layers:
-        layers[layer] = item.layer(layer, types, term)
-      if layers[layer]:
-        met[path] = True
-      elif item.param(path) or (
-        item.kind == ADAPTER and item.owned(owner(path))
-      ):
-        met[path] = False
+    taken[item] = _taken(item, universe, types, term, owner)
     if missing == 'error':
-      _check_met(item, met, universe, types, owner)
-    taken[item] = met
+      _check_met(item, taken[item], universe, types, owner)
   levels: dict[Path, tuple[Item, bool]] = {}
   by_item: dict[Item, list[Path]] = {i: [] for i in selector.positive}
   for path in universe:
+    # Items that take out win, wherever they stand in the list.
     if any(path in taken[i] for i in selector.negative):
       continue
     for item in selector.positive:
@@ -741,6 +774,28 @@ def resolve(
         if path not in levels or (levels[path][1] and not at_layer):
           levels[path] = (item, at_layer)
   return Match(levels, {i: tuple(p) for i, p in by_item.items()})
+
+
+def _taken(
+  item: Item,
+  universe: Sequence[Path],
+  types: Types,
+  term: Term | None,
+  owner: Owner,
+) -> dict[Path, bool]:
+  """Returns the paths that an item matches, and whether by their layer."""
+  # A layer has several parameters, and a plugin's term may take its time.
+  layers: dict[Path, bool] = {}
+  met: dict[Path, bool] = {}
+  for path in universe:
+    layer = path[:-1]
+    if layer not in layers:
+      layers[layer] = item.layer(layer, types, term)
+    if layers[layer]:
+      met[path] = True
+    elif item.param(path) or (item.kind == ADAPTER and item.owned(owner(path))):
+      met[path] = False
+  return met
 
 
 def _names(some: Iterable[Path], owner: Owner) -> list[Path]:
@@ -785,13 +840,10 @@ def check_deciding(
 
   Raises:
     SelectorError: for a selector, or an alternative of one, that matches
-      nothing; and for one of which all that it matches is decided before.
+      nothing; and for one whose matches earlier ones all decide.
   """
   decided: dict[Path, str] = {}
   left = dict(universe)
-
-  def types(layer: Path) -> tuple[str, ...]:
-    return next((t for p, t in universe.items() if p[:-1] == layer), ())
 
   for text in texts:
     read = parse(text)
@@ -801,10 +853,7 @@ def check_deciding(
     if not new or any(item.choices for item in read.items):
       met = [p for p, known in universe.items() if read.matches(p, known)]
     try:
-      if not met:
-        raise nothing(read.items[0], list(universe), types)
-      for item in read.items:
-        check_choices(item, universe if item.negate else met, universe)
+      _check_read(read, met, universe)
     except errors.SelectorError as error:
       raise errors.SelectorError(f'{what}: {error}') from None
     if not new:
@@ -812,6 +861,22 @@ def check_deciding(
     for path in new:
       decided[path] = text
       del left[path]
+
+
+def _check_read(
+  read: Selector,
+  met: Collection[Path],
+  universe: Mapping[Path, tuple[str, ...]],
+) -> None:
+  """Raises if a selector, or an alternative of it, matches nothing."""
+
+  def types(layer: Path) -> tuple[str, ...]:
+    return next((t for p, t in universe.items() if p[:-1] == layer), ())
+
+  if not met:
+    raise nothing(read.items[0], list(universe), types)
+  for item in read.items:
+    check_choices(item, universe if item.negate else met, universe)
 
 
 def shadowed(
@@ -826,15 +891,16 @@ def shadowed(
     what: what the selectors are for.
   """
   return errors.SelectorError(
-    f'{what}: selector {text!r} decides nothing: what it matches, e.g. '
-    f'{paths.show(path)}, an earlier one does, {earlier!r}. Put it first.'
+    f'{what}: selector {text!r} has no effect: the earlier selector '
+    f'{earlier!r} decides all that it matches, e.g. {paths.show(path)}. Put '
+    'it first.'
   )
 
 
 def check_choices(
   item: Item, met: Iterable[Path], universe: Collection[Path]
 ) -> None:
-  """Raises if an alternative of an item takes no part in what it matches.
+  """Raises if an alternative of an item matches nothing.
 
   Args:
     item: the item.
@@ -860,8 +926,8 @@ def nothing(
   if item.kind == ADAPTER:
     known = [name for name, *rest in universe if not rest]
     return errors.SelectorError(
-      f'selector {item.written!r} matches nothing: there are no weights of '
-      'such an adapter to choose from.'
+      f'selector {item.written!r} matches nothing: no parameter is a weight '
+      'of such an adapter.'
       + (errors.suggest(item.text.partition(':')[2], known) if known else '')
     )
   if not universe:
@@ -869,17 +935,7 @@ def nothing(
       f'selector {item.written!r} matches nothing: there are no parameters.'
     )
   if item.kind == 'type':
-    layers = {p[:n] for p in universe for n in range(1, len(p))}
-    names = {name for layer in layers for name in types(layer)}
-    if not names:
-      return errors.SelectorError(
-        f'selector {item.written!r} matches nothing: the types of layers are '
-        'not known here. Give the graph (graph=), or save with it.'
-      )
-    return errors.SelectorError(
-      f'selector {item.written!r} matches nothing.'
-      + errors.suggest(item.text[5:], names)
-    )
+    return _no_type(item, universe, types)
   if item.kind == 'term':
     word = item.text.partition(':')[0]
     return errors.SelectorError(
@@ -890,6 +946,23 @@ def nothing(
   return errors.SelectorError(
     f'selector {item.written!r} matches nothing among {len(universe)} '
     f'parameters.{hint(item.text, universe)}'
+  )
+
+
+def _no_type(
+  item: Item, universe: Sequence[Path], types: Types
+) -> errors.SelectorError:
+  """Returns the error for a `type:` item that matches nothing."""
+  layers = {p[:n] for p in universe for n in range(1, len(p))}
+  names = {name for layer in layers for name in types(layer)}
+  if not names:
+    return errors.SelectorError(
+      f'selector {item.written!r} matches nothing: the types of layers are '
+      'not known here. Pass the graph (graph=), or save with it.'
+    )
+  return errors.SelectorError(
+    f'selector {item.written!r} matches nothing.'
+    + errors.suggest(item.text[5:], names)
   )
 
 
@@ -912,7 +985,7 @@ def hint(text: str, universe: Sequence[Path], *, rule: bool = False) -> str:
     if slashed and _met(slashed, universe):
       plain = slashed
     return (
-      f' {number[0]} stands for a number in rules (OLD -> NEW) alone; in a '
+      f' {number[0]} stands for a number only in rules (OLD -> NEW); in a '
       f"selector write '*': {plain!r}."
     )
   slashed = _slashed(text)
@@ -941,27 +1014,29 @@ def _met(text: str, universe: Sequence[Path]) -> bool:
 
 def nearest(text: str, universe: Sequence[Path]) -> list[str]:
   """Returns up to five paths that resemble a selector, as selectors."""
-  wanted = text.removeprefix('re:')
-  ends = r'[/{},.]'  # Other programs join names with dots.
-  if wanted != text:  # Groups of a regular expression are no part of a name.
-    ends = r'[/{},|).]|\((?:\?(?::|P<\w+>))?'
   places = dict.fromkeys(p[:n] for p in universe for n in range(len(p), 0, -1))
   # Names are compared first: a typo is usually in one segment.
   names = {place[-1] for place in places}
-  words = [
-    re.sub(r'[*?\[\]\\]', '', word)
-    for word in re.split(ends, wanted)
-    if word.strip('*')
-  ]
-  close = [
+  words = _words(text) - names
+  close = {
     name
     for word in words
     for name in difflib.get_close_matches(word, names, n=2, cutoff=0.6)
-    if word not in names
-  ]
+  }
   found = [p for p in places if p[-1] in close]
   if not found:
+    # Comparing whole paths takes a while, so not all of a large model's.
     shown = {paths.show(p): p for p in list(places)[:5000]}
+    wanted = text.removeprefix('re:')
     texts = difflib.get_close_matches(wanted, shown, n=5, cutoff=0.3)
     found = [shown[t] for t in texts] or list(places)[:5]
   return [paths.literal(p) for p in found[:5]]
+
+
+def _words(text: str) -> set[str]:
+  """Returns the names in a selector, without wildcards."""
+  ends = r'[/{},.]'  # Other programs join names with dots.
+  if text.startswith('re:'):  # Groups of an expression are no part of a name.
+    text, ends = text[3:], r'[/{},|).]|\((?:\?(?::|P<\w+>))?'
+  words = (word for word in re.split(ends, text) if word.strip('*'))
+  return {re.sub(r'[*?\[\]\\]', '', word) for word in words}

@@ -202,9 +202,9 @@ def test_lock_raises_if_a_pattern_is_shadowed(net, base):
   for raises in (params.locked, attach):
     with pytest.raises(
       surgery.SelectorError,
-      match=r"patterns: selector '\*\*/hidden0' decides nothing: what it "
-      r'matches, e.g. net/mlp/hidden0/kernel, an earlier one does, '
-      r"'\*\*/hidden\*'. Put it first.",
+      match=r"patterns: selector '\*\*/hidden0' has no effect: the earlier "
+      r"selector '\*\*/hidden\*' decides all that it matches, e.g. "
+      r'net/mlp/hidden0/kernel. Put it first.',
     ):
       raises()
 

@@ -124,13 +124,13 @@ def test_rules_hold_at_once():
     ('a[b -> c', r"a '\[' without its '\]'"),
     ('a[z-a]/* -> [z]/*', 'cannot be read'),
     ('a** -> b**', r"a '\*\*' stands alone between slashes"),
-    ('h<i+1> -> h<i>', "on the left write '<i>'"),
-    ('h -> h<i>', "'<i>' stands on the right and not on the left"),
-    ('h<i> -> h<j>', "'<j>' stands on the right and not on the left"),
+    ('h<i+1> -> h<i>', "write '<i>' on the left"),
+    ('h -> h<i>', "'<i>' stands on the right but not on the left"),
+    ('h<i> -> h<j>', "'<j>' stands on the right but not on the left"),
     ('h<i> -> h<i//0>', "'<i//0>' divides by 0"),
     ('h<i> -> h<i**2>', r"expected '<i>', or '<i\+1>'.* found '<i\*\*2>'"),
     ('a<b -> c', r"found '<b'. Write '\\<' for the character"),
-    ('net -> net/', 'the new name has an empty part. Take the slash away'),
+    ('net -> net/', 'the new name has an empty part. Remove the slash'),
     ('type:Linear -> x', "rules are about paths, found 'type:Linear'"),
     ('!a -> x', "rules are about paths, found '!a'"),
     ('a -> re:b', "rules are about paths, found 're:b'"),
@@ -144,7 +144,7 @@ def test_rules_hold_at_once():
     (r're:(.*)/a -> $1/b', r"'\$' means nothing on the right of a regular"),
     ('h[01] -> g[ab]', r"'\[01\]' on the left and '\[ab\]' on the right"),
     ('h[!01] -> g[01]', r"'\[!01\]' on the left and '\[01\]' on the right"),
-    ('{a,a} -> {x,y}', 'braces on the left hold a name twice'),
+    ('{a,a} -> {x,y}', 'braces on the left repeat a name'),
     ('h[a/b] -> [a/b]', r"a '\[' without its '\]'"),
     ('h[!] -> [!]', r"a '\[' without its '\]'"),
   ],
@@ -194,8 +194,8 @@ def test_a_rule_that_matches_nothing_shows_the_nearest():
 def test_a_rule_that_never_decides_names_the_one_that_does():
   with pytest.raises(
     errors.RenameError,
-    match="rule 'net/a -> y' decides nothing: what it matches, e.g. net/a/k, "
-    "an earlier rule does, 'net -> x'. Put it first.",
+    match="rule 'net/a -> y' has no effect: the earlier rule 'net -> x' "
+    'decides all that it matches, e.g. net/a/k. Put it first.',
   ):
     renamed(['net -> x', 'net/a -> y'], 'net/a/k')
 

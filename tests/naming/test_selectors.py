@@ -296,7 +296,7 @@ LLAMA = [
     ),
     (
       'model/layers/<i>/self_attn',
-      '<i> stands for a number in rules (OLD -> NEW) alone; in a selector write '
+      '<i> stands for a number only in rules (OLD -> NEW); in a selector write '
       "'*': 'model/layers/*/self_attn'.",
     ),
     ('model.layers.<i>', "in a selector write '*': 'model/layers/*'."),

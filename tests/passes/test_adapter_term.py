@@ -158,8 +158,8 @@ def test_the_shell_knows_it(tmp_path, surgery_cli):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('adapter:secnod', "adapter to choose from. Did you mean 'second'?"),
-    ('adapter:nothing', 'there are no weights of such an adapter'),
+    ('adapter:secnod', "a weight of such an adapter. Did you mean 'second'?"),
+    ('adapter:nothing', 'no parameter is a weight of such an adapter'),
     ('adapter:{default,secnod}', "its alternative 'secnod' matches nothing "),
     ('!adapter:secnod', "selector '!adapter:secnod' matches nothing"),
     ('adapter:', 'matches nothing'),
@@ -176,14 +176,20 @@ def test_an_adapter_that_is_not_there_is_refused(params, text, message):
 
 def test_an_adapter_is_not_attached_to_another(params):
   lora = lambda **given: surgery.LoRA(rank=1, **given)
-  with pytest.raises(surgery.SelectorError, match='no weights of such'):
+  with pytest.raises(
+    surgery.SelectorError, match='no parameter is a weight of such'
+  ):
     surgery.attach(params, lora(), to='adapter:second', name='x', host=HOST)
-  with pytest.raises(surgery.SelectorError, match='no weights of such'):
+  with pytest.raises(
+    surgery.SelectorError, match='no parameter is a weight of such'
+  ):
     patterns = {'adapter:second': {'rank': 2}}
     surgery.attach(
       params, lora(patterns=patterns), to='**', name='x', host=HOST
     )
-  with pytest.raises(surgery.SelectorError, match='no weights of such'):
+  with pytest.raises(
+    surgery.SelectorError, match='no parameter is a weight of such'
+  ):
     surgery.attach(
       params, lora(), to='**', layout={'adapter:second': 'io'}, name='x',
       host=HOST,
@@ -192,5 +198,7 @@ def test_an_adapter_is_not_attached_to_another(params):
 
 def test_a_graph_has_no_adapters():
   model, *_ = models.mlp()
-  with pytest.raises(surgery.SelectorError, match='no weights of such'):
+  with pytest.raises(
+    surgery.SelectorError, match='no parameter is a weight of such'
+  ):
     choosing.select(model.root, 'adapter:default')

@@ -383,8 +383,8 @@ def test_the_first_selector_that_matches_decides(keep, expected):
 
 def test_a_selector_that_decides_nothing_is_refused():
   message = (
-    "keep: selector '**/bias' decides nothing: what it matches, e.g. "
-    "net/a/bias, an earlier one does, '**/a'. Put it first."
+    "keep: selector '**/bias' has no effect: the earlier selector '**/a' "
+    'decides all that it matches, e.g. net/a/bias. Put it first.'
   )
   with pytest.raises(surgery.SelectorError, match=re.escape(message)):
     cast(net(), 'bf16', keep=['**/a', '**/bias=f64'], host=HOST)

@@ -104,7 +104,7 @@ def test_numbers_of_layers_go_by_their_order_not_by_their_text():
     (
       {'method': 'slerp', 't': {'**': 1, 'head': 0}},
       surgery.SelectorError,
-      "'head' decides nothing",
+      "'head' has no effect",
     ),
     (
       {'method': 'slerp', 't': {'net': 1}},

@@ -159,7 +159,7 @@ def test_what_must_not_be_there_is_found_by_any_alternative(condition, holds):
     ({'rename': 'h/[01] -> h/[ab]'}, r"'\[01\]' on the left"),
     ({'copy': ['norm -> a', 'norm -> a']}, 'is given twice'),
     ({'add': ['other::norm/*', 'other::norm/*']}, 'is given twice'),
-    ({'cast': {'to': 'bf16', 'keep': ['**', '**/scale=f32']}}, 'decides nothing'),
+    ({'cast': {'to': 'bf16', 'keep': ['**', '**/scale=f32']}}, 'has no effect'),
     ({'drop': 'h**'}, 'stands alone'),
   ],
 )  # fmt: skip

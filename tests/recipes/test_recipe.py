@@ -231,7 +231,7 @@ SHAPE = 'h/0/q is float32[2,3]'
     ("- renumber: 'h/<i>'", 'the numbers are consecutive already'),
     ("- renumber: 'h/*'", 'expected a pattern with one number'),
     ("- repeat: {layers: 'h/<i>', numbers: 5}", 'there is no place 5'),
-    ("- stack: 'h/<i> -> h/<i>'", 'one side has to have one pair of braces'),
+    ("- stack: 'h/<i> -> h/<i>'", 'one side must have one pair of braces'),
     ("- stack: 'h -> h/<i>'", r'stack.: rule .* makes several of one'),
     ("- concat: '{out,h/0/q} -> x'", 'h/0/q is .2, 3. and out is .3,.'),
     ("- concat: '{out,h/0/k} -> x'", 'x would be made of 1 parts, and h/0/k is m'),
