@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import typing
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from surgery import errors
@@ -35,49 +35,65 @@ class _Configured:
     super().__init_subclass__(**kwargs)
     # Equality and hash are by configuration, see Adapter.
     config.make_dataclass(cls, eq=False)
-    made: Any = cls.__init__
+    made: Callable[..., None] = cls.__init__
 
-    # What is checked is checked here, around whatever a subclass writes: a
-    # `__post_init__` that forgets `super()` must not switch it off.
+    # The checks stand around whatever a subclass writes: a `__post_init__`
+    # that forgets `super()` must not switch them off.
     @functools.wraps(made)
     def checked(self: Any, **given: Any) -> None:
-      cls: Any = type(self)
-      if not isinstance(cls.name, str) or not cls.name:
-        raise errors.PluginError(
-          f'{cls.__module__}.{cls.__qualname__} has no name. Set the class '
-          "attribute `name`, e.g. name = 'mine'."
-        )
-      options = {k: v for k, v in given.items() if k != 'patterns'}
-      config.check_keys(cls, options)
-      config.check_required(cls, given)
-      _check_class(cls)
-      options = {k: config.check(cls, k, v) for k, v in options.items()}
-      patterns = _patterns(cls, given.get('patterns', ()))
-      with _foreign(cls, '__post_init__'):
+      options = _options(type(self), given)
+      patterns = _patterns(type(self), given.get('patterns', ()))
+      with _foreign(type(self), '__post_init__'):
         made(self, **options, patterns=patterns)
-      for key in config.options(cls):
-        value = getattr(self, key)
-        # Defaults, and what `__post_init__` has set.
-        if key not in options or value is not options[key]:
-          object.__setattr__(self, key, config.check(cls, key, value))
-      base: Any
-      for base in reversed(cls.__mro__):
-        # Of each class, so that one without `super()` takes nothing away.
-        if 'check' not in vars(base):
-          continue
-        with _foreign(cls, 'check'):
-          answer = base.check(self)
-        if answer is not None:
-          raise errors.PluginError(
-            f'{config.called(cls)}: check returned {answer!r}, expected '
-            'None. It raises surgery.ConfigError for options that do not go '
-            'together.'
-          )
-      for selector, values in self.patterns:
-        with errors.within(f'patterns, {selector!r}'):
-          dataclasses.replace(self, patterns=(), **dict(values))
+      _check_made(self, options)
 
     cls.__init__ = checked  # type: ignore
+
+
+def _options(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the options in the arguments of a class, each of them checked."""
+  if not isinstance(cls.name, str) or not cls.name:
+    raise errors.PluginError(
+      f'{cls.__module__}.{cls.__qualname__} has no name. Set the class '
+      "attribute `name`, e.g. name = 'mine'."
+    )
+  options = {k: v for k, v in given.items() if k != 'patterns'}
+  config.check_keys(cls, options)
+  config.check_required(cls, given)
+  _check_class(cls)
+  return {k: config.check(cls, k, v) for k, v in options.items()}
+
+
+def _check_made(adapter: Any, options: Mapping[str, Any]) -> None:
+  """Raises unless an instance is valid as its class has made it.
+
+  Args:
+    adapter: the instance.
+    options: the options that it was made with, which have been checked.
+  """
+  cls: Any = type(adapter)
+  for key in config.options(cls):
+    value = getattr(adapter, key)
+    # Defaults were not checked yet, nor what `__post_init__` has set.
+    if key not in options or value is not options[key]:
+      object.__setattr__(adapter, key, config.check(cls, key, value))
+  base: Any
+  for base in reversed(cls.__mro__):
+    # `check` of each class is called, so that one that does not call `super()`
+    # leaves out none of its bases' checks.
+    if 'check' not in vars(base):
+      continue
+    with _foreign(cls, 'check'):
+      answer = base.check(adapter)
+    if answer is not None:
+      raise errors.PluginError(
+        f'{config.called(cls)}: check returned {answer!r}, expected None. It '
+        'raises surgery.ConfigError for options that do not go together.'
+      )
+  for selector, values in adapter.patterns:
+    # Options that go together may not do so with those of a pattern.
+    with errors.within(f'patterns, {selector!r}'):
+      dataclasses.replace(adapter, patterns=(), **dict(values))
 
 
 def _patterns(cls: Any, given: Any) -> tuple[Any, ...]:
@@ -96,7 +112,7 @@ def _patterns(cls: Any, given: Any) -> tuple[Any, ...]:
 def _foreign(
   cls: Any, method: str, about: type[Exception] | None = ValueError
 ) -> Iterator[None]:
-  """Says of what a type's own code raises whose it is.
+  """Names the type in errors that its own code raises.
 
   Args:
     cls: the type.
@@ -105,8 +121,8 @@ def _foreign(
 
   Raises:
     ConfigError: for one of `about`.
-    PluginError: for anything else that is no `SurgeryError`, also an attempt
-      to end the process.
+    PluginError: for any other exception that is not a `SurgeryError`, even for
+      an attempt to end the process.
   """
   try:
     yield
@@ -140,7 +156,7 @@ class Adapter(_Configured):
       it, so that such adapters can be merged in any order.
     counters: names of integer weights of a site whose last element counts the
       calls in training through `surgery.factored`, for keys of dropout.
-    mergeable: False if `apply` is no parameter that could be stored.
+    mergeable: False if what `apply` returns cannot be stored as a parameter.
     rank_axes: which axis of a site's weight is its rank, by the weight's name,
       e.g. `{'lora_a': -1, 'lora_b': 0}`, so that `surgery.prune_ranks` can cut
       these weights together; `apply` takes the rank from their shapes then.
@@ -183,8 +199,8 @@ class Adapter(_Configured):
   def init(self, site: Site, key: Array) -> Weights:
     """Returns the weights that this adapter adds to a layer, by name.
 
-    Traced, and compiled once for sites that look alike: pure, written in JAX,
-    and nothing random but what derives from `key`.
+    Traced, and compiled once for sites of the same shapes. It must be pure,
+    written in JAX, and draw random numbers from `key` alone.
 
     Args:
       site: the parameters, with shapes and roles, and `site.base()`.
@@ -206,7 +222,7 @@ class Adapter(_Configured):
 
     Args:
       site: the parameters, with shapes and roles, and `site.base()`.
-      name: the parameter that is asked for.
+      name: name of the parameter that the layer reads.
       base: what the inner adapters answer for it, of shape `in_shape +
         out_shape`, in float32 or wider; the core rounds the result once, to
         the dtype in which the parameter is stored.
@@ -299,7 +315,7 @@ class Adapter(_Configured):
     """Returns options of an older version as those of this `version`.
 
     Called when a file is read whose adapter was made by an older version of
-    the type; one that was made by a newer one is refused. Called once for the
+    the type; a file of a newer version is refused. Called once for the
     options of the adapter, and once for those that each of its `patterns`
     gives to some sites, so any of them may be absent. A type whose `version`
     is above 1 must have it. Weights keep their names and shapes.
@@ -419,6 +435,27 @@ def _check_class(cls: type[Adapter]) -> None:
         'contract and cannot be an option. Give the option another name; class '
         "attributes are set without annotation, e.g. name = 'mine'."
       )
+  _check_flags(cls)
+  _check_version(cls)
+  _check_rank_axes(cls)
+  _check_spelling(cls)
+  _check_names(cls)
+  config.check_declaration(cls)
+  # A type that returns another interceptor needs no functions of its own.
+  if cls.surgery_intercept_param is Adapter.surgery_intercept_param:
+    for method in ('init', 'apply'):
+      if getattr(cls, method) is getattr(Adapter, method):
+        raise errors.PluginError(
+          f'{config.called(cls)} has no method `{method}`.'
+        )
+
+
+def _check_flags(cls: type[Adapter]) -> None:
+  """Raises unless attributes that are no names have the right type.
+
+  Raises:
+    PluginError: naming the attribute.
+  """
   for flag in ('adds', 'mergeable'):
     if not isinstance(getattr(cls, flag), bool):
       raise errors.PluginError(
@@ -430,38 +467,36 @@ def _check_class(cls: type[Adapter]) -> None:
       f'{config.called(cls)}: peft: expected a surgery.PeftMapping, found '
       f'{cls.peft!r}.'
     )
-  _check_version(cls)
-  _check_rank_axes(cls)
-  _check_spelling(cls)
-  for said in ('rewrites', 'frozen', 'counters'):
-    names = getattr(cls, said)
+
+
+def _check_names(cls: type[Adapter]) -> None:
+  """Raises unless attributes that list names are tuples of text.
+
+  Raises:
+    PluginError: naming the attribute.
+  """
+  for attribute in ('rewrites', 'frozen', 'counters'):
+    names = getattr(cls, attribute)
+    # `('kernel')` is text, whose letters would be taken for names.
     if isinstance(names, str) or not all(isinstance(n, str) for n in names):
       raise errors.PluginError(
-        f'{config.called(cls)}: {said}: expected a tuple of names, found '
+        f'{config.called(cls)}: {attribute}: expected a tuple of names, found '
         f'{names!r}. One name is written with a comma: ({names!r},).'
       )
   if not cls.rewrites:
     raise errors.PluginError(
-      f'{config.called(cls)}: rewrites: expected the names of one '
-      "parameter or more, as ('kernel',), found none."
+      f'{config.called(cls)}: rewrites: expected the names of one parameter or '
+      "more, as ('kernel',), found none."
     )
-  config.check_declaration(cls)
-  if cls.surgery_intercept_param is Adapter.surgery_intercept_param:
-    for method in ('init', 'apply'):
-      if getattr(cls, method) is getattr(Adapter, method):
-        raise errors.PluginError(
-          f'{config.called(cls)} has no method `{method}`.'
-        )
 
 
 def _check_version(cls: type[Adapter]) -> None:
   """Raises unless older configurations can be read.
 
   Raises:
-    PluginError: for a version that is none, or that `upgraded` is lacking for.
+    PluginError: for an invalid version, or if it needs an `upgraded`.
   """
-  whole = isinstance(cls.version, int) and not isinstance(cls.version, bool)
-  if not whole or cls.version < 1:
+  if not _is_version(cls.version):
     raise errors.PluginError(
       f'{config.called(cls)}: version: expected a whole number of at '
       f'least 1, found {cls.version!r}.'
@@ -471,9 +506,15 @@ def _check_version(cls: type[Adapter]) -> None:
   if cls.version > 1 and theirs.__func__ is Adapter.upgraded.__func__:  # type: ignore[attr-defined]
     raise errors.PluginError(
       f'{config.called(cls)}: version {cls.version} needs a classmethod '
-      '`upgraded(cls, config, version)`, which makes options of this version '
-      'of older ones, since files that older versions wrote would be misread.'
+      '`upgraded(cls, config, version)`, which converts older options to this '
+      'version; without it, files that older versions wrote would be misread.'
     )
+
+
+def _is_version(version: object) -> bool:
+  """Whether something is a whole number of at least 1."""
+  whole = isinstance(version, int) and not isinstance(version, bool)
+  return whole and version >= 1  # type: ignore[operator]
 
 
 def _check_rank_axes(cls: type[Adapter]) -> None:
@@ -522,8 +563,8 @@ def unserved(adapter: Adapter, site: Site) -> str | None:
   if isinstance(answer, str) and answer.strip(' .\n'):
     return answer.strip().rstrip('.')
   raise errors.PluginError(
-    f'{config.called(cls)}: serves returned {answer!r}, expected the reason '
-    'why it does not serve the site, or None if it does.'
+    f'{config.called(cls)}: serves returned {answer!r}, expected None, or as '
+    'text the reason why the type cannot serve the site.'
   )
 
 
@@ -539,13 +580,12 @@ def current(
     origin: the distribution that the type comes from, or an empty string.
 
   Raises:
-    FormatError: for a version that is newer than the installed one, or none.
-    ConfigError: if `upgraded` raises a `ValueError`, or returns an option that
-      the type has not.
-    PluginError: if it fails otherwise, or returns something else than options.
+    FormatError: for a version that is invalid, or newer than the installed one.
+    ConfigError: if `upgraded` raises a `ValueError`, or returns an unknown
+      option.
+    PluginError: if it raises anything else, or does not return options.
   """
-  whole = isinstance(version, int) and not isinstance(version, bool)
-  if not whole or version < 1:
+  if not _is_version(version):
     raise errors.FormatError(
       f"a configuration of type '{cls.name}': expected a version of at least "
       f'1, found {version!r}.'
@@ -563,7 +603,7 @@ def current(
 
   def one(options: Mapping[str, Any]) -> dict[str, Any]:
     with _foreign(cls, 'upgraded'):
-      # A copy, since what the file says may be looked at again.
+      # A copy, since the caller keeps what the file says.
       result: Any = cls.upgraded(copy.deepcopy(dict(options)), version)
     if not isinstance(result, Mapping):
       raise errors.PluginError(
@@ -612,9 +652,9 @@ def _check_spelling(cls: type[Adapter]) -> None:
       close = difflib.get_close_matches(name, _OPTIONAL, n=1, cutoff=0.85)
       if close:
         raise errors.PluginError(
-          f'{config.called(cls)}: {name!r} is no part of the contract, '
-          f'and would have no effect. Did you mean {close[0]!r}? If it is '
-          "something of the type's own, begin its name with an underscore."
+          f'{config.called(cls)}: {name!r} is not part of the contract and '
+          f'would have no effect. Did you mean {close[0]!r}? If it is private '
+          'to the type, begin its name with an underscore.'
         )
 
 

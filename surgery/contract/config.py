@@ -98,54 +98,63 @@ def called(cls: type) -> str:
   return f"{kind} '{name}'{f' of {where}' if where else ''}"
 
 
+# An integer is a value for a float, as elsewhere in Python; a bool, which is an
+# integer to Python, is one for neither.
+_NUMBERS: dict[Any, tuple[type, ...]] = {float: (int, float), int: (int,)}
+_UNIONS = (types.UnionType, typing.Union)
+
+
 def _conforms(value: Any, annotation: Any) -> bool:
+  """Whether a value has the type of an annotation, tuples item by item."""
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-  if annotation is Any:
-    return True
   if annotation is None or annotation is type(None):
     return value is None
-  if origin in (types.UnionType, typing.Union):
+  if origin in _UNIONS:
     return any(_conforms(value, a) for a in args)
   if origin is typing.Literal:
-    return any(value == a and type(value) is type(a) for a in args)
-  if annotation is float:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-  if annotation is int:
-    return isinstance(value, int) and not isinstance(value, bool)
+    # With the types, since `True == 1`.
+    return (type(value), value) in [(type(a), a) for a in args]
+  if annotation in _NUMBERS:
+    numbers = _NUMBERS[annotation]
+    return isinstance(value, numbers) and not isinstance(value, bool)
   if origin is tuple:
-    if not isinstance(value, tuple):
-      return False
-    if len(args) == 2 and args[1] is Ellipsis:
-      return all(_conforms(v, args[0]) for v in value)
-    return len(value) == len(args) and all(map(_conforms, value, args))
+    return isinstance(value, tuple) and _conforms_each(value, args)
   if isinstance(annotation, type):
     return isinstance(value, annotation)
-  return False
+  return annotation is Any
+
+
+def _conforms_each(values: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
+  """Whether the items of a tuple are those of a tuple's annotation."""
+  if len(args) == 2 and args[1] is Ellipsis:
+    return all(_conforms(v, args[0]) for v in values)
+  return len(values) == len(args) and all(map(_conforms, values, args))
+
+
+# How values that are words are written.
+_WORDS: dict[Any, dict[str, bool | None]] = {
+  type(None): {'none': None, 'null': None},
+  bool: {'true': True, 'false': False},
+}
 
 
 def _parse(text: str, annotation: Any) -> Any:
   """Reads `text` as `annotation`; returns the text itself where it cannot."""
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-  if origin in (types.UnionType, typing.Union):
-    for option in sorted(args, key=lambda a: a is str):
-      value = _parse(text, option)
-      if _conforms(value, option):
-        return value
-    return text
-  if annotation is type(None):
-    return None if text.lower() in ('none', 'null') else text
-  if annotation is bool:
-    return {'true': True, 'false': False}.get(text.lower(), text)
-  if annotation in (int, float):
-    try:
-      return annotation(text)
-    except ValueError:
-      return text
+  if origin in _UNIONS:
+    # Any text is text, so that is tried last: `8` is a number for `int | str`.
+    ordered = sorted(args, key=lambda a: a is str)
+    read = [(_parse(text, option), option) for option in ordered]
+    return next((v for v, option in read if _conforms(v, option)), text)
+  if annotation in _WORDS:
+    return _WORDS[annotation].get(text.lower(), text)
   if origin is typing.Literal:
     return next((a for a in args if str(a) == text), text)
   if annotation is str:
     return text
   try:
+    if annotation in (int, float):
+      return annotation(text)
     return _from_json(json.loads(text), annotation)
   except ValueError:
     return text
@@ -154,7 +163,7 @@ def _parse(text: str, annotation: Any) -> Any:
 def _from_json(value: Any, annotation: Any) -> Any:
   """Turns JSON's lists into tuples where the annotation asks for them."""
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-  if origin in (types.UnionType, typing.Union) and isinstance(value, list):
+  if origin in _UNIONS and isinstance(value, list):
     return next(
       (_from_json(value, a) for a in args if typing.get_origin(a) is tuple),
       value,
@@ -168,15 +177,18 @@ def _items(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
   """Returns the annotation of each item of a tuple, given the tuple's own."""
   if len(args) == 2 and args[1] is Ellipsis:
     return args[:1] * count
+  # A wrong number of items is an error that `check` raises; here nothing is
+  # lost.
   return args if len(args) == count else (Any,) * count
 
 
 def _widened(value: Any, annotation: Any) -> Any:
-  """Turns an integer into a float where the annotation knows no integers."""
+  """Turns an integer into a float where the annotation allows no integer."""
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if origin is tuple and isinstance(value, tuple):
     return tuple(map(_widened, value, _items(args, len(value))))
   if origin in (types.UnionType, typing.Union):
+    # `int | float` keeps an integer as it is; `float | None` makes it a float.
     fitting = [a for a in args if _conforms(value, a)]
     return value if int in fitting else _widened(value, fitting[0])
   return float(value) if annotation is float else value
@@ -189,7 +201,7 @@ def _plain(value: Any) -> Any:
   """
   if isinstance(value, tuple):
     return tuple(map(_plain, value))
-  numpy = sys.modules.get('numpy')  # Nobody has a scalar of it otherwise.
+  numpy = sys.modules.get('numpy')  # Not imported: then it is no scalar of it.
   if numpy is not None and isinstance(value, numpy.generic):
     return value.item()
   return value
@@ -297,7 +309,7 @@ def check_required(cls: type, given: Mapping[str, Any]) -> None:
   """
   for key, option in options(cls).items():
     if option.default is dataclasses.MISSING and key not in given:
-      raise errors.ConfigError(f'{_where(cls, key)}: it must be given.')
+      raise errors.ConfigError(f'{_where(cls, key)}: a value is required.')
 
 
 def parse(cls: type, given: Mapping[str, str]) -> dict[str, Any]:
@@ -386,7 +398,7 @@ def check_declaration(cls: type) -> None:
     ]
     if bounds and not _has_numbers(annotation):
       raise errors.PluginError(
-        f'{_where(cls, name)}: {bounds[0]}= is for numbers, and the option is '
+        f'{_where(cls, name)}: {bounds[0]}= needs a number, found the type '
         f'{type_name(annotation)}.'
       )
 
@@ -425,7 +437,7 @@ def freeze(
   """Returns `patterns` as nested tuples, which are hashable.
 
   Raises:
-    ConfigError: if it is no mapping from selector to options.
+    ConfigError: if it is not a mapping from selector to options.
   """
   if isinstance(patterns, tuple):
     patterns = {k: dict(v) for k, v in patterns}

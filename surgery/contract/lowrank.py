@@ -18,11 +18,11 @@ from surgery.once import once
 
 # For each axis of a factor the axis of the result that it owns, or one of
 # these: RANK is summed over; along ROW there is a factor for each row of an
-# input, which no dense array can be.
+# input, for which there is no dense array.
 Axes = tuple[int, ...]
 RANK = -1
 ROW = -2
-# Axes of a base that is not there.
+# Axes of a base that is missing.
 NONE: Axes = (-3,)
 
 
@@ -38,9 +38,9 @@ class LowRank:
   of `LowRank(base).dense() * scale`, `surgery.factored` keeps scale and base
   apart, so that no gradient as large as the base is made for a scale.
 
-  It says no more than the dense array does: whoever wants the array calls
-  `dense()`. Returning it, or an array made from its `dense()`, lets
-  `surgery.factored` keep the factors apart where that is cheaper.
+  It means the same as the dense array, which `dense()` returns. Returning it
+  from `apply`, or an array made from its `dense()`, lets `surgery.factored`
+  keep the factors apart where that is cheaper.
 
   Attributes:
     base: array of shape `in_shape + out_shape`, another `LowRank`, or none.
@@ -48,8 +48,8 @@ class LowRank:
     b: array of shape `(rank,) + out_shape`.
     scale: factor of the product.
     dropout: probability with which `surgery.factored` drops elements of what
-      goes into `a`, in training (and divides the others by `1 - dropout`); the
-      array, which is what it does on average, does not know of it.
+      goes into `a`, in training (and divides the others by `1 - dropout`). The
+      dense array does not depend on it: it is the expected value.
     key: typed PRNG key of shape `()` for that; needed if `dropout` is not zero.
   """
 
@@ -71,34 +71,23 @@ class LowRank:
     base: Any = self.base
     if base is not None:
       base = base.dense() if isinstance(base, LowRank) else jnp.asarray(base)
-    a, b, scale = self.a, self.b, self.scale
-    if (a is None) != (b is None) or (a is None and base is None):
-      raise errors.SiteError(
-        'LowRank: expected a base, or a and b, or all three.'
-      )
-    if a is None:
-      a = jnp.zeros((0,), base.dtype)
-      b = jnp.zeros((0, *base.shape), base.dtype)
-    outer = jnp.ndim(a) - 1
-    if outer < 0 or not jnp.ndim(b) or jnp.shape(a)[-1] != jnp.shape(b)[0]:
-      raise errors.SiteError(
-        f'LowRank: a of shape {jnp.shape(a)} and b of shape {jnp.shape(b)} '
-        'have no common rank: expected in_shape + (rank,) and (rank,) + '
-        'out_shape.'
-      )
-    shape = jnp.shape(a)[:-1] + jnp.shape(b)[1:]
+    a, b = self._factors(base)
+    shape = _product_shape(jnp.shape(a), jnp.shape(b))
     if base is not None and shape != base.shape:
       raise errors.SiteError(
         f'LowRank: a·b has shape {shape}, the base {base.shape}.'
       )
+    scale = self.scale
     if not isinstance(scale, (int, float)):
+      # The primitive's scale is a constant; one that is traced goes into b.
       b, scale = scale * b, 1.0
-    keys = [] if self.key is None or not self.dropout else [self.key]
-    if self.dropout and not keys:
+    if self.dropout and self.key is None:
       raise errors.SiteError('LowRank: dropout needs a key.')
-    whole, *factors = _standard(outer, len(shape))
+    keys = [self.key] if self.dropout else []
+    whole, *factors = _standard(jnp.ndim(a) - 1, len(shape))
     return primitive().bind(
-      # What a primitive is given has to be an array.
+      # A primitive takes arrays only, so a missing base is a scalar that its
+      # axes, `NONE`, mark as missing.
       jnp.zeros((), jnp.result_type(a, b)) if base is None else base,
       a,
       b,
@@ -107,6 +96,39 @@ class LowRank:
       scale=float(scale),
       dropout=float(self.dropout),
     )
+
+  def _factors(self, base: Any) -> tuple[Any, Any]:
+    """Returns `a` and `b`; for a base alone, factors of rank zero."""
+    import jax.numpy as jnp
+
+    if (self.a is None) != (self.b is None) or (
+      self.a is None and base is None
+    ):
+      raise errors.SiteError(
+        'LowRank: expected a base, or a and b, or all three.'
+      )
+    if self.a is not None:
+      return self.a, self.b
+    zeros = jnp.zeros((0, *base.shape), base.dtype)
+    return jnp.zeros((0,), base.dtype), zeros
+
+
+def _product_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape of a product.
+
+  Args:
+    a: shape of the factor whose last axis is the rank.
+    b: shape of the factor whose first axis is the rank.
+
+  Raises:
+    SiteError: if they have no common rank.
+  """
+  if not a or not b or a[-1] != b[0]:
+    raise errors.SiteError(
+      f'LowRank: a of shape {a} and b of shape {b} have no common rank: '
+      'expected in_shape + (rank,) and (rank,) + out_shape.'
+    )
+  return a[:-1] + b[1:]
 
 
 @functools.cache
@@ -125,15 +147,17 @@ def contracted(
   """Returns the product of two factors, with axes in ascending order.
 
   Args:
-    a: array whose axes are those of the result, or `RANK`.
-    a_axes: which; those that both factors have go together.
-    b: the other array.
-    b_axes: its axes.
-    precision: of the product.
+    a: the first factor.
+    a_axes: for each of its axes that of the result, or `RANK`; axes that both
+      factors own are multiplied element by element.
+    b: the second factor.
+    b_axes: the same of its axes.
+    precision: precision of the product, as `jax.lax.dot_general` takes it.
   """
   import jax
 
   both = [x for x in a_axes if x in b_axes and x != RANK]
+  alone = lambda axes: [x for x in axes if x not in both and x != RANK]
   product = jax.lax.dot_general(
     a,
     b,
@@ -143,21 +167,18 @@ def contracted(
     ),
     precision=precision,
   )
-  found = [
-    *both,
-    *(x for x in a_axes if x not in both and x != RANK),
-    *(x for x in b_axes if x not in both and x != RANK),
-  ]
+  # dot_general puts shared axes first, then those of a, then those of b.
+  found = [*both, *alone(a_axes), *alone(b_axes)]
   order = sorted(range(len(found)), key=found.__getitem__)
   return product if order == sorted(order) else product.transpose(order)
 
 
 def spread(value: Any, axes: Sequence[int], shape: Sequence[int]) -> Any:
-  """Returns an array repeated along the axes that it does not own.
+  """Returns an array broadcast along the axes that it does not own.
 
   Args:
-    value: array whose axes are those of the result.
-    axes: which.
+    value: the array.
+    axes: for each of its axes that of the result.
     shape: shape of the result.
   """
   import jax
@@ -171,10 +192,10 @@ def spread(value: Any, axes: Sequence[int], shape: Sequence[int]) -> Any:
 
 
 def shape_of(values: Sequence[Any], axes: tuple[Axes, ...]) -> tuple[int, ...]:
-  """Returns the shape of a result, given what owns its axes."""
+  """Returns the shape of a result from the arrays that own its axes."""
   sizes = {
     axis: size
-    for value, owned in zip(values, axes, strict=False)  # Not a key's.
+    for value, owned in zip(values, axes, strict=False)  # Keys own none.
     if owned != NONE
     for axis, size in zip(owned, value.shape, strict=True)
   }
@@ -190,25 +211,27 @@ def dense(
   scale: float,
   dropout: float = 0.0,
 ) -> Any:
-  """Computes what the primitive stands for.
+  """Computes the dense array of the primitive.
 
   Args:
-    base: array; axes that it does not own it is repeated along.
+    base: array, broadcast along the axes that it does not own.
     a: array with a rank axis.
     b: array with a rank axis.
     *key: not used.
     axes: for each of the three, and a key, the axes of the result that it
-      owns; `NONE` for a base that is not there.
+      owns; `NONE` for a missing base.
     scale: factor of the product.
     dropout: not used.
   """
   del key, dropout
   if ROW in axes[1]:
     raise errors.AdapterError(
-      'params are routed: each row of an input has its own adapter, so there '
-      'is no dense parameter. Call surgery.factored(model), not the model.'
+      'params are routed: each row of an input has its own adapter, so no '
+      'dense parameter exists. Call surgery.factored(model), not the model.'
     )
   shape = shape_of((base, a, b), axes)
+  # A rank of zero is a base alone: its bits stay, where adding zeros would
+  # turn -0.0 into 0.0.
   if not a.shape[axes[1].index(RANK)] and axes[0] != NONE:
     return spread(base, axes[0], shape)
   product = contracted(a, axes[1], b, axes[2], 'highest')
@@ -226,7 +249,8 @@ def primitive() -> Any:
 
   @functools.lru_cache(maxsize=4096)
   def abstract(avals: Any, axes: Any, scale: float) -> Any:
-    # What dense code would be: shape, dtype, sharding and varying mesh axes.
+    # Traced from the dense code, so that shape, dtype, sharding and varying
+    # mesh axes are what they would be without the primitive.
     closed = jax.make_jaxpr(functools.partial(dense, axes=axes, scale=scale))
     return closed(*avals).out_avals[0]
 
@@ -240,6 +264,8 @@ def primitive() -> Any:
       made = contracted(a, axes[1], b, axes[2], 'highest')
       return scale * spread(made, owned, shape)
 
+    # d(W + s·AB) = dW + s·(dA B + A dB). A tangent that is a symbolic zero
+    # adds no term, so a frozen base costs nothing.
     moves = [not jaxcompat.is_zero(t) for t in tangents[:3]]
     moves[0] = moves[0] and axes[0] != NONE
     parts = []
@@ -250,14 +276,15 @@ def primitive() -> Any:
     if moves[2]:
       parts.append(product(a, tangents[2]))
     out = low_rank.bind(*primals, **params)
-    # Nothing moves where the key alone was differentiated.
+    # All tangents are zero where only the key was differentiated.
     none = jax.numpy.zeros_like(out)
-    # A narrow base's tangent is as narrow as that.
+    # The tangent of a narrow base is as narrow as the base, the sum may not be.
     parts = [jax.lax.convert_element_type(p, out.dtype) for p in parts]
     return out, functools.reduce(lambda x, y: x + y, parts) if parts else none
 
   def batch(operands: Any, dims: Any, **params: Any) -> Any:
-    # A mapped axis is one that each factor owns in which it is mapped.
+    # The mapped axis becomes axis 0 of the result, so that the others move up
+    # by one; each factor that is mapped owns it, the others are repeated.
     axes = params.pop('axes')
     moved, owned = [], []
     for value, dim, old in zip(operands, dims, axes, strict=True):
@@ -267,7 +294,8 @@ def primitive() -> Any:
       moved.append(value)
       owned.append(tuple(new))
     if all(dim is None for dim in dims[:3]):
-      # A key for each, and nothing else: a factor is repeated.
+      # Only the keys are mapped, and keys own no axes of the result: a factor
+      # is repeated to give the result its mapped axis.
       (count,) = {
         v.shape[d] for v, d in zip(operands[3:], dims[3:], strict=True)
       }

@@ -160,8 +160,8 @@ def _braces(text: str, whole: str, offset: int = 0) -> list[_Pattern]:
   for low, high in itertools.pairwise(cuts):
     # Places are of the whole selector, since an alternative that matches
     # nothing is found by its place: `{a,b}/{a,c}` has two called `a`.
-    place = (start, end, low + 1, high)
-    mine = frozenset({tuple(offset + n for n in place)})
+    place = (offset + start, offset + end, offset + low + 1, offset + high)
+    mine = frozenset({place})
     for part in _braces(text[low + 1 : high], whole, offset + low + 1):
       result += [
         _Pattern(
@@ -192,7 +192,7 @@ def _cuts(text: str, whole: str) -> list[int]:
   Raises:
     SelectorError: for a brace without its counterpart.
   """
-  depth, cuts = 0, []
+  depth, cuts = 0, list[int]()
   for match in _BRACE.finditer(text):
     char = match[0]
     depth += (char == '{') - (char == '}')

@@ -140,7 +140,7 @@ def test_a_check_that_returns_something_is_the_types_mistake():
 @pytest.mark.parametrize(
   ('said', 'message'),
   [
-    ({'rewrite': ('bias',)}, "'rewrite' is no part .* mean 'rewrites'"),
+    ({'rewrite': ('bias',)}, "'rewrite' is not part .* mean 'rewrites'"),
     ({'frozens': ()}, "'frozens' is no part .* mean 'frozen'"),
     ({'counter': ('a',)}, "mean 'counters'"),
     ({'mergable': False}, "mean 'mergeable'"),

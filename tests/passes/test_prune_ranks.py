@@ -292,7 +292,9 @@ def test_a_half_is_refused():
 
 @pytest.mark.parametrize('axes', [('lora_a',), {'lora_a': '0'}, {'a': True}, 3])
 def test_axes_that_are_none_are_refused(axes):
-  with pytest.raises(surgery.PluginError, match='rank_axes: expected axes by'):
+  with pytest.raises(
+    surgery.PluginError, match='rank_axes: expected a mapping'
+  ):
     with_axes(axes)
 
 
