@@ -41,7 +41,7 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-  """What observers are told.
+  """What observers get.
 
   Attributes:
     verb: name of the verb or pass, e.g. `merge`.
@@ -60,13 +60,13 @@ def surgery_match_layer(site: Site, term: str) -> bool | None:
 
   Called: for each layer, when a selector with a term that is not built in
   (`re:`, `type:`) is resolved; for each candidate site, with the term
-  `serves:<type>`, when an adapter is attached. Every layer is asked about, one
-  of scalars and `rng` too: a key has the shape `()` and an empty dtype, a
-  counter the shape `()`. So look at ranks before sizes.
+  `serves:<type>`, when an adapter is attached. It is called for every layer,
+  also for `rng` and layers of scalars: a key has the shape `()` and an empty
+  dtype, a counter the shape `()`. So check the rank before sizes.
   Order: adapters being attached first, then plugins, last registered first;
   the first result that is not None wins.
   Return: True if the layer is meant, False if not, None if the term is
-  somebody else's.
+  another plugin's.
   May raise: a `SurgeryError`, for a term that is its own but cannot be read.
   Since: 0.1.
   """
@@ -130,11 +130,11 @@ def surgery_passes() -> Mapping[str, Callable[..., Any]]:
   Order: all are asked; a name that two offer is an error.
   Return: by name, functions from a `Checkpoint` and keyword arguments to a
   `Checkpoint`. In a recipe they are given parameters as layers get them, with
-  enabled adapters, and may not change those that an adapter rewrites; one that
-  knows about adapters is marked by `surgery.handles_adapters`. After each step
-  it is seen to that all leaves are `Leaf`s, that no adapter has lost a part (a
-  weight, its parameter, or its record), and, when a leaf is computed, that it
-  has the shape and the dtype that it said: for params and for files alike.
+  enabled adapters, and may not change those that an adapter rewrites; a pass
+  that handles adapters itself is marked by `surgery.handles_adapters`. After
+  each step the library checks that all leaves are `Leaf`s and that no adapter
+  has lost a part (a weight, its parameter, or its record), and, when a leaf is
+  computed, that it has the shape and the dtype that it declares.
   May raise: no. The functions may: a `SurgeryError` to refuse; anything else is
   a failure of the plugin, which is named with the step.
   Since: 0.1.
@@ -149,15 +149,16 @@ def surgery_formats() -> Mapping[str, Any]:
   Order: all are asked; a name that two offer is an error.
   Return: by name, objects with `suffixes`, `open(path)` that returns a
   `Checkpoint` and `write(checkpoint, path, *, overwrite=False, manifest=True,
-  shard_size=None, progress=None)`. Of these `write` may take fewer, since only
-  what is not the default is passed: without `manifest` or `shard_size` who asks
-  for it gets an error, without `progress` nobody is told. A format whose
-  `write` takes `shard_size` is also given indexes (`out.suffix.index.json`) to
-  open. `surgery.files.sharding` reads and writes sets for any format with the
-  methods of `surgery.files.sharding.Parts`. A format whose models are folders
-  has `recognises(path)`, which says whether a path is one of them, is asked
-  before suffixes are looked at, and writes the whole folder itself; with
-  `keeps_format = True` a folder that is made of one (`-o out/`) is one, too.
+  shard_size=None, progress=None)`. `write` may take fewer of these, since only
+  values that differ from the defaults are passed: without `manifest` or
+  `shard_size` a caller who gives it gets an error, without `progress` there is
+  no progress. A format whose `write` takes `shard_size` is also given indexes
+  (`out.suffix.index.json`) to open. `surgery.files.sharding` reads and writes
+  sets for any format with the methods of `surgery.files.sharding.Parts`. A
+  format whose models are folders has `recognises(path)`, which returns whether
+  a path is one of them and is called before suffixes are compared, and writes
+  the whole folder itself; with `keeps_format = True` a folder that is made of
+  one (`-o out/`) is one, too.
   May raise: no.
   Since: 0.1.
   """
@@ -228,7 +229,7 @@ def surgery_started(event: Event) -> None:
   """Observes that a verb starts; for progress and provenance.
 
   Called: before a verb does anything.
-  Order: all are told.
+  Order: all are called.
   Return: nothing.
   May raise: no; what it raises is reported as a failure of the plugin.
   Since: 0.1.
@@ -240,7 +241,7 @@ def surgery_finished(event: Event) -> None:
   """Observes that a verb ended, well or with `event.failed`.
 
   Called: after each verb that was announced by `surgery_started`.
-  Order: all are told.
+  Order: all are called.
   Return: nothing.
   May raise: no; what it raises is reported as a failure of the plugin.
   Since: 0.1.

@@ -37,7 +37,7 @@ class _Named:
         first that matches decides, as PEFT's `get_pattern_key` has it.
 
     Raises:
-      ConfigError: for patterns that are none.
+      ConfigError: for patterns that are not regular expressions.
     """
     some = self.config.get(patterns) or {}
     if not isinstance(some, Mapping):
@@ -213,7 +213,7 @@ class PeftMapping:
   def check(self, config: Mapping[str, Any]) -> None:
     """Raises for a configuration that the type cannot do; by default never.
 
-    Keys in `off` have been looked at already.
+    Keys in `off` have been checked already.
 
     Raises:
       ConfigError: saying which key, and why.

@@ -77,11 +77,11 @@ class ParamSpec:
 
 
 class PathNeeded(Exception):  # noqa: N818
-  """An adapter asked a site that stands for many which one it is."""
+  """An adapter read the path of a site that several layers share."""
 
 
 class _Anywhere(tuple[str, ...]):
-  """The layer of a site that stands for many: whoever looks is told so."""
+  """The layer of a site that several layers share: reading it raises."""
 
   __slots__ = ()
 
@@ -90,7 +90,7 @@ class _Anywhere(tuple[str, ...]):
     raise PathNeeded
 
   def __reduce__(self) -> str:
-    return '_ANYWHERE'  # There is one.
+    return '_ANYWHERE'  # By name, since it is recognised by identity.
 
   __iter__ = __getitem__ = __len__ = __contains__ = __add__ = _refuse
   __str__ = __repr__ = __format__ = __hash__ = _refuse
@@ -120,7 +120,8 @@ class Site:
 
   @property
   def _identity(self) -> tuple[Any, ...]:
-    # The layer of an anonymous site must not be looked at, not even here.
+    # The layer of an anonymous site raises whatever is done with it, so it is
+    # recognised by identity and left out of the comparison.
     layer = None if self.layer is _ANYWHERE else self.layer
     return layer, self.params, self.types, self.known
 
@@ -183,8 +184,8 @@ class Site:
         return spec
     raise errors.SiteError(
       f'{paths.show(self.layer)}: the site has no parameter {name!r}, only '
-      f'{", ".join(s.name for s in self.params)}. What a type works with of a '
-      'layer is in its `rewrites`.'
+      f'{", ".join(s.name for s in self.params)}. A type gets the parameters '
+      'that its `rewrites` names.'
     )
 
   def has(self, name: str) -> bool:
@@ -204,15 +205,16 @@ class Site:
       SiteError: where no values are at hand (outside of `init` and `apply`).
     """
     raise errors.SiteError(
-      f'{paths.show(self.layer)}: base({name!r}) is only there inside of init '
-      'and apply.'
+      f'{paths.show(self.layer)}: base({name!r}) is available only inside of '
+      'init and apply.'
     )
 
   @functools.cached_property
   def anonymous(self) -> Site:
-    """A site for computing on all sites that look alike.
+    """A site that all sites with the same parameters share for computing.
 
-    Its path cannot be asked for: one that depends on it must not be shared.
+    Reading its path raises `PathNeeded`, since what depends on the path cannot
+    be shared.
     """
     return _anonymous(self.params, self.types)
 
@@ -255,7 +257,8 @@ class Site:
 
 @functools.lru_cache(maxsize=1024)
 def _anonymous(params: tuple[ParamSpec, ...], types: tuple[str, ...]) -> Site:
-  # One for all that look alike, so that comparing two is comparing pointers.
+  # Sites with the same parameters get one object, so that comparing two of
+  # them is comparing pointers. Sharding decides no number, so it is left out.
   bare = tuple(
     dataclasses.replace(p, sharding=()) if p.sharding else p for p in params
   )

@@ -1,4 +1,4 @@
-"""Code of somebody else: what it raises, and what it prints.
+"""Code of plugins: what it raises, and what it prints.
 
 The shell's results go to stdout, and nothing else may. What a plugin prints is
 not a result, whether at its import, in a hook or in a pass.
@@ -20,9 +20,10 @@ _RUNNING: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 
 class printing:  # noqa: N801 - it is used as a function is.
-  """Marks what runs while it is entered as somebody else's, for `Product`.
+  """Marks code that runs while it is entered as a plugin's, for `Product`.
 
-  No generator: hooks are asked twice for each layer of a model.
+  A class rather than a generator, for speed: hooks are called twice for each
+  layer of a model.
   """
 
   __slots__ = ('_token',)
@@ -38,14 +39,14 @@ class printing:  # noqa: N801 - it is used as a function is.
 def code(
   what: str, passing: tuple[type[Exception], ...] = ()
 ) -> Iterator[None]:
-  """Says of what is raised whose code it was.
+  """Names the plugin in what its code raises.
 
   Args:
     what: the code, as in `pass 'clip' of plugin 'clip' of surgery-clip 1.0`.
-    passing: what else may be raised as it is.
+    passing: further exceptions that are passed on unchanged.
 
   Raises:
-    PluginError: for anything that is no `SurgeryError`, also an attempt to end
+    PluginError: for anything but a `SurgeryError`, even for an attempt to end
       the process.
   """
   try:
@@ -70,9 +71,9 @@ class Product:
     self._stream = stream
 
   def write(self, text: str) -> int:
-    """Writes to stdout, or to stderr while code of somebody else runs."""
+    """Writes to stdout, or to stderr while code of a plugin runs."""
     target = sys.stderr if _RUNNING.get() else self._stream
-    # Whoever closed stderr does not want to know.
+    # stderr may be closed; what a plugin prints is dropped then.
     return len(text) if target is None else int(target.write(text))
 
   def writelines(self, lines: Any) -> None:
@@ -89,7 +90,7 @@ def product() -> Iterator[None]:
   """Keeps stdout for results while it is entered."""
   stream = sys.stdout
   if stream is None:
-    yield  # Nobody gets them.
+    yield  # stdout is closed, so there is nothing to keep apart.
     return
   with contextlib.redirect_stdout(cast(Any, Product(stream))):
     yield

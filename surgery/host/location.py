@@ -55,13 +55,13 @@ def numbered(path: pathlib.Path) -> tuple[str, int, int] | None:
 
 
 def part_of(path: pathlib.Path) -> str | None:
-  """Says of which set a file is a part, if it is one of several.
+  """Describes the set that a file is a part of, if it is part of one.
 
   Args:
-    path: a file, and not an index.
+    path: a file that is not an index.
 
   Returns:
-    What tells it, as the end of a sentence; None for a model of its own.
+    The end of a sentence, for messages; None for a complete model.
   """
   if is_index(path) or not path.is_file():
     return None
@@ -79,7 +79,7 @@ def part_of(path: pathlib.Path) -> str | None:
 
 
 def _named(index: pathlib.Path) -> Collection[str]:
-  """Returns the files that an index names; of what is no index, none."""
+  """Returns the files that an index names; none if it is not an index."""
   try:
     return set(json.loads(index.read_bytes())['weight_map'].values())
   except (OSError, ValueError, LookupError, TypeError):
@@ -99,14 +99,7 @@ def in_folder(folder: pathlib.Path, suffixes: Iterable[str]) -> pathlib.Path:
     FormatError: if there is none, or more than one.
   """
   suffixes = set(suffixes)
-  names = sorted(
-    path
-    for path in folder.iterdir()
-    if suffix(path) in suffixes and not path.name.startswith('.')
-  )
-  indexed = any(is_index(path) for path in names)
-  # An index may name its shards otherwise, but nobody calls a model so.
-  models = [path for path in names if not (indexed and shard_of(path))]
+  models = _models(folder, suffixes)
   if len(models) == 1 and not shard_of(models[0]):
     return models[0]
   if not models:
@@ -125,8 +118,23 @@ def in_folder(folder: pathlib.Path, suffixes: Iterable[str]) -> pathlib.Path:
   )
 
 
+def _models(
+  folder: pathlib.Path, suffixes: Collection[str]
+) -> list[pathlib.Path]:
+  """Returns the files of a folder that could be its model, shards of none."""
+  names = sorted(
+    path
+    for path in folder.iterdir()
+    if suffix(path) in suffixes and not path.name.startswith('.')
+  )
+  # Beside an index, a name like that of a shard is taken for one, even if the
+  # index does not list it: models that are whole are not named that way.
+  indexed = any(is_index(path) for path in names)
+  return [path for path in names if not (indexed and shard_of(path))]
+
+
 def _pickled(folder: pathlib.Path) -> str:
-  """Returns what to do about a model that is pickled, if there is one."""
+  """Returns advice for a model that is pickled, if there is one."""
   found = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
   if not found:
     return ''

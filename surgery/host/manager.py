@@ -122,7 +122,7 @@ class Host:
   def _chosen(
     self, entries: list[discovery.Entry], what: str
   ) -> list[discovery.Entry]:
-    """Returns those of the same name that are meant: one, or none.
+    """Returns the entry to use of those with the same name, if there is one.
 
     Raises:
       PluginError: if there are several, naming their distributions.
@@ -138,12 +138,12 @@ class Host:
     origins = ' and '.join(e.info.origin for e in open_)
     if wanted is not None:
       raise errors.PluginError(
-        f"{what} '{name}' is offered by {origins}, and '{wanted}', which is "
-        'preferred, is none of them.'
+        f"{what} '{name}' is offered by {origins}, but not by '{wanted}', "
+        'which `prefer` names.'
       )
     raise errors.PluginError(
       f"{what} '{name}' is offered by {origins}. Uninstall or block one of "
-      f'them, or say which is meant: Host(prefer={{{name!r}: '
+      f'them, or choose one: Host(prefer={{{name!r}: '
       f'{open_[0].info.distribution!r}}}), or SURGERY_PREFER='
       f'{name}={open_[0].info.distribution}.'
     )
@@ -190,10 +190,13 @@ class Host:
     return entries[0].info.origin if entries else ''
 
   def _load(self, entry: discovery.Entry) -> discovery.Entry:
-    """Loads an entry once; what goes wrong is kept in it."""
+    """Loads an entry once; an error is kept in it."""
     with self._lock:
       if entry.value is not None or entry.error is not None:
         return entry
+      # Under the lock, since another thread may ask for the same type; and an
+      # entry is loaded once even if it fails, because Python would import half
+      # of it again.
       assert entry.entry_point is not None
       try:
         with foreign.printing():
@@ -204,7 +207,7 @@ class Host:
           registering.check_type(value, entry.info.name)
         entry.value = value
         entry.info = dataclasses.replace(entry.info, state='loaded')
-      # A plugin is somebody else's code, and may even end the process.
+      # The code of a plugin may raise anything, or even end the process.
       except (Exception, SystemExit) as error:
         entry.error = error
         entry.info = dataclasses.replace(
@@ -242,18 +245,20 @@ class Host:
         return
       with foreign.printing():
         plugin = registering.object_of(plugin, None)
-      # What is wrong with it is said now, not when a hook is first called.
+      # Errors are raised here rather than when a hook is first called.
+      # Against a manager of its own first: a plugin with a misspelt hook must
+      # not stay registered in part.
       registering.register(registering.without_plugins(), plugin, None)
       self._given.append(plugin)
       if self._manager is not None:
         registering.register(self._manager, plugin, None)
 
   def _is_meant(self, cls: type[Adapter]) -> bool:
-    """Whether a type that is given is the one of its name.
+    """Whether a registered type is the one to use of its name.
 
     Raises:
-      PluginError: if a distribution offers another type of that name, and it
-        is not said which is meant.
+      PluginError: if a distribution offers another type of that name, and
+        `prefer` chooses none.
     """
     others = [
       entry.info
@@ -268,8 +273,8 @@ class Host:
     origin = others[0].origin
     raise errors.PluginError(
       f"adapter type '{cls.name}' is offered by {origin}, and "
-      f'{cls.__module__}.{cls.__qualname__}, which is given to the host, has '
-      'the same name. Give it another one, or say which is meant: '
+      f'{cls.__module__}.{cls.__qualname__}, which the host was given, has '
+      'the same name. Rename it, or choose one: '
       f'Host(prefer={{{cls.name!r}: {cls.__name__!r}}}).'
     )
 
@@ -283,7 +288,7 @@ class Host:
     with self._lock:
       if self._manager is None:
         manager = registering.without_plugins()
-        # The last that was registered is asked first.
+        # pluggy calls the plugin first that was registered last.
         for entry in reversed(self._wanted()):
           self._load_plugin(manager, entry)
         for plugin in self._given:
@@ -306,7 +311,7 @@ class Host:
       try:
         meant = self._chosen(same, 'plugin')
       except errors.PluginError as error:
-        # None of them is loaded: which would be a matter of luck.
+        # Neither is loaded, since the order of entry points is arbitrary.
         for entry in same:
           self._broken(entry, error)
         continue
@@ -324,7 +329,7 @@ class Host:
     self._report(entry)
 
   def _report(self, entry: discovery.Entry) -> None:
-    """Warns of a broken plugin, or raises if that was asked for."""
+    """Warns of a broken plugin, or raises in strict mode."""
     text = f"plugin '{entry.info.name}' of {entry.info.origin} is broken"
     if self._strict:
       raise errors.PluginError(
@@ -340,13 +345,13 @@ class Host:
   ) -> None:
     assert self._trace is not None
     names = [impl.plugin_name for impl in impls]
-    said = ', '.join(f'{k}={_short(v)}' for k, v in arguments.items())
+    given = ', '.join(f'{k}={_short(v)}' for k, v in arguments.items())
     result = (
       f'raised {_short(outcome.exception)}'
       if outcome.exception is not None
       else _short(outcome.get_result())
     )
-    self._trace(f'{hook}({said}) asked of {", ".join(names)} → {result}')
+    self._trace(f'{hook}({given}) asked of {", ".join(names)} → {result}')
 
   def _load_plugin(
     self, manager: pluggy.PluginManager, entry: discovery.Entry
@@ -366,7 +371,7 @@ class Host:
       self._report(entry)
 
   def ask(self, hook: str, *, of: Any = None, **arguments: Any) -> Any:
-    """Asks a hook.
+    """Calls a hook.
 
     Args:
       hook: its name.
@@ -378,8 +383,8 @@ class Host:
       What the hook's specification says: the first result, or a list of all.
 
     Raises:
-      PluginError: if an implementation raises something that is no
-        `SurgeryError`; it names the plugin.
+      PluginError: if an implementation raises anything but a `SurgeryError`;
+        it names the plugin.
     """
     caller = getattr(self.manager.hook, hook)
     extra = getattr(of, hook, None)
@@ -388,12 +393,9 @@ class Host:
         if extra is None:
           result = caller(**arguments)
         elif not caller.get_hookimpls() and self._trace is None:
-          # Nobody else has a say: a model of ten thousand layers asks often.
-          result = extra(
-            **{
-              n: arguments[n] for n in registering.arguments_of(extra.__func__)
-            }
-          )
+          # There is one implementation alone. Calling it without pluggy counts
+          # in a model of ten thousand layers, each of which asks.
+          result = _called_with(extra, arguments)
         else:
           result = caller.call_extra([extra], arguments)
     except errors.SurgeryError:
@@ -419,28 +421,27 @@ class Host:
     arguments: Mapping[str, Any],
     fits: Callable[[Any], bool],
   ) -> str:
-    """Returns which plugin gave an answer that does not fit.
+    """Returns the plugin that gave an answer of the wrong kind.
 
-    pluggy does not tell whose the first answer was, so they are asked again,
+    pluggy does not say which implementation answered, so all are called again,
     in its order.
     """
-    if extra is not None:
-      answer = extra(
-        **{n: arguments[n] for n in registering.arguments_of(extra.__func__)}
-      )
-      if answer is not None and not fits(answer):
-        return self._type_called(extra)
-    for impl in reversed(caller.get_hookimpls()):
-      if impl.wrapper or impl.hookwrapper:
-        continue
-      answer = impl.function(*(arguments[name] for name in impl.argnames))
-      if answer is not None and not fits(answer):
-        return self._called(impl)
+    wrong = lambda answer: answer is not None and not fits(answer)
+    if extra is not None and wrong(_called_with(extra, arguments)):
+      return self._type_called(extra)
     wrappers = [i for i in caller.get_hookimpls() if i.wrapper or i.hookwrapper]
+    for impl in reversed(caller.get_hookimpls()):
+      # A wrapper is a generator around the others, and cannot be called alone.
+      if impl not in wrappers and wrong(
+        impl.function(*(arguments[name] for name in impl.argnames))
+      ):
+        return self._called(impl)
+    # All answers were right, so a wrapper has changed one.
     return self._called(wrappers[-1]) if wrappers else 'a plugin'
 
   def _owner(self, caller: Any, extra: Any, error: BaseException) -> str:
-    """Returns which plugin it was whose implementation raised."""
+    """Returns the plugin whose implementation raised."""
+    # By the traceback: the code of one of the implementations is in it.
     codes = {
       frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)
     }
@@ -450,14 +451,14 @@ class Host:
     return 'a plugin' if extra is None else self._type_called(extra)
 
   def _type_called(self, method: Any) -> str:
-    """Returns an adapter's type, and the distribution it is of."""
+    """Returns the name of an adapter's type, with its distribution."""
     name = getattr(getattr(method, '__self__', None), 'name', '?')
     if origin := self.distribution(name):
       return f"adapter type '{name}' of {origin}"
     return f"adapter type '{name}'"
 
   def _called(self, impl: Any) -> str:
-    """Returns an implementation's plugin, and the distribution it is of."""
+    """Returns the name of an implementation's plugin, with its distribution."""
     for entry in self._plugin_entries:
       if entry.value is not None and entry.value is impl.plugin:
         return f"plugin '{impl.plugin_name}' of {entry.info.origin}"
@@ -520,6 +521,8 @@ class Host:
         offered = impl.function()
       self._check_offer(impl, hook, offered)
       if self._trace is not None:
+        # A trace shows what was offered even where the check above would have
+        # refused it later.
         names = _short(list(offered or ()))
         self._trace(f'{hook}() asked of {impl.plugin_name} → {names}')
       for name, value in dict(offered or {}).items():
@@ -529,8 +532,8 @@ class Host:
           if wanted not in both:
             raise errors.PluginError(
               f"'{name}' is offered by two plugins, '{both[0]}' and "
-              f"'{both[1]}' ({hook}). Uninstall or block one of them, or say "
-              f'which is meant: Host(prefer={{{name!r}: {both[0]!r}}}), or '
+              f"'{both[1]}' ({hook}). Uninstall or block one of them, or "
+              f'choose one: Host(prefer={{{name!r}: {both[0]!r}}}), or '
               f'SURGERY_PREFER={name}={both[0]}.'
             )
           if wanted == found[name][0]:
@@ -557,7 +560,7 @@ class Host:
         )
 
   def offered_by(self, hook: str, name: str) -> str | None:
-    """Returns the plugin that offers something by name; None if we do.
+    """Returns the plugin that offers something by name, or None if it is ours.
 
     Args:
       hook: `surgery_passes` or another that offers things.
@@ -573,7 +576,7 @@ class Host:
     return self._called(impl)
 
   def format_called(self, form: Any) -> str:
-    """Returns a format's name, and the plugin that offers it if not we do."""
+    """Returns a format's name, and its plugin unless it is built in."""
     for name, known in self.formats.items():
       if known is form:
         owner = self.offered_by('surgery_formats', name)
@@ -617,12 +620,12 @@ class Host:
     """Returns the format of a file, the index of a set, or a folder's model.
 
     Args:
-      path: the file; its suffix tells the format. `out.msgpack.index.json` has
-        that of `out.msgpack`.
-      name: name of the format, where the suffix does not tell it.
+      path: the file, whose suffix determines the format.
+        `out.msgpack.index.json` has the suffix of `out.msgpack`.
+      name: name of the format; by default the suffix determines it.
 
     Raises:
-      FormatError: if there is none.
+      FormatError: if no format fits.
     """
     return self.located(path, name)[0]
 
@@ -646,29 +649,21 @@ class Host:
 
     Args:
       path: a file, the index of a set, or a folder that holds one model.
-      name: name of the format, where the suffix does not tell it.
+      name: name of the format; by default the suffix determines it.
 
     Raises:
-      FormatError: if there is none, or a folder holds several models.
+      FormatError: if no format fits, or a folder holds several models.
     """
     path = pathlib.Path(os.fsdecode(path))
-    forms = list(self.formats.values())
-    if name is not None:
-      if name not in self.formats:
-        raise errors.FormatError(
-          f"unknown format '{name}'.{errors.suggest(name, self.formats)}"
-        )
-      forms = [self.formats[name]]
+    forms = self._candidates(name)
     known = [suffix for form in forms for suffix in form.suffixes]
-    for form in forms:
-      # A format whose models are folders says of each whether it is one; a
-      # new folder has its suffix alone.
-      if hasattr(form, 'recognises') and (
-        path.suffix in form.suffixes or form.recognises(path)
-      ):
+    # A format whose models are folders decides by looking into them, before a
+    # folder is taken for one that holds a file; a new folder has only a suffix.
+    of_folders = [form for form in forms if hasattr(form, 'recognises')]
+    for form in of_folders:
+      by_name = name is not None or path.suffix in form.suffixes
+      if by_name or form.recognises(path):
         return form, path
-    if name is not None and hasattr(forms[0], 'recognises'):
-      return forms[0], path
     if path.is_dir():
       path = location.in_folder(path, known)
     elif name is not None:
@@ -683,8 +678,22 @@ class Host:
       f'{", ".join(sorted(known)) or "none"}.'
     )
 
+  def _candidates(self, name: str | None) -> list[Any]:
+    """Returns the format of a name, or all formats.
+
+    Raises:
+      FormatError: for a name that is not known.
+    """
+    if name is None:
+      return list(self.formats.values())
+    if name not in self.formats:
+      raise errors.FormatError(
+        f"unknown format '{name}'.{errors.suggest(name, self.formats)}"
+      )
+    return [self.formats[name]]
+
   def observed(self, verb: str, arguments: Mapping[str, Any]) -> _Observed:
-    """Tells observers of a verb: `with host.observed('merge', {…}):`."""
+    """Notifies observers of a verb: `with host.observed('merge', {…}):`."""
     return _Observed(self, verb, arguments)
 
 
@@ -703,6 +712,12 @@ class _Observed:
     self._host.ask('surgery_finished', event=event)
 
 
+def _called_with(method: Any, arguments: Mapping[str, Any]) -> Any:
+  """Calls a method with the arguments that it takes, as pluggy does."""
+  names = registering.arguments_of(method.__func__)
+  return method(**{name: arguments[name] for name in names})
+
+
 def _short(value: Any) -> str:
   """Returns a value in a few characters, for a trace."""
   if isinstance(value, Site):
@@ -712,7 +727,7 @@ def _short(value: Any) -> str:
 
 
 def from_environment(**changes: Any) -> Host:
-  """Returns a host as the environment's variables want it.
+  """Returns a host that is configured by the environment's variables.
 
   Args:
     **changes: further arguments of the host.

@@ -72,14 +72,14 @@ def check_hooks(cls: type[Adapter], name: str) -> None:
 
 
 def without_plugins() -> pluggy.PluginManager:
-  """Returns a manager that knows the hooks, and nobody who implements them."""
+  """Returns a manager that knows the hooks, and no plugin."""
   manager = pluggy.PluginManager(hookspecs.PROJECT)
   manager.add_hookspecs(hookspecs)
   return manager
 
 
 def object_of(plugin: Any, name: str | None) -> Any:
-  """Returns a plugin; of a class, an object of it.
+  """Returns a plugin, or an instance of it if it is a class.
 
   Raises:
     PluginError: if it is an adapter type, or cannot be made without arguments.

@@ -244,7 +244,7 @@ def test_a_base_is_not_there_outside_of_init_and_apply():
   site = surgery.Site(
     ('net',), (surgery.ParamSpec('kernel', (2, 3), 'float32', 'io'),)
   )
-  with pytest.raises(surgery.SiteError, match='only there inside of init'):
+  with pytest.raises(surgery.SiteError, match='only inside of init'):
     site.base()
 
 
@@ -639,7 +639,7 @@ KEY = 'returned a PRNG key for .w., expected an array. Return jax.random.key_'
     ),
     (
       {'serves': lambda self, site: ' '},
-      "serves returned ' ', expected the re",
+      "serves returned ' ', expected None",
     ),
     (
       {'serves': lambda self, site: site.lost},

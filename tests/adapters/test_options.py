@@ -141,7 +141,7 @@ def test_a_check_that_returns_something_is_the_types_mistake():
   ('said', 'message'),
   [
     ({'rewrite': ('bias',)}, "'rewrite' is not part .* mean 'rewrites'"),
-    ({'frozens': ()}, "'frozens' is no part .* mean 'frozen'"),
+    ({'frozens': ()}, "'frozens' is not part .* mean 'frozen'"),
     ({'counter': ('a',)}, "mean 'counters'"),
     ({'mergable': False}, "mean 'mergeable'"),
     ({'serve': lambda self, site: None}, "mean 'serves'"),

@@ -371,7 +371,7 @@ def test_what_comes_with_the_library_is_overridden_on_request_only(installed):
   own = Host(prefer={'lora': 'blox-surgery'}).adapter_type('lora')
   assert surgery.LoRA is own
   with pytest.raises(
-    surgery.PluginError, match=r"and 'other', which is preferred, is none of"
+    surgery.PluginError, match=r"but not by 'other', which `prefer` names"
   ):
     Host(prefer={'lora': 'other'}).adapter_type('lora')
 

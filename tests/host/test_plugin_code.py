@@ -536,7 +536,7 @@ def test_a_type_that_is_given_replaces_no_other_silently():
   with pytest.raises(
     surgery.PluginError,
     match=re.escape("adapter type 'lora' is offered by blox-surgery ")
-    + '.*Rival, which is given to the host, has the same name.*'
+    + '.*Rival, which the host was given, has the same name.*'
     + re.escape("Host(prefer={'lora': 'Rival'})"),
   ):
     surgery.Host(plugins=[cls])
