@@ -35,8 +35,8 @@ class Leaf:
   Attributes:
     load: returns the value: an array (numpy from a file, JAX in memory), or
       the data of a PRNG key (uint32) where `key` is set.
-    shape: its shape; None if the value is no array (a Python scalar, None, an
-      empty dict, or in memory any pytree).
+    shape: its shape; None if the value is not an array (a Python scalar, None,
+      an empty dict, or in memory any pytree).
     dtype: name of its dtype, or None.
     trainable: whether it trains.
     metadata: the parameter's metadata.
@@ -51,18 +51,18 @@ class Leaf:
       blocks of `part` can be.
     scattered: whether a block of it is made of elements that lie far apart in
       what it is computed from, as of a transposed matrix.
-    memory: bytes of memory that computing it takes, where that is another
-      number than its blocks tell.
+    memory: bytes of memory that computing it takes, where its blocks do not
+      determine it.
     heavy: whether computing it takes far longer than reading it, as products
       and decompositions do.
-    codes: of which quantised weight it is a part, if it is one; then its values
-      are no numbers.
-    fresh: whether it is made anew, as first weights are, so that in params it
-      is put where the parameter lies that it belongs to.
-    beneath: what is stored, where `load` gives what a layer gets of it; see
-      `surgery.adapting.beneath`.
+    codes: the quantised weight that it is a part of, if it is one; its values
+      are not numbers then.
+    fresh: whether it is made anew, as first weights are, so that params put it
+      on the device of the parameter that it belongs to.
+    beneath: what is stored, where `load` returns what the layer gets instead;
+      see `surgery.adapting.beneath`.
     base: whether it is known that training has not changed it since an adapter
-      was attached. What passes make of it is the base then.
+      was attached. What passes compute from it is the base then.
   """
 
   load: Callable[[], Any]
@@ -93,8 +93,8 @@ class Leaf:
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.
 
-    With another `load` goes what held for the old value: `part`, `region`,
-    `source`, `digest`, `beneath` and so on, unless they are given, too.
+    A new `load` resets what described the old value (`part`, `region`,
+    `source`, `digest`, `beneath` and `scattered`) unless it is given, too.
 
     Raises:
       QuantisedError: if another `load` is given for a part of a quantised
@@ -108,10 +108,10 @@ class Leaf:
     return self.with_fields(**changes)
 
   def with_fields(self, **changes: Any) -> Leaf:
-    """Returns a leaf with fields changed; what they mean is not looked at.
+    """Returns a leaf with fields changed, without the checks of `replace`.
 
     Raises:
-      TypeError: for a name that no field has.
+      TypeError: for an unknown field.
     """
     if unknown := changes.keys() - self.__dict__.keys():
       raise TypeError(f'Leaf has no field {min(unknown)!r}.')
@@ -130,10 +130,10 @@ class Leaf:
     raise TypeError(_UNPICKLED.format('Leaf'))
 
   def mismatch(self, value: Any, index: Index = ()) -> str | None:
-    """Returns in what a value is not what this leaf says; None if it is.
+    """Returns how a value differs from what this leaf declares, or None.
 
-    Plans and headers are made by what leaves say, so it has to hold for files
-    and for params alike.
+    Plans and headers are made from what leaves declare, so it must hold for
+    files and for params.
 
     Args:
       value: what `load`, or `part` for the index, returned.
@@ -145,17 +145,17 @@ class Leaf:
     cuts = tuple(cut.stop - cut.start for cut in index)
     expected = (*cuts, *self.shape[len(index) :])
     if shape is None or dtype is None:
-      said = self.with_fields(shape=expected)
-      return f'expected {said}, found a value of type {type(value).__name__}.'
+      wanted = self.with_fields(shape=expected)
+      return f'expected {wanted}, found a value of type {type(value).__name__}.'
     names = sizes.names_of(dtype)
     if tuple(shape) != expected or self.dtype not in names:
-      said = self.with_fields(shape=expected)
+      wanted = self.with_fields(shape=expected)
       found = Leaf(self.load, tuple(shape), names[0])
-      return f'expected {said}, found {found}.'
+      return f'expected {wanted}, found {found}.'
     return None
 
   def parts(self) -> Iterator[Any]:
-    """Returns an array's values in blocks, as `grid` has them, or in one."""
+    """Yields an array's values in the blocks of `grid`, or as a whole."""
     if self.shape is None or self.part is None:
       yield self.load()
       return
@@ -164,12 +164,12 @@ class Leaf:
 
   @property
   def size(self) -> int:
-    """Number of elements; 0 if it is no array."""
+    """Number of elements; 0 if it is not an array."""
     return 0 if self.shape is None else math.prod(self.shape)
 
   @property
   def nbytes(self) -> int:
-    """Number of bytes as stored; 0 if it is no array."""
+    """Number of bytes as stored; 0 if it is not an array."""
     return 0 if self.dtype is None else sizes.nbytes(self.dtype, self.size)
 
   def __str__(self) -> str:
@@ -179,21 +179,21 @@ class Leaf:
 
 
 _UNPICKLED = (
-  'a surgery.{} cannot be pickled: it reads or computes tensors when they are '
-  'asked for. Pass the path of its file and open it there (surgery.open), or '
-  'write it to a file first (Checkpoint.write).'
+  'a surgery.{} cannot be pickled: it reads or computes its tensors lazily. '
+  'Pass the path of its file and open it there (surgery.open), or write it to '
+  'a file first (Checkpoint.write).'
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Beneath:
-  """What is stored of a parameter that adapters rewrite.
+  """The stored value of a parameter that adapters rewrite.
 
   Attributes:
     path: the parameter.
     leaf: what is stored.
-    model: stands for the model that it is a parameter of: another may have one
-      of the same path and with the same adapter.
+    model: an object that identifies the model, since another one may have the
+      same path and the same adapter.
   """
 
   path: Path
@@ -206,11 +206,11 @@ _NOTHING = manifest.Manifest()
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """What has to hold of values before anything is written.
+  """An assertion about values, checked before anything is written.
 
   Attributes:
-    text: what holds, for plans.
-    run: raises `CheckError` if it does not.
+    text: the assertion, for plans.
+    run: raises `CheckError` if it fails.
   """
 
   text: str
@@ -219,13 +219,14 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What a pass finds out of a tensor while it is computed.
+  """A count that a pass makes while it computes a tensor.
 
   Attributes:
-    path: the tensor, as the pass knew it.
+    path: the tensor's path in the pass.
     what: what is counted, e.g. `underflow`.
-    count: returns how many elements, and of how many, once it was computed.
-    text: what it means, for people: `became zero in float8_e4m3fn`.
+    count: returns the number of elements counted and the number of all, once
+      the tensor was computed.
+    text: what the count means, for people: `became zero in float8_e4m3fn`.
   """
 
   path: Path
@@ -244,8 +245,7 @@ class LeftOut:
     path: path of the layer.
     adapter: name of the adapter.
     reason: why its type cannot serve it, without a full stop.
-    named: whether the selector says something of its name, by more than a
-      wildcard.
+    named: whether the selector names it by more than a wildcard.
   """
 
   path: Path
@@ -254,7 +254,7 @@ class LeftOut:
   named: bool
 
   def to_json(self) -> dict[str, str]:
-    """Returns it as a plan shows it."""
+    """Returns the entry of a plan in JSON."""
     return {
       'path': paths.show(self.path),
       'adapter': self.adapter,
@@ -267,14 +267,14 @@ class Checkpoint(Mapping[Path, Leaf]):
 
   Args:
     leaves: leaves by path.
-    manifest: what else is known.
+    manifest: what is known beside the leaves.
     records: adapters, where they have been resolved already.
     origin: where it came from, for error messages.
-    checks: what has to hold before it is written.
+    checks: assertions that are checked before it is written.
     seen: the `Beneath.model` of its leaves, if they are as layers get them.
-    findings: what is found out while it is written.
-    left_out: layers that were to have an adapter and cannot have it.
-    remarks: what passes took for granted, for plans, a sentence each.
+    findings: counts that are made while it is written.
+    left_out: layers that a selector matched and no adapter serves.
+    remarks: assumptions of passes, for plans, a sentence each.
 
   Example:
     ckpt = surgery.open('m.msgpack')
@@ -362,10 +362,10 @@ class Checkpoint(Mapping[Path, Leaf]):
     )
 
   def check(self) -> None:
-    """Sees to what passes said has to hold of values; tensors are read for it.
+    """Runs all assertions, which read the tensors that they are about.
 
     Raises:
-      CheckError: for the first that does not hold.
+      CheckError: for the first that fails.
     """
     for one in self.checks:
       one.run()
@@ -389,11 +389,11 @@ class Checkpoint(Mapping[Path, Leaf]):
 
   @property
   def known_records(self) -> Records | None:
-    """The adapters, if nobody has to be asked for their types any more."""
+    """The adapters, if their types have been looked up already."""
     return self._records
 
   def resolved(self, host: Host) -> manifest.Manifest:
-    """Returns the manifest with the adapters as they are now, for writing."""
+    """Returns the manifest with the current adapters, for writing."""
     from surgery.model import record_json
 
     if self._records is None:
@@ -405,10 +405,10 @@ class Checkpoint(Mapping[Path, Leaf]):
   def stored(
     self, host: Host, verb: str, seen: object | None = None
   ) -> Checkpoint:
-    """Returns the checkpoint with what is stored beneath adapters put back.
+    """Returns the checkpoint with the values beneath adapters restored.
 
-    Steps are given parameters as layers get them. What a step left alone is
-    stored as it was; what it copied is stored as the layer got it.
+    Steps get parameters as layers get them. A parameter that a step did not
+    touch is stored as it was; a copy is stored as the layer got it.
 
     Args:
       host: knows the adapters' types.
@@ -417,14 +417,15 @@ class Checkpoint(Mapping[Path, Leaf]):
         this checkpoint.
 
     Raises:
-      AdapterError: if the step changed a parameter that an adapter rewrites: it
-        would be rewritten again.
+      AdapterError: if the step changed a parameter that an adapter rewrites,
+        since the adapter would rewrite the result once more.
     """
     leaves = dict(self._leaves)
     answered = self.records(host).answered
     origin = self.seen if seen is None else seen
     for path, leaf in self._leaves.items():
       one = leaf.beneath
+      # Untouched means: the same parameter, at its place, of this model.
       if path in answered and (
         one is None or one.path != path or one.model is not origin
       ):
@@ -450,9 +451,9 @@ class Checkpoint(Mapping[Path, Leaf]):
     return any(leaf.beneath is not None for leaf in self._leaves.values())
 
   def notes(self) -> dict[Path, manifest.LeafNote]:
-    """Returns what the manifest says of each leaf."""
-    told = quantised.found(self._leaves, self.manifest.metadata)
-    # A base is one of adapters.
+    """Returns the manifest's note of each leaf."""
+    named = quantised.found(self._leaves, self.manifest.metadata)
+    # Without adapters no tensor is the base of one.
     known = self._records
     adapted = bool(self.manifest.adapters if known is None else known.adapters)
     return {
@@ -461,8 +462,9 @@ class Checkpoint(Mapping[Path, Leaf]):
         leaf.metadata,
         leaf.key,
         leaf.digest,
-        # What names tell need not be written down.
-        None if leaf.codes == told.get(path) else leaf.codes,
+        # Codes that follow from names are found again when it is opened, so
+        # that an unchanged copy of a file has the same bytes.
+        None if leaf.codes == named.get(path) else leaf.codes,
         leaf.base and adapted,
       )
       for path, leaf in self._leaves.items()
@@ -483,7 +485,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     """Writes the checkpoint to a file or a set of files, whole or not at all.
 
     Args:
-      path: the file; its suffix tells the format.
+      path: the file, whose suffix determines the format.
       overwrite: whether an existing file may be replaced. The index of a set
         never is.
       format: name of the format, where the suffix does not tell it.
@@ -492,14 +494,14 @@ class Checkpoint(Mapping[Path, Leaf]):
       shard_size: most bytes a file. With it, `out.msgpack` becomes
         `out-00001-of-00003.msgpack` and so on, and `out.msgpack.index.json`.
         A larger tensor has a file of its own.
-      metadata: what the file says of itself to other programs, text by text,
-        e.g. `{'format': 'pt'}`; added to what it said.
-      progress: is told of tensors and bytes that were written since the last
-        call.
+      metadata: metadata for other programs, text by text, e.g.
+        `{'format': 'pt'}`; added to what the file had.
+      progress: called with the numbers of tensors and bytes that were written
+        since the last call.
 
     Raises:
       FormatError: if the checkpoint cannot be written in that format.
-      CheckError: if something does not hold that a pass said has to.
+      CheckError: if an assertion of a pass fails.
       FileExistsError: if the file exists and `overwrite` is False.
       OSError: if it cannot be written: no such folder, a full disk, …
     """
@@ -515,19 +517,22 @@ class Checkpoint(Mapping[Path, Leaf]):
         f'to {target.name[: -len(location.INDEX)]} with a shard_size.'
       )
     form = host.format_of(target, format)
-    options: dict[str, Any] = {} if manifest else {'manifest': False}
-    if shard_size is not None:
-      options['shard_size'] = shard_size
-    if progress is not None:
-      options['progress'] = progress
+    # A format of a plugin's may take fewer options, so only those are passed
+    # that ask for something.
+    asked = {
+      'manifest': None if manifest else False,
+      'shard_size': shard_size,
+      'progress': progress,
+    }
+    options = {k: v for k, v in asked.items() if v is not None}
     if 'host' in inspect.signature(form.write).parameters:
-      options['host'] = host  # It writes what types of adapters say.
+      options['host'] = host  # It writes files that types of adapters define.
     whole = self.stored(host, 'write') if self.shows_layers else self
-    said = whole.resolved(host)
-    if metadata:
-      said = said.replace(metadata={**said.metadata, **metadata})
-    whole = whole.replace(manifest=said)
+    known = whole.resolved(host)
+    known = known.replace(metadata={**known.metadata, **(metadata or {})})
+    whole = whole.replace(manifest=known)
     taken = _taken(form, path, options)
+    # All that can be refused without computing has been refused by now.
     self.check()
     _of_format(form, host, 'write', whole, path, overwrite=overwrite, **taken)
 
@@ -538,7 +543,7 @@ def _taken(
   """Returns the options that a format's `write` takes.
 
   Raises:
-    FormatError: if it does not take one that decides what is written.
+    FormatError: if it lacks an option that decides what is written.
   """
   parameters = inspect.signature(form.write).parameters
   if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -552,20 +557,20 @@ def _taken(
         f'{os.fsdecode(path)}: the format {type(form).__name__!r} cannot be '
         f'written {what}. Leave that out, or write another format.'
       )
-  # Who does not tell how far it is may still write.
+  # A format without progress still writes the same file.
   return {name: options[name] for name in options if name in parameters}
 
 
 def _of_format(
   form: Any, host: Host, method: str, /, *args: Any, **options: Any
 ) -> Any:
-  """Calls a method of a format; of a plugin's, says whose it is if it fails."""
+  """Calls a method of a format; an error of a plugin's names the plugin."""
   called = host.format_called(form)
   run = getattr(form, method)
   if ' of ' not in called:
     return run(*args, **options)
-  # What the system says of a file it says best, and so does Python of a file
-  # that exists already.
+  # Errors of the system are passed on: they name the file, and callers expect
+  # them, as FileExistsError.
   with foreign.code(f'{method} of {called}', (OSError,)):
     return run(*args, **options)
 
@@ -585,18 +590,18 @@ def open_checkpoint(
     host: whose formats are known.
 
   Returns:
-    A checkpoint whose leaves are read when they are asked for. Of one file of
-    a set that is opened alone a `ShardWarning` says so.
+    A checkpoint whose leaves are read lazily. A file of a set that is opened
+    alone makes a `ShardWarning`.
 
   Raises:
-    FormatError: if it is not what it should be, with path and offset.
+    FormatError: if it is malformed, with path and offset.
     FileNotFoundError: if there is no such file.
   """
   expect.path(path, open_checkpoint)
   host = host or default_host()
   where = pathlib.Path(os.fsdecode(path))
   if not where.exists():
-    # Before its suffix is looked at, which may be as wrong as the rest.
+    # Before the suffix is checked, since a misspelt name may have any.
     raise FileNotFoundError(
       errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path)
     )
@@ -613,12 +618,12 @@ def open_checkpoint(
 
 
 def _warn_of_part(path: pathlib.Path) -> None:
-  """Warns that a file is not a whole model, where its place or name says so."""
+  """Warns if a file is only a part of a model, by its name or an index."""
   set_of = location.part_of(path)
   if set_of is not None:
     warnings.warn(
-      f'{path}: opened alone, and {set_of}: the other tensors are not there, '
-      'and nothing that the index says of this one.',
+      f'{path}: opened alone, and {set_of}: the tensors of the other files are '
+      'missing, and so is the manifest, which lies in the index.',
       errors.ShardWarning,
       stacklevel=3,
     )

@@ -1,10 +1,9 @@
-"""How the axes of tensors that PyTorch wrote are meant.
+"""The meaning of the axes of tensors that PyTorch wrote.
 
-Nothing in a file says it, so it is taken from what does not leave it open, and
-each answer says from what: a bias has as many places as its layer has outputs;
-layers of one name are alike; embeddings, and transformers' Conv1D, are known by
-their names. What none of these decides is taken as PyTorch usually has it, and
-is not certain.
+No file states it, so it is inferred, and each answer names its evidence: a bias
+has as many elements as its layer has outputs; layers of one name have one
+layout; embeddings, and transformers' Conv1D, are known by their names. Where
+none of these decides, PyTorch's usual layout is assumed, and is not certain.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ TORCH, FLAX = 'pt', 'flax'
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How the axes of a tensor are meant.
+  """The meaning of the axes of a tensor.
 
   Attributes:
     letters: a letter an axis, `s` stacked (in front), `i` input, `o` output.
-    why: what tells it, for plans.
-    sure: whether that leaves nothing open.
+    why: the evidence, for plans.
+    sure: whether the evidence leaves no other choice.
   """
 
   letters: str
@@ -74,20 +73,23 @@ def framework(leaves: Mapping[Path, Leaf]) -> str:
     name.endswith('weight') for name in names
   ):
     return FLAX
-  for path, leaf in leaves.items():
-    if path[-1:] != ('weight',) or len(leaf.shape or ()) != 2:
-      continue
+  matrices = (
+    (path, leaf)
+    for path, leaf in leaves.items()
+    if path[-1:] == ('weight',) and len(leaf.shape or ()) == 2
+  )
+  for path, leaf in matrices:
     if not _is_conv1d(path) and _by_bias(path, leaf, leaves) == 'io':
       return FLAX
   return TORCH
 
 
 def is_torch(leaves: Mapping[Path, Leaf], manifest: Manifest) -> bool:
-  """Whether a checkpoint says that PyTorch wrote it.
+  """Whether there is evidence that PyTorch wrote a checkpoint.
 
-  By the metadata of its file, or by names that others hardly have, or because
-  a bias proves the layout. A matrix that is called `weight` alone proves
-  nothing: layers of blox and equinox may call theirs so.
+  The evidence is the metadata of its file, or names that other programs hardly
+  use, or a bias that proves the layout. A matrix with the name `weight` alone
+  proves nothing: layers of blox and equinox may use it.
   """
   if manifest.metadata.get(FORMAT) == TORCH:
     return True
@@ -101,38 +103,37 @@ def is_torch(leaves: Mapping[Path, Leaf], manifest: Manifest) -> bool:
   )
 
 
-# What takes features, which an embedding has as many of as columns.
+# Layers whose inputs are features, as many as an embedding has columns.
 _TAKES_FEATURES = re.compile(
   r'[qkv]_proj|gate_proj|up_proj|lm_head|fc1|wi(_\d)?'
 )
 
 
 def _is_turned(leaves: Mapping[Path, Leaf]) -> bool:
-  """Whether a kernel takes features by its first axis, which PyTorch's do not.
+  """Whether a kernel has its inputs first, which PyTorch's have not.
 
-  Programs of JAX may have taken PyTorch's names over, and not its layout.
+  Programs in JAX may have adopted PyTorch's names, but not its layout.
   """
-  features = {
-    leaf.shape[1]
-    for path, leaf in leaves.items()
-    if len(path) > 1
-    and leaf.shape is not None
-    and len(leaf.shape) == 2
-    and _EMBEDDING.fullmatch(path[-2])
-  }
+  features = {shape[1] for _, shape in _matrices(leaves, _EMBEDDING)}
   if len(features) != 1:
     return False
   [size] = features
   return any(
-    leaf.shape[0] == size != leaf.shape[1]
-    for path, leaf in leaves.items()
-    if len(path) > 1
-    and leaf.shape is not None
-    and len(leaf.shape) == 2
-    and _TAKES_FEATURES.fullmatch(path[-2])
-    # One whose bias proves PyTorch's layout only happens to be of that size.
-    and _by_bias(path, leaf, leaves) != 'oi'
+    shape[0] == size != shape[1]
+    # A bias that proves PyTorch's layout makes the size a coincidence.
+    and _by_bias(path, leaves[path], leaves) != 'oi'
+    for path, shape in _matrices(leaves, _TAKES_FEATURES)
   )
+
+
+def _matrices(
+  leaves: Mapping[Path, Leaf], layers: re.Pattern[str]
+) -> Iterator[tuple[Path, tuple[int, ...]]]:
+  """Yields path and shape of matrices in layers with certain names."""
+  for path, leaf in leaves.items():
+    shape = leaf.shape or ()
+    if len(path) > 1 and len(shape) == 2 and layers.fullmatch(path[-2]):
+      yield path, shape
 
 
 def found(
@@ -142,43 +143,49 @@ def found(
 
   Args:
     leaves: the tensors; none is read.
-    manifest: what is known beside them. Of layers whose type is known nothing
-      is said here.
+    manifest: what is known beside them. Layers whose type is known are left
+      out.
   """
   if not is_torch(leaves, manifest):
     return {}
   matrices = {
     path: leaf
     for path, leaf in leaves.items()
-    if len(leaf.shape or ()) > 1
-    and leaf.codes is None
-    and 'adapter' not in leaf.metadata
-    and not _is_known(path, manifest)
-    # What others call so is theirs, whatever wrote the file.
-    and path[-1] not in ('kernel', 'embedding')
-    # Of stacked layers it has two axes.
-    and 'bias' not in path[-1]
+    if _is_open(path, leaf) and not _is_known(path, manifest)
   }
   proven = {
     path: letters
     for path, leaf in matrices.items()
     if (letters := _by_bias(path, leaf, leaves))
   }
+  # A square kernel proves nothing by its bias; one of the same name that is not
+  # square does, and layers of one name are made by the same code.
   alike: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
   for path, letters in proven.items():
     alike[_kind(path, matrices[path])].add(letters)
-  said = {}
+  result = {}
   for path, leaf in matrices.items():
     if path in proven:
-      said[path] = Layout(proven[path], 'its bias')
+      result[path] = Layout(proven[path], 'its bias')
       continue
     like = alike.get(_kind(path, leaf), set())
-    said[path] = _by_name(path, leaf, like)
-  return said
+    result[path] = _by_name(path, leaf, like)
+  return result
+
+
+def _is_open(path: Path, leaf: Leaf) -> bool:
+  """Whether a tensor has axes whose meaning its name leaves open."""
+  if len(leaf.shape or ()) < 2 or leaf.codes is not None:
+    return False
+  if 'adapter' in leaf.metadata:
+    return False  # Its record has the layout.
+  # Layers of JAX use the first two names, with JAX's layout, whatever wrote the
+  # file. A bias has two axes in stacked layers.
+  return path[-1] not in ('kernel', 'embedding') and 'bias' not in path[-1]
 
 
 def _is_known(path: Path, manifest: Manifest) -> bool:
-  """Whether the type of a layer, or what a step made of it, is known."""
+  """Whether the type of a layer, or a layout that a step wrote, is known."""
   one = manifest.layer_types.get(path[:-1])
   return one is not None and (bool(one.names) or path[-1] in one.layouts)
 
@@ -192,18 +199,19 @@ def _is_conv1d(path: Path) -> bool:
 
 
 def _by_bias(path: Path, leaf: Leaf, leaves: Mapping[Path, Leaf]) -> str | None:
-  """Returns the letters that a bias leaves no other choice for, if any."""
+  """Returns the letters of a layout if a bias leaves no other choice."""
   shape = leaf.shape or ()
   if len(shape) < 2 or not path or 'weight' not in path[-1]:
     return None
   bias = leaves.get((*path[:-1], path[-1].replace('weight', 'bias')))
   if bias is None or not bias.shape:
     return None
-  # A stack of layers has as many biases in front.
+  # Stacked axes stand in front of the bias, too.
   stacked = len(bias.shape) - 1
   core = shape[stacked:]
   if len(core) < 2 or bias.shape[:-1] != shape[:stacked]:
     return None
+  # The outputs are the axis that has the bias's size, if only one has.
   front, taps = 's' * stacked, 'i' * (len(core) - 2)
   first, second = (bias.shape[-1] == size for size in core[:2])
   if first != second:
@@ -212,13 +220,13 @@ def _by_bias(path: Path, leaf: Leaf, leaves: Mapping[Path, Leaf]) -> str | None:
 
 
 def _by_name(path: Path, leaf: Leaf, like: set[str]) -> Layout:
-  """Returns the layout that names tell, or what is usual."""
+  """Returns the layout by a layer's name, or PyTorch's usual one."""
   shape, (name, rank) = leaf.shape or (), _kind(path, leaf)
   if len(like) == 1:
     return Layout(next(iter(like)), f'the bias of another {name}')
   if 'weight' not in path[-1]:
-    # A parameter of its own, e.g. of fused experts: programs differ.
-    return Layout('i' * (rank - 1) + 'o', 'no name tells it', sure=False)
+    # A bare parameter, e.g. of fused experts: programs differ in it.
+    return Layout('i' * (rank - 1) + 'o', 'an unknown name', sure=False)
   usual = 'o' + 'i' * (rank - 1)
   if rank == 2:
     if _EMBEDDING.fullmatch(name):
@@ -237,12 +245,12 @@ def rearranged(
   manifest: Manifest,
   orders: Mapping[Path, Sequence[int]],
 ) -> Manifest:
-  """Returns a manifest that knows the layouts of tensors with other axes.
+  """Returns a manifest with the layouts of tensors whose axes were permuted.
 
   Args:
     leaves: the tensors before.
-    manifest: what was known of them.
-    orders: by path which axis each new one was.
+    manifest: the manifest before.
+    orders: by path the old axis of each new one.
   """
   before = found(leaves, manifest)
   types = dict(manifest.layer_types)
@@ -263,7 +271,7 @@ def rearranged(
 def remarks(
   found: Mapping[Layout, Iterable[Path]], verb: str
 ) -> tuple[str, ...]:
-  """Returns `described`, and warns of what is not certain.
+  """Returns `described`, and warns of layouts that are not certain.
 
   Args:
     found: tensors by layout.
@@ -276,7 +284,7 @@ def remarks(
 
 
 def described(found: Mapping[Layout, Iterable[Path]]) -> Iterator[str]:
-  """Yields what layouts are taken for what they are, a sentence a kind.
+  """Yields a sentence about each layout and the tensors that have it.
 
   Args:
     found: tensors by layout.
@@ -287,11 +295,11 @@ def described(found: Mapping[Layout, Iterable[Path]]) -> Iterator[str]:
     more = f' and {len(names) - 3} more' if len(names) > 3 else ''
     shown = ', '.join(names[:3]) + more
     if layout.sure:
-      yield f'layout ({axes}), as {layout.why} tells: {shown}'
+      yield f'layout ({axes}), by {layout.why}: {shown}'
     else:
       yield (
-        f'layout ({axes}) is not certain ({layout.why}), and taken as PyTorch '
-        f"usually has it: {shown}. Say it with --layout '{names[0]}="
+        f'layout ({axes}) is not certain ({layout.why}); assumed as PyTorch '
+        f"usually has it: {shown}. State it with --layout '{names[0]}="
         f"{layout.letters}', or other letters"
       )
 

@@ -34,15 +34,15 @@ class Manifest:
 
   Attributes:
     kind: `model`, `adapter` for an adapter without its base, or `patch` for
-      what a model has that another has not.
+      the difference between two models.
     locked: whether params that are loaded from it are locked.
     layer_types: types of layers, where they are known.
     trees: structure of parameters whose value is a pytree, by path; see
       `surgery.live.checkpoints`.
     adapters: adapters as JSON data, innermost first.
     history: passes that made it, oldest first, as JSON data.
-    metadata: what other programs said in a file of theirs, text by text.
-    extra: whatever else there was; kept.
+    metadata: metadata that other programs wrote into a file, text by text.
+    extra: unknown entries, which are kept.
   """
 
   kind: str = MODEL
@@ -70,8 +70,8 @@ class LeafNote:
     metadata: the parameter's metadata.
     key: PRNG implementation, if the tensor holds the data of a key.
     digest: digest of the tensor's bytes, e.g. `xxh3:…`.
-    codes: of which quantised weight it is a part, where its name does not tell.
-    base: whether it is what it was when an adapter was attached.
+    codes: the quantised weight that it is a part of, unless its name says so.
+    base: whether it has not changed since an adapter was attached.
   """
 
   trainable: bool = True
@@ -90,8 +90,9 @@ def check_no_patch(manifest: Manifest, where: str) -> None:
   """
   if manifest.kind == PATCH:
     raise errors.FormatError(
-      f'{where or "this"}: a patch, not a model: it has what a model has that '
-      'its base has not. Apply it first: surgery patch BASE PATCH -o OUT.'
+      f'{where or "this"}: a patch, not a model: it holds the difference '
+      'between a model and its base. Apply it first: surgery patch BASE PATCH '
+      '-o OUT.'
     )
 
 
@@ -100,22 +101,13 @@ def _encode(value: Any, where: str) -> Any:
   if value is None or isinstance(value, (bool, int, str)):
     return value
   if isinstance(value, float):
+    # JSON has no NaN and no infinity.
     return value if math.isfinite(value) else {'__float__': repr(value)}
-  if isinstance(value, tuple):
-    return {'__tuple__': [_encode(v, where) for v in value]}
-  if isinstance(value, list):
-    return [_encode(v, where) for v in value]
+  if isinstance(value, (list, tuple)):
+    items = [_encode(v, where) for v in value]
+    return {'__tuple__': items} if isinstance(value, tuple) else items
   if isinstance(value, Mapping):
-    if not all(isinstance(k, str) for k in value):
-      raise errors.FormatError(
-        f'{where}: metadata keys must be strings to be saved, found '
-        f'{next(k for k in value if not isinstance(k, str))!r}.'
-      )
-    pairs = {k: _encode(v, where) for k, v in value.items()}
-    # A dict that looks like one of our marks is marked itself.
-    if len(pairs) == 1 and next(iter(pairs)).startswith('__'):
-      return {'__dict__': pairs}
-    return pairs
+    return _encode_mapping(value, where)
   raise errors.FormatError(
     f'{where}: metadata of type {type(value).__name__} ({value!r}) cannot be '
     'saved. Use None, bool, int, float, str, and lists, tuples and dicts of '
@@ -123,19 +115,35 @@ def _encode(value: Any, where: str) -> Any:
   )
 
 
+def _encode_mapping(value: Mapping[Any, Any], where: str) -> dict[str, Any]:
+  for key in value:
+    # JSON would make text of a number, and `1` and `'1'` one key.
+    if not isinstance(key, str):
+      raise errors.FormatError(
+        f'{where}: metadata keys must be strings to be saved, found {key!r}.'
+      )
+  pairs = {k: _encode(v, where) for k, v in value.items()}
+  # A dict that looks like one of our marks is marked itself.
+  if len(pairs) == 1 and next(iter(pairs)).startswith('__'):
+    return {'__dict__': pairs}
+  return pairs
+
+
 def _decode(value: Any) -> Any:
+  """Returns what `_encode` was given."""
   if isinstance(value, list):
     return [_decode(v) for v in value]
-  if isinstance(value, dict):
-    if len(value) == 1:
-      if '__tuple__' in value:
-        return tuple(_decode(v) for v in value['__tuple__'])
-      if '__float__' in value:
-        return float(value['__float__'])
-      if '__dict__' in value:
-        return {k: _decode(v) for k, v in value['__dict__'].items()}
-    return {k: _decode(v) for k, v in value.items()}
-  return value
+  if not isinstance(value, dict):
+    return value
+  if len(value) == 1:
+    [(mark, inner)] = value.items()
+    if mark == '__float__':
+      return float(inner)
+    if mark == '__tuple__':
+      return tuple(map(_decode, inner))
+    if mark == '__dict__':
+      value = inner
+  return {k: _decode(v) for k, v in value.items()}
 
 
 def to_json(
@@ -150,45 +158,50 @@ def to_json(
   Raises:
     FormatError: for metadata that JSON cannot hold.
   """
-  tensors: dict[str, Any] = {}
-  for path, note in notes.items():
-    shown = paths.show(path)
-    entry: dict[str, Any] = {}
-    if not note.trainable:
-      entry['trainable'] = False
-    if note.metadata:
-      entry['metadata'] = _encode(dict(note.metadata), shown)
-    if note.key is not None:
-      entry['key'] = note.key
-    if note.digest is not None:
-      entry['digest'] = note.digest
-    if note.codes is not None:
-      entry['codes'] = [note.codes.kind, paths.show(note.codes.of)]
-    if note.base:
-      entry['base'] = True
-    if entry:
-      tensors[shown] = entry
-  data: dict[str, Any] = {
+  shown = {path: paths.show(path) for path in notes}
+  entries = {shown[p]: _entry(note, shown[p]) for p, note in notes.items()}
+  sections = {
+    'trees': {paths.show(p): t for p, t in manifest.trees.items()},
+    'layers': {
+      paths.show(p): {'types': list(t.names), 'layouts': dict(t.layouts)}
+      for p, t in manifest.layer_types.items()
+    },
+    'adapters': list(manifest.adapters),
+    'history': list(manifest.history),
+    'metadata': dict(manifest.metadata),
+  }
+  return {
     **manifest.extra,
     'version': VERSION,
     'kind': manifest.kind,
     'locked': manifest.locked,
-    'tensors': tensors,
+    # Of 50,000 tensors most have nothing but defaults: they are left out.
+    'tensors': {path: entry for path, entry in entries.items() if entry},
+    **{name: section for name, section in sections.items() if section},
   }
-  if manifest.trees:
-    data['trees'] = {paths.show(p): t for p, t in manifest.trees.items()}
-  if manifest.layer_types:
-    data['layers'] = {
-      paths.show(p): {'types': list(t.names), 'layouts': dict(t.layouts)}
-      for p, t in manifest.layer_types.items()
-    }
-  if manifest.adapters:
-    data['adapters'] = list(manifest.adapters)
-  if manifest.history:
-    data['history'] = list(manifest.history)
-  if manifest.metadata:
-    data['metadata'] = dict(manifest.metadata)
-  return data
+
+
+def _entry(note: LeafNote, shown: str) -> dict[str, Any]:
+  """Returns a tensor's note as JSON data, without what is the default.
+
+  Args:
+    note: the note.
+    shown: the tensor's path, for messages.
+  """
+  entry: dict[str, Any] = {}
+  if not note.trainable:
+    entry['trainable'] = False
+  if note.metadata:
+    entry['metadata'] = _encode(dict(note.metadata), shown)
+  if note.key is not None:
+    entry['key'] = note.key
+  if note.digest is not None:
+    entry['digest'] = note.digest
+  if note.codes is not None:
+    entry['codes'] = [note.codes.kind, paths.show(note.codes.of)]
+  if note.base:
+    entry['base'] = True
+  return entry
 
 
 def dumps(manifest: Manifest, notes: Mapping[Path, LeafNote]) -> bytes:
@@ -224,24 +237,21 @@ def _expect(condition: bool, what: str) -> None:
     raise errors.FormatError(f'manifest ({KEY}): {what}.')
 
 
-_KNOWN = {
-  'version',
-  'kind',
-  'locked',
-  'tensors',
-  'trees',
-  'layers',
-  'adapters',
-  'history',
-  'metadata',
-  FILE,
+_SECTIONS: dict[str, type] = {
+  'tensors': dict,
+  'trees': dict,
+  'layers': dict,
+  'adapters': list,
+  'history': list,
+  'metadata': dict,
 }
+_KNOWN = {'version', 'kind', 'locked', *_SECTIONS, FILE}
 
 
-def _codes(said: Any) -> Codes | None:
-  if said is None:
+def _codes(entry: Any) -> Codes | None:
+  if entry is None:
     return None
-  kind, of = map(str, said)
+  kind, of = map(str, entry)
   return Codes(kind, paths.parse(of))
 
 
@@ -249,7 +259,7 @@ def loads(text: bytes) -> tuple[Manifest, dict[Path, LeafNote]]:
   """Reads what `dumps` wrote.
 
   Raises:
-    FormatError: if it is no manifest, or one of a newer version.
+    FormatError: if it is not a manifest, or one of a newer version.
   """
   return from_json(decoded(text))
 
@@ -258,7 +268,7 @@ def decoded(text: bytes | str) -> Any:
   """Reads what `encoded` wrote.
 
   Raises:
-    FormatError: if it is no JSON.
+    FormatError: if it is not JSON.
   """
   try:
     return json.loads(text)
@@ -270,30 +280,9 @@ def from_json(data: Any) -> tuple[Manifest, dict[Path, LeafNote]]:
   """Reads what `to_json` returned.
 
   Raises:
-    FormatError: if it is no manifest, or one of a newer version.
+    FormatError: if it is not a manifest, or one of a newer version.
   """
-  _expect(isinstance(data, dict), 'expected an object')
-  version = data.get('version')
-  _expect(isinstance(version, int), f'expected a version, found {version!r}')
-  if version > VERSION:
-    raise errors.FormatError(
-      f'manifest ({KEY}): version {version} is newer than this release reads '
-      f'({VERSION}). Update blox-surgery.'
-    )
-  kinds = (MODEL, ADAPTER, PATCH)
-  _expect(data.get('kind') in kinds, f'kind {data.get("kind")!r}')
-  for key, kind in (
-    ('tensors', dict),
-    ('trees', dict),
-    ('layers', dict),
-    ('adapters', list),
-    ('history', list),
-    ('metadata', dict),
-  ):
-    _expect(
-      isinstance(data.get(key, kind()), kind),
-      f'{key!r} should be {"an object" if kind is dict else "a list"}',
-    )
+  _check_sections(data)
   try:
     notes = {
       paths.parse(p): LeafNote(
@@ -316,11 +305,6 @@ def from_json(data: Any) -> tuple[Manifest, dict[Path, LeafNote]]:
     raise errors.FormatError(
       f'manifest ({KEY}): malformed entry: {type(error).__name__}: {error}.'
     ) from None
-  metadata = data.get('metadata', {})
-  _expect(
-    all(isinstance(value, str) for value in metadata.values()),
-    "'metadata' should hold text",
-  )
   manifest = Manifest(
     kind=data['kind'],
     locked=bool(data.get('locked', True)),
@@ -328,7 +312,35 @@ def from_json(data: Any) -> tuple[Manifest, dict[Path, LeafNote]]:
     trees={paths.parse(p): t for p, t in data.get('trees', {}).items()},
     adapters=tuple(data.get('adapters', ())),
     history=tuple(data.get('history', ())),
-    metadata=metadata,
+    metadata=data.get('metadata', {}),
+    # A later release may write more of the same version; it is not lost.
     extra={k: v for k, v in data.items() if k not in _KNOWN},
   )
   return manifest, notes
+
+
+def _check_sections(data: Any) -> None:
+  """Raises unless JSON data has the sections of a manifest that can be read.
+
+  Raises:
+    FormatError: naming the section.
+  """
+  _expect(isinstance(data, dict), 'expected an object')
+  version = data.get('version')
+  _expect(isinstance(version, int), f'expected a version, found {version!r}')
+  if version > VERSION:
+    raise errors.FormatError(
+      f'manifest ({KEY}): version {version} is newer than this release reads '
+      f'({VERSION}). Update blox-surgery.'
+    )
+  kinds = (MODEL, ADAPTER, PATCH)
+  _expect(data.get('kind') in kinds, f'kind {data.get("kind")!r}')
+  for key, kind in _SECTIONS.items():
+    _expect(
+      isinstance(data.get(key, kind()), kind),
+      f'{key!r} should be {"an object" if kind is dict else "a list"}',
+    )
+  _expect(
+    all(isinstance(value, str) for value in data.get('metadata', {}).values()),
+    "'metadata' should hold text",
+  )

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-  """Says of a tensor that it is a part of a quantised weight.
+  """The quantised weight that a tensor is a part of.
 
   Attributes:
     kind: how the weight is stored, for messages.
-    of: path of the tensor with the codes; of that tensor its own path.
+    of: path of the tensor with the codes; for that tensor its own path.
   """
 
   kind: str
@@ -113,11 +113,11 @@ def found(
   metadata: Mapping[str, str],
   config: Mapping[str, Any] | None = None,
 ) -> dict[Path, Codes]:
-  """Returns which tensors are parts of quantised weights.
+  """Returns the tensors that are parts of quantised weights.
 
   Args:
     leaves: the tensors by path; none is read.
-    metadata: what other programs said in the file.
+    metadata: metadata that other programs wrote into the file.
     config: the `quantization_config` of the model's folder, if it has one.
   """
   codes: dict[Path, Codes] = {}
@@ -133,24 +133,39 @@ def found(
       beside = [(*layer, other) for other in others]
       _add(codes, (*layer, name), beside, kind)
   for layer, own in layers.items():
-    above = layer
-    while above and not own.keys().isdisjoint(_BENEATH):
-      # `weight` is a tensor and, by its dots, a layer.
-      if above in leaves:
-        beneath = [p for p in leaves if p[: len(above)] == above and p != above]
-        _add(codes, above, beneath, _kind(leaves[above].dtype, ['absmax']))
-        break
-      above = above[:-1]
+    if not own.keys().isdisjoint(_BENEATH):
+      _add_beneath(codes, leaves, layer)
   if config is not None:
-    method = config.get('quant_method', 'quantization_config')
-    for path, leaf in leaves.items():
-      if (
-        path not in codes
-        and len(leaf.shape or ()) > 1
-        and _is_narrow(leaf.dtype)
-      ):
-        codes[path] = Codes(f'{leaf.dtype}, {method}', path)
+    _add_configured(codes, leaves, config)
   return codes
+
+
+def _add_beneath(
+  codes: dict[Path, Codes], leaves: Mapping[Path, Leaf], layer: Path
+) -> None:
+  """Adds codes whose other parts lie beneath them, as bitsandbytes has it."""
+  # `weight.absmax` makes a layer of `weight`, which is a tensor, too; and
+  # `weight.quant_state.…` one of what lies in it.
+  above = layer
+  while above and above not in leaves:
+    above = above[:-1]
+  if above:
+    beneath = [p for p in leaves if p[: len(above)] == above and p != above]
+    _add(codes, above, beneath, _kind(leaves[above].dtype, ['absmax']))
+
+
+def _add_configured(
+  codes: dict[Path, Codes],
+  leaves: Mapping[Path, Leaf],
+  config: Mapping[str, Any],
+) -> None:
+  """Adds tensors that only a folder's configuration says are quantised."""
+  method = config.get('quant_method', 'quantization_config')
+  for path, leaf in leaves.items():
+    # Vectors are none: norms and biases of such models may be narrow, too.
+    is_matrix = len(leaf.shape or ()) > 1
+    if path not in codes and is_matrix and _is_narrow(leaf.dtype):
+      codes[path] = Codes(f'{leaf.dtype}, {method}', path)
 
 
 def _kind(dtype: str | None, parts: Iterable[str]) -> str:
@@ -170,7 +185,7 @@ def _in_layer(
 ) -> list[tuple[str, tuple[str, ...], str]]:
   """Returns the codes among the tensors of one layer.
 
-  Kept, since the layers of a model look alike.
+  Cached, since most layers of a model have tensors of the same names.
 
   Args:
     layer: name and dtype of each tensor.
@@ -183,43 +198,45 @@ def _in_layer(
   found = []
   for name, dtype in layer:
     if name.endswith(_ENDINGS) or name in (*_TELLING, *_FURTHER):
-      continue
-    stem = stem_of(name)
-    parts = [stem + e for e in _ENDINGS if stem + e in own]
-    # Nobody but quantisers says `_scale_inv`, so the dtype does not matter; a
-    # float32 weight beside a `weight_scale` may be anything.
-    tells = stem + _SCALES[0] in own
-    if _is_narrow(dtype):
-      tells = tells or any(stem + e in own for e in _SCALES)
-      if name in (*_ALWAYS, *_USUAL):
-        tells = tells or not own.keys().isdisjoint(_TELLING)
-        parts += [n for n in (*_TELLING, *_FURTHER) if n in own]
-    if tells:
-      parts = list(dict.fromkeys(parts))
+      continue  # It belongs to another tensor's codes.
+    parts = _parts(name, dtype, own)
+    if parts:
       inputs = [n for n in _INPUTS if n in own and n not in parts]
       found.append((name, (*parts, *inputs), _kind(dtype, parts)))
   return found
 
 
+def _parts(name: str, dtype: str, own: Collection[str]) -> list[str]:
+  """Returns the names of the tensors that decode another one's codes, if any.
+
+  Args:
+    name: name of the tensor.
+    dtype: its dtype.
+    own: names of all tensors of its layer.
+  """
+  stem, narrow = stem_of(name), _is_narrow(dtype)
+  parts = [stem + e for e in _ENDINGS if stem + e in own]
+  # Only quantisers write a `_scale_inv`, so it decides whatever the dtype is; a
+  # float32 weight beside a `weight_scale` may be anything.
+  tells = any(stem + e in own for e in (_SCALES if narrow else _SCALES[:1]))
+  if narrow and name in (*_ALWAYS, *_USUAL):
+    # The layer has one weight, so names without its stem are about it.
+    tells |= any(n in own for n in _TELLING)
+    parts += [n for n in (*_TELLING, *_FURTHER) if n in own]
+  return list(dict.fromkeys(parts)) if tells else []
+
+
 def _of_torchao(
   leaves: Mapping[Path, Leaf], metadata: Mapping[str, str]
 ) -> Iterable[tuple[Path, list[Path]]]:
-  """Yields codes and their other parts, as torchao's metadata says.
+  """Yields codes and their other parts, from torchao's metadata.
 
-  It says of each tensor which class it is of: `'0.weight': '{"_type":
+  The metadata has the class of each tensor: `'0.weight': '{"_type":
   "Float8Tensor", …}'`, whose parts are `0._weight_qdata`, `0._weight_scale`;
   older releases wrote `0.weight:qdata`.
   """
   for name, text in metadata.items():
-    if '"_type"' not in text:
-      continue
-    try:
-      said = json.loads(text)
-    except ValueError:
-      continue
-    if not isinstance(said, dict) or 'ensor' not in str(said.get('_type')):
-      continue
-    if said['_type'] in ('torch.Tensor', 'Tensor'):
+    if not _is_quantised_class(text):
       continue
     whole = tuple(name.split('.'))
     starts = (f'_{whole[-1]}_', f'{whole[-1]}:')
@@ -235,21 +252,34 @@ def _of_torchao(
       yield first, [path for path in parts if path != first]
 
 
+def _is_quantised_class(text: str) -> bool:
+  """Whether an entry of torchao's metadata is of a class of codes."""
+  if '"_type"' not in text:
+    return False
+  try:
+    entry = json.loads(text)
+  except ValueError:
+    return False  # Metadata may be any text of anybody's.
+  kind = str(entry.get('_type')) if isinstance(entry, dict) else ''
+  # All its classes of codes are called `…Tensor`; plain ones are listed, too.
+  return 'ensor' in kind and kind not in ('torch.Tensor', 'Tensor')
+
+
 def config_of(origin: pathlib.Path) -> Mapping[str, Any] | None:
   """Returns the `quantization_config` beside a model's file, if any."""
   beside = origin.parent / 'config.json'
   try:
-    said = json.loads(beside.read_bytes())
+    data = json.loads(beside.read_bytes())
   except (OSError, ValueError, RecursionError):
-    return None  # It is somebody else's file; ours can be read without it.
-  config = said.get('quantization_config') if isinstance(said, dict) else None
+    return None  # It may be any program's file; the model is read without it.
+  config = data.get('quantization_config') if isinstance(data, dict) else None
   return config if isinstance(config, dict) else None
 
 
 def marked(
   checkpoint: Checkpoint, config: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-  """Returns a checkpoint whose leaves know of which codes they are a part.
+  """Returns a checkpoint whose leaves know the codes that they are a part of.
 
   Args:
     checkpoint: as it was opened, or params.
@@ -344,7 +374,7 @@ def without(leaves: Mapping[Path, Leaf], gone: Collection[Path]) -> set[Path]:
       left.update(parts)
       continue
     for part in parts:
-      # How inputs are scaled does not say what the weight is.
+      # The scale of inputs is not needed to decode the weight.
       if part in left and part[-1] not in _INPUTS:
         raise errors.QuantisedError(
           f'{paths.show(part)} would go and {paths.show(of)} stay, '

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
   from surgery.host.manager import Host
 
 
-# What the file of another program said of an adapter.
+# The configuration of an adapter in another program's file.
 FOREIGN = 'foreign'
 # What no record holds, and the file of an adapter does: what it was trained on,
 # and of how many adapters its weights are.
@@ -33,7 +33,7 @@ def adapter_to_json(
   Args:
     record: the adapter.
     host: knows the distribution that its type comes from.
-    known: what a file said of it; what is not recorded live is kept from it.
+    known: its JSON data in a file, from which is kept what records lack.
   """
   known = known or {}
   kept = {k: known[k] for k in _KEPT if k in known}
@@ -59,7 +59,7 @@ def adapter_to_json(
       {
         **r.site.to_json(),
         'weights': {name: spec.to_json() for name, spec in r.weights.items()},
-        # Most have all ranks, and older releases know of no others.
+        # Left out where no ranks were pruned, as older releases write it.
         **({} if r.drawn_rank is None else {'drawn_rank': r.drawn_rank}),
       }
       for r in record.sites.values()
@@ -70,14 +70,13 @@ def adapter_to_json(
 
 
 def _version_to_json(adapter: adapters.Adapter) -> dict[str, Any]:
-  # Types are of version 1 where nothing is said, and older releases know of no
-  # versions.
+  # Left out for version 1, since older releases know no versions.
   return {} if adapter.version == 1 else {'version': adapter.version}
 
 
 def _saved_to_json(record: records.AdapterRecord) -> dict[str, Any]:
   if not record.saved:
-    return {}  # Most adapters have none, and older releases know of none.
+    return {}  # Left out where empty, since older releases do not know it.
   return {
     'saved': {paths.show(p): s.to_json() for p, s in record.saved.items()}
   }
@@ -124,34 +123,17 @@ def adapter_from_json(
         cls, data['config'], data.get('version', 1), origin
       )
       adapter = cls.from_config(config)
-    sites = {}
-    for entry in data['sites']:
-      site = Site.from_json(entry)
-      sites[site.path] = records.SiteRecord(
-        site,
-        {
-          n: records.WeightSpec.from_json(w)
-          for n, w in entry['weights'].items()
-        },
-        host.ask('surgery_intercept_param', of=adapter, site=site),
-        entry.get('drawn_rank'),
-      )
-    shared = {
-      n: records.WeightSpec.from_json(w) for n, w in data['shared'].items()
-    }
-    saved = {
-      paths.parse(p): records.WeightSpec.from_json(w)
-      for p, w in data.get('saved', {}).items()
-    }
+    sites = (_site_from_json(entry, adapter, host) for entry in data['sites'])
+    saved = _weights_from_json(data.get('saved', {}))
     to = data.get('to')
     return records.AdapterRecord(
       name,
       adapter,
       bool(data['enabled']),
-      sites,
-      shared,
+      {record.site.path: record for record in sites},
+      _weights_from_json(data['shared']),
       seed=data.get('seed'),
-      saved=saved,
+      saved={paths.parse(p): spec for p, spec in saved.items()},
       to=None if to is None else records.written(to),
       foreign=json.dumps(data[FOREIGN]) if FOREIGN in data else None,
     )
@@ -162,6 +144,25 @@ def adapter_from_json(
       f'manifest: adapter {name!r} is malformed: '
       f'{type(error).__name__}: {error}.'
     ) from None
+
+
+def _site_from_json(
+  entry: Mapping[str, Any], adapter: adapters.Adapter, host: Host
+) -> records.SiteRecord:
+  site = Site.from_json(entry)
+  return records.SiteRecord(
+    site,
+    _weights_from_json(entry['weights']),
+    # A file holds no code, so a plugin's interceptor is made again.
+    host.ask('surgery_intercept_param', of=adapter, site=site),
+    entry.get('drawn_rank'),
+  )
+
+
+def _weights_from_json(
+  data: Mapping[str, Any],
+) -> dict[str, records.WeightSpec]:
+  return {n: records.WeightSpec.from_json(w) for n, w in data.items()}
 
 
 def from_json(data: Iterable[Mapping[str, Any]], host: Host) -> records.Records:

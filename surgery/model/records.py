@@ -1,4 +1,4 @@
-"""Records: which adapters sit where, as immutable data.
+"""Records: adapters and the sites that they rewrite, as immutable data.
 
 `Records` is what makes a function that was compiled for one model fit another:
 it is the static part of adapted params, so it holds what decides the program
@@ -28,7 +28,8 @@ _MODULUS = 1 << 128
 
 
 def _hash(*parts: object) -> int:
-  # Of strings, numbers, None and tuples of these: their repr is one to one.
+  # All parts are strings, numbers, None and tuples of these, whose repr tells
+  # any two of them apart.
   text = repr(parts)
   return int.from_bytes(
     hashlib.blake2b(text.encode(), digest_size=16).digest(), 'little'
@@ -41,6 +42,8 @@ def _token(adapter: Adapter) -> tuple[str, str]:
 
 
 def _weights(specs: Mapping[str, WeightSpec]) -> list[Any]:
+  # Without `trainable`, which no program depends on, and sorted, since the
+  # order is that of `init`'s dict the first time and of JSON the next.
   return [
     (name, spec.path, spec.shape, spec.dtype)
     for name, spec in sorted(specs.items())
@@ -90,9 +93,9 @@ class SiteRecord:
   Attributes:
     site: the parameters.
     weights: what the adapter added, by the name that `init` gave it.
-    interceptor: does the work.
-    drawn_rank: the rank that `init` made, if ranks were pruned since; what an
-      adapter's file is checked by.
+    interceptor: computes what layers get.
+    drawn_rank: the rank that `init` made, if ranks were pruned since; the file
+      of an adapter is checked against it.
   """
 
   site: Site
@@ -102,10 +105,13 @@ class SiteRecord:
 
   @functools.cached_property
   def digest(self) -> int:
-    """128 bits that stand for all that a compiled function depends on."""
-    who: Any = self.interceptor
-    token = _token(who) if isinstance(who, Adapter) else id(who)
-    # Types and sharding too: equal records are one object, and it is saved.
+    """128 bits of a hash of all that a compiled function depends on."""
+    work = self.interceptor
+    # Another interceptor of a plugin's has no configuration that could be
+    # hashed, so it is known by the object; hence the digest is of this process.
+    token = _token(work) if isinstance(work, Adapter) else id(work)
+    # Types and sharding decide no program, but records with equal digests are
+    # interned as one object, and that object is what is saved.
     params = [
       (p.name, p.shape, p.dtype, p.layout, p.sharding) for p in self.site.params
     ]
@@ -116,14 +122,14 @@ class SiteRecord:
     )
 
   def __reduce__(self) -> Any:
-    # Without the digest: it may stand for an object of this process.
+    # Without the digest, which may depend on an object of this process.
     values = self.site, self.weights, self.interceptor, self.drawn_rank
     return SiteRecord, values
 
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-  """What an adapter still looks for, until `locked()` closes it.
+  """The sites that an adapter still looks for, until `locked()` closes it.
 
   Attributes:
     selector: where it goes.
@@ -161,7 +167,7 @@ class Pending:
 
   @property
   def token(self) -> list[Any]:
-    """What of it a compiled initialisation depends on."""
+    """The parts that a compiled initialisation depends on."""
     return [
       [i.written for i in self.selector.items],
       sorted(self.met),
@@ -174,8 +180,8 @@ class Pending:
 class Sites(Mapping[Path, SiteRecord]):
   """The sites of an adapter by path, and the sum of their digests.
 
-  The sum lies with the sites, so that it cannot be that of others; one more
-  site costs one more digest.
+  The sum is kept with the sites, so that the two always belong together. Since
+  it is a sum, adding a site costs one digest, not all of them.
 
   Args:
     sites: the sites.
@@ -209,7 +215,7 @@ class Sites(Mapping[Path, SiteRecord]):
     return f'Sites({self._sites!r})'
 
   def __reduce__(self) -> Any:
-    return Sites, (self._sites,)  # Digests may be of this process.
+    return Sites, (self._sites,)  # Digests may depend on this process.
 
 
 def written(to: Any) -> str | tuple[str, ...]:
@@ -252,11 +258,14 @@ class AdapterRecord:
 
   @functools.cached_property
   def digest(self) -> int:
-    """128 bits that stand for all that a compiled function depends on.
+    """128 bits of a hash of all that a compiled function depends on.
 
-    Where the adapter came from is none of it, unless it still initialises.
+    The origin is not part of it, unless the adapter still initialises.
     """
     assert isinstance(self.sites, Sites)
+    # Seed, selector and foreign configuration are left out: no program depends
+    # on them, and including them would compile again for each seed. While the
+    # model is initialised the seed decides what is drawn, so it counts.
     waiting = [self.seed, self.pending.token] if self.pending else None
     return _hash(
       self.name,
@@ -273,13 +282,13 @@ class AdapterRecord:
     )
 
   def __reduce__(self) -> Any:
-    # Without the digest: it may stand for an object of this process.
+    # Without the digest, which may depend on an object of this process.
     names = (f.name for f in dataclasses.fields(self))
     return AdapterRecord, tuple(getattr(self, name) for name in names)
 
   @property
   def route(self) -> WeightSpec | None:
-    """Where it is stored which row has which adapter; None if it is one."""
+    """The weight that says which row has which adapter, if rows differ."""
     return self.shared.get(ROUTE)
 
   def with_site(self, record: SiteRecord, met: Iterable[int]) -> AdapterRecord:
@@ -302,29 +311,29 @@ class AdapterRecord:
 
   @property
   def origin(self) -> tuple[Any, ...]:
-    """Where it came from, which no compiled function depends on."""
+    """The adapter's origin, which no compiled function depends on."""
     return self.seed, self.to, self.foreign
 
   @property
   def is_known(self) -> bool:
-    """Whether anything is known of where it came from."""
+    """Whether anything of the adapter's origin is known."""
     return any(one is not None for one in self.origin)
 
   def anonymous(self) -> AdapterRecord:
-    """Returns this record without where it came from."""
+    """Returns this record without its origin."""
     if self.pending is not None or not self.is_known:
       return self
     return dataclasses.replace(self, seed=None, to=None, foreign=None)
 
   def check_met(self) -> None:
-    """Raises if the adapter still looks for some of what it was attached to.
+    """Raises if an item of the selector has found no site yet.
 
     Raises:
       AdapterError: naming the item of the selector.
     """
     for item in self.pending.unmet if self.pending else ():
       raise errors.AdapterError(
-        f'adapter {self.name!r} has found nothing for its selector '
+        f'adapter {self.name!r} has found no layer for its selector '
         f'{item.written!r} yet. Initialise the model and lock its params first.'
       )
 
@@ -357,7 +366,7 @@ ROUTE = 'route'
 
 
 class Probe:
-  """Is told which adapted parameters a traced call asks for.
+  """Records the adapted parameters that a traced call reads.
 
   No two probes are equal, so a function that was traced with one is traced
   again with the next.
@@ -381,12 +390,12 @@ class Probe:
 class Records:
   """All adapters of a model, innermost first. Immutable and interned.
 
-  Two are equal if a compiled function cannot tell them; they are one object
+  Two are equal if compiled functions are the same for both; they are one object
   only if their adapters came from the same seeds and selectors, too.
 
   Attributes:
     adapters: their records, in the order in which they were attached.
-    probe: an object that is told which parameters a traced call asks for.
+    probe: records the parameters that a traced call reads.
   """
 
   __slots__ = (
@@ -404,7 +413,7 @@ class Records:
   _interned: ClassVar[weakref.WeakValueDictionary[int, Records]] = (
     weakref.WeakValueDictionary()
   )
-  # Looking and keeping are one step, or two threads make two objects.
+  # Lookup and insertion are one step, or two threads would make two objects.
   _interning: ClassVar[threading.Lock] = threading.Lock()
 
   adapters: tuple[AdapterRecord, ...]
@@ -432,6 +441,8 @@ class Records:
     self._idle = None
     self._chains = None
     self._standing = None
+    # Interned with their origins, so that records of another seed do not come
+    # back; compared without, so that they share compiled functions.
     key = _hash(digest, [a.origin for a in adapters])
     with cls._interning:
       known = cls._interned.get(key)
@@ -441,7 +452,7 @@ class Records:
     return self
 
   def _same(self, adapters: tuple[AdapterRecord, ...]) -> bool:
-    """Whether classes are the same too: hosts may have types of one name."""
+    """Whether the classes are the same; two hosts may differ in them."""
     return len(adapters) == len(self.adapters) and all(
       type(a.adapter) is type(b.adapter)
       for a, b in zip(adapters, self.adapters, strict=True)
@@ -498,14 +509,14 @@ class Records:
         return record
     if not self.adapters:
       raise errors.AdapterError(
-        f'there is no adapter {name!r}: none is attached.'
+        f'there is no adapter {name!r}: no adapter is attached.'
       )
     raise errors.AdapterError(
       f'there is no adapter {name!r}.{errors.suggest(name, self.names)}'
     )
 
   def chosen(self, names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Returns names of adapters that are meant, in the order of attaching.
+    """Returns the names of the chosen adapters, in the order of attaching.
 
     Args:
       names: a name, several, or None for all.
@@ -543,7 +554,7 @@ class Records:
 
   @property
   def chains(self) -> Mapping[Path, Chain]:
-    """For each parameter that is rewritten, by whom, innermost first."""
+    """The adapters of each rewritten parameter, innermost first."""
     if self._chains is None:
       found: dict[Path, list[tuple[AdapterRecord, SiteRecord]]] = {}
       for adapter in self.adapters:
@@ -556,7 +567,7 @@ class Records:
 
   @property
   def standing(self) -> Mapping[Path, Path]:
-    """Where the value of a parameter lies that an enabled adapter saved."""
+    """Paths of the values that enabled adapters saved, by parameter."""
     if self._standing is None:
       self._standing = {
         path: spec.path
@@ -568,7 +579,7 @@ class Records:
 
   @property
   def answered(self) -> dict[Path, tuple[str, ...]]:
-    """Which adapters rewrite a parameter, or have a value of their own for it.
+    """Adapters that rewrite a parameter, or have a value of their own for it.
 
     Disabled ones too, since they may be enabled again.
     """
@@ -583,7 +594,7 @@ class Records:
     return {path: tuple(names) for path, names in found.items()}
 
   def stored(self, path: Path) -> Path:
-    """Returns where the value lies that the innermost adapter is given."""
+    """Returns the path of the value that the innermost adapter is given."""
     return self.standing.get(path, path)
 
   def check_standing(self) -> None:
@@ -614,6 +625,8 @@ class Records:
 
   def grown(self, record: AdapterRecord, site: SiteRecord) -> Records:
     """Returns `replace(record)`, where only `site` is new or has grown."""
+    # During initialisation each layer adds a site: making all chains anew for
+    # each would take the square of their number, so those of before are edited.
     owned, chains = {**self.owned}, {**self.chains}
     new = self.replace(record)
     for spec in site.weights.values():
@@ -640,24 +653,24 @@ class Records:
     )
 
   def closed(self) -> Records:
-    """Returns records in which no adapter looks for sites."""
+    """Returns records in which no adapter looks for sites any more."""
     return Records((a.closed() for a in self.adapters), self.probe)
 
   def anonymous(self) -> Records:
-    """Returns records without where adapters came from.
+    """Returns records without the origins of adapters.
 
-    What transformations return is this: a program that was compiled for one
-    model would otherwise say of another that it came from the first one's seed.
+    Transformations return these: a program that was compiled for one model
+    would otherwise attribute the seed of that one to another model.
     """
     if self._anonymous is None:
       new = [a.anonymous() for a in self.adapters]
       if all(a is b for a, b in zip(new, self.adapters, strict=True)):
-        return self  # As most are: params that came from a transformation.
+        return self  # The usual case: they came from a transformation.
       self._anonymous = Records(new, self.probe)
     return self._anonymous
 
   def probed(self, probe: Probe | None) -> Records:
-    """Returns records that tell `probe` what is asked for."""
+    """Returns records with a probe, which records what is read."""
     return Records(self.adapters, probe)
 
 
@@ -671,6 +684,17 @@ def unite(a: Records, b: Records) -> Records:
     return a
   if not a.adapters:
     return b
+  united = Records(_woven(a, b, _common(a, b)), a.probe)
+  united.check_standing()
+  return united
+
+
+def _common(a: Records, b: Records) -> list[str]:
+  """Returns the names of adapters that both have, which must be the same ones.
+
+  Raises:
+    AdapterError: if an adapter differs in the two, or their orders disagree.
+  """
   for record in b.adapters:
     if record.name in a.names and a.get(record.name).digest != record.digest:
       raise errors.AdapterError(
@@ -684,19 +708,28 @@ def unite(a: Records, b: Records) -> Records:
       'two params cannot be merged: their adapters were attached in different '
       f'orders, {list(a.names)} and {list(b.names)}.'
     )
-  # Between two that are common, what only `a` has lies inside of what only `b`
-  # has: `b` is merged into `a`.
-  merged: list[AdapterRecord] = []
+  return common
+
+
+def _woven(
+  a: Records, b: Records, common: Sequence[str]
+) -> Iterator[AdapterRecord]:
+  """Yields the adapters of both, in the order of each of them.
+
+  Args:
+    a: some records.
+    b: other records.
+    common: names of the adapters that both have, in their order.
+  """
+  # Between two that are common, those of `a` come first and so lie inside of
+  # those of `b`, since `b` is merged into `a`.
   ours, theirs = list(a.adapters), list(b.adapters)
   for name in (*common, None):
     while ours and ours[0].name != name:
-      merged.append(ours.pop(0))
+      yield ours.pop(0)
     while theirs and theirs[0].name != name:
-      merged.append(theirs.pop(0))
-    # One of them may have been through a transformation.
+      yield theirs.pop(0)
+    # A transformation drops the origin, so that of the other one is taken.
     known = [r for r in (*ours[:1], *theirs[:1]) if r.is_known]
-    merged += known[:1] or ours[:1]
+    yield from known[:1] or ours[:1]
     del ours[:1], theirs[:1]
-  united = Records(merged, a.probe)
-  united.check_standing()
-  return united

@@ -512,9 +512,13 @@ def test_an_option_without_default_must_be_given():
     name = 'needs'
     rank: int
 
-  with pytest.raises(surgery.ConfigError, match="option 'rank': it must be"):
+  with pytest.raises(
+    surgery.ConfigError, match="option 'rank': a value is required"
+  ):
     Needs()  # type: ignore[call-arg]
-  with pytest.raises(surgery.ConfigError, match="option 'rank': it must be"):
+  with pytest.raises(
+    surgery.ConfigError, match="option 'rank': a value is required"
+  ):
     Needs.from_config({})
 
 

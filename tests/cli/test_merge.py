@@ -143,7 +143,7 @@ def test_one_of_two_is_merged_and_the_other_goes_on(
   ('arguments', 'code', 'message'),
   [
     ((), 3, 'no adapter is attached'),
-    (('--adapter', 'x'), 3, "there is no adapter 'x': none is attached"),
+    (('--adapter', 'x'), 3, "there is no adapter 'x': no adapter is attached"),
     (('--no-check-base',), 2, '--no-check-base goes with --with'),
     (('--with', 'a', '--adapter', 'b'), 2, '--adapter does not go with --with'),
     (('--with', 'nowhere.msgpack'), 3, 'nowhere.msgpack'),

@@ -245,7 +245,7 @@ class TestUnknownNames:
 
 def test_merging_twice_is_refused(net):
   merged = surgery.merge(_attach(net[1]))
-  with pytest.raises(surgery.AdapterError, match='none is attached'):
+  with pytest.raises(surgery.AdapterError, match='no adapter is attached'):
     surgery.merge(merged, 'default')
 
 

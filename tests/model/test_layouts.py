@@ -240,12 +240,12 @@ def test_the_plan_says_it_and_what_is_not_certain(file, surgery_cli):
   )  # fmt: skip
   assert 0 == done.code, done.err
   assert (
-    'note      layout (out, in), as the name of a linear layer tells: '
+    'note      layout (out, in), by the name of a linear layer: '
     'q_proj/weight.' in done.out
   )
   assert (
     'note      layout (out, in) is not certain (a square kernel under an '
-    'unknown name), and taken as PyTorch usually has it: odd/weight. Say it '
+    'unknown name); assumed as PyTorch usually has it: odd/weight. State it '
     "with --layout 'odd/weight=oi', or other letters." in done.out
   )
   done = surgery_cli(
