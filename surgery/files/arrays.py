@@ -79,7 +79,7 @@ def little(value: Any) -> np.ndarray:
     array = np.asarray(value)
   except (TypeError, ValueError) as error:
     raise errors.FormatError(
-      f'a {type(value).__name__} is no array: {error}.'
+      f'a {type(value).__name__} is not an array: {error}.'
     ) from None
   known = DTYPES.get(array.dtype.name)
   if known is None:

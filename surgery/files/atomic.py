@@ -1,9 +1,9 @@
 """Files that appear whole or not at all.
 
-A file is written under a temporary name beside its own and takes its name when
-it is complete and on the disk. Whatever goes wrong before leaves the old file
-as it was. A writer that was killed leaves its temporary file behind; the next
-one recognises it by its lock, which died with its owner, and removes it.
+A file is written under a temporary name in the same folder and renamed when it
+is complete and on the disk. Any failure before leaves the old file as it was. A
+writer that was killed leaves its temporary file behind; the next one finds it
+unlocked, since a lock ends with its process, and removes it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from surgery import errors
 from surgery.files import system
 
 _SUFFIX = '.tmp'
-# Of further files of a writer, which live as long as its first.
+# Suffix of a writer's further files, which are dead when its first one is.
 _PART = '.part'
 # Leaves room for the rest of a temporary name within 255 bytes.
 _LONGEST = 180
@@ -32,9 +32,9 @@ def writing(
 ) -> Iterator[int]:
   """Yields a descriptor; what is written to it becomes the file at the end.
 
-  A new file has the permissions that the umask leaves, one that replaces
-  another has that one's. A symbolic link is replaced, and the file behind it
-  stays as it is: in the cache of a hub it is that of other links, too.
+  A new file has the permissions that the umask leaves; a file that replaces
+  another keeps the permissions of the old one. A symbolic link is replaced and
+  its target left alone, since in the cache of a hub other links share it.
 
   Args:
     path: the file.
@@ -51,7 +51,10 @@ def writing(
   """
   shown = os.fspath(path)
   whole = pathlib.Path(os.fsdecode(path)).absolute()
+  # The folder is resolved, so that a link to it that changes meanwhile does not
+  # divide the two names; the last part is not, since a link there is replaced.
   target = pathlib.Path(os.path.realpath(whole.parent)) / whole.name
+  # Asked before anything is computed, and again when the file gets its name.
   mode = _mode(target, shown, overwrite)
   with folder(target.parent) as parent:
     clean(target)
@@ -59,17 +62,22 @@ def writing(
     try:
       try:
         yield fd
+        # The content has to be on the disk before the name is: after a power
+        # cut a renamed file whose blocks were not written would be empty.
         os.fsync(fd)
         if system.RENAMES_OPEN:
-          # Still locked, so nobody takes it for a dead writer's.
+          # While it is still locked; once closed, the next writer would take
+          # it for a dead writer's and remove it.
           publish(temporary, target, shown, overwrite)
       finally:
         os.close(fd)
       if not system.RENAMES_OPEN:
         publish(temporary, target, shown, overwrite)
     except BaseException:
+      # KeyboardInterrupt and SystemExit as well: nothing may be left behind.
       temporary.unlink(missing_ok=True)
       raise
+    # The rename is an entry of the folder, which has to reach the disk, too.
     sync_folder(parent)
 
 
@@ -83,17 +91,18 @@ def exists(shown: str) -> FileExistsError:
 
 
 def _mode(target: pathlib.Path, shown: str, overwrite: bool) -> int | None:
-  """Returns the permissions of the file that is to be replaced, if any."""
+  """Returns the permissions of the file that will be replaced, if any."""
   try:
     status = target.stat()
   except FileNotFoundError:
+    # A link to nothing: the name is taken all the same.
     if target.is_symlink() and not overwrite:
       raise exists(shown) from None
     return None
   if stat.S_ISDIR(status.st_mode):
     raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), shown)
   if not stat.S_ISREG(status.st_mode):
-    # Renaming would put a file in the place of, say, /dev/null.
+    # Renaming would replace the device itself, e.g. /dev/null.
     raise errors.FormatError(
       f'{shown}: expected a file, found a pipe or a device. Write to a file.'
     )
@@ -104,9 +113,12 @@ def _mode(target: pathlib.Path, shown: str, overwrite: bool) -> int | None:
 
 @contextlib.contextmanager
 def folder(path: pathlib.Path) -> Iterator[int]:
-  """Yields a descriptor of the folder; opening it names it if it is none.
+  """Yields a descriptor of the folder.
 
-  Where folders cannot be opened it is -1, and nothing is synchronised.
+  It is -1 on systems that cannot open folders, which synchronise nothing.
+
+  Raises:
+    NotADirectoryError: if it is not a folder.
   """
   if not system.FOLDER:
     if not path.is_dir():
@@ -143,9 +155,11 @@ def create(target: pathlib.Path, mode: int | None) -> tuple[int, pathlib.Path]:
       continue
     try:
       if mode is not None:
+        # Explicitly, since `os.open` applies the umask to what it is given.
         system.set_mode(fd, temporary, mode)
       system.lock(fd)
-      # Another writer may have removed it before it was locked.
+      # Between creation and lock another writer may have taken it for a dead
+      # writer's and removed it: then it has no name any more, and is made anew.
       if os.fstat(fd).st_nlink or not system.locks():
         return fd, temporary
     except BaseException:
@@ -159,8 +173,8 @@ def part(temporary: pathlib.Path, number: int) -> pathlib.Path:
   """Returns the name of a further temporary file of a writer.
 
   Args:
-    temporary: its first one, which is locked as long as it lives.
-    number: of the further file.
+    temporary: its first one, which is locked while the writer lives.
+    number: number of the further file.
   """
   return temporary.with_name(f'{temporary.stem}.{number}{_PART}')
 
@@ -175,7 +189,7 @@ def clean(target: pathlib.Path) -> None:
       if entry.name.startswith(start) and entry.name.endswith(_SUFFIX)
     ]
   for path in found:
-    # One that is locked, gone or not ours is left alone.
+    # A file that is locked, gone or of another owner is left alone.
     with contextlib.suppress(OSError):
       _remove_dead(pathlib.Path(path))
 
@@ -186,7 +200,8 @@ def _remove_dead(path: pathlib.Path) -> None:
   try:
     if stat.S_ISREG(os.fstat(fd).st_mode):
       system.lock_dead(fd)
-      # The first goes last, so that who is killed here can be cleaned up, too.
+      # The first file goes last: should this process be killed here, the first
+      # one still shows the next writer that the others are dead.
       for other in path.parent.iterdir():
         if other.name.startswith(f'{path.stem}.') and other.suffix == _PART:
           other.unlink()
@@ -203,12 +218,12 @@ def publish(
     temporary.replace(target)
     return
   try:
-    # Unlike renaming, linking fails if somebody else was faster.
+    # Renaming would replace a file that appeared meanwhile; linking fails then.
     os.link(temporary, target)
   except FileExistsError:
     raise exists(shown) from None
   except OSError:
-    # A file system without links.
+    # The file system has no links, so the check and the rename are two steps.
     if os.path.lexists(target):
       raise exists(shown) from None
     temporary.replace(target)
@@ -217,7 +232,7 @@ def publish(
 
 
 def sync_folder(fd: int) -> None:
-  """Makes the new name last; the file is there already, so never raises."""
+  """Makes the new name durable; never raises, since the file is there."""
   if fd < 0:
     return  # Folders cannot be opened here.
   with contextlib.suppress(OSError):

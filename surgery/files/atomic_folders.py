@@ -1,10 +1,10 @@
 """Folders that appear whole or not at all.
 
-The files of a folder are written into one inside of a hidden folder beside it,
-which takes its name when all of them are complete and on the disk. An empty
-folder of that name is replaced, one that holds something never is. A writer
-that was killed leaves its hidden folder behind; the next one recognises it by
-its lock, which died with its owner, and removes it.
+The files are written into a folder inside of a hidden folder beside the target,
+which is renamed when all of them are complete and on the disk. An empty folder
+of that name is replaced; a folder that holds something never is. A writer that
+was killed leaves its hidden folder behind; the next one finds it unlocked,
+since a lock ends with its process, and removes it.
 """
 
 from __future__ import annotations
@@ -42,21 +42,25 @@ def writing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   shown = pathlib.Path(os.fsdecode(path))
   system.needs_folders('a folder', str(shown))
   check(shown)
-  # The name of `.` is known only where it lies.
+  # Made absolute first, since `.` has no name of its own.
   whole = shown.absolute()
   target = pathlib.Path(os.path.realpath(whole.parent)) / whole.name
   with atomic.folder(target.parent) as parent:
     _clean(target)
     fd, hidden = _create(target)
     try:
-      # Whoever writes a set locks its folder, so that is not the locked one.
+      # A folder inside of the locked one, because writing a set of files locks
+      # the folder that it is written to.
       made = hidden / target.name
       made.mkdir()
       yield made
+      # All content and all names in it are on the disk before its own name is.
       _settle(made)
+      # Again: another process may have written there meanwhile.
       check(shown)
       _publish(made, target, shown)
     finally:
+      # The hidden folder stays in any case, and is locked until it is gone.
       shutil.rmtree(hidden, ignore_errors=True)
       os.close(fd)
     atomic.sync_folder(parent)
@@ -72,13 +76,13 @@ def check(path: pathlib.Path) -> None:
   if path.is_symlink():
     raise errors.FormatError(
       f'{path}: expected a new name or an empty folder, found a symbolic link '
-      f'to {path.readlink()}. Nothing is written through a link: name the '
-      'folder that it leads to, or another one.'
+      f'to {path.readlink()}. Nothing is written through a link: give the '
+      'folder that it points to, or another one.'
     )
   if not os.path.lexists(path):
     return
   if '..' in path.parts or path.resolve() == pathlib.Path.cwd():
-    # Whoever stands in it would stand in one that is gone.
+    # Processes in that folder would be left in one without a name.
     raise errors.FormatError(
       f'{path}: the current folder, or one above, cannot be replaced. Give a '
       'new folder in it.'
@@ -110,7 +114,8 @@ def _create(target: pathlib.Path) -> tuple[int, pathlib.Path]:
       continue
     fd = os.open(hidden, system.READ | system.FOLDER)
     system.lock(fd)
-    # Another writer may have removed it before it was locked.
+    # Between creation and lock another writer may have taken it for a dead
+    # writer's and removed it.
     if os.fstat(fd).st_nlink:
       return fd, hidden
     os.close(fd)
@@ -130,7 +135,7 @@ def _clean(target: pathlib.Path) -> None:
       if entry.name.startswith(start) and entry.name.endswith(_SUFFIX)
     ]
   for path in found:
-    # One that is locked, gone or not ours is left alone.
+    # A folder that is locked, gone or of another owner is left alone.
     with contextlib.suppress(OSError), atomic.folder(path) as fd:
       system.lock_dead(fd)
       shutil.rmtree(path, ignore_errors=True)
@@ -155,14 +160,14 @@ def _settle(folder: pathlib.Path) -> None:
 def _publish(
   made: pathlib.Path, target: pathlib.Path, shown: pathlib.Path
 ) -> None:
-  """Gives a folder its name; an empty one of that name goes."""
+  """Gives a folder its name; an empty folder of that name is replaced."""
   try:
     # Renaming replaces an empty folder at once, and fails for any other.
     made.rename(target)
   except OSError as error:
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
       raise FileExistsError(
-        errno.EEXIST, 'somebody else wrote there meanwhile', str(shown)
+        errno.EEXIST, 'another process wrote there meanwhile', str(shown)
       ) from None
     if error.errno == errno.EBUSY:
       raise errors.FormatError(

@@ -1,15 +1,14 @@
 """Sets of files that appear whole or not at all.
 
-A set is there as soon as its index is. So all other files are written under
-temporary names, take their names when all are complete and on the disk, and
-only then does the index take its own. Of a writer that was killed before, files
-without an index are left at most, and temporary files that the next writer
-removes.
+A set exists as soon as its index does. So all other files are written under
+temporary names, are renamed when all are complete and on the disk, and only
+then is the index renamed. A writer that is killed before leaves at most files
+without an index, and temporary files, which the next writer removes.
 
 A set that replaces another has files of other names (`out.2-00001-of-00003`
 beside `out-00001-of-00003`), since no order of renames replaces several files
-at once. So the old set is whole until the index is replaced, which makes the
-new one, and the old files are removed after that.
+at once. So the old set is complete until the index is replaced; from then on
+the new one is, and the old files are removed.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ class Writing:
     self._inodes: list[tuple[int, int]] = []
     self.index = target.with_name(target.name + location.INDEX)
     self._check()
-    # Files of the set that is replaced.
+    # The files that the old index names; `publish` compares them, to notice a
+    # set that another process has written meanwhile.
     self._old = _named_by(self.index) if overwrite else set()
     self.names = _free(target, count, self._old)
     atomic.clean(target)
@@ -80,12 +80,15 @@ class Writing:
     Raises:
       FileExistsError: if one is there that must not be replaced.
     """
+    # The other files were synchronised when they ended. All content is on the
+    # disk before the first of the names is.
     os.fsync(self.fd)
-    # Of two who write the same set one comes too late, and nothing is mixed.
+    # The lock of the folder makes the check and all renames one step: of two
+    # processes that write the same set the second fails, and nothing is mixed.
     system.lock(folder)
     self._check()
     if self._overwrite and _named_by(self.index) != self._old:
-      # Its files may have the names that were free when this began.
+      # The other set may use the names that were free when this one began.
       raise FileExistsError(
         errno.EEXIST,
         'another set was written there meanwhile, and is not replaced',
@@ -95,6 +98,8 @@ class Writing:
       atomic.publish(
         atomic.part(self._temporary, number), name, str(name), self._overwrite
       )
+    # The names of the files have to be durable before that of the index, which
+    # would name missing files after a power cut otherwise.
     atomic.sync_folder(folder)
     atomic.publish(
       self._temporary, self.index, str(self.index), self._overwrite
@@ -102,14 +107,16 @@ class Writing:
     atomic.sync_folder(folder)
 
   def tidy(self) -> None:
-    """Removes what the set takes the place of."""
+    """Removes the files that the set replaces."""
     for path in [*self._left_over(), *sorted(self._old), self._target]:
       if path not in self.names:
         with contextlib.suppress(OSError):
           path.unlink()
 
   def abandon(self) -> None:
-    """Removes what was written, unless the set is there."""
+    """Removes what was written, unless the set is complete."""
+    # Where the index has its name, an error came too late: the set stays. The
+    # inode tells our files from another process's of the same name.
     if not self._is(self.index, _inode(os.fstat(self.fd))):
       for name, inode in zip(self.names, self._inodes, strict=False):
         if self._is(name, inode):
@@ -124,14 +131,14 @@ class Writing:
 
   @staticmethod
   def _is(path: pathlib.Path, inode: tuple[int, int]) -> bool:
-    """Whether a file is that one, and not somebody else's of its name."""
+    """Whether a file is that one, and not another one of its name."""
     try:
       return inode == _inode(path.lstat())
     except FileNotFoundError:
       return False
 
   def _left_over(self) -> list[pathlib.Path]:
-    """Returns files that look like those of a set of that name."""
+    """Returns files whose names are those of a set of that name."""
     return sorted(
       path
       for path in self._target.parent.iterdir()
@@ -157,16 +164,16 @@ class Writing:
 
 
 def _named_by(index: pathlib.Path) -> set[pathlib.Path]:
-  """Returns the files of the set that has an index, as far as it can be read.
+  """Returns the shards that an index names, as far as it can be read.
 
-  Those that look like shards and lie in its folder: what else an index names
-  may be somebody else's, and is not removed.
+  Files in other folders, or without the name of a shard, are left out: they may
+  belong to something else, and are not removed.
   """
   try:
     data = json.loads(index.read_bytes())
     names = set(data['weight_map'].values())
   except (OSError, ValueError, TypeError, KeyError, AttributeError):
-    # No set, or a damaged one: then none of its files is touched.
+    # No set, or a damaged one: none of its files is removed.
     return set()
   paths = [index.with_name(n) for n in names if n == pathlib.Path(n).name]
   return {path for path in paths if location.shard_of(path) is not None}
@@ -175,12 +182,13 @@ def _named_by(index: pathlib.Path) -> set[pathlib.Path]:
 def _free(
   target: pathlib.Path, count: int, taken: set[pathlib.Path]
 ) -> list[pathlib.Path]:
-  """Returns names of a set's files none of which is taken."""
+  """Returns names for the files of a set that are not taken."""
   for generation in itertools.count(1):
     stem = target.stem if generation == 1 else f'{target.stem}.{generation}'
     called = target.with_name(stem + target.suffix)
     names = [location.shard(called, k, count) for k in range(1, count + 1)]
-    # Files of another name may be those of somebody else's set.
+    # Left-over files may be replaced under the set's own name; under another
+    # one they may belong to another set.
     theirs = generation > 1 and any(map(os.path.lexists, names))
     if taken.isdisjoint(names) and not theirs:
       return names

@@ -22,15 +22,15 @@ from surgery.files.digest import Digester
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
-# Tensors of which some blocks were read and hashed, and not yet all. A writer
-# settles those that its own tensors began; see `settle`.
+# Tensors of which only some blocks were read and hashed yet. A writer finishes
+# the ones that its own tensors began; see `settle`.
 _UNFINISHED: weakref.WeakSet[Checked] = weakref.WeakSet()
 _COUNT = itertools.count(1)
 _LOCK = threading.RLock()
 
 
 class Checked:
-  """A saved tensor whose bytes are held against a digest as they are read.
+  """A saved tensor whose bytes are checked against a digest as they are read.
 
   It is a leaf's `load` and its `source` at once.
 
@@ -57,7 +57,7 @@ class Checked:
     self.path = path
     self.digest = digest
     self._sound = False
-    # What has been hashed so far, and how many bytes that were.
+    # The hash of the bytes so far, and their number.
     self._hashing: Digester | None = None
     self._hashed = 0
     self._number = 0
@@ -158,13 +158,13 @@ def mark() -> int:
 
 
 def settle(since: int) -> None:
-  """Holds against their digests the tensors of which only some was read.
+  """Checks the tensors that were read in part against their digests.
 
   Args:
-    since: what `mark` returned before they were.
+    since: what `mark` returned before they were read.
 
   Raises:
-    FormatError: if one is not what its digest says.
+    FormatError: if one does not match its digest.
   """
   for source in list(_UNFINISHED):
     if source._number > since:

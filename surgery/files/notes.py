@@ -45,13 +45,13 @@ def read(
   """Reads a manifest.
 
   Args:
-    said: its text, or what is in it.
+    said: its text, or the decoded text.
     where: file and place, for messages.
     offset: of the manifest in the file.
     found: what lies in the file.
 
   Raises:
-    FormatError: if it is no manifest, or speaks of other tensors.
+    FormatError: if it is not a manifest, or has notes of other tensors.
   """
   try:
     if isinstance(said, bytes):

@@ -16,10 +16,10 @@ from surgery.files.source import MappedFile
 # Shorter ranges are cheaper to read than to copy by a call of the system.
 _SMALL = 1 << 16
 _BUFFER = 1 << 20
-# After so many bytes the disk is told to begin, while more is computed.
+# After so many bytes the system starts writing to the disk, in the background.
 _BEGIN = 1 << 25
 
-# What a system answers that cannot copy between these two files.
+# Errors of systems that cannot copy between these two files.
 _CANNOT = {
   errno.EXDEV,
   errno.ENOSYS,
@@ -27,26 +27,26 @@ _CANNOT = {
   errno.EOPNOTSUPP,
   errno.EPERM,
   errno.ETXTBSY,
-  # macOS sends files to sockets alone.
+  # macOS sends files only to sockets.
   errno.ENOTSOCK,
-  # What is mapped is not there any more.
+  # The file was cut, so its mapped pages are gone.
   errno.EFAULT,
 }
 
-# From a file to a descriptor, from where on, how many bytes; how many it did.
+# From a file to a descriptor: first byte, number of bytes; returns how many.
 _Way = Callable[[MappedFile, int, int, int], int]
 
 
 class Output:
   """Bytes and copied ranges, in order, to one file.
 
-  Two ranges of a file become one if what is written between them is what lies
-  between them in that file. So an unchanged part of a saved model, names and
-  headers and all, is copied in one go.
+  Two ranges of a file become one if the bytes written between them are those
+  that lie between them in that file. So an unchanged part of a saved model,
+  with its names and headers, is copied at once.
 
   Args:
     fd: descriptor of the file.
-    told: is told of tensors and bytes that were written.
+    told: called with the numbers of tensors and bytes that were written.
 
   Raises:
     OSError: if it cannot be written, e.g. because the disk is full.
@@ -56,15 +56,15 @@ class Output:
     self._fd = fd
     self._progress = None if told is None else Progress(told)
     self._begun = self._done = os.lseek(fd, 0, os.SEEK_CUR)
-    # What was taken in, of which some is not yet done.
+    # Bytes that were given to this object; some may not be written yet.
     self._taken = self._done
     self._ready = bytearray()
-    # A range that is yet to be copied, and what is to be written after it.
+    # The range that waits to be copied, and the bytes that follow it.
     self._range: tuple[MappedFile, int, int] | None = None
     self._after = bytearray()
 
   def expect(self, nbytes: int, tensors: int = 1) -> None:
-    """Says that bytes of a tensor come now; for who is told of progress.
+    """Announces the bytes of a tensor, for progress.
 
     Args:
       nbytes: their number.
@@ -80,6 +80,8 @@ class Output:
       self.flush()
       self._put(data)
       return
+    # Headers and names are small: they are collected, and behind a range they
+    # may turn out to be what lies between it and the next one.
     part = self._ready if self._range is None else self._after
     part += data
     if len(part) >= _BUFFER:
@@ -99,6 +101,7 @@ class Output:
         self._after.clear()
         return
       self._settle()
+    # Not copied yet, since the next range may continue it.
     self._range = file, start, stop
 
   def replace(self, start: int, data: bytes) -> None:
@@ -119,13 +122,14 @@ class Output:
     self._drain()
 
   def _settle(self) -> None:
-    """Copies the range that waits."""
+    """Copies the range that waits, and queues the bytes that follow it."""
     if self._range is not None:
       file, start, stop = self._range
       if stop - start < _SMALL:
         self._ready += file.data[start:stop]
       else:
         self._drain()
+        # In pieces, so that the disk begins and progress is seen meanwhile.
         for first in range(start, stop, _BEGIN):
           last = min(first + _BEGIN, stop)
           _copy(file, self._fd, first, last)
@@ -145,7 +149,7 @@ class Output:
     self._count(len(data))
 
   def _count(self, written: int) -> None:
-    """Lets the disk begin, so that the last `fsync` has little left to do."""
+    """Counts bytes; makes the disk begin, so that the last `fsync` is short."""
     self._done += written
     if self._progress is not None:
       self._progress.reached(self._done)
@@ -157,11 +161,11 @@ class Output:
 def begin(fd: int, start: int, length: int) -> None:
   """Starts to write a range of a file to the disk, without waiting for it.
 
-  Advice only: on systems that know none, `fsync` does it all at the end.
+  It is only advice: on systems without it, `fsync` writes all at the end.
   """
   if hasattr(os, 'posix_fadvise'):
     with contextlib.suppress(OSError):
-      # Linux starts to write what is dirty of a range that is not needed.
+      # Linux starts to write the dirty pages of a range that is not needed.
       os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
 
 
@@ -172,14 +176,15 @@ def _write(fd: int, data: bytes | bytearray | memoryview) -> None:
 
 
 def _copy(file: MappedFile, fd: int, start: int, stop: int) -> None:
-  """Copies a range to where the descriptor stands, as cheaply as may be.
+  """Copies a range to the descriptor's position, in the cheapest way possible.
 
   Raises:
     FormatError: if the file was cut while it was read.
   """
   ways: tuple[_Way, ...] = (_by_range, _by_sendfile, _by_reading)
   if (os.lseek(fd, 0, os.SEEK_CUR) - start) % mmap.PAGESIZE:
-    # Pages do not become pages, so the system would copy each in two pieces.
+    # Pages of the source straddle pages of the target, so that the system
+    # would copy each in two pieces, which takes twice as long as writing.
     ways = (_by_mapping, *ways)
   for way in ways:
     start = _all(way, file, fd, start, stop)
@@ -187,7 +192,7 @@ def _copy(file: MappedFile, fd: int, start: int, stop: int) -> None:
       return
   raise errors.FormatError(
     f'{file.name}: expected {stop - start} more bytes, found the end. Another '
-    'program cut it while it was read.',
+    'program truncated the file while it was read.',
     start,
   )
 
@@ -195,7 +200,7 @@ def _copy(file: MappedFile, fd: int, start: int, stop: int) -> None:
 def _all(
   way: _Way, source: MappedFile, target: int, start: int, stop: int
 ) -> int:
-  """Copies as far as this way goes; returns where it ended."""
+  """Copies as much as one way can; returns where it ended."""
   try:
     while start < stop:
       done = way(source, target, start, stop - start)
@@ -233,7 +238,8 @@ def _by_reading(
 def _by_mapping(
   source: MappedFile, target: int, start: int, length: int
 ) -> int:
-  # Of a file that was cut the last page seems to go on.
+  # The size is asked for anew: in a file that was truncated, the last mapped
+  # page seems to go on with zeros.
   size = os.fstat(source.fd).st_size
   length = min(length, _BUFFER, max(0, size - start))
   source.fetch(start, start + length)

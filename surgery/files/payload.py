@@ -123,8 +123,8 @@ class Computed(Payload):
     """Returns the digest of what was written.
 
     Raises:
-      FormatError: if it was computed from a tensor that is not what its own
-        digest says.
+      FormatError: if it was computed from a tensor that does not match its own
+        digest.
     """
     del known
     if self._mark is not None:
@@ -145,15 +145,17 @@ def source(leaf: Leaf) -> Source | None:
 
 
 def of(leaf: Leaf, path: Path) -> Payload | Any:
-  """Returns the bytes of a leaf, or its value if it is no array.
+  """Returns the bytes of a leaf, or its value if it is not an array.
 
   Args:
     leaf: the leaf; what it computes is computed when bytes are written.
     path: its path, for messages.
 
   Raises:
-    FormatError: if a file cannot hold it, or it is not what it said.
+    FormatError: if a file cannot hold it, or it is not as it declares.
   """
+  # From here on this leaf may begin to read other tensors; when it has been
+  # written, their digests are checked to the end.
   mark = checking.mark()
   found = source(leaf)
   if found is not None:
@@ -196,7 +198,7 @@ def _checked(leaf: Leaf, index: Index, path: Path) -> np.ndarray:
 
 
 def _check(leaf: Leaf, value: Any, index: Index = ()) -> None:
-  """Raises unless a leaf gives what it said; plans were made by that."""
+  """Raises unless a value is as its leaf declares; headers are made of that."""
   wrong = leaf.mismatch(value, index)
   if wrong is None and leaf.scalar and leaf.shape:
     wrong = f'expected a numpy scalar, found {leaf}.'
@@ -205,7 +207,8 @@ def _check(leaf: Leaf, value: Any, index: Index = ()) -> None:
 
 
 def _ahead(items: Iterator[_T]) -> Iterator[_T]:
-  """Yields items, the next of which is computed meanwhile by a thread."""
+  """Yields items, while a thread computes the next one."""
+  # One ahead, not more: blocks are large, and the caller holds one of them.
   end: Any = object()
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     coming = pool.submit(next, items, end)

@@ -65,7 +65,7 @@ class _Files:
       overwrite: whether an existing file may be replaced; an index never is.
       manifest: whether flags, metadata, adapters and so on are written too.
       shard_size: most bytes a file, if several are to be written.
-      progress: is told of tensors and bytes that were written.
+      progress: called with the numbers of tensors and bytes that were written.
 
     Raises:
       FormatError: if a file cannot hold a name, a value or the metadata.

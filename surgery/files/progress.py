@@ -16,7 +16,7 @@ class Progress:
   to an `Output` is not what was written.
 
   Args:
-    told: is told.
+    told: the function to call.
   """
 
   def __init__(self, told: Told) -> None:

@@ -97,7 +97,7 @@ def write_set(
     overwrite: whether a file or a set of that name, and files of a set without
       an index, may be replaced.
     manifest: whether flags, metadata, adapters and so on are written too.
-    progress: is told of tensors and bytes that were written.
+    progress: called with the numbers of tensors and bytes that were written.
 
   Raises:
     FormatError: if a file cannot hold a name, a value or the metadata.
@@ -112,14 +112,16 @@ def write_set(
   checkpoint, names = form.names(checkpoint)
   if not names:
     raise errors.FormatError(
-      f'{os.fsdecode(path)}: there is no tensor that a set of files could '
-      'hold. Write one file, without a shard_size.'
+      f'{os.fsdecode(path)}: a set of files needs at least one tensor, found '
+      'none. Write one file, without a shard_size.'
     )
-  said = checkpoint.notes()
+  known = checkpoint.notes()
   manifest = manifest and notes.worth_saying(checkpoint)
   if manifest:
-    # What cannot be said should be known before gigabytes are written.
-    manifests.dumps(checkpoint.manifest, said)
+    # Errors in the manifest should show before gigabytes are written.
+    manifests.dumps(checkpoint.manifest, known)
+  # The names of files contain their number, so all are known before the first
+  # is written.
   shards = list(_cut(checkpoint, names, form, shard_size))
   with atomic_sets.writing(path, len(shards), overwrite=overwrite) as files:
     for shard in shards:
@@ -128,33 +130,38 @@ def write_set(
         digests = form.write_part(shard, output, names, manifest)
         output.flush()
       for where, digest in digests.items():
-        said[where] = dataclasses.replace(said[where], digest=digest)
-    text = _index(
-      {
-        names[where]: file.name
-        for shard, file in zip(shards, files.names, strict=True)
-        for where in shard
-        if where in names
-      },
-      sum(leaf.nbytes for leaf in checkpoint.values()),
-      manifests.to_json(checkpoint.manifest, said) if manifest else None,
-    )
-    output = Output(files.fd)
-    output.write(text)
-    output.flush()
+        known[where] = dataclasses.replace(known[where], digest=digest)
+    # The index comes last, since it has the digests of what was computed.
+    weight_map = {
+      names[where]: file.name
+      for shard, file in zip(shards, files.names, strict=True)
+      for where in shard
+      if where in names
+    }
+    total = sum(leaf.nbytes for leaf in checkpoint.values())
+    about = manifests.to_json(checkpoint.manifest, known) if manifest else None
+    _put(files.fd, _index(weight_map, total, about))
+
+
+def _put(fd: int, text: bytes) -> None:
+  """Writes a text to a descriptor."""
+  output = Output(fd)
+  output.write(text)
+  output.flush()
 
 
 def _cut(
   checkpoint: Checkpoint, names: Mapping[Path, str], form: Parts, most: int
 ) -> Iterator[Checkpoint]:
-  """Yields runs of leaves that fit into a file, with what files say of all."""
+  """Yields runs of leaves that fit into a file, each with the same metadata."""
   about = Manifest(metadata=form.metadata(checkpoint))
   leaves: dict[Path, Leaf] = {}
   empty = form.empty(about)
   size, full = empty, False
   for path, leaf in checkpoint.items():
     own = leaf.nbytes + form.overhead(path, leaf)
-    # One that no index lists must not be alone.
+    # A leaf that the index cannot list (an empty dict, say) stays with a
+    # tensor that it lists, or its file would never be opened.
     if path in names and full and size + own > most:
       yield Checkpoint(leaves, about)
       leaves, size, full = {}, empty, False
@@ -192,20 +199,20 @@ def _encoded(data: Mapping[str, Any]) -> bytes:
 
 
 def annotate(index: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-  """Writes what an index says beside where tensors lie; these stay.
+  """Rewrites the manifest in an index; the files with the tensors stay.
 
   Args:
     index: the index; it is replaced as a whole.
     checkpoint: what was opened from it, with other flags, digests and so on.
 
   Raises:
-    FormatError: if something cannot be said.
+    FormatError: if the manifest cannot be written.
     OSError: if it cannot be written.
   """
   file = MappedFile(index)
   data = strict_json.loads(_text(file), file.name)
   said = manifests.to_json(checkpoint.manifest, checkpoint.notes())
-  # Others may have left it out, or said another size.
+  # Other programs may have left it out, or written another size.
   size = sum(leaf.nbytes for leaf in checkpoint.values())
   data['metadata'] = {
     **data.get('metadata', {}),
@@ -214,9 +221,7 @@ def annotate(index: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
   }
   raw = _encoded(data)
   with atomic.writing(index, overwrite=True) as fd:
-    output = Output(fd)
-    output.write(raw)
-    output.flush()
+    _put(fd, raw)
 
 
 def open_set(index: str | os.PathLike[str], form: Parts) -> Checkpoint:
@@ -324,13 +329,23 @@ def _parts(
     yield file, part, names
 
 
+def _numbers_of(folder: pathlib.Path, name: str, count: int) -> dict[int, str]:
+  """Returns the files of a numbered set that lie in a folder, by number."""
+  numbered = {path.name: location.numbered(path) for path in folder.iterdir()}
+  return {
+    found[1]: file
+    for file, found in numbered.items()
+    if found is not None and (found[0], found[2]) == (name, count)
+  }
+
+
 def _check_numbers(
   where: str, folder: pathlib.Path, files: Iterable[str]
 ) -> None:
-  """Raises if an index names some files of a numbered set and not all.
+  """Raises if an index names only some files of a numbered set.
 
-  `model-00001-of-00003` says by its name that there are two more. Whether they
-  lie beside it or not, what the index names is not the whole model.
+  The name `model-00001-of-00003` implies two more files. Whether these exist or
+  not, the files that the index names are not the whole model.
   """
   numbers: dict[tuple[pathlib.Path, str, int], set[int]] = {}
   for file in files:
@@ -345,12 +360,7 @@ def _check_numbers(
     lost = [k for k in range(first, first + count) if k not in there]
     if not lost:
       continue
-    beside = {
-      found[1]: path.name
-      for path in (folder / above).iterdir()
-      if (found := location.numbered(path)) is not None
-      and (found[0], found[2]) == (name, count)
-    }
+    beside = _numbers_of(folder / above, name, count)
     shown = _some([beside.get(k, f'number {k}') for k in lost])
     place = 'lies' if all(k in beside for k in lost) else 'does not lie'
     raise _wrong(

@@ -130,10 +130,10 @@ class Source(Checked):
   pass put something else in the place of `load`: only a leaf of which
   `leaf.load is leaf.source` is copied unread.
 
-  What is read is held against the digest on record: blocks in order on their
-  way, without a second reading; anything else makes the whole tensor be hashed
-  once, before it is given. So nothing is ever computed from a tensor that
-  contradicts its digest, and no result gets a fresh one.
+  What is read is checked against the digest on record: blocks in order are
+  hashed as they are read; any other access hashes the whole tensor once, before
+  it returns. So nothing is computed from a tensor that contradicts its digest,
+  and no result gets a new one.
 
   Attributes:
     file: the file.
@@ -198,7 +198,7 @@ class Source(Checked):
     if self.dtype in PACKED:
       raise errors.FormatError(
         f'{self.file.name}: {paths.show(self.path)}: elements of {self.dtype} '
-        'share bytes, so the tensor can be copied, renamed and dropped, and '
+        'share bytes, so the tensor can be copied, renamed and dropped, but '
         'not read. Select other tensors, or dequantise the model first.',
         self.spans[0][0],
       )
@@ -232,6 +232,8 @@ class Source(Checked):
     at = 0
     for cut, size in zip(index, self.shape, strict=False):
       at = at * size + cut.start
+    # Blocks of a grid cut the first axes only, so that each is one range of
+    # bytes.
     start = at * math.prod(rest) * dtype.itemsize
     stop = start + math.prod((*sizes, *rest)) * dtype.itemsize
     ranges = list(self.ranges(start, stop))

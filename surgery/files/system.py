@@ -49,10 +49,10 @@ def locks() -> bool:
 def lock(fd: int) -> None:
   """Locks a file for its writer, where the system has locks.
 
-  Without them nobody can tell that a temporary file is dead, so it is kept.
+  Without them a dead temporary file cannot be recognised, so it is kept.
   """
   if fcntl is not None:
-    # Some file systems of networks have none.
+    # Some network file systems have none.
     with contextlib.suppress(OSError):
       fcntl.flock(fd, fcntl.LOCK_EX)
 
@@ -61,7 +61,7 @@ def lock_dead(fd: int) -> None:
   """Locks what a writer left behind.
 
   Raises:
-    OSError: if its writer lives, or nobody can tell.
+    OSError: if its writer lives, or that cannot be known.
   """
   if fcntl is None:
     raise OSError('this system has no locks')

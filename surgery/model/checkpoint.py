@@ -519,7 +519,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     form = host.format_of(target, format)
     # A format of a plugin's may take fewer options, so only those are passed
     # that ask for something.
-    asked = {
+    asked: dict[str, Any] = {
       'manifest': None if manifest else False,
       'shard_size': shard_size,
       'progress': progress,

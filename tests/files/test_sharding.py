@@ -154,7 +154,9 @@ def test_a_size_is_a_number_of_bytes(target, size):
 
 
 def test_nothing_cannot_be_several_files(target):
-  with pytest.raises(errors.FormatError, match='there is no tensor that a set'):
+  with pytest.raises(
+    errors.FormatError, match='a set of files needs at least one tensor'
+  ):
     Checkpoint({}).write(target, shard_size=10)
 
 

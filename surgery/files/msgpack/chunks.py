@@ -15,6 +15,12 @@ MARK = '__msgpack_chunked_array__'
 MAX_CHUNK_SIZE = 2**30
 
 
+def _is(entry: Entry | None, value: object) -> bool:
+  """Whether an entry is a certain value, which is no array."""
+  found = entry.value if isinstance(entry, Value) else None
+  return type(found) is type(value) and bool(found == value)
+
+
 def join(path: Path, offset: int, parts: dict[Path, Entry]) -> Source:
   """Returns a chunked array as one tensor.
 
@@ -27,16 +33,14 @@ def join(path: Path, offset: int, parts: dict[Path, Entry]) -> Source:
     Bad: if it is not what flax writes.
   """
   mark = parts.pop((MARK,), None)
-  no_axes = parts.pop(('shape',), None)
   sizes = _numbered(parts, 'shape')
   chunks = _numbered(parts, 'chunks')
-  # Without axes there is an empty dict in the place of the sizes.
-  if isinstance(no_axes, Value) and no_axes.value == {} and not sizes:
-    no_axes, has_shape = None, True
+  if not sizes:
+    # Without axes an empty dict stands in the place of the sizes.
+    has_shape = _is(parts.pop(('shape',), None), {})
   else:
-    has_shape = bool(sizes)
-  marked = isinstance(mark, Value) and mark.value is True
-  if not (marked and has_shape and chunks) or no_axes is not None or parts:
+    has_shape = ('shape',) not in parts
+  if not (_is(mark, True) and has_shape and chunks) or parts:
     raise Bad(
       offset,
       f'malformed array in chunks: expected the keys {MARK!r} (true), '

@@ -85,7 +85,7 @@ def _take(key: str, taken: set[str], pos: int) -> None:
     raise Bad(
       pos,
       f'the key {_short(key)!r} occurs twice in one map',
-      'Nobody can tell which one is meant; save the file again',
+      'It is ambiguous which one is meant; save the file again',
     )
   taken.add(key)
 

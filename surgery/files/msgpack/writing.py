@@ -50,7 +50,7 @@ def write_file(
     path: the file.
     overwrite: whether an existing file may be replaced.
     manifest: whether flags, metadata, adapters and so on are written too.
-    progress: is told of tensors and bytes that were written.
+    progress: called with the numbers of tensors and bytes that were written.
 
   Raises:
     FormatError: if a file cannot hold a name, a value or the metadata.

@@ -43,8 +43,8 @@ def apply_patch(
 ) -> dict[str, Any]:
   """Writes the very file, or folder, that a patch was made of.
 
-  All bytes that are taken from the base, and all that are written, are held
-  against digests; the output appears whole and right, or not at all.
+  All bytes that are taken from the base, and all that are written, are checked
+  against digests; the output appears complete and correct, or not at all.
 
   Args:
     base: the base, in any format, with the values that it had.
@@ -52,7 +52,7 @@ def apply_patch(
     path: the file; or the folder, if the patch is one of a folder.
     overwrite: whether an existing file may be replaced; a folder never is.
     dry_run: whether only what needs no reading is checked, and nothing written.
-    progress: is told of tensors and bytes that were written.
+    progress: called with the numbers of tensors and bytes that were written.
     host: whose formats are known.
 
   Returns:
@@ -107,7 +107,7 @@ def _check_name(target: pathlib.Path, said: Description, host: Host) -> None:
 
 
 def _check_base(base: Checkpoint, said: Description) -> None:
-  """Raises if the base is another one, as far as that is known unread.
+  """Raises if the base is another one, as far as its headers show.
 
   Raises:
     BaseMismatchError: naming what differs.
@@ -146,7 +146,7 @@ class _Applying:
     base: the base.
     patch: the patch.
     folder: where the base lies.
-    said: what the patch says.
+    said: the description in the patch.
   """
 
   def __init__(
@@ -248,12 +248,12 @@ class _Applying:
     yield from frame.take(file.size - at)
 
   def _frame(self, file: File) -> Iterator[np.ndarray]:
-    """Yields the bytes of a file that are no tensor's."""
+    """Yields the bytes of a file that belong to no tensor."""
     count = file.size - sum(b - a for a, b, _ in file.spans)
     if not count:
       return
     read = self._literal((description.FRAMES, file.name), file.code or PLAIN, 1)
-    # Pieces lie as they were put in: those of each gap by themselves.
+    # The pieces of each gap were compressed separately.
     at = 0
     for start, stop in [
       *((a, b) for a, b, _ in file.spans),

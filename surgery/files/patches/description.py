@@ -1,4 +1,4 @@
-"""What a patch says: of which files, tensors and bytes a model is made.
+"""The description in a patch: the files, tensors and bytes of a model.
 
 It is JSON in the patch's metadata, under `surgery_patch`. Bytes lie in tensors
 of the patch: `frames/NAME` has what lies between the tensors of a file, such as
@@ -239,18 +239,36 @@ def _file(data: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> File:
   if '/' in name or '\\' in name or name in ('', '.', '..') or '\0' in name:
     # It is written under that name.
     raise ValueError(f'expected the name of a file, found {name!r:.80}')
-  at, spans = 0, []
-  for start, stop, number in data['spans']:
+  spans = tuple(map(tuple, data['spans']))
+  _check_spans(name, size, spans, tensors)
+  code = data['code']
+  code = None if code is None else _code(code)
+  return File(name, size, _text(data['digest']), spans, code)
+
+
+def _check_spans(
+  name: str,
+  size: int,
+  spans: tuple[tuple[int, int, int], ...],
+  tensors: tuple[Tensor, ...],
+) -> None:
+  """Raises unless the spans of a file hold whole tensors, in order.
+
+  Args:
+    name: name of the file.
+    size: its number of bytes.
+    spans: first and last byte, and the number of the tensor.
+    tensors: all tensors of the patch.
+  """
+  # An applied patch writes to these places, so a damaged one must not be used.
+  at, found = 0, dict[int, int]()
+  for start, stop, number in spans:
     if not at <= _count(start) < _count(stop) <= size:
       raise ValueError(f'{name}: bytes {start} to {stop}')
     if _count(number) >= len(tensors):
       raise ValueError(f'{name}: tensor {number}')
-    spans.append((start, stop, number))
+    found[number] = found.get(number, 0) + stop - start
     at = stop
-  for number in {n for _, _, n in spans}:
-    found = sum(stop - start for start, stop, n in spans if n == number)
-    if found != tensors[number].nbytes:
-      raise ValueError(f'{name}: {found} bytes of tensor {number}')
-  code = data['code']
-  code = None if code is None else _code(code)
-  return File(name, size, _text(data['digest']), tuple(spans), code)
+  for number, nbytes in found.items():
+    if nbytes != tensors[number].nbytes:
+      raise ValueError(f'{name}: {nbytes} bytes of tensor {number}')

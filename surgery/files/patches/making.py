@@ -35,7 +35,7 @@ from surgery.naming.paths import Path
 
 # A file is hashed so many bytes at a time.
 _STEP = 1 << 20
-# Once that share of a tensor's blocks differs, all of it is kept.
+# If a larger share of a tensor's blocks differs, the whole tensor is kept.
 _MOST = 0.5
 
 _Name = str | os.PathLike[str]
@@ -64,8 +64,8 @@ def make_patch(
     overwrite: whether an existing file may be replaced.
     compress: whether what becomes smaller by it is compressed with zstd, if
       the package zstandard is installed.
-    progress: is told of tensors and bytes that were compared.
-    host: whose formats are known.
+    progress: called with the numbers of tensors and bytes that were compared.
+    host: the formats' host.
 
   Returns:
     How many tensors are the `same` as the base's, differ in `blocks` or as a
@@ -73,7 +73,8 @@ def make_patch(
     `patch`.
 
   Raises:
-    FormatError: if something is no saved model, or a folder has folders inside.
+    FormatError: if something is not a saved model, or a folder has folders
+      inside.
     FileExistsError: if the patch exists and `overwrite` is False.
 
   Example:
@@ -81,12 +82,7 @@ def make_patch(
   """
   host = host or default_host()
   target = pathlib.Path(os.fsdecode(path))
-  if not target.parent.is_dir():
-    raise FileNotFoundError(
-      errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent)
-    )
-  if target.exists() and not overwrite:
-    raise atomic.exists(str(target))
+  _check_target(target, overwrite)
   where = pathlib.Path(os.fsdecode(tuned))
   if location.is_index(where):
     raise errors.FormatError(
@@ -97,13 +93,15 @@ def make_patch(
   for one in (before, after):
     manifests.check_no_patch(one.manifest, one.origin)
   folder = pathlib.Path(os.fsdecode(base))
+  # What is kept is spooled to the disk, since a patch may be larger than memory
+  # and its header, which comes first, has the size of all of it.
   with tempfile.TemporaryFile(dir=target.parent) as spool:
     compressing = compress and coding.zstd() is not None
     making = _Making(before, after, spool, compressing, progress)
     names = _files(where)
     files = [making.file(one, folder / one.name) for one in names]
     form = host.format_of(where)
-    said = Description(
+    about = Description(
       description.structure(before),
       next(name for name, one in host.formats.items() if one is form),
       where.is_dir(),
@@ -115,14 +113,24 @@ def make_patch(
         if leaf.shape is not None and p not in after
       ),
     )
-    about = Manifest(
-      kind=manifests.PATCH, metadata={description.KEY: said.encoded()}
+    manifest = Manifest(
+      kind=manifests.PATCH, metadata={description.KEY: about.encoded()}
     )
     spool.flush()
-    Checkpoint(making.leaves(), about).write(
+    Checkpoint(making.leaves(), manifest).write(
       target, overwrite=overwrite, host=host
     )
-  return {**said.report(), 'patch': target.stat().st_size}
+  return {**about.report(), 'patch': target.stat().st_size}
+
+
+def _check_target(target: pathlib.Path, overwrite: bool) -> None:
+  """Raises unless a patch can be written, before models are compared."""
+  if not target.parent.is_dir():
+    raise FileNotFoundError(
+      errno.ENOENT, os.strerror(errno.ENOENT), str(target.parent)
+    )
+  if target.exists() and not overwrite:
+    raise atomic.exists(str(target))
 
 
 def _files(where: pathlib.Path) -> list[pathlib.Path]:
@@ -139,8 +147,8 @@ def _files(where: pathlib.Path) -> list[pathlib.Path]:
       continue
     if one.is_dir():
       raise errors.FormatError(
-        f'{one}: a folder inside of a model folder, of which a patch can say '
-        'nothing. Take it out of the folder first.'
+        f'{one}: a folder inside of a model folder, which a patch cannot '
+        'describe. Move it out of the model folder first.'
       )
     found.append(one)
   return found
@@ -154,7 +162,7 @@ class _Making:
     tuned: the model.
     spool: a file for what is kept.
     compressing: whether it is compressed.
-    progress: is told of tensors and bytes.
+    progress: called with numbers of tensors and bytes.
 
   Attributes:
     tensors: the tensors so far.
@@ -322,7 +330,7 @@ def _same(path: pathlib.Path, size: int, digest: str) -> bool:
 def _between(
   spans: list[tuple[int, int, int]], size: int
 ) -> Iterator[tuple[int, int]]:
-  """Yields the ranges of a file that are no tensor's."""
+  """Yields the ranges of a file that belong to no tensor."""
   at = 0
   for start, stop, _ in spans:
     if at < start:

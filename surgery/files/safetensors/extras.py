@@ -3,7 +3,7 @@
 It is an object under `file`: `paths` by name where the name does not tell,
 `dtypes` by name of what is stored as bytes, `scalars` (names of numpy scalars),
 `values`: position, path and value of leaves that are no arrays, and `format`,
-the file's `format` if nobody but we said it.
+the file's `format` if no other program wrote it.
 """
 
 from __future__ import annotations

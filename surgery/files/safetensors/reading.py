@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from surgery import errors
 from surgery.files import arrays, notes
@@ -53,21 +54,8 @@ def open_part(
   """Opens a file; returns it, and what it calls its tensors."""
   file = MappedFile(path)
   entries, metadata, end = header.read(file)
-  text = metadata.pop(manifests.KEY, None)
-  said, more = None, Extras()
   where = f'{file.name}: at byte {header.START}'
-  if text is not None:
-    try:
-      said = manifests.decoded(text)
-    except errors.FormatError as error:
-      raise errors.FormatError(f'{where}: {error}', header.START) from None
-    if isinstance(said, dict):
-      inner = said.pop(manifests.FILE, {})
-      own = inner.get(frameworks.KEY) if isinstance(inner, dict) else None
-      if own is not None and metadata.get(frameworks.KEY) == own:
-        # Nobody else said it, so it is not kept where names change.
-        del metadata[frameworks.KEY]
-      more = extras.from_json(inner, where, header.START)
+  data, more = _manifest(metadata, where)
   sources = _sources(file, entries, end, more)
   called = {source.path: name for name, source in sources.items()}
   if len(called) < len(sources):
@@ -75,14 +63,41 @@ def open_part(
   found = _in_order(sources, more, where)
   manifest = Manifest()
   about: Mapping[Path, LeafNote] = {}
-  if said is not None:
-    manifest, about = notes.read(said, where, header.START, found)
+  if data is not None:
+    manifest, about = notes.read(data, where, header.START, found)
   leaves = {
     path: _leaf(value, about.get(path, _NOTHING))
     for path, value in found.items()
   }
   manifest = manifest.replace(metadata=metadata)
   return Checkpoint(leaves, manifest, origin=file.name), called
+
+
+def _manifest(metadata: dict[str, str], where: str) -> tuple[Any, Extras]:
+  """Takes the manifest out of a header's metadata.
+
+  Args:
+    metadata: the metadata, from which our own entries are removed.
+    where: the place in the file, for messages.
+
+  Returns:
+    The manifest's JSON data, or None, and what only this format needs of it.
+  """
+  text = metadata.pop(manifests.KEY, None)
+  if text is None:
+    return None, Extras()
+  try:
+    data = manifests.decoded(text)
+  except errors.FormatError as error:
+    raise errors.FormatError(f'{where}: {error}', header.START) from None
+  if not isinstance(data, dict):
+    return data, Extras()
+  inner = data.pop(manifests.FILE, {})
+  own = inner.get(frameworks.KEY) if isinstance(inner, dict) else None
+  if own is not None and metadata.get(frameworks.KEY) == own:
+    # We wrote this `format`, so it is inferred anew after names changed.
+    del metadata[frameworks.KEY]
+  return data, extras.from_json(inner, where, header.START)
 
 
 def _wrong(where: str, what: str) -> errors.FormatError:

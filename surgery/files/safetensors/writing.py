@@ -41,50 +41,58 @@ def write_file(
 ) -> None:
   """Writes a file, whole or not at all.
 
-  Of leaves that come unchanged from a file the bytes are copied unread.
+  The bytes of leaves that come unchanged from a file are copied unread.
 
   Args:
     checkpoint: what to write.
     path: the file.
     overwrite: whether an existing file may be replaced.
-    manifest: whether flags, metadata, adapters and so on are written too. What
-      other programs said in a file of theirs always is, and so is `format`,
-      without which some readers refuse a file.
-    progress: is told of tensors and bytes that were written.
+    manifest: whether flags, metadata, adapters and so on are written too.
+      Metadata of other programs always is, and so is `format`, without which
+      some readers refuse a file.
+    progress: called with the numbers of tensors and bytes that were written.
 
   Raises:
     FormatError: if a file cannot hold a name, a value or the metadata.
     FileExistsError: if the file exists and `overwrite` is False.
     OSError: if it cannot be written.
   """
-  said = checkpoint.notes()
-  computed = [p for p in checkpoint if payload.source(checkpoint[p]) is None]
-  for one in computed:
-    said[one] = dataclasses.replace(said[one], digest=_UNKNOWN)
   layout = Layout(checkpoint, called(checkpoint))
-  for one, value in layout.values.items():
-    if not isinstance(value, payload.Payload):
-      said[one] = dataclasses.replace(said[one], digest=None)
-  full = checkpoint.manifest
+  known = _noted(checkpoint, layout)
   if not manifest:
     layout.needs_no_manifest(path)
-  # What other programs said has a place of its own in the header.
+  # The metadata of other programs has a place of its own in the header.
   worth = manifest and notes.worth_saying(checkpoint, metadata=False)
-  before = layout.header(full if worth else None, said)
+  full = checkpoint.manifest if worth else None
+  before = layout.header(full, known)
   with atomic.writing(path, overwrite=overwrite) as fd:
     output = Output(fd, progress)
     output.write(before)
     for where, found in layout.write(output).items():
-      said[where] = dataclasses.replace(said[where], digest=found)
+      known[where] = dataclasses.replace(known[where], digest=found)
     output.flush()
-    after = layout.header(full if worth else None, said)
+    # The header stands in front of the tensors and has their digests, so it is
+    # written again, over the first one, which has the same length.
+    after = layout.header(full, known)
     if after != before:
       assert len(after) == len(before)
       output.replace(0, after)
 
 
+def _noted(checkpoint: Checkpoint, layout: Layout) -> dict[Path, LeafNote]:
+  """Returns the notes of leaves, with room for digests that are not known."""
+  known = checkpoint.notes()
+  for path in checkpoint:
+    if payload.source(checkpoint[path]) is None:
+      known[path] = dataclasses.replace(known[path], digest=_UNKNOWN)
+  for path, value in layout.values.items():
+    if not isinstance(value, payload.Payload):
+      known[path] = dataclasses.replace(known[path], digest=None)
+  return known
+
+
 def called(checkpoint: Checkpoint) -> dict[Path, str]:
-  """Returns what a file calls its tensors; of other leaves nothing.
+  """Returns the names of tensors in a file, without those of other leaves.
 
   Raises:
     FormatError: if it cannot have a name.
@@ -198,8 +206,8 @@ class Layout:
     """Returns the header.
 
     Args:
-      manifest: what is said of the whole; None to say only what the file needs.
-      said: what is said of leaves, if `manifest` is not None.
+      manifest: the manifest; None to write only what the file needs.
+      said: the notes of leaves, if `manifest` is not None.
 
     Raises:
       FormatError: if it is too long, or something cannot be said.
@@ -213,7 +221,7 @@ class Layout:
     ours = manifest is not None or bool(more)
     if frameworks.KEY not in metadata and (ours or self._changed):
       metadata = frameworks.named(metadata, self._checkpoint)
-      # So that whoever reads it knows that nobody else said it.
+      # So that a reader knows that no other program wrote it.
       more[frameworks.KEY] = metadata[frameworks.KEY]
     if ours:
       bare = (manifest or Manifest()).replace(metadata={})
