@@ -346,7 +346,7 @@ def test_a_reason_is_told_however_it_is_given_and_whenever(how):
     (raised(RuntimeError('oh')), 'serves failed: RuntimeError: oh'),
     (raised(ValueError('oh')), 'serves failed: ValueError: oh'),
     (raised(SystemExit(0)), 'serves failed: SystemExit: 0'),
-    (lambda site: '', "serves returned '', expected the reason"),
+    (lambda site: '', "serves returned '', expected None"),
     (lambda site: False, 'serves returned False, expected the reason'),
   ],
 )
