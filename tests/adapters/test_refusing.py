@@ -347,7 +347,7 @@ def test_a_reason_is_told_however_it_is_given_and_whenever(how):
     (raised(ValueError('oh')), 'serves failed: ValueError: oh'),
     (raised(SystemExit(0)), 'serves failed: SystemExit: 0'),
     (lambda site: '', "serves returned '', expected None"),
-    (lambda site: False, 'serves returned False, expected the reason'),
+    (lambda site: False, 'serves returned False, expected None'),
   ],
 )
 def test_what_serves_does_wrong_is_said_with_type_and_site(how, message):
