@@ -35,10 +35,7 @@ def within(block: np.ndarray, dtype: str) -> bool:
     dtype = {'complex64': 'float32', 'complex128': 'float64'}[dtype]
   if not rounding.is_float(dtype):
     return bool(np.isfinite(block).all())
-  if block.dtype.kind != 'f':
-    block = block.astype(np.float32)  # 16 bits and fewer, of ml_dtypes.
-  most = rounding.largest(dtype)
-  return bool(-most <= block.min() and block.max() <= most)
+  return rounding.magnitude(block) <= rounding.largest(dtype)
 
 
 def _has(kind: Any, value: np.ndarray, shape: tuple[int, ...]) -> Any:

@@ -29,6 +29,7 @@ SHORT = {
   'f8_e5m2fnuz': 'float8_e5m2fnuz',
 }
 _WIDE = ('float32', 'float64')
+_HALVES = ('bfloat16', 'float16')
 # Elements that are rounded at a time, for a processor's cache.
 _PIECE = 1 << 15
 _OF_NUMPY = ('float16', *_WIDE)
@@ -94,27 +95,30 @@ def rounded(block: np.ndarray, dtype: str) -> np.ndarray:
   """
   to = DTYPES[dtype]
   block = np.asarray(block)
-  if to.itemsize == 1:
-    with np.errstate(over='ignore', invalid='ignore', under='ignore'):
-      return _by_table(block, dtype)
-  if block.dtype.name not in _OF_NUMPY and dtype not in _WIDE:
-    block = block.astype(np.float32)  # Exact.
+  name = block.dtype.name
   with np.errstate(over='ignore', invalid='ignore', under='ignore'):
-    if block.dtype.name == 'float64' and dtype not in _OF_NUMPY:
-      block = _to_odd(block)
+    if to.itemsize == 1 or (name in _HALVES and dtype in _HALVES):
+      return _by_table(block, dtype)
+    if name == 'float64' and dtype not in _OF_NUMPY:
+      return _from_double(block).astype(to)
+    if name not in _OF_NUMPY and dtype not in _WIDE:
+      block = block.astype(np.float32)  # Exact.
     return block.astype(to)
 
 
 @functools.lru_cache(maxsize=64)
 def _table(source: str, dtype: str) -> np.ndarray:
-  """Returns the codes of all numbers of a 16-bit dtype in an 8-bit one."""
+  """Returns the codes of all numbers of a 16-bit dtype in a narrow one."""
   every = np.arange(1 << 16, dtype=np.uint16).view(DTYPES[source])
+  to = DTYPES[dtype]
   with np.errstate(over='ignore', invalid='ignore', under='ignore'):
-    return every.astype(np.float32).astype(DTYPES[dtype]).view(np.uint8)
+    return every.astype(np.float32).astype(to).view(f'u{to.itemsize}')
 
 
 def _by_table(block: np.ndarray, dtype: str) -> np.ndarray:
-  """Returns an array in an 8-bit dtype, looked up instead of computed.
+  """Returns an array in another dtype, looked up instead of computed.
+
+  That is for 8-bit dtypes, and from one 16-bit dtype to the other.
 
   A table has all of bfloat16 and float16. Of float32 the upper half, with its
   last bit set if anything is cut off, serves as a bfloat16: that is rounding to
@@ -124,7 +128,7 @@ def _by_table(block: np.ndarray, dtype: str) -> np.ndarray:
   flat = np.ascontiguousarray(block).reshape(-1)
   name = flat.dtype.name
   table = _table(name if name == 'float16' else 'bfloat16', dtype)
-  codes = np.empty(flat.size, np.uint8)
+  codes = np.empty(flat.size, table.dtype)
   for start in range(0, flat.size, _PIECE):
     index = _halves(flat[start : start + _PIECE])
     # All indices are in the table; clipping spares the copy that raising takes.
@@ -144,6 +148,22 @@ def _halves(piece: np.ndarray) -> np.ndarray:
   return index
 
 
+def _from_double(block: np.ndarray) -> np.ndarray:
+  """Returns float64 as float32 such that rounding again to bfloat16 is right.
+
+  Rounding twice is wrong only where the float32 lies half-way between two
+  numbers of bfloat16 and the float64 does not: that is rare.
+  """
+  near = block.astype(np.float32)
+  flat = near.reshape(-1)
+  # A number and a half: the lower 16 bits are a one and zeros.
+  ties = np.left_shift(flat.view(np.uint32), 16) == np.uint32(1 << 31)
+  if ties.any():
+    places = np.flatnonzero(ties)
+    flat[places] = _to_odd(block.reshape(-1)[places])
+  return near
+
+
 def _to_odd(block: np.ndarray) -> np.ndarray:
   """Returns float64 as float32 such that rounding again rounds rightly.
 
@@ -160,6 +180,7 @@ def _to_odd(block: np.ndarray) -> np.ndarray:
   return near
 
 
+@functools.lru_cache(maxsize=64)
 def largest(dtype: str) -> float:
   """Returns the largest finite number of a dtype."""
   return float(ml_dtypes.finfo(DTYPES[dtype]).max)
@@ -188,11 +209,36 @@ def lost(block: np.ndarray, after: np.ndarray) -> np.ndarray | None:
   if largest(block.dtype.name) <= most or not block.size:
     return None
   # Cheap, and true of most; NaN and infinity make it False.
+  if magnitude(block) <= most:
+    return None
   with np.errstate(invalid='ignore'):
-    if -most <= float(block.min()) and float(block.max()) <= most:
-      return None
     bad = np.isfinite(block) & ~np.isfinite(after)
   return bad if bad.any() else None
+
+
+def magnitude(block: np.ndarray) -> float:
+  """Returns the largest magnitude of a floating-point array.
+
+  Returns:
+    NaN, where one of its numbers is; 0 of an empty array.
+  """
+  if not block.size:
+    return 0.0
+  if block.dtype.name in _HALVES:
+    # Without the sign the codes have the order of the numbers, NaN is above
+    # infinity, and integers are compared many at a time.
+    code = _codes(block).max()
+    return float(np.array(code, np.uint16).view(block.dtype))
+  if block.dtype.kind != 'f':
+    block = block.astype(np.float32)  # 8 bits, of ml_dtypes.
+  with np.errstate(invalid='ignore'):
+    return float(np.maximum(-block.min(), block.max()))
+
+
+def _codes(block: np.ndarray) -> np.ndarray:
+  """Returns the codes of 16-bit numbers, without the sign."""
+  flat = np.ascontiguousarray(block).reshape(-1)
+  return flat.view(np.uint16) & np.uint16(0x7FFF)
 
 
 @functools.lru_cache(maxsize=16)
@@ -214,13 +260,22 @@ def nonzero(block: np.ndarray) -> int:
   name = block.dtype.name
   if block.dtype.itemsize == 1:
     return int(np.count_nonzero(_nonzero(name).take(block.view(np.uint8))))
-  if name == 'bfloat16':
-    # All bits but the sign; ml_dtypes compares one by one.
-    bits = np.ascontiguousarray(block).view(np.uint16)
-    return int(np.count_nonzero(bits & 0x7FFF))
+  if name in _HALVES:
+    # All bits but the sign; as numbers they are compared one by one.
+    return int(np.count_nonzero(_codes(block)))
+  if name == 'float32':
+    bits = np.ascontiguousarray(block).reshape(-1).view(np.uint32)
+    pieces = (bits[k : k + _PIECE] for k in range(0, bits.size, _PIECE))
+    return sum(int(np.count_nonzero(one << np.uint32(1))) for one in pieces)
   return int(np.count_nonzero(block))
 
 
+@functools.lru_cache(maxsize=64)
 def smallest(dtype: str) -> float:
   """Returns the smallest positive number of a dtype."""
   return float(ml_dtypes.finfo(DTYPES[dtype]).smallest_subnormal)
+
+
+def may_vanish(source: str, dtype: str) -> bool:
+  """Whether a number of one dtype that is not zero may be zero in another."""
+  return smallest(dtype) > smallest(source)

@@ -286,8 +286,9 @@ class _Cast:
     Raises:
       CastError: with the last block, if that is most of the tensor.
     """
-    before = rounding.nonzero(block)
-    lost = before - rounding.nonzero(after)
+    before, lost = rounding.nonzero(block), 0
+    if rounding.may_vanish(block.dtype.name, self.dtype):
+      lost = before - rounding.nonzero(after)
     self.counts[where] = (block.size, before, lost)
     if self.underflow or lost == 0:
       return after

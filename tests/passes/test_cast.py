@@ -131,6 +131,17 @@ def test_any_float64_is_rounded_to_nearest_even(dtype, value):
   assert same(nearest(value, dtype), result)
 
 
+def test_float64_beside_a_tie_of_bfloat16_is_not_one():
+  # As float32 all of these lie half-way between two numbers of bfloat16.
+  half = np.array([1 + 2**-8, -(1 + 3 * 2**-8), 2.0**-126 * (1 + 2**-8)])
+  for factor, to in ((1, 'even'), (1 + 2**-40, 'out'), (1 - 2**-40, 'in')):
+    found = rounding.rounded(half * factor, 'bfloat16').astype(np.float64)
+    away = np.abs(found) > np.abs(half)
+    assert {'even': [False, True, False], 'out': [True] * 3, 'in': [False] * 3}[
+      to
+    ] == away.tolist()
+
+
 def test_what_numpy_would_round_twice_is_rounded_once():
   # A little more than half-way from 1 to the next bfloat16.
   value = f64([1 + 2.0**-8 + 2.0**-40])
