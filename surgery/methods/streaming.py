@@ -29,13 +29,18 @@ from surgery.host import foreign
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
-# So many elements are computed at a time: few enough for a processor's cache to
-# hold some arrays of them as float64, and for memory not to be asked for anew.
+# So many elements are added up at a time; how sums round depends on it.
 PIECE = 1 << 13
+# So many pieces are computed at a time: few enough for a processor's cache to
+# hold some arrays of them as float64, and for memory not to be asked for anew;
+# many enough for threads not to wait for each other between two operations.
+_TOGETHER = 4
 # So many pieces are one thread's share, and so many shares are read at a time.
 _SHARE = 64
 _SHARES = 4
 _WORD = 16  # Bits that are looked at in one pass of a selection.
+# If no more numbers than that are left to choose from, they are kept.
+_FEW = 1 << 20
 
 Flat = Callable[[int, int], np.ndarray]
 Span = tuple[int, int]
@@ -128,11 +133,16 @@ class Tensor:
   # Reading.
 
   @property
-  def _step(self) -> int:
+  def _piece(self) -> int:
     """Elements of a piece: a number of rows, where rows have to be whole."""
     if self._row is None:
       return PIECE
     return max(1, self._row) * max(1, PIECE // max(1, self._row))
+
+  @property
+  def _step(self) -> int:
+    """Elements that are computed at a time."""
+    return self._piece * _TOGETHER
 
   def _block(self, read: Sequence[np.ndarray], at: int, cut: slice) -> Block:
     """Returns a piece of what was read.
@@ -149,30 +159,45 @@ class Tensor:
     sources = [*self._sources, *([self._base] if self._base else [])]
     for one, source in zip(read, sources, strict=True):
       piece = one[cut]
+      if self._finite and not _is_finite(piece):
+        self._check(piece, source, start)
       # Of dtypes narrower than float32 numpy knows only this way.
       value = np.asarray(piece, np.float32) if piece.itemsize < 4 else piece
-      value = value.astype(np.float64)
-      if self._finite:
-        self._check(value, source, start)
-      wide.append(value.reshape(form))
+      wide.append(value.astype(np.float64).reshape(form))
     base = wide.pop() if self._base else None
+    return self._of(tuple(wide), base, start)
+
+  def _of(
+    self,
+    tensors: tuple[np.ndarray, ...],
+    base: np.ndarray | None,
+    start: int,
+  ) -> Block:
+    form, count = tensors[0].shape, tensors[0].size
 
     def uniform(model: int) -> np.ndarray:
       return self._uniform(model, start, count).reshape(form)
 
-    return Block(tuple(wide), base, start, uniform)
+    return Block(tensors, base, start, uniform)
+
+  def _pieces(self, block: Block) -> Iterator[Block]:
+    """Yields the pieces of what was computed together."""
+    row = 1 if self._row is None else max(1, self._row)
+    rows = self._piece // row
+    for first in range(0, len(block.tensors[0]), rows):
+      cut = slice(first, first + rows)
+      base = None if block.base is None else block.base[cut]
+      tensors = tuple(one[cut] for one in block.tensors)
+      yield self._of(tensors, base, block.start + first * row)
 
   def _check(self, value: np.ndarray, source: Source, start: int) -> None:
-    """Raises for NaN and infinity; a sum is enough to see that there is none.
+    """Raises for NaN and infinity.
 
     Raises:
       CastError: naming the model and the first such number.
     """
-    if np.isfinite(value.sum()):
-      return
+    value = np.asarray(value, np.float64)
     bad = ~np.isfinite(value)
-    if not bad.any():
-      return  # Large numbers of float64.
     first = int(np.argmax(bad))
     index = np.unravel_index(start + first, self.shape)
     shown = [int(i) for i in index]
@@ -187,7 +212,7 @@ class Tensor:
     function: Callable[[Block], Any],
     span: Span | None = None,
   ) -> Iterator[Any]:
-    """Yields what a function returns for each piece, in their order.
+    """Yields what a function returns for blocks, in their order.
 
     Args:
       function: is called by several threads.
@@ -208,7 +233,7 @@ class Tensor:
     """Yields what a function returns for the pieces of each thread's share.
 
     Args:
-      function: is given pieces in their order.
+      function: is given blocks in their order.
       span: as for `each`.
     """
     start, stop = (0, self.size) if span is None else span
@@ -242,9 +267,14 @@ class Tensor:
 
   def total(self, measure: Callable[[Block], Any]) -> Any:
     """See `Whole.total`."""
+
+    def share(blocks: Iterator[Block]) -> list[Any]:
+      return [measure(one) for block in blocks for one in self._pieces(block)]
+
     result: Any = None
-    for part in self.each(measure):
-      result = np.asarray(part) if result is None else result + part
+    for parts in self._shares(share):
+      for part in parts:
+        result = np.asarray(part) if result is None else result + part
     return result
 
   def largest(
@@ -256,19 +286,22 @@ class Tensor:
 
     Numbers that are 0 or larger have the order of their bits. A pass counts how
     often each value of the next 16 bits occurs among the numbers that begin
-    with the bits found so far; two passes find a float32.
+    with the bits found so far. Once these are few, as after one pass they are
+    of most tensors, the next pass keeps them.
     """
     kind = self._kind
     search = [[_Search(n, self.size, kind) for n in some] for some in counts]
-    open_ = [one for some in search for one in some if one.is_open]
-    while open_:
+    every = [one for some in search for one in some]
+    while any(one.is_open for one in every):
+      if sum(one.left for one in every) <= _FEW:
+        self._kept(values, search)
+        break
       found = self._counted(values, search)
       for some, tables in zip(search, found, strict=True):
         for one in some:
           if one.is_open:
             one.narrow(tables[one.prefix])
-      open_ = [one for one in open_ if one.is_open]
-    if any(one.is_shared for some in search for one in some):
+    if any(one.is_shared for one in every):
       self._place(values, search)
     return [[one.cut() for one in some] for some in search]
 
@@ -300,6 +333,28 @@ class Tensor:
           else:
             sums[prefix] = table
     return total
+
+  def _kept(
+    self,
+    values: Callable[[Block], Sequence[np.ndarray]],
+    search: Sequence[Sequence[_Search]],
+  ) -> None:
+    """Ends all searches among the few numbers that are left."""
+    flat = [(k, s) for k, some in enumerate(search) for s in some if s.is_open]
+
+    def left(block: Block) -> list[tuple[np.ndarray, np.ndarray]]:
+      arrays = values(block)
+      found = []
+      for number, one in flat:
+        bits = _bits(arrays[number], self._kind)
+        places = np.flatnonzero(one.meant(bits))
+        found.append((bits[places], places + block.start))
+      return found
+
+    parts = list(self.each(left))
+    for number, (_, one) in enumerate(flat):
+      bits, places = zip(*(part[number] for part in parts), strict=True)
+      one.choose(np.concatenate(bits), np.concatenate(places))
 
   def _place(
     self,
@@ -336,6 +391,11 @@ class Tensor:
       look = functools.partial(equal, number=k, one=one)
       [places] = self.each(look, span)
       one.last = start + int(places[left[number] - 1])
+
+
+def _is_finite(array: np.ndarray) -> bool:
+  """Whether all numbers of an array are finite."""
+  return math.isfinite(rounding.magnitude(array))
 
 
 def workers() -> int:
@@ -391,7 +451,8 @@ class _Search:
     self.every = wanted >= size
     self.wanted = max(0, wanted)
     self.last: int | None = None
-    self._equal = 0
+    # How many numbers begin with the bits that were found.
+    self._equal = size
 
   @property
   def is_open(self) -> bool:
@@ -399,9 +460,43 @@ class _Search:
     return self.shift >= 0 and not self.every and self.wanted > 0
 
   @property
+  def left(self) -> int:
+    """Among how many numbers it still has to choose."""
+    return self._equal if self.is_open else 0
+
+  @property
   def is_shared(self) -> bool:
-    """Whether only some of the numbers that equal the smallest are meant."""
-    return not self.every and 0 < self.wanted < self._equal
+    """Whether only some of the numbers that equal the smallest are meant.
+
+    Which these are is not known yet.
+    """
+    some = not self.every and 0 < self.wanted < self._equal
+    return some and self.last is None
+
+  def meant(self, bits: Any) -> np.ndarray:
+    """Returns which numbers begin with the bits that were found."""
+    if self.shift + _WORD == 8 * bits.itemsize:
+      return np.ones(bits.shape, bool)
+    found: np.ndarray = (
+      bits >> bits.dtype.type(self.shift + _WORD)
+    ) == bits.dtype.type(self.prefix)
+    return found
+
+  def choose(self, bits: np.ndarray, places: np.ndarray) -> None:
+    """Ends the search, given all numbers that are left.
+
+    Args:
+      bits: their bits.
+      places: their places, in order.
+    """
+    at = len(bits) - self.wanted
+    smallest = np.partition(bits, at)[at]
+    self.wanted -= int(np.count_nonzero(bits > smallest))
+    equal = places[bits == smallest]
+    self.prefix, self.shift = int(smallest), -1
+    self._equal = len(equal)
+    if self.wanted < len(equal):
+      self.last = int(equal[self.wanted - 1])
 
   def narrow(self, table: np.ndarray) -> None:
     """Takes the next word, given how often each occurs."""
@@ -550,7 +645,7 @@ class Combined:
       CastError: for what is not finite in it.
     """
     after = rounding.rounded(flat, self._dtype)
-    if self._nonfinite == 'refuse' and not nonfinite.within(flat, self._dtype):
+    if self._nonfinite == 'refuse' and not _is_finite(after):
       shape = self.tensor.shape
       bad = ~np.isfinite(np.asarray(after, np.float64))
       if bad.any():

@@ -83,19 +83,20 @@ class Task(Method):
     total = votes[0].copy()
     for vote in votes[1:]:
       total += vote
-    # Where nothing is to be decided the sign is positive.
-    sign = np.where(total >= 0, 1.0, -1.0)
-    mixed = np.zeros_like(sign)
-    divisor = np.zeros_like(sign)
+    # Where nothing is to be decided the sign is positive. It is a bit: turning
+    # that is quicker than a product with 1 or -1.
+    sign = np.left_shift(~(total >= 0), 63, dtype=np.uint64)
+    mixed = np.zeros_like(total)
+    divisor = np.zeros_like(total)
     for vote, weight in zip(votes, self.weight, strict=True):
       # What agrees is positive. A delta that is zero has no sign.
-      agreeing = vote * sign
+      agreeing = (vote.view(np.uint64) ^ sign).view(np.float64)
       np.maximum(agreeing, 0, out=agreeing)
       if self.normalize:
         counts = 1.0 if self.normalize == 'count' else weight
         divisor += (agreeing > 0) * counts
       mixed += agreeing if weighs else agreeing * weight
-    mixed *= sign
+    mixed.view(np.uint64)[...] ^= sign
     if self.normalize:
       divisor[divisor == 0] = 1
       mixed /= divisor

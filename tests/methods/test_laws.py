@@ -289,15 +289,20 @@ def test_nearswap_takes_what_is_near(data):
   ),
   wanted=st.integers(0, 70),
   wide=st.booleans(),
+  few=st.sampled_from([0, 3, streaming._FEW]),
 )
-def test_a_selection_is_that_of_a_stable_sort(values, wanted, wide):
+def test_a_selection_is_that_of_a_stable_sort(values, wanted, wide, few):
   array = np.array(values, np.float32)
   source = streaming.Source('x', lambda a, b: array[a:b], wide)
   tensor = streaming.Tensor(
     ('w',), array.shape, [source], None, rows=False,
     uniform=lambda *_: array, finite=True,
   )  # fmt: skip
-  [[cut]] = tensor.largest(lambda block: block.tensors, [[wanted]])
+  with pytest.MonkeyPatch.context() as patch:
+    # Numbers are counted by their bits, or kept, or first one, then the other.
+    patch.setattr(streaming, '_FEW', few)
+    patch.setattr(streaming, 'PIECE', 4)
+    [[cut]] = tensor.largest(lambda block: block.tensors, [[wanted]])
   order = np.argsort(-array, kind='stable')[:wanted]
   expected = np.zeros(len(array), bool)
   expected[order] = True
