@@ -20,7 +20,7 @@ from surgery.contract.site import ParamSpec, Site
 from surgery.host.discovery import DISTRIBUTION
 from surgery.host.manager import default_host
 
-_NAME = re.compile(r'[a-z][a-z0-9]*(_[a-z0-9]+)*')
+_NAME = re.compile(r'[a-z][a-z0-9]*([_-][a-z0-9]+)*')
 
 _PYPROJECT = """\
 [build-system]
@@ -215,7 +215,7 @@ def _named(name: str, ending: str) -> str:
 
 def _class(name: str, kind: str) -> str:
   """Returns the name of a class."""
-  words = ''.join(word.capitalize() for word in name.split('_'))
+  words = ''.join(word.capitalize() for word in re.split('[_-]', name))
   return _named(words, kind.capitalize())
 
 
@@ -270,7 +270,7 @@ def _texts(kind: str, said: dict[str, str]) -> dict[str, str]:
     for path, text in {
       'pyproject.toml': project,
       f'{said["package"]}/__init__.py': module,
-      f'tests/test_{said["name"]}.py': test,
+      f'tests/test_{said["module"]}.py': test,
       'README.md': readme,
       '.github/workflows/tests.yml': _CI,
       '.gitignore': _IGNORED,
@@ -302,17 +302,20 @@ def command(name: str, kind: str, folder: pathlib.Path | None) -> None:
 
   \b
   surgery new-plugin mine
+  surgery new-plugin dora-lite
   surgery new-plugin clip --kind pass
   pip install --editable './surgery-mine[test]'
   pytest surgery-mine
   """
-  package = f'surgery_{name}'
+  # Words of a name are joined as its author likes; in Python, by underscores.
+  module = name.replace('-', '_')
   if not _NAME.fullmatch(name) or keyword.iskeyword(name):
-    better = re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')
+    better = re.sub(r'[^a-z0-9-]+', '_', name.lower())
+    better = re.sub(r'[_-]*-[_-]*', '-', better).strip('_-')
     good = _NAME.fullmatch(better) and not keyword.iskeyword(better)
     raise click.UsageError(
-      f'{name!r}: expected lower-case letters, digits and single underscores '
-      f'between them.{f" Write {better}." if good else ""}'
+      f'{name!r}: expected lower-case letters and digits, with single hyphens '
+      f'or underscores between them.{f" Write {better}." if good else ""}'
     )
   origin = _origin(name, kind)
   if origin is not None:
@@ -330,10 +333,11 @@ def command(name: str, kind: str, folder: pathlib.Path | None) -> None:
     raise errors.SurgeryError(f'{folder.parent}: there is no such folder.')
   said = {
     'name': name,
-    'package': package,
+    'module': module,
+    'package': f'surgery_{module}',
     'distribution': distribution,
     'class_': _class(name, kind),
-    'function': _named(name, '_pass'),
+    'function': _named(module, '_pass'),
     'version': version.VERSION,
   }
   for path, text in _texts(kind, said).items():

@@ -11,10 +11,11 @@ from typing import Any
 import click
 
 from surgery import errors
-from surgery.cli import completion, shared
+from surgery.cli import completion, offers, shared
 from surgery.cli.command import Group
-from surgery.contract import config, method
-from surgery.host.manager import default_host
+from surgery.contract import config
+from surgery.host import discovery
+from surgery.host.manager import Host, default_host
 
 
 @click.group(cls=Group, invoke_without_command=True)
@@ -76,10 +77,7 @@ def _list_methods(as_json: bool) -> None:
       'base': cls.base,
       'least': cls.least,
       'most': cls.most,
-      'options': [
-        {**one, 'name': method.option(one['name'])}
-        for one in config.declared(cls)
-      ],
+      'options': offers.method_options(cls),
     }
     for name, cls in host.methods.items()
   ]
@@ -90,18 +88,14 @@ def _list_methods(as_json: bool) -> None:
     click.echo(f'{row["name"]}: {row["summary"]}{shared.whose(row)}')
     click.echo(f'    base: {row["base"]}')
     for option in row['options']:
-      default = 'required' if option['required'] else f'= {option["default"]}'
-      bounds = f' ({option["range"]})' if option['range'] else ''
-      click.echo(
-        f'    --set {option["name"]}=…  {option["type"]}{bounds}, {default}'
-      )
+      click.echo(f'    {offers.option_line(option, "--set ")}')
 
 
 @command.command()
 @click.argument('name', shell_complete=completion.plugins)
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
 def show(name: str, as_json: bool) -> None:
-  """Show an adapter type and its options, or a plugin and its hooks."""
+  """Show a type, a plugin and what it offers, or a pass, with all options."""
   data = _shown(name)
   if as_json:
     click.echo(json.dumps(data))
@@ -115,7 +109,15 @@ def show(name: str, as_json: bool) -> None:
 
 
 def _lines(data: dict[str, Any]) -> Iterator[str]:
-  for key in ('name', 'kind', 'distribution', 'version', 'state', 'reason'):
+  for key in (
+    'name',
+    'kind',
+    'plugin',
+    'distribution',
+    'version',
+    'state',
+    'reason',
+  ):
     if data.get(key):
       yield f'{key}: {data[key]}'
   for key in ('hooks', 'rewrites', 'frozen'):
@@ -128,11 +130,10 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
   if data.get('about'):
     yield f'\n{data["about"]}'
   for option in data.get('options', ()):
-    default = 'required' if option['required'] else f'= {option["default"]}'
-    bounds = f' ({option["range"]})' if option['range'] else ''
-    yield f'\n--set {option["name"]}=…  {option["type"]}{bounds}, {default}'
+    yield f'\n{offers.option_line(option, "--set ")}'
     if option['doc']:
       yield f'    {option["doc"]}'
+  yield from offers.lines(data.get('offers', []))
 
 
 def _shown(name: str) -> dict[str, Any]:
@@ -145,13 +146,44 @@ def _shown(name: str) -> dict[str, Any]:
   host = default_host()
   type_: dict[str, Any] = {}
   known = [i for i in host.plugins() if i.name == name]
+  nowhere = not known and name not in host.adapter_names()
+  if nowhere and (offer := _offer(host, name)):
+    return offer
   if name in host.adapter_names() or not known:
     type_ = _type(name)
     known = [i for i in host.plugins() if i.name == name]
   order = ('loaded', 'broken', 'available', 'blocked')
   known.sort(key=lambda i: (i.kind, order.index(i.state)))
-  first, *others = [dataclasses.asdict(info) for info in known]
+  first, *others = [_plugin(host, info) for info in known]
   return {**first, **type_, 'others': others}
+
+
+def _offer(host: Host, name: str) -> dict[str, Any] | None:
+  """Returns what a plugin offers under a name that no plugin has."""
+  for info in host.plugins():
+    if info.kind != 'plugin' or info.state != 'loaded':
+      continue
+    for row in offers.of_plugin(host, info.name):
+      if row['name'] == name:
+        said = {'name': name, 'kind': row['kind'], 'plugin': info.name}
+        return {
+          **_plugin(host, info),
+          **said,
+          'offers': [row],
+          'about': '',
+          'hooks': (),
+          'others': [],
+        }
+  return None
+
+
+def _plugin(host: Host, info: discovery.PluginInfo) -> dict[str, Any]:
+  """Returns what is known of a plugin; of one with hooks what it offers."""
+  data = dataclasses.asdict(info)
+  if info.kind != 'plugin' or info.state != 'loaded':
+    return data
+  about = host.about(info.name)
+  return {**data, 'about': about, 'offers': offers.of_plugin(host, info.name)}
 
 
 def _type(name: str) -> dict[str, Any]:

@@ -73,6 +73,7 @@ _OWN = {
     'maps': 'surgery.interop.maps.plugin',
     'methods': 'surgery.methods.plugin',
     'passes': 'surgery.passes.plugin',
+    'trees': 'surgery.trees.plugin',
   },
 }
 

@@ -514,18 +514,51 @@ class Host:
 
   # What plugins offer by name.
 
+  def implementations(self, hook: str, plugin: str) -> list[Any]:
+    """Returns the functions of one plugin that implement a hook.
+
+    Args:
+      hook: its name.
+      plugin: the plugin's name.
+    """
+    impls = getattr(self.manager.hook, hook).get_hookimpls()
+    return [impl.function for impl in impls if impl.plugin_name == plugin]
+
+  def offers(self, hook: str, plugin: str) -> dict[str, Any]:
+    """Returns what one plugin offers, by name.
+
+    Args:
+      hook: `surgery_passes` or another that offers things.
+      plugin: the plugin's name.
+
+    Raises:
+      PluginError: if it fails, or offers something else.
+    """
+    found: dict[str, Any] = {}
+    for impl in getattr(self.manager.hook, hook).get_hookimpls():
+      if impl.plugin_name == plugin:
+        found |= self._offered_of(impl, hook)
+    return found
+
+  def about(self, plugin: str) -> str:
+    """Returns the docstring of a plugin: a module, a class or an object."""
+    one = self.manager.get_plugin(plugin)
+    return (inspect.getdoc(one) or '') if one is not None else ''
+
+  def _offered_of(self, impl: Any, hook: str) -> dict[str, Any]:
+    """Returns what an implementation offers, checked."""
+    with foreign.code(f'{self._called(impl)}: {hook}'):
+      offered = impl.function()
+    self._check_offer(impl, hook, offered)
+    if self._trace is not None:
+      names = _short(list(offered or ()))
+      self._trace(f'{hook}() asked of {impl.plugin_name} → {names}')
+    return dict(offered or {})
+
   def _offers(self, hook: str) -> dict[str, Any]:
     found: dict[str, tuple[str, Any]] = {}
     for impl in getattr(self.manager.hook, hook).get_hookimpls():
-      with foreign.code(f'{self._called(impl)}: {hook}'):
-        offered = impl.function()
-      self._check_offer(impl, hook, offered)
-      if self._trace is not None:
-        # A trace shows what was offered even where the check above would have
-        # refused it later.
-        names = _short(list(offered or ()))
-        self._trace(f'{hook}() asked of {impl.plugin_name} → {names}')
-      for name, value in dict(offered or {}).items():
+      for name, value in self._offered_of(impl, hook).items():
         if name in found:
           both = (found[name][0], impl.plugin_name)
           wanted = self._prefer.get(name)

@@ -24,11 +24,11 @@ from surgery.host import manager
 def written(tmp_path_factory):
   """The folder of a new plugin, and where it has been installed."""
   folder = tmp_path_factory.mktemp('new')
-  run(folder, '-m', 'surgery', 'new-plugin', 'my_scale')
+  run(folder, '-m', 'surgery', 'new-plugin', 'dora-lite')
   target = folder / 'site'
   run(
     folder, '-m', 'pip', 'install', '--quiet', '--no-deps',
-    '--no-build-isolation', '--target', str(target), './surgery-my-scale',
+    '--no-build-isolation', '--target', str(target), './surgery-dora-lite',
   )  # fmt: skip
   return folder, target
 
@@ -49,7 +49,7 @@ def run(folder, *arguments, path=None):
 
 
 def test_all_that_a_distribution_needs_is_there(written):
-  folder = written[0] / 'surgery-my-scale'
+  folder = written[0] / 'surgery-dora-lite'
   found = {
     str(p.relative_to(folder))
     for p in folder.rglob('*')
@@ -58,8 +58,8 @@ def test_all_that_a_distribution_needs_is_there(written):
   assert {
     'pyproject.toml',
     'README.md',
-    'surgery_my_scale/__init__.py',
-    'tests/test_my_scale.py',
+    'surgery_dora_lite/__init__.py',
+    'tests/test_dora_lite.py',
     '.github/workflows/tests.yml',
     '.gitignore',
   } == found
@@ -84,7 +84,7 @@ def test_its_own_tests_pass(written):
   folder, target = written
   out = run(
     folder, '-m', 'pytest', '-q', '-p', 'no:cacheprovider',
-    'surgery-my-scale/tests', '-k', 'values or (linear and float32)', path=target,
+    'surgery-dora-lite/tests', '-k', 'values or (linear and float32)', path=target,
   )  # fmt: skip
   assert ' passed' in out and 'failed' not in out
 
@@ -96,18 +96,18 @@ def test_it_is_used_live_in_the_shell_in_recipes_and_in_files(written):
   surgery.save(folder / 'base.msgpack', params.locked())
   shell = ('-m', 'surgery')
   shown = json.loads(
-    run(folder, *shell, 'plugins', 'show', 'my_scale', '--json', path=target)
+    run(folder, *shell, 'plugins', 'show', 'dora-lite', '--json', path=target)
   )
-  assert ('surgery-my-scale', '0.1.0') == (
+  assert ('surgery-dora-lite', '0.1.0') == (
     shown['distribution'].replace('_', '-'),
     shown['version'],
   )
   run(
-    folder, *shell, 'attach', 'base.msgpack', '--adapter', 'my_scale', '--to',
+    folder, *shell, 'attach', 'base.msgpack', '--adapter', 'dora-lite', '--to',
     '**', '--set', 'strength=2', '-o', 'adapted.msgpack', path=target,
   )  # fmt: skip
   pathlib.Path(folder, 'r.yaml').write_text(
-    "- attach: {adapter: my_scale, to: '**', set: {strength: 2.0}}\n- merge\n"
+    "- attach: {adapter: dora-lite, to: '**', set: {strength: 2.0}}\n- merge\n"
   )
   run(
     folder, *shell, 'run', 'r.yaml', 'model=base.msgpack', 'out=merged.msgpack',
@@ -121,7 +121,7 @@ def test_it_is_used_live_in_the_shell_in_recipes_and_in_files(written):
   assert "{'strength': 2.0}\n" == run(folder, '-c', code, path=target)
   # Without the distribution the file says which one had the type.
   with pytest.raises(
-    surgery.UnknownAdapterType, match=r'surgery[-_]my[-_]scale 0\.1\.0'
+    surgery.UnknownAdapterType, match=r'surgery[-_]dora[-_]lite 0\.1\.0'
   ):
     surgery.load(folder / 'adapted.msgpack')
 
@@ -129,7 +129,8 @@ def test_it_is_used_live_in_the_shell_in_recipes_and_in_files(written):
 @pytest.mark.parametrize(
   ('arguments', 'code', 'message'),
   [
-    (('My-Scale',), 2, 'between them. Write my_scale.'),
+    (('My-Scale',), 2, 'between them. Write my-scale.'),
+    (('my__-scale 2',), 2, 'between them. Write my-scale_2.'),
     (('class',), 2, 'expected lower-case letters'),
     (('mine_',), 2, 'Write mine.'),
     (('9',), 2, 'underscores between them.\n'),
@@ -173,7 +174,15 @@ def test_the_class_is_called_by_no_name_that_is_taken(
   assert (True, name) == (cls.endswith('Adapter'), made[cls].name)
 
 
-KINDS = ('pass', 'format', 'method', 'policy', 'term')
+# By kind, with the words of a name joined in either way.
+NAMES = {
+  'pass': 'my-pass',
+  'format': 'my-format',
+  'method': 'my-method',
+  'policy': 'my_policy',
+  'term': 'my_term',
+}
+KINDS = tuple(NAMES)
 
 
 @pytest.fixture(scope='module')
@@ -183,7 +192,7 @@ def hooks(tmp_path_factory):
   new = CliRunner()
   for kind in KINDS:
     where = str(folder / kind)
-    done = new.invoke(command, [f'my_{kind}', '--kind', kind, '-o', where])
+    done = new.invoke(command, [NAMES[kind], '--kind', kind, '-o', where])
     assert 0 == done.exit_code, done.output
   target = folder / 'site'
   run(
@@ -197,15 +206,15 @@ def hooks(tmp_path_factory):
 def test_hook_plugins_have_all_that_a_distribution_needs(hooks):
   for kind in KINDS:
     folder = hooks[0] / kind
-    name = f'my_{kind}'
+    name, module = NAMES[kind], f'my_{kind}'
     points = tomllib.loads((folder / 'pyproject.toml').read_text())['project'][
       'entry-points'
     ]
-    assert {'surgery.plugins': {name: f'surgery_{name}'}} == points
+    assert {'surgery.plugins': {name: f'surgery_{module}'}} == points
     for path in (
       'README.md',
-      f'surgery_{name}/__init__.py',
-      f'tests/test_{name}.py',
+      f'surgery_{module}/__init__.py',
+      f'tests/test_{module}.py',
     ):
       assert '$' not in (folder / path).read_text(), path
     jobs = yaml.safe_load((folder / '.github/workflows/tests.yml').read_text())
@@ -238,11 +247,11 @@ def test_hook_plugins_are_found_when_they_are_installed(hooks):
   code = """
 import surgery
 model = surgery.open('base.msgpack')
-model = surgery.apply(model, {'my_pass': {'select': 'my_term:5', 'at': 0.5}})
+model = surgery.apply(model, {'my-pass': {'select': 'my_term:5', 'at': 0.5}})
 frozen = surgery.freeze(model, policy='my_policy')
 print([leaf.trainable for leaf in frozen.values()])
-model.write('out.my_format')
-print(surgery.open('out.my_format')['net', 'layer', 'kernel'].load().max())
+model.write('out.my-format')
+print(surgery.open('out.my-format')['net', 'layer', 'kernel'].load().max())
 """
   assert '[False]\n0.5\n' == run(folder, '-c', code, path=target)
 
