@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from surgery.contract import config, method
+from surgery.contract import config, hookspecs, method
 from surgery.host.manager import Host
 
 # What the first line of an offer begins with, by hook.
@@ -16,6 +16,7 @@ _KINDS = {
   'surgery_formats': 'format',
   'surgery_maps': 'map',
   'surgery_adapter_files': 'adapter files',
+  'surgery_trees': 'trees',
 }
 # Hooks of which only the plugin's own words tell what they answer to.
 _ANSWERS = {
@@ -41,7 +42,8 @@ def of_plugin(host: Host, name: str) -> list[dict[str, Any]]:
     PluginError: if the plugin fails when it is asked.
   """
   rows = []
-  for hook, kind in _KINDS.items():
+  for hook in hookspecs.OFFERS:
+    kind = _KINDS.get(hook, hook)
     for offer, value in host.offers(hook, name).items():
       rows.append({'kind': kind, 'name': offer, **_described(kind, value)})
   for hook, kind in _ANSWERS.items():
