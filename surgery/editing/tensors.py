@@ -341,4 +341,5 @@ def together(leaves: Sequence[Leaf]) -> Leaf:
     if all(one.metadata.get(k) == v for one in leaves)
   }
   trains = all(one.trainable for one in leaves)
-  return first.replace(metadata=metadata, trainable=trains)
+  was = first.was if all(one.was == first.was for one in leaves) else None
+  return first.replace(metadata=metadata, trainable=trains, was=was)

@@ -1,36 +1,45 @@
-"""What a `config.json` states of a model's tensors, and edits to it.
+"""Edits to what a `config.json` states of a model's tensors.
 
-Of architectures that are listed here each statement has a formula: how many
-layers are numbered, how long an axis is. The formulae are evaluated on the
-tensors that were read and on those that are written. Only what differs between
-the two is changed in the configuration, and only where the configuration agreed
-with the tensors before. So a statement that no step touched stays as it was,
+Of architectures that are known each statement has a formula
+(`surgery.interop.architectures`). The formulae are evaluated on the tensors
+that were read and on those that are written. Only what differs between the two
+is changed in the configuration, and only where the configuration agreed with
+the tensors before. So a statement that no step touched stays as it was,
 whatever it means.
-
-Sources: the classes `…Config` and `…Model` of transformers 5.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery import errors
+from surgery.interop import architectures, labels
+from surgery.interop.architectures import Architecture, Count, Measure, Part
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Leaf
   from surgery.naming.paths import Path
 
   Tensors = Mapping[Path, Leaf]
+  # Returns for a function that gives a tensor's layer the old number of each
+  # new layer, or None where that is not known.
+  Sources = Callable[[Callable[[Path], int | None]], Sequence[int] | None]
 
 # The dtypes in which transformers loads a model by name.
 _DTYPES = ('float64', 'float32', 'float16', 'bfloat16')
 _DTYPE_KEYS = ('dtype', 'torch_dtype')
+_TOKEN = re.compile(r'_token_(id|index)$')
+_TIE = 'tie_word_embeddings'
+# Lists of these names have an item for each layer, if they are as long.
+_OF_EACH_LAYER = re.compile(
+  r'layer|block|atten|attn|window|heads|ffn|intermediate'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,205 +78,6 @@ class Edited:
   warnings: tuple[str, ...] = ()
 
 
-# Formulae.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axis:
-  """The length of an axis of the tensors whose paths end in a pattern."""
-
-  pattern: str
-  axis: int
-
-  def __call__(self, tensors: Tensors) -> set[int]:
-    return {
-      shape[self.axis]
-      for _, shape in _matched(self.pattern, tensors)
-      if -len(shape) <= self.axis < len(shape)
-    }
-
-  def __str__(self) -> str:
-    return f'axis {self.axis} of {_shown(self.pattern)}'
-
-
-@dataclasses.dataclass(frozen=True)
-class _Count:
-  """The number of numbered layers; none where numbers are missing."""
-
-  pattern: str
-
-  def __call__(self, tensors: Tensors) -> set[int]:
-    found = {int(match[1]) for match, _ in _matched(self.pattern, tensors)}
-    return {len(found)} if found == set(range(len(found))) and found else set()
-
-  def __str__(self) -> str:
-    return f'layers of {_shown(self.pattern)}'
-
-
-_Measure = _Axis | _Count
-
-
-@dataclasses.dataclass(frozen=True)
-class _Architecture:
-  """What the configuration of an architecture states of its tensors.
-
-  Attributes:
-    layers: by key the number of layers.
-    sizes: by key the length of an axis.
-    heads: by key the number of heads; the axis has `heads * head size` places.
-    hidden: key of the size that the head size divides by default.
-    head_size: key of the size of a head, None if it cannot be stated.
-    head: paths of what `tie_word_embeddings` leaves out.
-    tied: whether it is left out by default.
-    whole: keys that may be null for a multiple of another, with that one.
-  """
-
-  layers: Mapping[str, _Count]
-  sizes: Mapping[str, _Axis]
-  heads: Mapping[str, _Axis]
-  hidden: str = 'hidden_size'
-  head_size: str | None = 'head_dim'
-  head: str = 'lm_head/weight'
-  tied: bool = False
-  whole: Mapping[str, tuple[str, int]] = dataclasses.field(default_factory=dict)
-
-
-def _llama(tied: bool = False) -> _Architecture:
-  """Returns what Llama and those that are built as it is have in common."""
-  layer = r'layers/(\d+)'
-  return _Architecture(
-    layers={'num_hidden_layers': _Count(rf'{layer}/.*')},
-    sizes={
-      'vocab_size': _Axis('embed_tokens/weight', 0),
-      'hidden_size': _Axis('embed_tokens/weight', 1),
-      'intermediate_size': _Axis(rf'{layer}/mlp/gate_proj/weight', 0),
-    },
-    heads={
-      'num_attention_heads': _Axis(rf'{layer}/self_attn/q_proj/weight', 0),
-      'num_key_value_heads': _Axis(rf'{layer}/self_attn/k_proj/weight', 0),
-    },
-    tied=tied,
-  )
-
-
-_BERT_LAYER = r'encoder/layer/(\d+)'
-_BERT = _Architecture(
-  layers={'num_hidden_layers': _Count(rf'{_BERT_LAYER}/.*')},
-  sizes={
-    'vocab_size': _Axis('embeddings/word_embeddings/weight', 0),
-    'hidden_size': _Axis('embeddings/word_embeddings/weight', 1),
-    'max_position_embeddings': _Axis(
-      'embeddings/position_embeddings/weight', 0
-    ),
-    'type_vocab_size': _Axis('embeddings/token_type_embeddings/weight', 0),
-    'intermediate_size': _Axis(rf'{_BERT_LAYER}/intermediate/dense/weight', 0),
-  },
-  heads={
-    'num_attention_heads': _Axis(
-      rf'{_BERT_LAYER}/attention/self/query/weight', 0
-    )
-  },
-  head_size=None,
-  head='cls/predictions/decoder/weight',
-  tied=True,
-)
-_GPT2 = _Architecture(
-  layers={'n_layer': _Count(r'h/(\d+)/.*')},
-  sizes={
-    'vocab_size': _Axis('wte/weight', 0),
-    'n_embd': _Axis('wte/weight', 1),
-    'n_positions': _Axis('wpe/weight', 0),
-    'n_inner': _Axis(r'h/(\d+)/mlp/c_fc/weight', 1),
-  },
-  heads={'n_head': _Axis(r'h/(\d+)/attn/c_proj/weight', 0)},
-  hidden='n_embd',
-  head_size=None,
-  tied=True,
-  whole={'n_inner': ('n_embd', 4)},
-)
-_T5 = _Architecture(
-  layers={
-    'num_layers': _Count(r'encoder/block/(\d+)/.*'),
-    'num_decoder_layers': _Count(r'decoder/block/(\d+)/.*'),
-  },
-  sizes={
-    'vocab_size': _Axis('shared/weight', 0),
-    'd_model': _Axis('shared/weight', 1),
-    'd_ff': _Axis(r'block/(\d+)/layer/\d+/DenseReluDense/wo/weight', 1),
-    'relative_attention_num_buckets': _Axis(
-      'SelfAttention/relative_attention_bias/weight', 0
-    ),
-  },
-  heads={'num_heads': _Axis(r'block/(\d+)/layer/0/SelfAttention/q/weight', 0)},
-  hidden='d_model',
-  head_size='d_kv',
-  tied=True,
-)
-_VIT = _Architecture(
-  layers={'num_hidden_layers': _Count(rf'{_BERT_LAYER}/.*')},
-  sizes={
-    'hidden_size': _Axis('embeddings/cls_token', 2),
-    'num_channels': _Axis('embeddings/patch_embeddings/projection/weight', 1),
-    'patch_size': _Axis('embeddings/patch_embeddings/projection/weight', 2),
-    'intermediate_size': _Axis(rf'{_BERT_LAYER}/intermediate/dense/weight', 0),
-  },
-  heads={
-    'num_attention_heads': _Axis(
-      rf'{_BERT_LAYER}/attention/attention/query/weight', 0
-    )
-  },
-  head_size=None,
-)
-
-ARCHITECTURES: Mapping[str, _Architecture] = {
-  'llama': _llama(),
-  'mistral': _llama(),
-  'qwen2': _llama(),
-  'qwen3': _llama(),
-  'gemma': _llama(tied=True),
-  'gemma2': _llama(tied=True),
-  'gemma3_text': _llama(tied=True),
-  'bert': _BERT,
-  'gpt2': _GPT2,
-  't5': _T5,
-  'vit': _VIT,
-}
-# Of a head's size where a configuration that could state it does not.
-_HEAD_SIZES = {'gemma': 256, 'gemma2': 256, 'gemma3_text': 256, 'qwen3': 128}
-
-
-def _matched(
-  pattern: str, tensors: Tensors
-) -> Iterator[tuple[re.Match[str], tuple[int, ...]]]:
-  """Yields tensors whose paths end in a pattern, with their shapes."""
-  regex = _compiled(pattern)
-  for path, leaf in tensors.items():
-    match = regex.fullmatch('/'.join(path))
-    if match is not None and leaf.shape is not None:
-      yield match, leaf.shape
-
-
-@functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-  return re.compile(f'(?:.*/)?{pattern}')
-
-
-def number(pattern: str, path: Path) -> int | None:
-  """Returns the number of the layer that a tensor belongs to, if any."""
-  match = _compiled(pattern).fullmatch('/'.join(path))
-  return None if match is None else int(match[1])
-
-
-def _shown(pattern: str) -> str:
-  """Returns a pattern as people read paths."""
-  return pattern.replace(r'(\d+)', '<i>').replace(r'\d+', '*').replace(
-    '.*', '**'
-  )  # fmt: skip
-
-
-# Edits.
-
-
 def edited(
   config: Mapping[str, Any],
   before: Tensors | None,
@@ -275,7 +85,7 @@ def edited(
   *,
   given: Mapping[str, Any] | None = None,
   tied: bool = False,
-  sources: Callable[[str], Sequence[int] | None] = lambda pattern: None,
+  sources: Sources = lambda number: None,
 ) -> Edited:
   """Returns the configuration of what is written.
 
@@ -285,156 +95,267 @@ def edited(
     after: the tensors that are written.
     given: what the user states, by key with dots; it decides.
     tied: whether a step left out the head because the embedding stands for it.
-    sources: returns for a pattern of numbered layers the old number of each new
-      layer, or None where that is not known.
+    sources: returns for a function that gives a tensor's layer the old number
+      of each new layer, or None where that is not known.
 
   Raises:
     SurgeryError: for a key of `given` beneath something that is no object.
   """
-  editing = _Editing(config, before, after, given or {})
-  kind = str(config.get('model_type', ''))
-  known = ARCHITECTURES.get(kind)
-  if known is not None:
-    editing.known(kind, known, tied, sources)
-  elif before is not None:
-    editing.unknown(kind)
-  editing.dtype()
-  editing.given()
+  whole = _Whole(config, given or {}, tied, sources)
+  parts = architectures.parts(config)
+  for part in parts:
+    if not part.above:
+      whole.repeat(parts)
+    one = _Editing(whole, part, before, after)
+    if part.architecture is not None:
+      one.known(part.architecture)
+    elif before is not None:
+      one.unknown([p.above for p in parts if p.above])
+    one.dtype()
+  if before is not None:
+    named = labels.followed(config, before, after)
+    for key, value in named.stated.items():
+      whole.set(key, value, named.why)
+    # Who states the names has seen to it.
+    if labels.NAMES not in whole.given:
+      whole.said.extend(named.warnings)
+  whole.give()
   return Edited(
-    editing.config, tuple(editing.changes), tuple(dict.fromkeys(editing.said))
+    whole.config, tuple(whole.changes), tuple(dict.fromkeys(whole.said))
   )
 
 
-class _Editing:
-  """A configuration while it is edited."""
+class _Whole:
+  """A configuration while it is edited.
+
+  Args:
+    config: as it was read; not changed.
+    given: what the user states, by key with dots.
+    tied: whether a step left out a head that is tied.
+    sources: see `edited`.
+
+  Attributes:
+    config: as it is.
+    changes: what was changed.
+    said: warnings.
+  """
 
   def __init__(
     self,
     config: Mapping[str, Any],
-    before: Tensors | None,
-    after: Tensors,
     given: Mapping[str, Any],
+    tied: bool,
+    sources: Sources,
   ) -> None:
-    self.config = dict(config)
+    self.config = copy.deepcopy(dict(config))
+    self.given = given
+    self.tied = tied
+    self.sources = sources
     self.changes: list[Change] = []
     self.said: list[str] = []
-    self._before = before
-    self._after = after
-    self._given = given
 
-  def _set(self, key: str, new: Any, why: str) -> None:
+  def inside(self, above: str) -> dict[str, Any]:
+    """Returns a configuration inside of it, or itself."""
+    found: dict[str, Any] = self.config[above] if above else self.config
+    return found
+
+  def set(self, name: str, new: Any, why: str, above: str = '') -> None:
     """States something, unless the user does."""
-    old = self.config.get(key)
-    if key in self._given or old == new:
+    inside = self.inside(above)
+    key = f'{above}.{name}' if above else name
+    old = inside.get(name)
+    if key in self.given or old == new:
       return
-    self.config[key] = new
+    inside[name] = new
     self.changes.append(Change(key, old, new, why))
 
-  def _warn(self, text: str) -> None:
-    self.said.append(text)
+  def repeat(self, parts: Sequence[Part]) -> None:
+    """States for the whole what it repeats of its language model."""
+    described = any(not p.above and p.architecture for p in parts)
+    texts = {p.above for p in parts if p.above and p.role == 'text'}
+    for change in [] if described else list(self.changes):
+      above, _, name = change.key.partition('.')
+      if above not in texts or not name or name in _DTYPE_KEYS:
+        continue
+      if change.old is not None and self.config.get(name) == change.old:
+        self.set(name, change.new, f'as in {above}')
 
-  def known(
-    self,
-    kind: str,
-    one: _Architecture,
-    tied: bool,
-    sources: Callable[[str], Sequence[int] | None],
+  def give(self) -> None:
+    """States what the user does.
+
+    Raises:
+      SurgeryError: for a key beneath something that is no object.
+    """
+    for key, value in self.given.items():
+      *above, last = key.split('.')
+      inside: Any = self.config
+      for name in above:
+        inner = inside.setdefault(name, {})
+        if not isinstance(inner, dict):
+          raise errors.SurgeryError(
+            f'--config {key}: {name!r} is {inner!r:.80} in config.json, and '
+            'nothing lies beneath it.'
+          )
+        inside = inner
+      old = inside.get(last)
+      if last not in inside or old != value or type(old) is not type(value):
+        inside[last] = value
+        self.changes.append(Change(key, old, value, 'given'))
+
+
+class _Editing:
+  """A part of a configuration while it is edited.
+
+  Args:
+    whole: the whole.
+    part: the part.
+    before: all tensors that were read; None where they are not known.
+    after: all tensors that are written.
+  """
+
+  def __init__(
+    self, whole: _Whole, part: Part, before: Tensors | None, after: Tensors
   ) -> None:
+    self._whole = whole
+    self._part = part
+    self._old = copy.deepcopy(whole.inside(part.above))
+    self._before = None if before is None else part.of(before)
+    self._after = part.of(after)
+
+  @property
+  def config(self) -> dict[str, Any]:
+    """The part as it is now."""
+    return self._whole.inside(self._part.above)
+
+  def _set(self, key: str, new: Any, why: str) -> None:
+    self._whole.set(key, new, why, self._part.above)
+
+  def _warn(self, text: str) -> None:
+    self._whole.said.append(text)
+
+  def _key(self, name: str) -> str:
+    return self._part.key(name)
+
+  # What is known.
+
+  def known(self, one: Architecture) -> None:
     """Edits the configuration of an architecture that is known."""
-    measures: dict[str, _Measure] = {**one.layers, **one.sizes}
+    measures: dict[str, Measure] = {**one.layers, **one.sizes}
     found = [m(self._after) for m in (*measures.values(), *one.heads.values())]
     if not any(found):
-      self._warn(
-        f'config.json describes {kind!r}, and no tensor that is written has '
-        'a name of that architecture, so it is copied as it is.'
-      )
+      if not self._part.above:
+        self._warn(
+          f'config.json describes {self._part.kind!r}, and no tensor that is '
+          'written has a name of that architecture, so it is copied as it is.'
+        )
       return
-    size = self._head_size(kind, one)
+    size = self._head_size(one)
     for key, measure in measures.items():
-      old = self.config.get(key)
       self._measured(key, measure, 1, one)
-      new = self.config.get(key)
-      if key in one.layers and isinstance(old, int) and old != new:
-        self._per_layer(key, old, new, sources(measure.pattern))
     for key, measure in one.heads.items():
       if size is not None:
         self._measured(key, measure, size, one)
-    self._state_head_size(kind, one, size)
-    self._tie(one, tied)
+    self._state_implied(one, {**measures, **one.heads}, size or 1)
+    self._state_head_size(one, size)
+    for key, count in one.layers.items():
+      self._per_layer(key, count, one, first=key == next(iter(one.layers)))
+    self._check_experts(one)
+    self._tie(one)
     self._check_tokens()
-    self._check_labels()
 
   def _measured(
-    self, key: str, measure: _Measure, by: int, one: _Architecture
+    self, key: str, measure: Measure, by: int, one: Architecture
   ) -> None:
     """States what a formula gives, if it gives something else than before."""
+    key = one.name(key, self.config)
     after = measure(self._after)
     before = None if self._before is None else measure(self._before)
     if after == before:
       return
     stated = self._stated(key, one)
+    shown = self._key(key)
     if not after:
       if before and key in self.config:
         self._warn(
-          f'{key} is {self.config[key]} in config.json, and no tensor tells it '
-          f'any more ({measure}).'
+          f'{shown} is {self.config[key]} in config.json, and no tensor tells '
+          f'it any more ({measure}).'
         )
       return
     if len(after) > 1:
       self._warn(
-        f'{key}: config.json has one number, and the tensors have '
+        f'{shown}: config.json has one number, and the tensors have '
         f'{_listed(after)} ({measure}).'
       )
       return
     [size] = after
     if size % by:
       self._warn(
-        f'{key}: {size} places cannot be heads of {by} each ({measure}).'
+        f'{shown}: {size} places cannot be heads of {by} each ({measure}).'
       )
       return
     if before is not None and stated is not None and before != {stated * by}:
       self._warn(
-        f'{key} is {stated} in config.json and {_listed(before)} in the '
+        f'{shown} is {stated} in config.json and {_listed(before)} in the '
         f'tensors that were read ({measure}), so it is left as it is.'
       )
       return
-    if stated != size // by:
-      self._set(key, size // by, str(measure))
+    wanted = size // by
+    said = self.config.get(key)
+    follows = said is None and key in one.implied
+    if said != wanted and not (follows and self._implies(key, one, wanted)):
+      self._set(key, wanted, str(measure))
 
-  def _stated(self, key: str, one: _Architecture) -> int | None:
-    """Returns what the configuration states, or states by leaving it out."""
-    value = self.config.get(key)
-    if value is None and key in one.whole:
-      other, factor = one.whole[key]
-      # The other may have been changed already; it decides all the same.
-      base = self.config.get(other)
+  def _stated(self, key: str, one: Architecture) -> int | None:
+    """Returns what the configuration stated, or stated by leaving it out."""
+    value = self._old.get(key)
+    if value is None and key in one.implied:
+      other, factor = one.implied[key]
+      base = self._old.get(other)
       return base * factor if isinstance(base, int) else None
-    if value is None and key == 'num_key_value_heads':
-      value = self.config.get('num_attention_heads')
-    return value if isinstance(value, int) else None
+    return value if type(value) is int else None
 
-  def _head_size(self, kind: str, one: _Architecture) -> int | None:
+  def _implies(self, key: str, one: Architecture, value: int) -> bool:
+    """Whether what is not stated follows from what is stated now."""
+    if self.config.get(key) is not None or key not in one.implied:
+      return True
+    other, factor = one.implied[key]
+    base = self.config.get(other)
+    return not isinstance(base, int) or base * factor == value
+
+  def _state_implied(
+    self, one: Architecture, measures: Mapping[str, Measure], by: int
+  ) -> None:
+    """States what stayed, where the key that it followed from has changed."""
+    for key in one.implied:
+      stated = self._stated(key, one)
+      measure = measures.get(key)
+      if stated is None or measure is None or self.config.get(key) is not None:
+        continue
+      each = by if key in one.heads else 1
+      now = measure(self._after)
+      if now == {stated * each} and not self._implies(key, one, stated):
+        self._set(key, stated, str(measure))
+
+  def _head_size(self, one: Architecture) -> int | None:
     """Returns the size of a head, which no step changes."""
-    stated = self.config.get(one.head_size) if one.head_size else None
-    if isinstance(stated, int) and stated > 0:
+    stated = self._old.get(one.head_size) if one.head_size else None
+    if type(stated) is int and stated > 0:
       return stated
-    if kind in _HEAD_SIZES:
-      return _HEAD_SIZES[kind]
-    hidden = self.config.get(one.hidden)
-    heads = self.config.get(next(iter(one.heads)))
+    if one.default_head_size is not None:
+      return one.default_head_size
+    hidden = self._old.get(one.hidden)
+    heads = self._old.get(next(iter(one.heads), ''))
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
       return hidden // heads
     return None
 
-  def _state_head_size(
-    self, kind: str, one: _Architecture, size: int | None
-  ) -> None:
+  def _state_head_size(self, one: Architecture, size: int | None) -> None:
     """Sees to it that the size of a head is what it was."""
-    if size is None or not self.changes:
+    if size is None or self.config == self._old:
       return
     if one.head_size and self.config.get(one.head_size) is not None:
       return
-    if kind in _HEAD_SIZES:
+    if one.default_head_size is not None:
       return
     first = next(iter(one.heads))
     hidden, heads = self.config.get(one.hidden), self.config.get(first)
@@ -446,76 +367,148 @@ class _Editing:
       self._set(one.head_size, size, f'{one.hidden} is not {first} times it')
     else:
       self._warn(
-        f'{first}: {heads} heads of {size} are not {one.hidden} = {hidden}, '
-        f'which transformers expects of {kind!r}: it cannot load this model.'
+        f'{self._key(first)}: {heads} heads of {size} are not {one.hidden} = '
+        f'{hidden}, which transformers expects of {self._part.kind!r}: it '
+        'cannot load this model.'
       )
 
-  def _per_layer(
-    self, key: str, old: int, new: Any, source: Sequence[int] | None
-  ) -> None:
-    """Edits lists that have an item for each layer."""
-    for name, value in list(self.config.items()):
-      if not isinstance(value, list) or len(value) != old or old < 2:
-        continue
-      if isinstance(new, int) and all(item == value[0] for item in value):
-        self._set(name, [value[0]] * new, f'an item for each of {key}')
-      elif source is not None and len(source) == new:
-        self._set(
-          name, [value[k] for k in source], f'an item for each of {key}'
-        )
-      else:
-        self._warn(
-          f'{name} has {old} items in config.json, one for each of {key}, '
-          f'which is {new} now. State it with --config {name}=….'
-        )
+  # What is stated of each layer.
 
-  def _tie(self, one: _Architecture, tied: bool) -> None:
+  def _per_layer(
+    self, key: str, count: Count, one: Architecture, first: bool
+  ) -> None:
+    """Edits what is stated of each layer.
+
+    Args:
+      key: the key of the number of layers.
+      count: the layers.
+      one: the architecture.
+      first: whether it is of these layers that the architecture states more.
+    """
+    old = self._old.get(key)
+    if type(old) is not int and self._before is not None:
+      old = next(iter(count(self._before)), None)
+    now = count(self._after)
+    if type(old) is not int or len(now) != 1:
+      return
+    [new] = now
+    sources = self._whole.sources(lambda path: self._number(count, path))
+    if sources is not None and (
+      len(sources) != new or any(k >= old for k in sources)
+    ):
+      sources = None
+    if old == new and (sources is None or list(sources) == list(range(old))):
+      return
+    layers = _Layers(self._key(key), old, new, sources)
+    for stated in one.per_layer if first else ():
+      self._state_layers(stated, layers)
+    self._listed_layers(layers, {p.key for p in one.per_layer})
+
+  def _number(self, count: Count, path: Path) -> int | None:
+    """Returns the number of the layer that a tensor of this part is in."""
+    if not self._part.has(path):
+      return None
+    return architectures.number(count.pattern, path)
+
+  def _state_layers(
+    self, stated: architectures.PerLayer, layers: _Layers
+  ) -> None:
+    """Edits one statement of each layer, stated in full or by other keys."""
+    items = stated.items(self._old, layers.old)
+    moved = layers.moved(items) if len(items) == layers.old else None
+    if moved is None:
+      self._warn_of_layers(stated.key, layers)
+      return
+    if stated.items(self.config, layers.new) != moved:
+      for key, value in stated.stating(self.config, moved).items():
+        self._set(key, value, f'{stated.why} of {layers.key}')
+
+  def _listed_layers(self, layers: _Layers, known: Iterable[str]) -> None:
+    """Edits lists that have an item for each layer, by whatever name."""
+    for name, value in list(self.config.items()):
+      if not isinstance(value, list) or len(value) != layers.old:
+        continue
+      if layers.old < 2 or name in known or _TOKEN.search(name):
+        continue
+      if not _OF_EACH_LAYER.search(name):
+        continue
+      moved = layers.moved(value)
+      if moved is None:
+        self._warn_of_layers(name, layers)
+      else:
+        self._set(name, moved, f'an item for each layer of {layers.key}')
+
+  def _warn_of_layers(self, name: str, layers: _Layers) -> None:
+    key = self._key(name)
+    if key in self._whole.given:
+      return
+    self._warn(
+      f'{key} tells the layers of {layers.key} apart in config.json, and it is '
+      f'not known which of the {layers.old} each of the {layers.new} is that '
+      f'there are now. State it with --config {key}=….'
+    )
+
+  # Checks.
+
+  def _check_experts(self, one: Architecture) -> None:
+    """Sees to it that routers and tokens have as many experts as there are."""
+    if one.router is None or one.experts is None:
+      return
+    measure = one.sizes[one.experts]
+    now, known = measure(self._after), one.router(self._after)
+    before = self._before
+    if now != known and (
+      before is None or measure(before) == one.router(before)
+    ):
+      self._warn(
+        f'{self._key(one.name(one.experts, self.config))}: there are '
+        f'{_listed(now)} experts, and routers for {_listed(known)} '
+        f'({one.router}): transformers cannot load this model. Cut the rows of '
+        'the routers, too.'
+      )
+    chosen = self.config.get(one.chosen)
+    if len(now) == 1 and type(chosen) is int and chosen > (most := max(now)):
+      self._set(one.chosen, most, f'there are {most} experts')
+
+  def _tie(self, one: Architecture) -> None:
     """States whether the head is the embedding."""
-    if self._before is None:
+    if self._before is None or one.head is None:
       return
     was, now = (
-      any(True for _ in _matched(one.head, t))
+      any(True for _ in architectures.matched(one.head, t))
       for t in (self._before, self._after)
     )
-    key = 'tie_word_embeddings'
-    stated = self.config.get(key, one.tied)
+    # Of a language model inside of another the whole decides, and both say it.
+    places = [self._part.above] if self._part.above else ['']
+    if self._part.above and _TIE in self._whole.config:
+      places = ['', *(p for p in places if _TIE in self.config)]
+    stated = self._whole.inside(places[0]).get(_TIE, one.tied)
+    shown = self._key(_TIE) if places[0] else _TIE
     if now and not was and stated:
-      self._set(key, False, f'{one.head} is there')
+      for above in places:
+        self._whole.set(_TIE, False, f'{one.head} is there', above)
     elif was and not now and not stated:
-      if tied:
-        self._set(key, True, f'{one.head} was tied')
-      elif key not in self._given:
+      if self._whole.tied:
+        for above in places:
+          self._whole.set(_TIE, True, f'{one.head} was tied', above)
+      elif shown not in self._whole.given:
         self._warn(
-          f'{one.head} is gone, and {key} is false in config.json: '
+          f'{one.head} is gone, and {shown} is false in config.json: '
           'transformers would draw a new head. If the embedding stands for it, '
-          f'state --config {key}=true.'
+          f'state --config {shown}=true.'
         )
 
   def _check_tokens(self) -> None:
     """Warns of tokens that the vocabulary has not any more."""
     size = self.config.get('vocab_size')
-    if not isinstance(size, int):
+    if not isinstance(size, int) or size == self._old.get('vocab_size'):
       return
-    if not any(change.key == 'vocab_size' for change in self.changes):
-      return
-    for name, value in tokens(self.config, size):
-      self._warn(
-        f'{name} is {value} in config.json, and the vocabulary has {size} '
-        'tokens.'
-      )
-
-  def _check_labels(self) -> None:
-    """Warns of names of classes that there are not any more."""
-    names = self.config.get('id2label')
-    if self._before is None or not isinstance(names, dict):
-      return
-    for pattern in ('classifier/weight', 'score/weight'):
-      rows = _Axis(pattern, 0)
-      was, now = rows(self._before), rows(self._after)
-      if was != now and was == {len(names)} and now:
+    for above in dict.fromkeys(('', self._part.above)):
+      for name, value in tokens(self._whole.inside(above), size):
+        key = f'{above}.{name}' if above else name
         self._warn(
-          f'id2label has {len(names)} names in config.json, and {pattern} has '
-          f'{_listed(now)} rows.'
+          f'{key} is {value} in config.json, and the vocabulary has {size} '
+          'tokens.'
         )
 
   def dtype(self) -> None:
@@ -529,53 +522,69 @@ class _Editing:
       stated = self.config[key].removeprefix('torch.')
       if was is not None and stated != was:
         self._warn(
-          f'{key} is {stated} in config.json, and most numbers that were read '
-          f'are {was}, so it is left as it is.'
+          f'{self._key(key)} is {stated} in config.json, and most numbers that '
+          f'were read are {was}, so it is left as it is.'
         )
       elif now in _DTYPES:
         self._set(key, now, 'the dtype of most numbers')
       else:
         self._warn(
-          f'{key} is {stated} in config.json, and most numbers are {now}, '
-          'which transformers does not load by its name.'
+          f'{self._key(key)} is {stated} in config.json, and most numbers are '
+          f'{now}, which transformers does not load by its name.'
         )
 
-  def unknown(self, kind: str) -> None:
-    """Warns of what looks stale where the architecture is not known."""
+  def unknown(self, parts: Sequence[str]) -> None:
+    """Warns of what looks stale where the architecture is not known.
+
+    Args:
+      parts: keys of configurations inside, which are looked at by themselves.
+    """
     assert self._before is not None
     was, now = _facts(self._before), _facts(self._after)
+    own = {
+      key: value
+      for key, value in self.config.items()
+      if self._part.above or key not in parts
+    }
     stale = [
-      f'{key} = {value}'
-      for key, value in _numbers(self.config)
-      if key not in self._given and _looks_stale(key, value, was, now)
+      f'{self._key(key)} = {value}'
+      for key, value in _numbers(own)
+      if self._key(key) not in self._whole.given
+      and _looks_stale(key, value, was, now)
     ]
     if stale:
-      shown = repr(kind) if kind else 'of no model_type'
+      kind = self._part.kind
+      what = repr(kind) if kind else 'of no model_type'
       self._warn(
-        f'the architecture {shown} is not known, so config.json is copied; '
-        f'these look stale: {", ".join(stale)}. State them with --config '
-        'KEY=VALUE.'
+        f'the architecture {what} is not known, so '
+        f'{self._part.above or "config.json"} is copied; these look stale: '
+        f'{", ".join(stale)}. State them with --config KEY=VALUE.'
       )
 
-  def given(self) -> None:
-    """States what the user does."""
-    for key, value in self._given.items():
-      *above, last = key.split('.')
-      inside: Any = self.config
-      for name in above:
-        inner = inside.get(name, {})
-        if not isinstance(inner, dict):
-          raise errors.SurgeryError(
-            f'--config {key}: {name!r} is {inner!r:.80} in config.json, and '
-            'nothing lies beneath it.'
-          )
-        # Another level of the caller's configuration must not be changed.
-        inside[name] = dict(inner)
-        inside = inside[name]
-      old = inside.get(last)
-      if last not in inside or old != value or type(old) is not type(value):
-        inside[last] = value
-        self.changes.append(Change(key, old, value, 'given'))
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+  """Which layers there were, and are.
+
+  Attributes:
+    key: the key of their number.
+    old: how many there were.
+    new: how many there are.
+    sources: the old number of each; None if that is not known.
+  """
+
+  key: str
+  old: int
+  new: int
+  sources: Sequence[int] | None
+
+  def moved(self, items: Sequence[Any]) -> list[Any] | None:
+    """Returns the items of the layers that there are; None if not known."""
+    if self.sources is not None:
+      return [items[k] for k in self.sources]
+    if items and all(item == items[0] for item in items):
+      return [items[0]] * self.new
+    return None
 
 
 def _listed(sizes: Iterable[int]) -> str:
@@ -644,7 +653,7 @@ def tokens(config: Mapping[str, Any], size: int) -> Iterator[tuple[str, Any]]:
   for name, value in config.items():
     values = value if isinstance(value, list) else [value]
     numbers = [v for v in values if type(v) is int]
-    if name.endswith('_token_id') and any(v >= size for v in numbers):
+    if _TOKEN.search(name) and any(v >= size for v in numbers):
       yield name, value
 
 

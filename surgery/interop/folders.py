@@ -13,7 +13,7 @@ import fnmatch
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery import errors
@@ -179,7 +179,8 @@ def planned(
     after,
     given=given,
     tied=tied,
-    sources=_Numbers(read, after),
+    # Numbers are those of the model that was read, not of another folder.
+    sources=_Numbers(after) if like is None else lambda number: None,
   )
   warnings = [*edited.warnings, *_tokens(source, edited)]
   if any('adapter' in leaf.metadata for leaf in after.values()):
@@ -333,26 +334,25 @@ class _Numbers:
   """Which layer each new one was, as far as tensors tell.
 
   Args:
-    before: the tensors that were read.
-    after: the tensors that are written.
+    after: the tensors that are written, which know where they were read.
   """
 
-  def __init__(
-    self, before: Mapping[Path, Leaf] | None, after: Mapping[Path, Leaf]
-  ) -> None:
-    # What is copied unread keeps its function.
-    self._old = {id(leaf.load): path for path, leaf in (before or {}).items()}
+  def __init__(self, after: Mapping[Path, Leaf]) -> None:
     self._after = after
 
-  def __call__(self, pattern: str) -> list[int] | None:
-    """Returns the old numbers in the order of the new ones, or None."""
+  def __call__(self, number: Callable[[Path], int | None]) -> list[int] | None:
+    """Returns the old numbers in the order of the new ones, or None.
+
+    Args:
+      number: returns the number of a tensor's layer, or None.
+    """
     found: dict[int, set[int]] = {}
     for path, leaf in self._after.items():
-      new = configs.number(pattern, path)
+      new = number(path)
       if new is None:
         continue
-      old = self._old.get(id(leaf.load))
-      was = None if old is None else configs.number(pattern, old)
+      was = None if leaf.was is None else number(leaf.was)
+      # What was made anew tells nothing; the rest of its layer may.
       found.setdefault(new, set()).update(() if was is None else {was})
     if any(len(some) != 1 for some in found.values()):
       return None

@@ -62,7 +62,12 @@ class Leaf:
     beneath: what is stored, where `load` returns what the layer gets instead;
       see `surgery.adapting.beneath`.
     base: whether it is known that training has not changed it since an adapter
+<<<<<<< HEAD
       was attached. What passes compute from it is the base then.
+=======
+    was: the path under which it was read, where the configuration that is
+      written needs it. What is computed from this tensor alone keeps it.
+>>>>>>> a6c8270 (Edit configurations inside of others, of experts and of each layer)
   """
 
   load: Callable[[], Any]
@@ -89,6 +94,7 @@ class Leaf:
     default=None, compare=False, repr=False
   )
   base: bool = dataclasses.field(default=False, compare=False)
+  was: Path | None = dataclasses.field(default=None, compare=False, repr=False)
 
   def replace(self, **changes: Any) -> Leaf:
     """Returns a leaf with some attributes changed.

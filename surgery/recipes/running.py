@@ -45,6 +45,7 @@ class _Models(Mapping[str, Checkpoint]):
   ) -> None:
     self._recipe = recipe
     self._host = host
+    given = {alias: self._marked(one) for alias, one in given.items()}
     self.now: dict[str, Checkpoint] = dict(given)
     self.opened: dict[str, Checkpoint] = dict(given)
 
@@ -64,7 +65,14 @@ class _Models(Mapping[str, Checkpoint]):
       )
     opened = checkpoints.open_checkpoint(path, host=self._host)
     manifest.check_no_patch(opened.manifest, opened.origin)
-    return opened
+    return self._marked(opened)
+
+  def _marked(self, opened: Checkpoint) -> Checkpoint:
+    """Lets tensors know where they were read, if a folder asks for it."""
+    if not any(one.is_folder for one in self._recipe.outputs.values()):
+      return opened
+    leaves = {path: leaf.replace(was=path) for path, leaf in opened.items()}
+    return opened.replace(leaves=leaves)
 
   def __iter__(self) -> Iterator[str]:
     return iter(dict.fromkeys((*self._recipe.inputs, *self.now)))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import surgery
+from tests.interop.shapes import config_of
 
 torch = pytest.importorskip('torch', reason='torch is not installed here')
 transformers = pytest.importorskip(
@@ -197,3 +198,122 @@ def test_feed_forward_layers_less(hf, name):
       if one.ndim == 2 and one.shape[axis - 1] in (24, 64):
         (one.T if axis else one)[:, 20:] = 0
   close(output(expected), output(loaded(written(source, steps))))
+
+
+# Configurations inside of others, and experts. The models are made here: of these
+# only configurations, names and shapes are kept.
+
+
+@pytest.fixture
+def built(tmp_path):
+  """Writes the folder of a model that transformers makes of a configuration."""
+
+  def made(name, **changes):
+    config = config_of(name)
+    config.update(changes)
+    folder = tmp_path / name
+    torch.manual_seed(0)
+    kind = transformers.AutoConfig.for_model(**config)
+    model = getattr(transformers, config['architectures'][0])(kind)
+    for one in model.parameters():
+      one.data = torch.randn_like(one) * 0.3
+    model.save_pretrained(folder)
+    return folder
+
+  return made
+
+
+def seen(model):
+  """Outputs for tokens, and for an image where the model takes one alone."""
+  with torch.no_grad():
+    ids = torch.tensor([[5, 7, 11, 2, 3]])
+    if model.config.model_type in ('clip', 'siglip'):
+      pixels = torch.arange(192.0).reshape(1, 3, 8, 8) / 200
+      found = model(input_ids=ids, pixel_values=pixels)
+      return torch.cat(
+        [found.text_embeds.flatten(), found.image_embeds.flatten()]
+      )
+    # A model that was cut by hand has no cache for as many layers.
+    model.config.get_text_config().use_cache = False
+    return model(input_ids=ids).logits
+
+
+# The layers of the language model, and where its configuration lies.
+TEXTS = {
+  'gemma3-vision': ('language_model/model/layers', 'text_config'),
+  'llama4': ('language_model/model/layers', 'text_config'),
+  'llava': ('language_model/model/layers', 'text_config'),
+  'qwen2-vl': ('model/layers', 'text_config'),
+  'qwen2.5-vl': ('model/layers', 'text_config'),
+  'clip': ('text_model/encoder/layers', 'text_config'),
+  'siglip': ('text_model/encoder/layers', 'text_config'),
+  'mixtral': ('model/layers', ''),
+  'qwen2-moe': ('model/layers', ''),
+  'qwen3-moe': ('model/layers', ''),
+  'roberta': ('roberta/encoder/layer', ''),
+  'distilbert': ('distilbert/transformer/layer', ''),
+}
+
+
+@pytest.mark.parametrize('name', TEXTS)
+def test_a_language_model_without_a_layer(built, name):
+  source = built(name)
+  place, inside = TEXTS[name]
+  steps = [
+    {'cast': 'f64'}, {'cast': 'f32'},
+    {'drop': f'{place}/0'}, {'renumber': f'{place}/<i>'},
+  ]  # fmt: skip
+  found = loaded(written(source, steps))
+  expected = loaded(source)
+  *above, last = place.split('/')
+  layers = next(
+    module
+    for path, module in expected.named_modules()
+    if isinstance(module, torch.nn.ModuleList)
+    and path.endswith(last)
+    and 'vision' not in path
+    and 'visual' not in path
+  )
+  del layers[0]
+  config = getattr(expected.config, inside) if inside else expected.config
+  for key in ('layer_types', 'no_rope_layers'):
+    if getattr(config, key, None) is not None:
+      setattr(config, key, getattr(config, key)[1:])
+  for key in ('num_hidden_layers', 'n_layers'):
+    if key in config.to_dict():
+      setattr(config, key, len(layers))
+  close(seen(expected), seen(found))
+
+
+@pytest.mark.parametrize('name', ['mixtral', 'qwen2-moe', 'qwen3-moe'])
+def test_experts_less(built, name):
+  source = built(name)
+  block = 'block_sparse_moe' if name == 'mixtral' else 'mlp'
+  steps = [
+    {'drop': f'model/layers/*/{block}/experts/0'},
+    {'renumber': f'model/layers/*/{block}/experts/<i>'},
+    {'slice': {'select': f'**/{block}/gate/weight', 'axis': 0, 'keep': '1:'}},
+  ]
+  found = loaded(written(source, steps))
+  whole = loaded(source)
+  config = whole.config
+  config.num_local_experts = config.num_experts = 3
+  expected = type(whole)(config).eval()
+  cut = {
+    key: value[1:]
+    if '.experts.' in key or key.endswith('.gate.weight')
+    else value
+    for key, value in whole.state_dict().items()
+  }
+  expected.load_state_dict(cut)
+  close(seen(expected), seen(found))
+
+
+def test_classes_less_keep_their_names(built):
+  source = built('bert-classes')
+  head = ['classifier/weight', 'classifier/bias']
+  found = loaded(
+    written(source, [{'slice': {'select': head, 'axis': 0, 'keep': '1:'}}])
+  )
+  assert {0: 'neutral', 1: 'pos'} == found.config.id2label
+  close(output(loaded(source))[:, 1:], output(found))
