@@ -62,12 +62,9 @@ class Leaf:
     beneath: what is stored, where `load` returns what the layer gets instead;
       see `surgery.adapting.beneath`.
     base: whether it is known that training has not changed it since an adapter
-<<<<<<< HEAD
       was attached. What passes compute from it is the base then.
-=======
     was: the path under which it was read, where the configuration that is
       written needs it. What is computed from this tensor alone keeps it.
->>>>>>> a6c8270 (Edit configurations inside of others, of experts and of each layer)
   """
 
   load: Callable[[], Any]
