@@ -19,7 +19,7 @@ import numpy as np
 
 from surgery import errors, jaxcompat
 from surgery.host.manager import Host
-from surgery.live import described, placing
+from surgery.live import described, placing, sharded
 from surgery.live import params as live
 from surgery.model import quantised
 from surgery.model.checkpoint import Checkpoint, Leaf
@@ -219,6 +219,16 @@ def _tensor(value: Any, leaf: Leaf) -> Leaf:
     raise errors.SurgeryError(
       'params with shapes instead of values cannot be saved.'
     )
+  if isinstance(value, jax.Array) and not (
+    value.is_fully_addressable or value.is_fully_replicated
+  ):
+    raise errors.SurgeryError(
+      'params that lie in part on devices of other processes cannot be saved '
+      'by one of them. Save them with Orbax, to which each process writes its '
+      'part, and open the folder with surgery (pip install surgery-orbax); or '
+      'bring them here first: '
+      'jax.experimental.multihost_utils.process_allgather(params, tiled=True).'
+    )
   return leaf.replace(
     load=load,
     shape=tuple(shape),
@@ -263,8 +273,11 @@ def to_tensors(checkpoint: Checkpoint) -> Checkpoint:
 # From tensors.
 
 
-def _array(leaf: Leaf, where: Path) -> Any:
+def _array(leaf: Leaf, where: Path, shardings: sharded.Shardings = None) -> Any:
   """Returns a tensor of a file as a parameter's value, bit for bit."""
+  sharding = sharded.chosen(shardings, where, leaf)
+  if sharding is not None and leaf.key is None:
+    return sharded.array(leaf, where, sharding)
   value = leaf.load()
   if leaf.key is not None:
     try:
@@ -283,7 +296,12 @@ def _array(leaf: Leaf, where: Path) -> Any:
   return jax.device_put(value)
 
 
-def _rebuilt(structure: Any, where: Path, leaves: Mapping[Path, Leaf]) -> Any:
+def _rebuilt(
+  structure: Any,
+  where: Path,
+  leaves: Mapping[Path, Leaf],
+  shardings: sharded.Shardings,
+) -> Any:
   if structure is None:
     return None
   if structure == 'leaf':
@@ -292,13 +310,16 @@ def _rebuilt(structure: Any, where: Path, leaves: Mapping[Path, Leaf]) -> Any:
         f'{paths.show(where)}: the manifest speaks of this tensor, and it is '
         'not in the file.'
       )
-    return _array(leaves[where], where)
+    return _array(leaves[where], where, shardings)
   (kind, inner), *rest = structure.items()
   if kind == 'dict' and not rest:
-    return {k: _rebuilt(s, (*where, k), leaves) for k, s in inner.items()}
+    return {
+      k: _rebuilt(s, (*where, k), leaves, shardings) for k, s in inner.items()
+    }
   if kind in ('list', 'tuple') and not rest:
     values = [
-      _rebuilt(s, (*where, str(i)), leaves) for i, s in enumerate(inner)
+      _rebuilt(s, (*where, str(i)), leaves, shardings)
+      for i, s in enumerate(inner)
     ]
     return tuple(values) if kind == 'tuple' else values
   raise errors.FormatError(
@@ -310,13 +331,19 @@ def _beneath(path: Path, trees: Mapping[Path, Any]) -> bool:
   return any(path[:n] in trees for n in range(1, len(path) + 1))
 
 
-def from_tensors(checkpoint: Checkpoint, *, placed: bool = True) -> Checkpoint:
+def from_tensors(
+  checkpoint: Checkpoint,
+  *,
+  placed: bool = True,
+  shardings: sharded.Shardings = None,
+) -> Checkpoint:
   """Returns a checkpoint of tensors as one of parameters, values loaded.
 
   Args:
     checkpoint: the checkpoint of tensors.
     placed: whether arrays are put where JAX puts what lies nowhere; otherwise
       they stay on the host, to be put beside what they belong to.
+    shardings: how tensors are to lie on devices, see `saving.load`.
 
   Raises:
     FormatError: if manifest and tensors do not fit together.
@@ -326,14 +353,14 @@ def from_tensors(checkpoint: Checkpoint, *, placed: bool = True) -> Checkpoint:
   for path, leaf in checkpoint.items():
     if not _beneath(path, trees):
       if placed or leaf.key is not None:
-        value = _array(leaf, path)
+        value = _array(leaf, path, shardings)
       else:
         value = leaf.load()
         value = np.array(value) if isinstance(value, np.ndarray) else value
       load = functools.partial(_value, value)
       leaves[path] = leaf.replace(load=load, codes=leaf.codes, fresh=not placed)
   for path, tree in trees.items():
-    value = _rebuilt(tree['value'], path, checkpoint)
+    value = _rebuilt(tree['value'], path, checkpoint, shardings)
     first = next(
       (leaf for p, leaf in checkpoint.items() if p[: len(path)] == path), None
     )

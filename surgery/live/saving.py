@@ -12,7 +12,7 @@ from surgery import errors, expect
 from surgery.aliases import Params
 from surgery.editing import devices
 from surgery.host.manager import Host, default_host
-from surgery.live import adoption, checkpoints
+from surgery.live import adoption, checkpoints, sharded
 from surgery.live import params as live
 from surgery.live.plain import BloxParams
 from surgery.model import layers, manifest
@@ -97,11 +97,22 @@ def _settled(params: Any) -> bx.Params:
 
 
 @devices.transfers()
-def load(path: PathLike, *, host: Host | None = None) -> BloxParams:
+def load(
+  path: PathLike,
+  *,
+  shardings: sharded.Shardings = None,
+  host: Host | None = None,
+) -> BloxParams:
   """Loads what `save` wrote, or any flax msgpack file of nested dicts.
 
   Args:
     path: the file; its suffix tells the format.
+    shardings: how tensors are to lie on devices: a `jax.sharding.Sharding` for
+      all, or a function from the path of a tensor and its leaf (which has
+      `shape` and `dtype`) to one, or to None for JAX's usual place. Each device
+      gets its part, and no device or process reads more than its own; a tensor
+      of which this process reads a part only is not held against its digest.
+      PRNG keys and scalars lie where JAX puts them.
     host: knows formats and adapters' types.
 
   Returns:
@@ -111,6 +122,15 @@ def load(path: PathLike, *, host: Host | None = None) -> BloxParams:
   Raises:
     FormatError: if the file is not what it should be.
     UnknownAdapterType: if an adapter's type is not installed.
+    ConfigError: if a tensor cannot lie as its sharding says.
+
+  Example:
+    mesh = jax.make_mesh((8,), ('data',))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    surgery.load('m.msgpack', shardings=lambda path, leaf: (
+      rows if leaf.shape and leaf.shape[0] % 8 == 0 else whole
+    ))
 
   Warns:
     UserWarning: if the file holds a half that `split()` made.
@@ -122,7 +142,10 @@ def load(path: PathLike, *, host: Host | None = None) -> BloxParams:
     raise errors.FormatError(
       f'{path}: an adapter without its base. Use surgery.load_adapter.'
     )
-  params = checkpoints.to_params(checkpoints.from_tensors(checkpoint), host)
+  loaded = checkpoints.from_tensors(
+    checkpoint, shardings=sharded.checked(shardings)
+  )
+  params = checkpoints.to_params(loaded, host)
   said = checkpoint.manifest.replace(adapters=(), trees={})
   notes = {**live.notes_of(params), 'manifest': said}
   _warn_of_half(params, f'load: the params in {path}')

@@ -25,6 +25,7 @@ from surgery.live import (
   migrating,
   routing,
   saving,
+  sharded,
 )
 from surgery.live import check as checking
 from surgery.live import optimizer as optimizing
@@ -314,7 +315,11 @@ def trainable_mask(params: Any) -> Any:
 
 
 def load(
-  path: saving.PathLike, *, like: Any = None, host: Host | None = None
+  path: saving.PathLike,
+  *,
+  like: Any = None,
+  shardings: sharded.Shardings = None,
+  host: Host | None = None,
 ) -> Any:
   """Loads what `save` wrote, or any flax msgpack file of nested dicts.
 
@@ -323,6 +328,12 @@ def load(
     like: a model of another framework, whose structure what is loaded gets:
       its own arrays do not matter. `dict` gives nested dicts, as linen and
       haiku have them.
+    shardings: how tensors are to lie on devices: a `jax.sharding.Sharding` for
+      all, or a function from the path of a tensor and its leaf (which has
+      `shape` and `dtype`) to one, or to None for JAX's usual place. Each device
+      gets its part, and no device or process reads more than its own; a tensor
+      of which this process reads a part only is not held against its digest.
+      PRNG keys and scalars lie where JAX puts them.
     host: knows formats and adapters' types.
 
   Returns:
@@ -333,12 +344,21 @@ def load(
   Raises:
     FormatError: if the file is not what it should be.
     UnknownAdapterType: if an adapter's type is not installed.
+    ConfigError: if a tensor cannot lie as its sharding says.
     BaseMismatchError: if `like` has other parameters than the file.
+
+  Example:
+    mesh = jax.make_mesh((8,), ('data',))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    surgery.load('m.msgpack', shardings=lambda path, leaf: (
+      rows if leaf.shape and leaf.shape[0] % 8 == 0 else whole
+    ))
 
   Warns:
     UserWarning: if the file holds a half that `split()` made.
   """
-  params = saving.load(path, host=host)
+  params = saving.load(path, shardings=shardings, host=host)
   if like is None:
     return params
   if like is dict:

@@ -106,6 +106,11 @@ class Tensor(formats.Tensor):
     self.follow(self._start(cut), value.reshape(-1).view(np.uint8))
     return value
 
+  def region(self, cut: Index) -> np.ndarray:
+    """Returns any region; held against the digest with all of the tensor."""
+    self.settle()
+    return self._read(cut)
+
   def pieces(self, start: int, stop: int) -> Iterator[memoryview]:
     """Returns bytes `start` to `stop`, by reading the blocks they lie in."""
     at = 0
@@ -406,6 +411,7 @@ def _leaf(
     digest=note.digest,
     source=tensor,
     part=tensor.part,
+    region=tensor.region,
   )
 
 

@@ -1,6 +1,7 @@
 """What Orbax's writers write is read as Orbax reads it, and the other way."""
 
 import functools
+import os
 import shutil
 import subprocess
 import sys
@@ -286,3 +287,30 @@ print([m for m in ('jax', 'orbax') if m in sys.modules])
     [sys.executable, '-c', program], capture_output=True, text=True, check=True
   )
   assert '[]' == done.stdout.strip()
+
+
+def test_shards_are_read_by_themselves(tmp_path):
+  """Each device gets its part; of the file no more is decoded than chunks."""
+  program = f"""
+import jax, numpy as np, surgery
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec as P
+value = np.arange(64 * 8, dtype='float32').reshape(64, 8)
+with ocp.StandardCheckpointer() as saver:
+  saver.save({str(tmp_path / 'a')!r}, {{'net': {{'kernel': value}}}})
+mesh = jax.make_mesh((4, 2), ('x', 'y'))
+for spec in (P('x'), P(None, 'y'), P('y', 'x')):
+  sharding = NamedSharding(mesh, spec)
+  params = surgery.load({str(tmp_path / 'a')!r}, shardings=sharding)
+  found = params['net', 'kernel'].value
+  assert sharding == found.sharding
+  assert value.tobytes() == np.asarray(found).tobytes()
+"""
+  subprocess.run(
+    [sys.executable, '-c', program],
+    check=True,
+    env={
+      **os.environ,
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+    },
+  )
