@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 Equation = jex.JaxprEqn
 
@@ -234,6 +234,19 @@ def interpret(
     results = equation(eqn, [read(atom) for atom in eqn.invars])
     values.update(zip(eqn.outvars, results, strict=True))
   return [read(atom) for atom in open_.outvars]
+
+
+def needed(jaxpr: Any) -> Any:
+  """Returns a closed jaxpr without what reaches none of its results.
+
+  Where JAX does not say how, it is returned as it is.
+  """
+  remove = getattr(partial_eval, 'dce_jaxpr', None)
+  if remove is None:
+    return jaxpr
+  open_ = jaxpr.jaxpr
+  less, _ = remove(open_, [True] * len(open_.outvars), instantiate=True)
+  return jaxpr.replace(jaxpr=less)
 
 
 def inner(eqn: Any) -> Iterator[Any]:

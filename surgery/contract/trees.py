@@ -142,7 +142,13 @@ class Tree:
       )
     return _call
 
-  # What the code of a model changes in it when it is called.
+  # Whether the code of a model may write to it when it is called. Of one that
+  # does not, a call says by itself which step of a training it is.
+  writes = False
+
+  def set_weight(self, weight: Any, value: Any) -> None:
+    """Writes the array of an adapter's weight, where models are written to."""
+    raise NotImplementedError
 
   def changes(self, built: Any, given: Mapping[Path, Any]) -> dict[Path, Any]:
     """Returns what a call has changed in a model that `build` made.

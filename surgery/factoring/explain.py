@@ -151,7 +151,8 @@ def explain(
     print(surgery.explain(model, params, x))
   """
   expect.model(model, explain)
-  if resolving.holds(params):
+  is_tree = resolving.holds(params)
+  if is_tree:
     model, params = resolving.of_params(model, params)
   params = adoption.adopted(expect.params(params, explain))
   records = live.records_of(params)
@@ -167,7 +168,7 @@ def explain(
     nonlocal reason
     leaves, tree = jax.tree.flatten(given)
     try:
-      transform.walked(model, leaves, tree, walk)
+      transform.walked(model, leaves, tree, walk, prune=is_tree)
     except transform.NotFollowed as found:
       if found.model_raised:
         # If it is the model's own error, it is raised here.
@@ -177,6 +178,9 @@ def explain(
 
   arrays, static = _split(((probed, *args), kept))
   jax.eval_shape(lambda arrays: call(_joined(arrays, static)), arrays)
+  if is_tree and not reason:
+    # All of a tree is asked for; what counts is what reaches a result.
+    probe.asked &= walk.notes.keys()
   raw = _raw(model, params, args, kept)
   uses = {}
   for path, chain in records.chains.items():

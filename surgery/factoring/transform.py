@@ -140,6 +140,9 @@ class _Factored(Generic[P, R]):
       if not resolving.holds((args, kwargs)):
         return self._called(self.__wrapped__, args, kwargs)  # type: ignore[no-any-return]
       call = resolving.Call(self.__wrapped__, args, kwargs)
+      if call.counters:
+        drops, _ = _training(self._signature, call.args, call.kwargs)
+        call.count(drops)
       made = self._called(call.model, call.args, call.kwargs)
       return call.finished(made)  # type: ignore[no-any-return]
 
@@ -174,7 +177,8 @@ class _Factored(Generic[P, R]):
   ) -> Any:
     """Returns the results of a call that is walked through."""
     walk = Walk(training=drops)
-    result = walked(model, leaves, tree, walk)
+    prune = model is not self.__wrapped__
+    result = walked(model, leaves, tree, walk, prune=prune)
     self._report(walk.losses())
     return _counted(result, traced) if drops else result
 
@@ -381,9 +385,22 @@ class NotFollowed(Exception):  # noqa: N818 - the dense way is taken.
 
 
 def walked(
-  model: Callable[..., Any], leaves: list[Any], tree: Any, walk: Walk
+  model: Callable[..., Any],
+  leaves: list[Any],
+  tree: Any,
+  walk: Walk,
+  *,
+  prune: bool = False,
 ) -> Any:
   """Returns what a model returns, with low-rank values kept factored.
+
+  Args:
+    model: the model.
+    leaves: its arguments, flattened.
+    tree: their structure.
+    walk: goes through the jaxpr.
+    prune: whether what reaches no result is left out first, as parameters are
+      that a loop of a framework hands on.
 
   Raises:
     NotFollowed: if the call cannot be traced.
@@ -402,6 +419,8 @@ def walked(
       raise NotFollowed(reason) from error
     reason = f'tracing raises {type(error).__name__} ({_line(error)})'
     raise NotFollowed(reason, model_raised=True) from error
+  if prune:
+    closed = jaxcompat.needed(closed)
   try:
     # The caller's setting has applied to the model, which is traced already.
     # The rules are ours, and rely on standard promotion.
@@ -510,14 +529,7 @@ def _all_params(tree: Any) -> Iterator[live.AdaptedParams]:
 
 def _counters(params: live.AdaptedParams) -> list[paths.Path]:
   """Returns the weights that count calls in training."""
-  return [
-    record.weights[name].path
-    for adapter in params.records.adapters
-    if adapter.enabled
-    for record in adapter.sites.values()
-    for name in adapter.adapter.counters
-    if name in record.weights
-  ]
+  return dropping.counters(params.records)
 
 
 # Without the count, each step would drop the same elements.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from surgery import errors, jaxcompat
-from surgery.model.records import AdapterRecord, SiteRecord
+from surgery.model.records import AdapterRecord, Records, SiteRecord
 from surgery.naming.paths import Path
 
 # Whether whoever calls a model has seen to dropout.
@@ -44,6 +44,18 @@ def dropless(
 def drops(adapter: AdapterRecord, record: SiteRecord) -> bool:
   """Whether an adapter drops elements at a site in training."""
   return any(name in record.weights for name in adapter.adapter.counters)
+
+
+def counters(records: Records) -> list[Path]:
+  """Returns the weights that count calls in training."""
+  return [
+    record.weights[name].path
+    for adapter in records.adapters
+    if adapter.enabled
+    for record in adapter.sites.values()
+    for name in adapter.adapter.counters
+    if name in record.weights
+  ]
 
 
 def warn_of_training(

@@ -140,6 +140,62 @@ def influences(
   return {path for i, path in enumerate(arrays) if i in reached}
 
 
+def copies(
+  function: Callable[..., Any], values: Mapping[Path, Any]
+) -> set[Path]:
+  """Returns those of some arrays that a function gives back as they are.
+
+  A loop that scans over an array and returns each row of it copies it, too.
+
+  Args:
+    function: takes arrays by path, and returns such by the same paths.
+    values: the arrays.
+  """
+  flat = lambda *traced: list(
+    function(dict(zip(values, traced, strict=True))).values()
+  )
+  closed = jax.make_jaxpr(flat)(*values.values())
+  made = _copied(closed, range(len(values)))
+  return {path for i, path in enumerate(values) if made[i] == i}
+
+
+def _copied(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+  """Returns which operand each result of a jaxpr is; None if it is none."""
+  return jaxcompat.interpret(
+    jaxpr, operands, _copying, lambda _: None, lambda _: None
+  )
+
+
+def _copying(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+  name, count = eqn.primitive.name, len(eqn.outvars)
+  if name == 'copy':
+    return list(inputs)
+  if name in _EACH:
+    return list(inputs)
+  if name == 'scan':
+    known = jaxcompat.scan(eqn)
+    rows = known.consts + known.carry
+    # Rows of an array come out as rows; what is carried is another each time.
+    inner = [None] * known.consts + [
+      None if i is None else (at, i)
+      for at, i in enumerate(inputs[known.consts :])
+    ]
+    made = _copied(known.body, inner)
+    carried = [
+      one[1] if one is not None and one[0] == at else None
+      for at, one in enumerate(made[: known.carry])
+    ]
+    stacked = [
+      one[1] if one is not None and one[0] + known.consts >= rows else None
+      for one in made[known.carry :]
+    ]
+    return [*carried, *stacked]
+  called = jaxcompat.called(eqn, *_TABLES)
+  if called is not None and len(called.jaxpr.invars) == len(inputs):
+    return _copied(called, inputs)
+  return [None] * count
+
+
 def _results(tree: Any) -> list[tuple[Path | None, Any]]:
   """Returns the traced results of a call.
 

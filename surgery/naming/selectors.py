@@ -509,7 +509,9 @@ class Item:
     if self.kind == 'term':
       # A plugin decides by itself whether what lies in a layer is meant.
       return self.itself(layer, types, term)
-    above = (layer[:n] for n in range(len(layer), 0, -1))
+    # The model itself may be a layer, as one of equinox alone; it has no path.
+    last = -1 if self.kind == 'type' else 0
+    above = (layer[:n] for n in range(len(layer), last, -1))
     return any(self.itself(a, types, term) for a in above)
 
   def itself(self, layer: Path, types: Types, term: Term | None) -> bool:
@@ -953,12 +955,13 @@ def _no_type(
   item: Item, universe: Sequence[Path], types: Types
 ) -> errors.SelectorError:
   """Returns the error for a `type:` item that matches nothing."""
-  layers = {p[:n] for p in universe for n in range(1, len(p))}
+  layers = {p[:n] for p in universe for n in range(len(p))}
   names = {name for layer in layers for name in types(layer)}
   if not names:
     return errors.SelectorError(
       f'selector {item.written!r} matches nothing: the types of layers are '
-      'not known here. Pass the graph (graph=), or save with it.'
+      'not known here. Pass the graph (graph=), or save with it; for params '
+      'of linen or haiku layers=surgery.layers(model, x).'
     )
   return errors.SelectorError(
     f'selector {item.written!r} matches nothing.'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -211,6 +213,7 @@ def make(
   notes: Mapping[str, Any],
 ) -> AdaptedTree:
   """Returns a tree of its parts."""
+  _refuse_bytes()
   tree = object.__new__(AdaptedTree)
   tree._kind = kind
   tree.base = base
@@ -220,6 +223,28 @@ def make(
   tree._aliases = aliases
   tree._notes = notes
   return tree
+
+
+def _state_dict(tree: Any) -> NoReturn:
+  raise errors.AdapterError(
+    'flax.serialization knows nothing of adapters: what it writes of an '
+    'adapted tree could not be told from a model. Write surgery.save(path, '
+    'tree), and surgery.load(path, like=model) to read it; of a TrainState '
+    'save params so, and its other parts as ever.'
+  )
+
+
+@functools.cache
+def _registered(serialization: Any) -> None:
+  refuse = lambda tree, *rest: _state_dict(tree)
+  serialization.register_serialization_state(AdaptedTree, refuse, refuse)
+
+
+def _refuse_bytes() -> None:
+  """Tells flax, where it is imported, that it cannot write a tree by itself."""
+  serialization = sys.modules.get('flax.serialization')
+  if serialization is not None:
+    _registered(serialization)
 
 
 def is_tree(value: Any) -> bool:

@@ -91,8 +91,33 @@ def to_params(tree: AdaptedTree) -> live.AdaptedParams:
     if value is not None:
       data[path] = bx.Param(value, trainable, dict(metadata))
   _check_shared(tree)
+  _check_sites(tree.records, slots)
   notes = {**tree._notes, 'tree': tree}
   return live.noted(data, tree.records, notes)
+
+
+def _check_sites(records: Records, slots: Mapping[Path, Slot]) -> None:
+  """Raises if an adapted array is not what the adapter was attached to.
+
+  Raises:
+    AdapterError: naming the parameter, and both shapes.
+  """
+  for record in records.adapters:
+    for site in record.sites.values():
+      for spec in site.site.params:
+        slot = slots.get((*site.site.layer, spec.name))
+        shape = getattr(getattr(slot, 'value', None), 'shape', None)
+        if shape is None or len(shape) < len(spec.shape):
+          continue
+        core = tuple(shape[len(shape) - len(spec.shape) :])
+        if core != spec.shape:
+          where = paths.show((*site.site.layer, spec.name))
+          raise errors.AdapterError(
+            f'{where}: the model has an array of shape {tuple(shape)} there '
+            f'now, and adapter {record.name!r} was attached to one of '
+            f'{spec.shape}. Somebody has changed the model since; attach to it '
+            'as it is now.'
+          )
 
 
 def _default(slot: Slot) -> Flag:

@@ -31,6 +31,7 @@ class Nnx(Tree):
   """
 
   name = 'a module of nnx'
+  writes = True
 
   def owns(self, value: Any) -> bool:
     """Whether a value is a module or a state."""
@@ -126,6 +127,10 @@ class Nnx(Tree):
         'function, and give that to surgery.factored.'
       )
     return super().function(model)
+
+  def set_weight(self, weight: Any, value: Any) -> None:
+    """Writes the array of a Variable."""
+    weight.set_raw_value(value)
 
   # What modules write when they are called: statistics, keys, what is sown.
 

@@ -9,19 +9,25 @@ put around what they answer inside of the call.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import blox as bx
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from surgery import errors
+from surgery import errors, jaxcompat
+from surgery.live import dropping, reads
 from surgery.live import params as live
-from surgery.live import reads
 from surgery.naming import paths
 from surgery.naming.paths import Path
-from surgery.trees.adapted import AdaptedTree, is_tree
+from surgery.trees.adapted import AdaptedTree, flat, is_tree
 from surgery.trees.converting import to_params
+
+# Which step of a training a call is, where dropout of adapters depends on it.
+STEP = 'dropout_step'
 
 
 def answered(params: live.AdaptedParams) -> dict[Path, Any]:
@@ -90,14 +96,59 @@ class Call:
   ) -> None:
     self._trees = found((args, kwargs))
     params = [to_params(tree) for tree in self._trees]
+    # Keys of dropout are made of the number of the call.
+    self.counters = [
+      (tree, path)
+      for tree, one in zip(self._trees, params, strict=True)
+      for path in dropping.counters(one.records)
+    ]
+    self._step = None
+    if self.counters and STEP not in inspect.signature(function).parameters:
+      self._step = kwargs.get(STEP)
+      kwargs = {k: v for k, v in kwargs.items() if k != STEP}
+    params = [self._at_step(one) for one in params]
     made = iter(params)
     one = lambda value: next(made) if is_tree(value) else value
     self.args, self.kwargs = jax.tree.map(one, (args, kwargs), is_leaf=is_tree)
     self._function = function
+    self._counted = False
     # What a call has changed in each of the models: paths, and boxes.
     self._changed: list[dict[Path, Any]] = []
     called = lambda *args, **kwargs: self._called(*args, **kwargs)
     self.model = functools.wraps(function, updated=())(called)
+
+  def _at_step(self, params: live.AdaptedParams) -> live.AdaptedParams:
+    """Returns params that have counted as many calls as the caller says."""
+    if self._step is None:
+      return params
+    return live.with_values(
+      params,
+      {
+        path: jnp.asarray(params[path].value).at[..., -1].set(self._step)
+        for path in dropping.counters(params.records)
+      },
+    )
+
+  def count(self, drops: bool) -> None:
+    """Sees to it that the next call drops other elements.
+
+    Args:
+      drops: whether this call is in training.
+
+    Raises:
+      AdapterError: if it is, and nobody says which step it is.
+    """
+    if not drops or self._step is not None:
+      return
+    for tree, path in self.counters:
+      if not tree._kind.writes:
+        raise errors.AdapterError(
+          f'factored: {paths.show(path)} belongs to an adapter with dropout, '
+          'and this call is in training. Say which step it is, '
+          f'fast(…, {STEP}=step), or each step drops the same elements; where '
+          'a call is no training, is_training=False.'
+        )
+    self._counted = True
 
   def _called(self, *args: Any, **kwargs: Any) -> Any:
     """Calls the function; returns its result and what it has changed."""
@@ -111,13 +162,16 @@ class Call:
       built.append((tree._kind.build(tree.base, answers), answers))
       return built[-1][0]
 
-    args, kwargs = jax.tree.map(one, (args, kwargs), is_leaf=_is_params)
+    arguments = args, kwargs
+    args, kwargs = jax.tree.map(one, arguments, is_leaf=_is_params)
     result = self._function(*args, **kwargs)
     _refuse_adapted(result, self._adapted(built))
     self._changed = [
-      self._changes(tree, model, given)
+      tree._kind.changes(model, given)
       for tree, (model, given) in zip(self._trees, built, strict=True)
     ]
+    for number, changes in enumerate(self._changed):
+      self._refuse_written(number, changes, built, arguments)
     return result, [_arrays(one) for one in self._changed]
 
   def _adapted(
@@ -131,28 +185,87 @@ class Call:
       if given[path] is not None
     }
 
-  def _changes(
-    self, tree: AdaptedTree, model: Any, given: Mapping[Path, Any]
-  ) -> dict[Path, Any]:
-    changes = tree._kind.changes(model, given)
-    for path in changes:
-      if path in tree.records.chains:
-        raise errors.AdapterError(
-          f'{paths.show(path)}: the model writes this parameter, and an '
-          'adapter rewrites it: it would be folded in again at every '
-          'call. Attach elsewhere, or merge or disable the adapter.'
-        )
-    return changes
+  def _refuse_written(
+    self,
+    number: int,
+    changes: dict[Path, Any],
+    built: Sequence[tuple[Any, Mapping[Path, Any]]],
+    arguments: Any,
+  ) -> None:
+    """Leaves adapted arrays out of changes.
+
+    Loops of a framework hand on all that a model has, as it was.
+
+    Args:
+      number: which of the models.
+      changes: what is another than before; of this adapted arrays are removed.
+      built: all models, and what they were given.
+      arguments: of the call, with params in the place of trees.
+
+    Raises:
+      AdapterError: naming an adapted array that the model writes.
+    """
+    tree, (_, given) = self._trees[number], built[number]
+    written = {
+      path: changes.pop(path)
+      for path in (*tree.records.chains, *tree.records.standing)
+      if path in changes
+    }
+    unknown = {}
+    for path, leaf in written.items():
+      value = None if leaf is None else tree._kind.unweighted(leaf)
+      if jaxcompat.is_traced(value):
+        unknown[path] = value
+      elif value is None or not np.array_equal(value, given[path]):
+        raise _written(path)
+    if not unknown:
+      return
+
+    def again(values: Mapping[Path, Any]) -> dict[Path, Any]:
+      made: list[Any] = []
+
+      def one(value: Any) -> Any:
+        if not _is_params(value):
+          return value
+        at = len(made)
+        answers = {**built[at][1], **(values if at == number else {})}
+        model = self._trees[at]._kind.build(self._trees[at].base, answers)
+        made.append((model, answers))
+        return model
+
+      args, kwargs = jax.tree.map(one, arguments, is_leaf=_is_params)
+      self._function(*args, **kwargs)
+      after = tree._kind.changes(*made[number])
+      kept = {**values, **{p: after[p] for p in values if p in after}}
+      return {p: tree._kind.unweighted(v) for p, v in kept.items()}
+
+    copied = reads.copies(again, {path: given[path] for path in unknown})
+    for path in unknown:
+      if path not in copied:
+        raise _written(path)
 
   def finished(self, result: tuple[Any, Any]) -> Any:
     """Writes into the models what the call has changed; returns its result."""
     returned, arrays = result
+    if self._counted:
+      for tree, path in self.counters:
+        ((_, weight),) = [w for w in flat(tree.weights) if w[0] == path]
+        value = jnp.asarray(tree._kind.unweighted(weight))
+        tree._kind.set_weight(weight, value.at[..., -1].add(1))
     for tree, changes, values in zip(
       self._trees, self._changed, arrays, strict=True
     ):
       if changes:
         tree._kind.write(tree.base, _with_arrays(changes, values))
     return returned
+
+
+def _written(path: Path) -> errors.AdapterError:
+  return errors.AdapterError(
+    f'{paths.show(path)}: the model writes this parameter, and an adapter '
+    'rewrites it: it would be folded in again at every call. Attach elsewhere, '
+    'or merge or disable the adapter.'
+  )
 
 
 def _arrays(changes: Mapping[Path, Any]) -> dict[str, Any]:

@@ -92,6 +92,12 @@ class Lowering:
       return value
     kind = converting.kind_of(value, self._host)
     if kind is None:
+      if any(one.knows(value) for one in self._host.trees.values()):
+        raise errors.SurgeryError(
+          f'expected params, found {type(value).__name__}, which has no arrays '
+          'of its own. Give what its init returned, and say its layers by '
+          'layers=surgery.layers(model, x).'
+        )
       return value
     return self._params(converting.tree_of(value, kind, self._layers))
 

@@ -43,10 +43,12 @@ def layer_types(
   found: dict[Path, LayerType] = {}
 
   def meet(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    result = method(*args, **kwargs)
+    # It is called for a module's own initialisation, too, before it has a name.
     module = context.module
     path = tuple(module.module_name.split('/'))
     found[path] = of_class(module, 'haiku', _ROLES)
-    return method(*args, **kwargs)
+    return result
 
   with haiku.intercept_methods(meet):
     jax.eval_shape(lambda: model.init(jax.random.key(0), *example, **kwargs))
