@@ -35,9 +35,12 @@ class Tree:
 
   Attributes:
     name: what a model is called in messages, with an article.
+    writes: whether the code of a model may write to it when it is called. Of
+      one that does not, a call says which step of a training it is.
   """
 
   name = 'a tree'
+  writes = False
 
   def __eq__(self, other: object) -> bool:
     return type(self) is type(other)
@@ -141,10 +144,6 @@ class Tree:
         'takes it: surgery.factored(model.apply), or surgery.factored(loss).'
       )
     return _call
-
-  # Whether the code of a model may write to it when it is called. Of one that
-  # does not, a call says by itself which step of a training it is.
-  writes = False
 
   def set_weight(self, weight: Any, value: Any) -> None:
     """Writes the array of an adapter's weight, where models are written to."""
