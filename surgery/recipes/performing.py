@@ -10,10 +10,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from surgery import errors
+from surgery.editing import nonfinite, rounding
 from surgery.host import foreign
 from surgery.host.manager import Host
 from surgery.model import manifest
@@ -73,7 +78,7 @@ def performed(
   with foreign.code(what) if owner else contextlib.nullcontext():
     after = (run or _called)(looked_at, name, before, given, host)
   if owner is not None:
-    after = _guarded(before, after, what)
+    after = _guarded(before, after, what, not _decides(function))
   _check_adapters(before, after, what)
   return after
 
@@ -121,11 +126,13 @@ class _Load:
   made: Leaf
   path: Path
   what: str
+  was: Leaf | None
 
   def __call__(self) -> Any:
     with foreign.code(f'{paths.show(self.path)}: {self.what}'):
       value = self.made.load()
     _check_value(self.made, value, (), self.path, self.what)
+    _check_finite(self.was, value, (), self.path, self.what)
     return value
 
 
@@ -136,12 +143,14 @@ class _Part:
   made: Leaf
   path: Path
   what: str
+  was: Leaf | None
 
   def __call__(self, index: Index) -> Any:
     assert self.made.part is not None
     with foreign.code(f'{paths.show(self.path)}: {self.what}'):
       value = self.made.part(index)
     _check_value(self.made, value, index, self.path, self.what)
+    _check_finite(self.was, value, index, self.path, self.what)
     return value
 
 
@@ -154,15 +163,84 @@ def _check_value(
     raise errors.PluginError(f'{paths.show(path)}: {what}: {wrong}')
 
 
-def _guarded(before: Checkpoint, after: Checkpoint, what: str) -> Checkpoint:
-  """Returns a checkpoint whose new leaves say whose they are if they fail."""
+def _decides(function: Callable[..., Any]) -> bool:
+  """Whether a pass decides by an option of its own what may not be finite."""
+  try:
+    return 'nonfinite' in inspect.signature(function).parameters
+  except (TypeError, ValueError):  # What is written in C may have none.
+    return False
+
+
+def _check_finite(
+  was: Leaf | None, value: Any, index: Index, path: Path, what: str
+) -> None:
+  """Raises if a number became NaN or infinite that was finite.
+
+  Args:
+    was: the tensor before the pass, if it had this name and shape. Of others
+      nobody but the pass knows what they were made of.
+    value: the block that the pass made.
+    index: the block.
+    path: the tensor.
+    what: the pass.
+
+  Raises:
+    CastError: naming the first such number.
+  """
+  if was is None or _is_traced(value):
+    return
+  block = np.asarray(value)
+  dtype = block.dtype.name
+  inexact = rounding.is_float(dtype) or block.dtype.kind == 'c'
+  if not inexact or nonfinite.within(block, dtype):
+    return
+  known = was.load() if was.part is None or not index else was.part(index)
+  if _is_traced(known):
+    return
+  old = np.asarray(known)
+  if old.shape != block.shape:
+    old = old[index]
+  new = ~np.isfinite(block) & np.isfinite(old)
+  if not new.any():
+    return
+  first = np.unravel_index(int(np.argmax(new)), new.shape)
+  starts = (*(cut.start for cut in index), *[0] * (new.ndim - len(index)))
+  at = [int(a) + b for a, b in zip(first, starts, strict=True)]
+  raise errors.CastError(
+    f'{paths.show(path)}: {what}: the result at index {at} is {block[first]}, '
+    f'and was {old[first]}. A pass that may make such numbers has an argument '
+    "`nonfinite: Literal['refuse', 'allow'] = 'refuse'`, and looks at them "
+    'itself.'
+  )
+
+
+def _is_traced(value: Any) -> bool:
+  """Whether a value is one of a function that JAX traces."""
+  jax = sys.modules.get('jax')
+  return jax is not None and isinstance(value, jax.core.Tracer)
+
+
+def _guarded(
+  before: Checkpoint, after: Checkpoint, what: str, finite: bool
+) -> Checkpoint:
+  """Returns a checkpoint whose new leaves say whose they are if they fail.
+
+  Args:
+    before: what the pass was given.
+    after: what it returned.
+    what: the pass.
+    finite: whether what was finite has to stay so.
+  """
   # What was there keeps its function, by which it is known to be the same.
   old = {id(leaf.load) for leaf in before.values()}
   leaves = {}
   for path, leaf in after.items():
     if id(leaf.load) not in old and leaf.load is not leaf.source:
-      part = None if leaf.part is None else _Part(leaf, path, what)
-      leaf = leaf.replace(load=_Load(leaf, path, what), part=part)
+      was = before.get(path) if finite else None
+      if was is not None and (was.shape != leaf.shape or was.key is not None):
+        was = None
+      part = None if leaf.part is None else _Part(leaf, path, what, was)
+      leaf = leaf.replace(load=_Load(leaf, path, what, was), part=part)
     leaves[path] = leaf
   known = {id(one) for one in before.checks}
   checks = tuple(

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import blox as bx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -695,3 +696,66 @@ def test_a_class_that_cannot_be_made_is_broken_and_nothing_else(installed):
   with pytest.warns(surgery.PluginWarning, match="'bad': KeyError: 'x'"):
     states = {i.name: i.state for i in host.plugins()}
   assert ('broken', 'loaded') == (states['bad'], states['passes'])
+
+
+def spoilt(checkpoint, *, by):
+  """Writes a number at one place of each kernel, in blocks or whole."""
+
+  def changed(leaf):
+    def load():
+      value = np.array(leaf.load())
+      value[1, 2] = by
+      return value
+
+    return leaf.replace(load=load, dtype=leaf.dtype)
+
+  leaves = {
+    path: changed(leaf) if path[-1] == 'kernel' else leaf
+    for path, leaf in checkpoint.items()
+  }
+  return checkpoint.replace(leaves=leaves)
+
+
+@pytest.mark.parametrize('by', [np.nan, np.inf, -np.inf])
+def test_what_was_finite_does_not_become_nan_or_infinite(by, tmp_path):
+  plain = surgery.merge(PARAMS)
+  host = offering(lambda checkpoint: spoilt(checkpoint, by=by))
+  file, out = tmp_path / 'm.msgpack', tmp_path / 'o.msgpack'
+  surgery.save(file, plain)
+  message = (
+    rf"net/layer/kernel: pass 'mine' of plugin 'Mine': the result at index "
+    rf'\[1, 2\] is {by}, and was -?[0-9.]+\. A pass that may'
+  )
+  with pytest.raises(surgery.CastError, match=message):
+    surgery.apply(plain, 'mine', host=host)
+  with pytest.raises(surgery.CastError, match=message):
+    Recipe(['mine']).run(model=file, out=out, host=host)
+  assert not out.exists()
+
+
+def test_a_pass_that_may_make_such_numbers_says_so():
+  plain = surgery.merge(PARAMS)
+
+  def mine(checkpoint, *, nonfinite='refuse'):
+    return spoilt(checkpoint, by=-np.inf)
+
+  changed = surgery.apply(plain, 'mine', host=offering(mine))
+  assert np.isneginf(changed[KERNEL].value[1, 2])
+  # What was so before may stay so, and is not the pass's.
+  again = surgery.apply(
+    changed, 'mine', host=offering(lambda c: spoilt(c, by=np.inf))
+  )
+  assert np.isposinf(again[KERNEL].value[1, 2])
+
+
+def test_a_traced_value_of_a_pass_is_not_looked_at():
+  plain = surgery.merge(PARAMS)
+
+  def mine(checkpoint):
+    leaf = checkpoint[KERNEL]
+    new = leaf.replace(load=lambda: leaf.load() * jnp.inf)
+    return checkpoint.replace(leaves={**checkpoint, KERNEL: new})
+
+  host = offering(mine)
+  done = jax.jit(lambda p: surgery.apply(p, 'mine', host=host))(plain)
+  assert not np.isfinite(done[KERNEL].value).any()
