@@ -22,7 +22,7 @@ from surgery.contract import origin
 from surgery.contract.adapter import Interceptor
 from surgery.contract.lowrank import LowRank
 from surgery.contract.site import ParamSpec, PathNeeded, Site
-from surgery.editing import devices
+from surgery.editing import devices, nonfinite
 from surgery.host import foreign
 from surgery.model.records import Chain, SiteRecord, WeightSpec
 from surgery.naming import paths
@@ -559,7 +559,12 @@ def finite(value: Any) -> bool:
   """Whether an array has no NaN and no infinity; True for tracers."""
   if jaxcompat.is_traced(value) or not jnp.issubdtype(value.dtype, jnp.inexact):
     return True
-  if isinstance(value, np.ndarray):
-    return bool(np.isfinite(value).all())  # JAX would narrow 64 bits.
+  alone = isinstance(value, np.ndarray) or len(value.sharding.device_set) == 1
+  if alone and devices.is_of_host(value):
+    # It is there already; JAX would compile a program for each shape, and
+    # narrow 64 bits.
+    with devices.transfers():
+      array = np.asarray(value)
+    return nonfinite.within(array, array.dtype.name)
   with devices.beside(value):
     return bool(jnp.isfinite(value).all())
