@@ -13,7 +13,7 @@ import numpy as np
 from surgery import errors, expect
 from surgery.editing import devices
 from surgery.host.manager import Host, default_host
-from surgery.live import adoption, checkpoints, lineage
+from surgery.live import adoption, checkpoints, lineage, placing
 from surgery.live import params as live
 from surgery.live.dispatch import types_of
 from surgery.model.checkpoint import Checkpoint, open_checkpoint
@@ -114,7 +114,7 @@ def of_jax(params: bx.Params, before: bx.Params) -> bx.Params:
       and value is not old
       and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype
     ):
-      param = param.replace(value=jax.numpy.asarray(value))
+      param = param.replace(value=placing.kept(value, old))
     data[path] = param
   records, notes = live.records_of(params), live.notes_of(params)
   return live.make(data, params.is_locked, records, notes)

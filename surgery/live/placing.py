@@ -80,6 +80,18 @@ def weight(
   return _put(value, _beside(base, adapter, site, name, value), base)
 
 
+def kept(value: Any, old: Any) -> Any:
+  """Returns what numpy computed of a parameter, where the parameter lies.
+
+  Args:
+    value: an array of numpy that JAX would not narrow.
+    old: the parameter before, or None.
+  """
+  if _is_placed(old) and old.shape == value.shape:
+    return _put(value, old.sharding, old)
+  return jax.numpy.asarray(value)
+
+
 def _is_placed(value: Any) -> bool:
   return isinstance(value, jax.Array) and not jaxcompat.is_traced(value)
 

@@ -223,6 +223,30 @@ assert P('x', None) == one[path[0]].value.sharding.spec, one[path[0]]
 """)
 
 
+def test_steps_keep_the_layout(python):
+  """Also those that compute on the host."""
+  python("""
+mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(AxisType.Auto,) * 2)
+split = NamedSharding(mesh, P('x', 'y'))
+base = params(jax.device_put(kernel, split))
+third = params(jax.device_put(kernel, jax.devices()[3]))
+for step in (
+  {'scale': {'select': '**', 'by': 0.3}},
+  {'clamp': {'select': '**', 'min': -0.5, 'max': 0.5}},
+  {'multiply': 'net/layer/kernel -> net/layer/kernel'},
+  {'add': 'net/layer/kernel -> net/layer/kernel'},
+  {'prune': {'select': '**', 'share': 0.5}},
+  {'cast': 'bfloat16'},
+):
+  expected = surgery.apply(params(jnp.asarray(kernel)), [step])[KERNEL].value
+  for before in (base, third):
+    found = surgery.apply(before, [step])[KERNEL].value
+    assert before[KERNEL].value.sharding == found.sharding, step
+    assert found.committed, step
+    same(expected, found)
+""")
+
+
 def test_traced_draws_stay_in_the_program(python):
   python("""
 def attach(kernel):
