@@ -65,6 +65,8 @@ def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
   for row in rows:
     what = ' '.join(filter(None, (row['kind'], row['name'])))
     yield f'\n{what}: {row["summary"]}'.rstrip(': ')
+    if row['kind'] == 'pass':
+      yield f'    surgery {row["name"]} --help'
     before = '--set ' if row['kind'] == 'method' else ''
     for option in row['options']:
       yield f'    {option_line(option, before)}'

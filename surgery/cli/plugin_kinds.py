@@ -204,6 +204,7 @@ def test_values():
   found = surgery.apply(params.locked(), step, host=host)
   assert np.array_equal([-0.5, 0.25, 0.5], found['net', 'kernel'].value)""",
   shell="""\
+surgery $name base.msgpack '**/kernel' --at 0.5 -o clipped.msgpack
 echo "- $name: {select: '**/kernel', at: 0.5}" > recipe.yaml
 surgery run recipe.yaml model=base.msgpack out=changed.msgpack""",
   python="""\
@@ -382,7 +383,7 @@ import surgery
 
 @surgery.hookimpl
 def surgery_freeze_param(site: surgery.Site, policy: str) -> bool | None:
-  """Says whether a parameter trains; other policies are somebody else's."""
+  """Answers `$name`: biases train. Other policies are somebody else's."""
   if policy != '$name':
     return None
   return site.name == 'bias'

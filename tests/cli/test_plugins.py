@@ -88,6 +88,7 @@ def test_a_plugin_is_shown_with_what_it_offers_and_all_options(surgery_cli):
   assert 'Two passes and a method of mine.' in shown
   for part in (
     'pass shift-it: Adds a number.\n'
+    '    surgery shift-it --help\n'
     '    select=…  text, required\n'
     '        which tensors.\n'
     '    by=…  a number, = 1.0\n'
