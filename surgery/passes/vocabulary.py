@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +16,7 @@ from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
-from surgery.passes import arithmetic
+from surgery.passes import arithmetic, rows
 from surgery.passes.fill import generator
 from surgery.passes.slicing import taken
 
@@ -22,9 +24,10 @@ from surgery.passes.slicing import taken
 def resize_vocab(
   checkpoint: Checkpoint,
   select: selectors.Text | Selection,
-  size: int,
+  size: int | None = None,
   *,
   axis: int = 0,
+  multiple_of: int = 1,
   new: Literal['mean', 'zero', 'random'] = 'mean',
   scale: float = 0.02,
   seed: int = 0,
@@ -34,13 +37,16 @@ def resize_vocab(
 
   Tokens that stay are copied. New ones are at the end: the mean of all old
   ones, so that they are as likely as an average token; or zero; or drawn from a
-  normal distribution around the mean.
+  normal distribution around the mean. What is drawn depends on the seed, the
+  token and the place in its row, so that a head that is a copy of the
+  embedding, or its transpose, stays one.
 
   Args:
     checkpoint: the model.
     select: embeddings, or output kernels and biases.
-    size: number of tokens.
+    size: number of tokens; by default as many as there are.
     axis: the axis of tokens: 0 of an embedding, -1 of an output layer.
+    multiple_of: the number is rounded up to a multiple of it, e.g. 128.
     new: what new tokens hold.
     scale: standard deviation of random ones.
     seed: the seed of random ones.
@@ -48,29 +54,44 @@ def resize_vocab(
 
   Raises:
     SurgeryError: if every tensor has that size already.
+    CastError: when it is written, for a token that has NaN or infinity, of
+      which new ones would be made.
     AdapterError: for a tensor with an adapter.
 
   Example:
     resize-vocab: {select: '**/embedding', size: 50304}
+    resize-vocab: {select: '**/embedding', multiple-of: 128}
   """
-  if size < 1:
+  if size is None and multiple_of == 1:
+    raise errors.SurgeryError('give size, or multiple-of, or both.')
+  if multiple_of < 1:
+    raise errors.SurgeryError(
+      f'multiple-of: expected a number of 1 or more, found {multiple_of}.'
+    )
+  if size is not None and size < 1:
     raise errors.SurgeryError(f'expected at least one token, found {size}.')
+  if not (math.isfinite(scale) and scale >= 0):
+    raise errors.SurgeryError(
+      f'scale: expected a number of 0 or more, found {scale}.'
+    )
   changed = {}
   found = tensors.chosen(checkpoint, select, 'resize-vocab', host)
   for path, leaf in found.items():
     assert leaf.shape is not None
     at = regions.axis_of(axis, leaf.shape, path)
-    if leaf.shape[at] > size:
-      changed[path] = taken(leaf, at, range(size))
-    elif leaf.shape[at] < size:
+    wanted = leaf.shape[at] if size is None else size
+    wanted = -(-wanted // multiple_of) * multiple_of
+    if leaf.shape[at] > wanted:
+      changed[path] = taken(leaf, at, range(wanted))
+    elif leaf.shape[at] < wanted:
       arithmetic.check_number(leaf, path, 'resize-vocab')
       if not leaf.shape[at]:
         raise errors.SurgeryError(f'{paths.show(path)}: has no tokens.')
-      changed[path] = _extended(leaf, path, at, size, new, scale, seed)
+      changed[path] = _extended(leaf, path, at, wanted, new, scale, seed)
   if not changed:
+    shown = ', '.join(f'{paths.show(p)} is {leaf}' for p, leaf in found.items())
     raise errors.SurgeryError(
-      f'{len(found)} tensors have {size} tokens already. Give '
-      'another size, or another axis.'
+      f'nothing would change: {shown}. Give another size, or another axis.'
     )
   return tensors.edited(checkpoint, 'resize-vocab', changed=changed, host=host)
 
@@ -90,13 +111,13 @@ def _extended(
   old, dtype = leaf.shape[axis], leaf.dtype
   rest = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
   shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
-  cache: list[np.ndarray] = []
 
-  def more() -> np.ndarray:
-    """Returns new tokens, on the first axis."""
-    if not cache:
-      cache.append(_new(reader, path, axis, size - old, new, scale, seed))
-    return cache[0]
+  @functools.cache
+  def mean() -> np.ndarray:
+    """Returns the mean of old tokens."""
+    if new == 'zero':
+      return np.zeros(rest)
+    return rows.mean(reader, path, axis)
 
   def block(region: Region) -> Any:
     cut = region[axis]
@@ -105,55 +126,27 @@ def _extended(
     if cut.stop <= old:
       return kept
     others = (*region[:axis], *region[axis + 1 :])
-    places = slice(max(cut.start - old, 0), cut.stop - old)
-    values = more()
-    # The mean is one token that stands for all.
-    values = values[places] if len(values) > 1 else values
-    values = values[(slice(None), *others)]
-    count = places.stop - places.start
-    values = np.broadcast_to(values, (count, *values.shape[1:]))
-    # A token that is NaN or infinite makes the mean so.
+    places = range(max(cut.start, old), cut.stop)
+    values = np.broadcast_to(
+      mean()[others], (len(places), *regions.sizes(others))
+    )
+    if new == 'random':
+      noise = [_noise(seed, token, rest)[others] for token in places]
+      values = values + np.stack(noise) * scale
     added = arithmetic.narrowed(
       np.moveaxis(values, 0, axis), dtype, path, 'resize-vocab',
-      inputs=[values.reshape(-1)],
-      region=(*region[:axis], slice(max(cut.start, old), cut.stop)),
+      region=(*region[:axis], slice(places.start, cut.stop)),
     )  # fmt: skip
     xp = regions.namespace(kept)
     return xp.concatenate([kept, added], axis=axis)
 
-  del rest
   return regions.computed(leaf, shape, block, [leaf])
 
 
-def _new(
-  reader: Reader,
-  path: Path,
-  axis: int,
-  count: int,
-  new: str,
-  scale: float,
-  seed: int,
-) -> np.ndarray:
-  """Returns new tokens as float64, or float32 if random, on the first axis."""
-  shape = reader.shape
-  rest = (*shape[:axis], *shape[axis + 1 :])
-  if new == 'zero':
-    return np.zeros((1, *rest))
-  total = np.zeros(rest)
-  # A few tokens at a time: the sum does not depend on how many.
-  step = max(1, (1 << 20) // max(1, int(np.prod(rest))))
-  for start in range(0, shape[axis], step):
-    cut = slice(start, min(start + step, shape[axis]))
-    region = (
-      *regions.whole(shape[:axis]),
-      cut,
-      *regions.whole(shape)[axis + 1 :],
-    )
-    value = arithmetic.plain(reader(region), path, 'resize-vocab')
-    total += value.astype(np.float64).sum(axis=axis)
-  mean = (total / shape[axis])[None]
-  if new == 'mean':
-    return mean
-  stream = generator(seed, path)
-  drawn = stream.standard_normal((count, *rest), np.float32) * scale
-  return np.asarray(mean + drawn)
+def _noise(seed: int, token: int, shape: regions.Shape) -> np.ndarray:
+  """Returns normal numbers for a token, which no path decides about.
+
+  So the rows of an embedding and of its copy in the head are the same.
+  """
+  stream = generator(seed, ('resize-vocab',), token)
+  return stream.standard_normal(shape, np.float32).astype(np.float64)
