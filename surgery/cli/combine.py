@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -106,6 +107,42 @@ def _methods(
   help='Of models: `allow` combines NaN and infinity.',
 )
 @click.option(
+  '--tokens',
+  metavar='union|base|ids|FILE',
+  help='Of models: whose tokens the result has, where tokenizers differ: those '
+  'of all models, of the base, or of one of the FILEs. Rows of embeddings and '
+  'heads then follow tokens; `ids` combines rows of one number. Into a folder '
+  'the tokenizer goes along.',
+)
+@click.option(
+  '--missing-rows',
+  type=click.Choice(['other', 'mean', 'zero', 'parts']),
+  help='Of models: what a row holds that a model lacks: that of the other '
+  'models, the mean of its rows, zeros, or the mean of the rows of the smaller '
+  'tokens that a token consists of.',
+)
+@click.option(
+  '--tokenizer',
+  'tokenizers',
+  multiple=True,
+  metavar='FILE',
+  help='Of models: the tokenizer.json of each, in their order, the base at '
+  'last; by default those beside them.',
+)
+@click.option(
+  '--vocab',
+  multiple=True,
+  metavar='SELECTOR=AXIS',
+  help="Of models: tensors with a place for each token, '**/head/kernel=-1', "
+  'where names do not tell.',
+)
+@click.option(
+  '--no-check-tokenizers',
+  'unchecked',
+  is_flag=True,
+  help='Of models: match tokens of tokenizers that do not cut text alike.',
+)
+@click.option(
   '--weight',
   'weights',
   multiple=True,
@@ -153,6 +190,7 @@ def command(
   surgery combine a.safetensors b.safetensors --base base.safetensors \
     --method ties --set weight=0.7,0.3 --set density=0.5 -o ab.safetensors
   surgery combine ckpt-*.safetensors --method mean -o mean.safetensors
+  surgery combine a/ b/ --tokens union --missing-rows mean -o out/
 
   With --weight NAME=NUMBER (and --with) it is adapters of one file that become
   one, a LoRA; otherwise the files are models with the same tensors.
@@ -163,7 +201,8 @@ def command(
     --weight a=1 --weight b=1 --method ties --density 0.5 -o one.msgpack
   """
   if weights or sources:
-    refused = {'base': base, **{n: given[n] for n in ('only', 'nonfinite')}}
+    names = ('only', 'nonfinite', *_OF_TOKENS)
+    refused = {'base': base, **{n: given[n] for n in names}}
     _check_free(refused, 'they are of models, and --weight means adapters')
     if len(files) > 1:
       raise click.UsageError(
@@ -189,7 +228,12 @@ def command(
 
 def _check_free(options: dict[str, Any], why: str) -> None:
   """Raises if one of some options is given."""
-  given = [f'--{name}' for name, value in options.items() if value]
+  shown = {'tokenizers': 'tokenizer', 'unchecked': 'no-check-tokenizers'}
+  given = [
+    f'--{shown.get(name, name).replace("_", "-")}'
+    for name, value in options.items()
+    if value
+  ]
   if given:
     raise click.UsageError(f'{", ".join(given)} cannot be given here: {why}.')
 
@@ -211,7 +255,49 @@ def _models(
   if settings:
     value['set'] = settings
   value.update(_given(given, 'only', 'seed', 'nonfinite'))
+  value.update(_of_tokens([*files, *([base] if base else [])], given))
   writing.carry_out(output, [{'combine': value}], shared.model(first), others)
+
+
+# Options that say how rows follow tokens.
+_OF_TOKENS = ('tokens', 'missing_rows', 'tokenizers', 'vocab', 'unchecked')
+
+
+def _of_tokens(
+  files: Sequence[pathlib.Path], given: dict[str, Any]
+) -> dict[str, Any]:
+  """Returns what is said of tokens, as a step has it.
+
+  Raises:
+    UsageError: for an axis that is no number.
+  """
+  found = {
+    name.replace('_', '-'): given[name] for name in _OF_TOKENS if given[name]
+  }
+  if found.pop('unchecked', False):
+    found['check-tokenizers'] = False
+  tokens = found.get('tokens')
+  if tokens not in (None, 'union', 'base', 'ids'):
+    same = [k for k, one in enumerate(files) if one == pathlib.Path(tokens)]
+    if not same:
+      raise click.UsageError(
+        f'--tokens {tokens}: expected union, base, ids, or one of the files: '
+        f'{", ".join(map(str, files))}.'
+      )
+    found['tokens'] = same[0]
+  if 'tokenizers' in found:
+    found['tokenizers'] = list(found['tokenizers'])
+  if 'vocab' in found:
+    axes = {}
+    for selector, axis in shared.pairs(found['vocab'], '--vocab'):
+      try:
+        axes[selector] = int(axis)
+      except ValueError:
+        raise click.UsageError(
+          f'--vocab {selector}={axis}: expected the number of an axis.'
+        ) from None
+    found['vocab'] = axes
+  return found
 
 
 def _given(given: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -131,6 +131,9 @@ class Method:
     base: whether it takes a base: `none`, `optional` or `required`.
     least: smallest number of models, without the base.
     most: largest number of models, or None.
+    pointwise: whether a number depends on those at the same place alone, and on
+      nothing that is drawn. Others are given a head that is stored transposed
+      as its embedding lies, so that copies of it stay copies.
 
   Example:
     class Median(surgery.Method):
@@ -144,6 +147,7 @@ class Method:
   base: ClassVar[Base] = 'none'
   least: ClassVar[int] = 1
   most: ClassVar[int | None] = None
+  pointwise: ClassVar[bool] = False
 
   _called: ClassVar[str] = 'method'
 
@@ -213,7 +217,10 @@ def is_measured(method: Method | type[Method]) -> bool:
 
 # What `surgery.combine` takes beside the options of a method.
 _TAKEN = frozenset(
-  ('models', 'method', 'base', 'only', 'seed', 'nonfinite', 'host', 'depth')
+  (
+    *('models', 'method', 'base', 'only', 'seed', 'nonfinite', 'host', 'depth'),
+    *('tokens', 'missing_rows', 'tokenizers', 'vocab', 'check_tokenizers'),
+  )
 )
 
 

@@ -86,6 +86,7 @@ def edited(
   given: Mapping[str, Any] | None = None,
   tied: bool = False,
   sources: Sources = lambda number: None,
+  numbers: Mapping[int, int] | None = None,
 ) -> Edited:
   """Returns the configuration of what is written.
 
@@ -97,12 +98,15 @@ def edited(
     tied: whether a step left out the head because the embedding stands for it.
     sources: returns for a function that gives a tensor's layer the old number
       of each new layer, or None where that is not known.
+    numbers: new numbers of tokens by old ones; None where all stay.
 
   Raises:
     SurgeryError: for a key of `given` beneath something that is no object.
   """
   whole = _Whole(config, given or {}, tied, sources)
   parts = architectures.parts(config)
+  for part in parts if numbers is not None else ():
+    whole.tokens(numbers or {}, part.above)
   for part in parts:
     if not part.above:
       whole.repeat(parts)
@@ -168,6 +172,15 @@ class _Whole:
       return
     inside[name] = new
     self.changes.append(Change(key, old, new, why))
+
+  def tokens(self, numbers: Mapping[int, int], above: str) -> None:
+    """Gives tokens that are named the numbers that they have now."""
+    said = dict(self.inside(above))
+    new, lost = renumbered(said, numbers)
+    for key, value in new.items():
+      if value != said[key]:
+        self.set(key, value, 'the number of the same token', above)
+    self.said.extend(f'{text} in config.json' for text in lost)
 
   def repeat(self, parts: Sequence[Part]) -> None:
     """States for the whole what it repeats of its language model."""
@@ -655,6 +668,38 @@ def tokens(config: Mapping[str, Any], size: int) -> Iterator[tuple[str, Any]]:
     numbers = [v for v in values if type(v) is int]
     if _TOKEN.search(name) and any(v >= size for v in numbers):
       yield name, value
+
+
+def renumbered(
+  config: Mapping[str, Any], numbers: Mapping[int, int]
+) -> tuple[dict[str, Any], list[str]]:
+  """Returns a configuration that names the same tokens by new numbers.
+
+  Args:
+    config: the configuration; keys `…_token_id` name tokens.
+    numbers: new numbers by old ones.
+
+  Returns:
+    The configuration, and for each token that there is not any more the
+    beginning of a sentence about it.
+  """
+  found, lost = dict(config), []
+  for name, value in config.items():
+    if not name.endswith('_token_id'):
+      continue
+    many = isinstance(value, list)
+    old = [n for n in (value if many else [value]) if type(n) is int]
+    for number in old:
+      if number not in numbers:
+        lost.append(
+          f'the token {number} of {name} is not in the new vocabulary; state '
+          f'another one for {name}'
+        )
+    if many:
+      found[name] = [numbers.get(n, n) for n in value]
+    elif old:
+      found[name] = numbers.get(value, value)
+  return found, lost
 
 
 def value_of(text: str) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery import errors
+from surgery.files import tokenizers
 from surgery.host import location
 from surgery.interop import configs
 from surgery.model import manifest as manifests
@@ -24,6 +25,7 @@ from surgery.model import manifest as manifests
 if TYPE_CHECKING:
   from surgery.host.manager import Host
   from surgery.model.checkpoint import Checkpoint, Leaf
+  from surgery.model.vocabulary import Vocabulary
   from surgery.naming.paths import Path
 
 CONFIG = 'config.json'
@@ -35,17 +37,7 @@ _TELLING = ('model_type', 'architectures', '_class_name', 'auto_map')
 _ALONG = (
   CONFIG,
   _GENERATION,
-  'tokenizer*',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'vocab.json',
-  'vocab.txt',
-  'merges.txt',
-  '*.tiktoken',
-  'spiece.model',
-  'sentencepiece*.model',
-  'tekken.json',
-  'chat_template*',
+  *tokenizers.FILES,
   'preprocessor_config.json',
   'processor_config.json',
   'LICENSE*',
@@ -90,6 +82,7 @@ class Folder:
     model: name of the model's file, or of the set.
     along: what is copied.
     config: the configuration, if there is one.
+    texts: what is written beside that, by name.
     source: the folder that all of it comes from, or None.
     warnings: what looks wrong, a sentence each.
   """
@@ -97,6 +90,7 @@ class Folder:
   model: str
   along: tuple[Along, ...] = ()
   config: configs.Edited | None = None
+  texts: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
   source: pathlib.Path | None = None
   warnings: tuple[str, ...] = ()
 
@@ -110,6 +104,8 @@ class Folder:
       target = folder / one.name
       target.parent.mkdir(parents=True, exist_ok=True)
       shutil.copyfile(one.source, target)
+    for name, data in self.texts.items():
+      (folder / name).write_bytes(data)
     if self.config is not None and self.config.changes:
       text = json.dumps(self.config.config, ensure_ascii=False, indent=2)
       (folder / CONFIG).write_text(text + '\n', encoding='utf-8')
@@ -118,12 +114,15 @@ class Folder:
     """Returns what a plan shows of it, as JSON data.
 
     Returns:
-      `along`, names of files that are copied; `config`, changes of the
-      configuration with `key`, `old`, `new` and `why`; and `warnings`.
+      `along`, names of files that are copied; `written`, of those that are
+      made; `config`, changes of the configuration with `key`, `old`, `new` and
+      `why`; and `warnings`.
     """
     changes = self.config.changes if self.config else ()
+    written = {'written': list(self.texts)} if self.texts else {}
     return {
       'along': [one.name for one in self.along],
+      **written,
       'config': [change.to_json() for change in changes],
       'warnings': list(self.warnings),
     }
@@ -168,11 +167,12 @@ def planned(
         f'{before.origin or "the model"}. Name a model folder that has one: '
         '--like FOLDER.'
       )
-    return Folder(name)
+    return _with_vocabulary(Folder(name), after.vocabulary)
   said = _read(source)
   read: Mapping[Path, Leaf] | None = before
   if like is not None:
     read = _model_of(like, host)
+  vocabulary = after.vocabulary
   edited = configs.edited(
     said,
     read,
@@ -181,8 +181,11 @@ def planned(
     tied=tied,
     # Numbers are those of the model that was read, not of another folder.
     sources=_Numbers(after) if like is None else lambda number: None,
+    numbers=vocabulary.numbers if vocabulary and like is None else None,
   )
-  warnings = [*edited.warnings, *_tokens(source, edited)]
+  warnings = [*edited.warnings]
+  if vocabulary is None or vocabulary.numbers is None:
+    warnings += _tokens(source, edited)
   if any('adapter' in leaf.metadata for leaf in after.values()):
     warnings.append(
       'an adapter is attached, whose weights other programs leave out. Merge '
@@ -191,7 +194,36 @@ def planned(
   along = [
     one for one in _along(source) if one.name != CONFIG or not edited.changes
   ]
-  return Folder(name, tuple(along), edited, source, tuple(warnings))
+  folder = Folder(
+    name, tuple(along), edited, source=source, warnings=tuple(warnings)
+  )
+  return _with_vocabulary(folder, vocabulary)
+
+
+def _with_vocabulary(folder: Folder, vocabulary: Vocabulary | None) -> Folder:
+  """Returns a folder with the tokenizer of a model, if it has another one."""
+  if vocabulary is None:
+    return folder
+  along = [one for one in folder.along if not tokenizers.is_part(one.name)]
+  texts: dict[str, bytes] = {}
+  warnings = list(folder.warnings)
+  for name, file in vocabulary.files.items():
+    if isinstance(file, bytes):
+      texts[name] = file
+    else:
+      along.append(Along(name, _followed(file.parent, file)))
+  old = next((one for one in along if one.name == _GENERATION), None)
+  if old is not None and vocabulary.numbers is not None:
+    said = _read(old.source.parent, old.source.name)
+    new, lost = configs.renumbered(said, vocabulary.numbers)
+    warnings += [f'{text} in {_GENERATION}' for text in lost]
+    if new != said:
+      along.remove(old)
+      text = json.dumps(new, ensure_ascii=False, indent=2)
+      texts[_GENERATION] = f'{text}\n'.encode()
+  return dataclasses.replace(
+    folder, along=tuple(along), texts=texts, warnings=tuple(warnings)
+  )
 
 
 def _tokens(source: pathlib.Path, edited: configs.Edited) -> Iterator[str]:

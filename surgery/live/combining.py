@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from surgery import errors, expect
@@ -26,6 +26,11 @@ def combine(
   only: Literal['all', 'common'] = 'all',
   seed: int = 0,
   nonfinite: NonFinite = 'refuse',
+  tokens: str | int | None = None,
+  missing_rows: Literal['other', 'mean', 'zero', 'parts'] = 'other',
+  tokenizers: Sequence[str | os.PathLike[str]] = (),
+  vocab: Mapping[str, int] | None = None,
+  check_tokenizers: bool = True,
   host: Host | None = None,
   **options: Any,
 ) -> Model:
@@ -45,13 +50,26 @@ def combine(
       error otherwise.
     seed: seed of what is drawn at random, with the path of the tensor.
     nonfinite: `'allow'` combines NaN and infinity, an error otherwise.
+    tokens: whose tokens the result has, where rows of embeddings and heads are
+      to follow tokens: `'union'`, `'base'`, or the place of one of the models;
+      `'ids'` combines rows of one number, whatever tokens they are.
+    missing_rows: what a row holds that a model lacks: that of the `'other'`
+      models (of the base, or the mean of those that have it), the `'mean'` of
+      its rows, `'zero'`, or the mean of the rows of its `'parts'`.
+    tokenizers: a `tokenizer.json` for each model, the base's at last; by
+      default those beside the models' files.
+    vocab: axes of tokens by selector, where names do not tell them:
+      `{'**/embedding': 0, '**/head/kernel': -1}`.
+    check_tokenizers: whether tokenizers have to cut text alike.
     host: whose methods there are.
     **options: options of the method; each a value, one for each model, a list
       over the depth of the model, or values by selector.
 
   Raises:
     ConfigError: for an unknown method or option.
-    SurgeryError: if models do not have the same tensors, naming both sides.
+    FormatError: for a tokenizer that cannot be read.
+    SurgeryError: if models do not have the same tensors, naming both sides; or
+      tokenizers at hand number tokens differently, and tokens is not given.
     AdapterError: if one of them has an adapter.
     CheckError: if tensors of integers differ.
     CastError: for NaN and infinity.
@@ -79,6 +97,11 @@ def combine(
       only=only,
       seed=seed,
       nonfinite=nonfinite,
+      tokens=tokens,
+      missing_rows=missing_rows,
+      tokenizers=[os.fspath(one) for one in tokenizers],
+      vocab=vocab,
+      check_tokenizers=check_tokenizers,
       host=host,
     )
     if isinstance(first, Checkpoint):

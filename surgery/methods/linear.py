@@ -33,6 +33,7 @@ class Linear(Method):
   """`Σ w·x / Σ w` (Wortsman et al. 2022, arXiv 2203.05482)."""
 
   name = 'linear'
+  pointwise = True
 
   weight: tuple[float, ...] = field(
     default=(1.0,), doc='Weight of each model in the mean.'
@@ -65,6 +66,7 @@ class Mean(Method):
   """The mean of all models, as of the last checkpoints of a training run."""
 
   name = 'mean'
+  pointwise = True
 
   def combine(self, block: Block, prepared: Any) -> Any:
     """Returns the mean."""
@@ -75,6 +77,7 @@ class Passthrough(Method):
   """`scale · x` of one model."""
 
   name = 'passthrough'
+  pointwise = True
   most = 1
 
   scale: float = field(default=1.0, doc='A factor.')

@@ -133,6 +133,7 @@ class NearSwap(Method):
   """
 
   name = 'nearswap'
+  pointwise = True
   base = 'required'
   most = 1
 

@@ -107,6 +107,7 @@ class TaskArithmetic(Task):
   """`base + lambda · Σ w·δ` (Ilharco et al. 2023, arXiv 2212.04089)."""
 
   name = 'task_arithmetic'
+  pointwise = True
 
   def combine(self, block: Block, prepared: Any) -> Any:
     """Returns the same sum with one product for the base and one a model.

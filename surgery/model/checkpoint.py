@@ -24,6 +24,7 @@ from surgery.host.manager import Host, default_host
 from surgery.model import manifest, quantised, sizes
 from surgery.model.grid import Index, grid
 from surgery.model.records import Records
+from surgery.model.vocabulary import Vocabulary
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
@@ -278,6 +279,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     findings: counts that are made while it is written.
     left_out: layers that a selector matched and no adapter serves.
     remarks: assumptions of passes, for plans, a sentence each.
+    vocabulary: its tokens, where a pass gave its rows another order.
 
   Example:
     ckpt = surgery.open('m.msgpack')
@@ -297,6 +299,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     findings: tuple[Finding, ...] = (),
     left_out: tuple[LeftOut, ...] = (),
     remarks: tuple[str, ...] = (),
+    vocabulary: Vocabulary | None = None,
   ) -> None:
     self._leaves = dict(leaves)
     self.manifest = manifest
@@ -307,6 +310,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     self.findings = findings
     self.left_out = left_out
     self.remarks = remarks
+    self.vocabulary = vocabulary
 
   def __getitem__(self, path: Path) -> Leaf:
     try:
@@ -350,6 +354,7 @@ class Checkpoint(Mapping[Path, Leaf]):
     findings: tuple[Finding, ...] | None = None,
     left_out: tuple[LeftOut, ...] | None = None,
     remarks: tuple[str, ...] | None = None,
+    vocabulary: Vocabulary | None = None,
   ) -> Checkpoint:
     """Returns a checkpoint with some parts changed."""
     return Checkpoint(
@@ -362,6 +367,7 @@ class Checkpoint(Mapping[Path, Leaf]):
       self.findings if findings is None else findings,
       self.left_out if left_out is None else left_out,
       self.remarks if remarks is None else remarks,
+      self.vocabulary if vocabulary is None else vocabulary,
     )
 
   def check(self) -> None:
@@ -445,7 +451,12 @@ class Checkpoint(Mapping[Path, Leaf]):
       elif one is not None:
         leaves[path] = leaf.replace(beneath=None)
     return Checkpoint(
-      leaves, self.manifest, self._records, self.origin, self.checks
+      leaves,
+      self.manifest,
+      self._records,
+      self.origin,
+      self.checks,
+      vocabulary=self.vocabulary,
     )
 
   @property

@@ -17,19 +17,23 @@ from surgery.host.manager import Host
 from surgery.methods import parameters, streaming
 from surgery.model import quantised
 from surgery.model.checkpoint import Check, Checkpoint, Leaf
+from surgery.model.vocabulary import Vocabulary
 from surgery.naming import paths
 from surgery.naming.paths import Path
 from surgery.passes import arithmetic
+from surgery.passes import tokens as tokens_
+from surgery.passes.reshape import transposed
 
 _SHOWN = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-  """A model, and what messages call it."""
+  """A model, what messages call it, and what recipes do."""
 
   name: str
   leaves: Checkpoint
+  aliases: tuple[str, ...] = ()
 
 
 def combine(
@@ -42,6 +46,11 @@ def combine(
   only: Literal['all', 'common'] = 'all',
   seed: int = 0,
   nonfinite: NonFinite = 'refuse',
+  tokens: str | int | None = None,
+  missing_rows: tokens_.Missing = 'other',
+  tokenizers: Sequence[str] | Mapping[str, str] = (),
+  vocab: Mapping[str, int] | None = None,
+  check_tokenizers: bool = True,
   inputs: tensors.Inputs | None = None,
   host: Host,
 ) -> Checkpoint:
@@ -63,12 +72,25 @@ def combine(
       error otherwise.
     seed: seed of what is drawn at random, with the path of the tensor.
     nonfinite: `allow` combines NaN and infinity, which are an error otherwise.
+    tokens: whose tokens the result has, where rows of embeddings and heads are
+      to follow tokens: `union`, `base`, or one of the models, by its alias or
+      its place (from 0); `ids` combines rows of one number, whatever they are.
+    missing_rows: what a row holds that a model lacks: that of the `other`
+      models (of the base, or the mean of those that have it), the `mean` of its
+      rows, `zero`, or the mean of the rows of its `parts`.
+    tokenizers: a tokenizer.json for each model, the base's at last, or by
+      alias; by default those beside the models.
+    vocab: axes of tokens by selector, where names do not tell them:
+      `{'**/embedding': 0, '**/head/kernel': -1}`.
+    check_tokenizers: whether tokenizers have to cut text alike.
     inputs: other checkpoints by alias.
     host: whose methods there are.
 
   Raises:
     ConfigError: for an unknown method or option.
-    SurgeryError: if models do not have the same tensors, naming both sides.
+    FormatError: for a tokenizer that cannot be read.
+    SurgeryError: if models do not have the same tensors, naming both sides; or
+      tokenizers at hand number tokens differently, and tokens is not given.
     AdapterError: if one of them has an adapter.
     CheckError: when it is written, if tensors of integers differ.
     CastError: when it is written, for NaN and infinity.
@@ -78,13 +100,19 @@ def combine(
   """
   cls, owner = found(method, host)
   models = _models(checkpoint, with_, inputs)
-  bases = [] if base is None else [_Model(_called('the base', base), base)]
+  bases = []
+  if base is not None:
+    of = [alias for alias, one in (inputs or {}).items() if one is base]
+    bases = [_Model(_called('the base', base), base, (*of,))]
   check_count(cls, len(models), base is not None)
   every = [*models, *bases]
   for one in every:
     _check_model(one, host)
+  wish = tokens_.Wish(tokens, missing_rows, tokenizers, vocab, check_tokenizers)
+  every, vocabulary, remarks = _matched(every, bool(bases), wish, host)
+  first = every[0].leaves
   common = _common(every, only)
-  template = checkpoint.replace(leaves={p: checkpoint[p] for p in common})
+  template = first.replace(leaves={p: first[p] for p in common})
   options = parameters.Parameters(cls, set or {}, len(models), template, host)
   changed, checks = {}, []
   for path in common:
@@ -103,11 +131,28 @@ def combine(
     raise errors.SurgeryError(
       'the models have no floating-point tensor in common.'
     )
-  gone = [path for path in checkpoint if path not in template]
+  gone = [path for path in first if path not in template]
   result = tensors.edited(
-    checkpoint, 'combine', changed=changed, gone=gone, host=host
+    first, 'combine', changed=changed, gone=gone, host=host
   )
-  return result.replace(checks=(*result.checks, *checks))
+  return result.replace(
+    checks=(*result.checks, *checks),
+    remarks=(*result.remarks, *remarks),
+    vocabulary=vocabulary,
+  )
+
+
+def _matched(
+  every: Sequence[_Model], based: bool, wish: tokens_.Wish, host: Host
+) -> tuple[list[_Model], Vocabulary | None, list[str]]:
+  """Returns models whose rows stand for the same tokens; see `tokens`."""
+  given = [tokens_.Model(m.name, m.leaves, m.aliases) for m in every]
+  leaves, vocabulary, remarks = tokens_.matched(given, based, wish, host)
+  models = [
+    dataclasses.replace(one, leaves=after)
+    for one, after in zip(every, leaves, strict=True)
+  ]
+  return models, vocabulary, remarks
 
 
 def found(method: str, host: Host) -> tuple[type[Method], str]:
@@ -165,7 +210,8 @@ def _models(
   inputs: tensors.Inputs | None,
 ) -> list[_Model]:
   """Returns all models, the first in front."""
-  found = [_Model(_called('the first model', checkpoint), checkpoint)]
+  of = [a for a, one in (inputs or {}).items() if one is checkpoint]
+  found = [_Model(_called('the first model', checkpoint), checkpoint, (*of,))]
   given: Sequence[str | Checkpoint]
   given = [others] if isinstance(others, str) else list(others)
   for number, one in enumerate(given):
@@ -173,7 +219,7 @@ def _models(
       found.append(_Model(_called(f'model {number + 2}', one), one))
     else:
       leaves = tensors.aliased(checkpoint, one, inputs)
-      found.append(_Model(_called(repr(one), leaves), leaves))
+      found.append(_Model(_called(repr(one), leaves), leaves, (one,)))
   return found
 
 
@@ -263,22 +309,31 @@ def _check_tied(path: Path, models: Sequence[_Model]) -> None:
     )
 
 
-def _drawn_as(path: Path, leaves: Mapping[Path, Leaf]) -> Path:
-  """Returns the path by which random numbers for a tensor are drawn.
+def _twin(path: Path, leaves: Mapping[Path, Leaf]) -> tuple[Path, bool]:
+  """Returns the embedding of which a tensor may be a copy, else itself.
 
-  A head that is stored as a copy of the embedding has to stay one, so both drop
-  the same places.
+  A head that is stored as a copy of the embedding has to stay one, so both are
+  combined alike: random numbers are drawn for the embedding's path, and a head
+  that is stored transposed is combined as the embedding lies.
+
+  Returns:
+    The path, and whether the tensor is the transpose.
   """
   shape = leaves[path].shape or ()
   if len(shape) != 2 or not any(w in paths.show(path).lower() for w in _HEAD):
-    return path
-  alike = (
-    other
-    for other, leaf in leaves.items()
-    if leaf.shape == shape
-    and any(word in paths.show(other).lower() for word in _EMBEDDING)
-  )
-  return min(alike, default=path)
+    return path, False
+  for turned in (False, True):
+    wanted = shape[::-1] if turned else shape
+    alike = [
+      other
+      for other, leaf in leaves.items()
+      if leaf.shape == wanted
+      and any(word in paths.show(other).lower() for word in _EMBEDDING)
+    ]
+    if alike:
+      # A table of a square shape is its own twin.
+      return min(alike), turned
+  return path, False
 
 
 def _check_alike(
@@ -359,14 +414,16 @@ def _combined(
 ) -> Leaf:
   """Returns what a method makes of a tensor."""
   leaves = [one.leaves[path] for one in models]
+  twin, turned = _twin(path, models[0].leaves)
+  turned = turned and not method.pointwise
+  if turned:
+    leaves = [transposed(leaf, [1, 0]) for leaf in leaves]
   leaf = leaves[0]
   assert leaf.shape is not None and leaf.dtype is not None
   shape = leaf.shape
   sources = [
-    streaming.Source(
-      one.name, _flat(one.leaves[path], path), leaf.dtype == 'float64'
-    )
-    for one in models
+    streaming.Source(model.name, _flat(one, path), leaf.dtype == 'float64')
+    for model, one in zip(models, leaves, strict=True)
   ]
   tensor = streaming.Tensor(
     path,
@@ -374,7 +431,7 @@ def _combined(
     sources[:-1] if based else sources,
     sources[-1] if based else None,
     rows=method.rows,
-    uniform=streaming.Uniform(seed, _drawn_as(path, models[0].leaves)),
+    uniform=streaming.Uniform(seed, twin),
     finite=nonfinite == 'refuse',
   )
   made = streaming.Combined(method, tensor, leaf.dtype, nonfinite, owner)
@@ -386,7 +443,8 @@ def _combined(
 
   # Blocks of the grid lie in C order; any other region is put together of them.
   result = regions.computed(leaf, shape, block, leaves, anywhere=False)
-  return result.with_fields(heavy=is_measured(method))
+  result = result.with_fields(heavy=is_measured(method))
+  return transposed(result, [1, 0]) if turned else result
 
 
 def _flat(leaf: Leaf, path: Path) -> streaming.Flat:

@@ -659,8 +659,13 @@ def _check_plain(target: Target, after: Checkpoint, host: Host) -> None:
 
 
 def lost(plan: Plan) -> Iterator[str]:
-  """Yields what outputs without a manifest leave out."""
+  """Yields what outputs leave out: all but folders, or without a manifest."""
   for one in plan.outputs:
+    if one.after.vocabulary is not None and one.folder is None:
+      yield (
+        f'{one.path}: its rows follow the tokens of another tokenizer, which '
+        'only a folder takes along: -o out/.'
+      )
     if one.target.plain is None:
       continue
     said: manifest.Manifest = one.after.resolved(plan.host)
