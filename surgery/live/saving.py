@@ -182,8 +182,9 @@ def save_adapter(
     format: name of the format, where the suffix does not tell it: `peft` for a
       folder of PEFT.
     names: with another program's format: what its modules are called in
-      `params`, as `load_adapter` takes it. An adapter that was loaded knows it,
-      unless its params came out of a transformation of JAX.
+      `params`, as `load_adapter` takes it; by a map also with what all lies
+      beneath (`{'name': 'llama-flax', 'root': 'params'}`). An adapter that was
+      loaded knows it, unless its params came out of a transformation of JAX.
     overwrite: whether an existing file may be replaced.
     host: whose formats are known.
 
@@ -238,8 +239,8 @@ def load_adapter(
       was saved with, and the adapters beneath that it was trained over, where
       the file says them.
     names: for an adapter of another program: what its modules are called in
-      `params`, by name (`{'mlp.hidden0': 'net/hidden0'}`), or as rules of
-      `rename`.
+      `params`, by name (`{'mlp.hidden0': 'net/hidden0'}`), as rules of
+      `rename`, or by a map of `surgery maps` (`llama-flax`).
     host: knows formats and adapters' types.
 
   Raises:

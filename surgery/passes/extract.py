@@ -237,8 +237,8 @@ def insert(
       adapters beneath that it was trained over, where the file says them.
     check_same: whether the very same adapter may not take part already.
     names: for an adapter of another program: what its modules are called in
-      this base, where it calls them otherwise; by name, or as rules of
-      `rename`.
+      this base, where it calls them otherwise; by name, as rules of `rename`,
+      or by a map (`llama-flax`).
     host: knows the adapter's type.
 
   Raises:

@@ -280,8 +280,9 @@ def data(name: str, host: Host) -> Mapping[str, Any]:
     return load(pathlib.Path(name))
   if name not in host.maps:
     raise errors.RenameError(
-      f'no map is called {name!r}.{errors.suggest(name, host.maps)} '
-      '`surgery maps` lists them; a file is written with its suffix, my.yaml.'
+      f'no map is called {name!r}.{errors.suggest(name, host.maps)} There are '
+      f'{", ".join(sorted(host.maps)) or "none"}; a file is named with its '
+      'suffix, my.yaml.'
     )
   found: Mapping[str, Any] = host.maps[name]
   return found

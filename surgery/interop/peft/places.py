@@ -13,6 +13,8 @@ from typing import Any
 
 from surgery import errors
 from surgery.contract.adapter import DEFAULT_PARAMS
+from surgery.host.manager import Host
+from surgery.interop import maps
 from surgery.naming import paths, renaming
 from surgery.naming.paths import Path
 
@@ -24,6 +26,8 @@ _DEEPEST = 2
 
 # The parameter of a module that is adapted, the most likely first.
 _PARAMS = ('weight', *DEFAULT_PARAMS, 'in_proj_weight')
+# Those that may be saved along, too.
+_ANY = (*_PARAMS, 'scale', 'bias')
 
 
 def name_of(path: Path) -> str:
@@ -46,10 +50,11 @@ class Places:
       known for.
     names: what they are called in the base, if anything was said of it.
     origin: the folder, for messages.
+    host: whose maps of names there are.
 
   Raises:
     FormatError: if some have no place, or several places are as good.
-    RenameError: for a rule of `names` that decides nothing.
+    RenameError: for a rule of `names` that decides nothing, or an unknown map.
   """
 
   def __init__(
@@ -59,6 +64,8 @@ class Places:
     names: Any,
     origin: str,
     params: Iterable[str] = (),
+    *,
+    host: Host,
   ) -> None:
     self._params = (*_PARAMS, *params)
     self._base = list(base)
@@ -68,12 +75,24 @@ class Places:
       for n in range(1, len(path)):
         self._layers.setdefault(name_of(path[:n]), path[:n])
     self._origin = origin
-    self._there: Callable[[str], str] = lambda name: name
-    self._back: Callable[[str], str | None] = lambda name: name
+    plains = [plain(module) for module in modules]
+    self._there: Callable[[str], str] = _same
+    self._back: Callable[[str], str | None] = _same
+    table = map_of(names, host)
     if names is None:
-      self._find_prefix(modules)
+      self._there, self._back = self._prefixed(plains)
+    elif table is None:
+      self._there, self._back = _named(names, modules)
     else:
-      self._there, self._back = _named(names, modules, self._base, origin)
+      # A tree may lie beneath a name that no map knows: flax's `params`.
+      there, back = _mapped(table)
+      split = [tuple(one.split('.')) for one in plains]
+      lost = [one for one in split if not _has_place(table, one, 'jax')]
+      if lost:
+        raise table.lacking(lost, split, 'jax')
+      front, behind = self._prefixed([there(one) for one in plains])
+      self._there = lambda name: front(there(name))
+      self._back = lambda name: back(behind(name))
 
   def layer(self, module: str) -> Path | None:
     """Returns the layer that a module is, if there is one."""
@@ -117,16 +136,20 @@ class Places:
         found.setdefault(name, path)
     return found
 
-  def _find_prefix(self, modules: Sequence[str]) -> None:
+  def _prefixed(
+    self, plains: Sequence[str]
+  ) -> tuple[Callable[[str], str], Callable[[str], str]]:
     """Sees which name in front is missing, or one too many.
+
+    Returns:
+      What modules are called in the base, and back.
 
     Raises:
       FormatError: if no change of it, or more than one, gives all modules a
         place.
     """
-    plains = [plain(module) for module in modules]
-    if all(self.param(one) is not None for one in plains) or not plains:
-      return
+    if all(map(self._has, plains)):
+      return _same, _same
     counts = {('', ''): sum(map(self._has, plains))}
     for old, new in self._prefixes(plains):
       there = _replacing(old, new)
@@ -140,9 +163,11 @@ class Places:
         f'and several as good if the part in front {shown}. Say which by names='
         " (--names), e.g. 'encoder/** -> model/encoder/**'."
       )
-    if most:  # Where some are missing, messages are about these alone.
-      old, new = fitting[0]
-      self._there, self._back = _replacing(old, new), _replacing(new, old)
+    if not most:
+      return _same, _same
+    # Where some are missing, messages are about these alone.
+    old, new = fitting[0]
+    return _replacing(old, new), _replacing(new, old)
 
   def _prefixes(self, names: Sequence[str]) -> list[tuple[str, str]]:
     """Returns what may stand in front, in the folder and in the base."""
@@ -183,8 +208,59 @@ def _replacing(old: str, new: str) -> Callable[[str], str]:
   return replaced
 
 
+def _same(name: str) -> str:
+  return name
+
+
+def map_of(names: Any, host: Host) -> maps.Map | None:
+  """Returns the map of names that is meant; None for rules and mappings.
+
+  Args:
+    names: the name of a map (`llama-flax`), the name of a file (`my.yaml`),
+      what such a file says, or a mapping with `name` and `root` as the step
+      `map` takes it.
+    host: whose maps there are.
+
+  Raises:
+    RenameError: for a map that there is not, with those that there are.
+  """
+  if isinstance(names, Mapping):
+    if isinstance(names.get('rules'), list):
+      return maps.parse('of names', names)
+    if set(names) != {'name', 'root'}:
+      return None
+    return maps.find(names['name'], host, names['root'])
+  if isinstance(names, (list, tuple)) and len(names) == 1:
+    names = names[0]
+  if isinstance(names, str) and '->' not in names:
+    return maps.find(names, host)
+  return None
+
+
+def _mapped(
+  table: maps.Map,
+) -> tuple[Callable[[str], str], Callable[[str], str]]:
+  """Returns what modules are called by a map, and back.
+
+  A map names parameters, so a module is called as its weight is.
+  """
+
+  def there(name: str) -> str:
+    place = table.place((*name.split('.'), 'weight'), 'jax')
+    return name if place is None else name_of(place.path[:-1])
+
+  def back(name: str) -> str:
+    for param in _ANY:
+      place = table.place((*name.split('.'), param), 'torch')
+      if place is not None:
+        return name_of(place.path[:-1])
+    return name
+
+  return there, back
+
+
 def _named(
-  names: Any, modules: Sequence[str], base: Sequence[Path], origin: str
+  names: Any, modules: Sequence[str]
 ) -> tuple[Callable[[str], str], Callable[[str], str | None]]:
   """Returns what modules are called by what somebody said, and back.
 
@@ -212,27 +288,36 @@ def _named(
           table.setdefault(universe[old], name_of(new))
   else:
     raise errors.ConfigError(
-      f'names: expected names by name, or rules OLD -> NEW, found {names!r}.'
+      'names: expected a map of names, names by name, or rules OLD -> NEW, '
+      f'found {names!r}.'
     )
-  del base, origin
   # Ends of names that are said stand for all beneath them.
   back = {new: old for old, new in table.items()}
   return _beneath(table), _beneath(back)
 
 
-def called(names: Any, layers: Iterable[Path]) -> dict[Path, str]:
+def called(names: Any, layers: Iterable[Path], host: Host) -> dict[Path, str]:
   """Returns what PEFT calls layers of a model.
 
   Args:
-    names: what modules are called in the model, as for reading: a mapping, or
-      rules OLD -> NEW, which are read the other way round here.
+    names: what modules are called in the model, as for reading: a map of names,
+      a mapping, or rules OLD -> NEW, which are read the other way round here.
     layers: paths of the layers.
+    host: whose maps of names there are.
 
   Raises:
-    ConfigError: if it is neither.
-    RenameError: for a rule that decides nothing.
+    ConfigError: if it is none of these.
+    RenameError: for a rule that decides nothing, an unknown map, or layers that
+      have no place in it.
   """
   layers = list(layers)
+  table = map_of(names, host)
+  if table is not None:
+    _, back = _mapped(table)
+    lost = [path for path in layers if not _has_place(table, path, 'torch')]
+    if lost:
+      raise table.lacking(lost, layers, 'torch')
+    return {path: back(name_of(path)) for path in layers}
   if isinstance(names, Mapping):
     back = _beneath({_dotted(new): _dotted(old) for old, new in names.items()})
     return {path: back(name_of(path)) for path in layers}
@@ -241,13 +326,19 @@ def called(names: Any, layers: Iterable[Path]) -> dict[Path, str]:
     isinstance(one, str) for one in some
   ):
     raise errors.ConfigError(
-      f'names: expected names by name, or rules OLD -> NEW, found {names!r}.'
+      'names: expected a map of names, names by name, or rules OLD -> NEW, '
+      f'found {names!r}.'
     )
   rules = [
     renaming.parse(f'{new} -> {old}') for old, new in map(renaming.sides, some)
   ]
   found = renaming.targets(rules, layers)
   return {path: name_of(found.get(path, path)) for path in layers}
+
+
+def _has_place(table: maps.Map, layer: Path, to: maps.Way) -> bool:
+  params = ('weight',) if to == 'jax' else _ANY
+  return any(table.place((*layer, one), to) is not None for one in params)
 
 
 def _beneath(table: Mapping[str, str]) -> Callable[[str], str]:

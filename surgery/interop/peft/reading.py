@@ -216,6 +216,7 @@ class _Binding:
       names,
       folder.origin,
       [one.rpartition('.')[2] for one in ends],
+      host=host,
     )
     # Names of parameters that are adapted by themselves, by those of tensors.
     self._called: dict[str, str] = {}

@@ -138,7 +138,7 @@ class _Writer:
     }
     self._called: Mapping[Path, str] = {}
     if told.get('names') is not None:
-      self._called = places.called(told['names'], dict.fromkeys(layers))
+      self._called = places.called(told['names'], dict.fromkeys(layers), host)
       self._kept = {}  # What was said last holds.
     self._origin = f'adapter {self._record.name!r}'
     self._types = checkpoint.manifest.layer_types
