@@ -85,9 +85,9 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   '--names',
   'rules',
   multiple=True,
-  metavar="'OLD -> NEW'",
+  metavar="'OLD -> NEW'|MAP",
   help='With --from, for an adapter of another program: what its modules are '
-  'called in FILE. May be repeated.',
+  'called in FILE, by rules or by a map of `surgery maps`. May be repeated.',
 )
 @click.option(
   '--no-check-base',

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
   '--names',
   'rules',
   multiple=True,
-  metavar="'OLD -> NEW'",
+  metavar="'OLD -> NEW'|MAP",
   help='With --with, for an adapter of another program: what its modules are '
-  'called in FILE. May be repeated.',
+  'called in FILE, by rules or by a map of `surgery maps`. May be repeated.',
 )
 @click.option(
   '--no-check-base',

@@ -8,6 +8,7 @@ configuration states.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery import errors
-from surgery.files import tokenizers
+from surgery.files import atomic_folders, tokenizers
 from surgery.host import location
 from surgery.interop import configs
 from surgery.model import manifest as manifests
@@ -126,6 +127,47 @@ class Folder:
       'config': [change.to_json() for change in changes],
       'warnings': list(self.warnings),
     }
+
+
+@contextlib.contextmanager
+def writing(folder: Folder, path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the name to write the model to; the folder appears at the end.
+
+  Args:
+    folder: what is written beside the model.
+    path: the folder: a new name, or an empty folder.
+
+  Raises:
+    FileExistsError: if there is something in it, or it is no folder.
+    FormatError: if it is a symbolic link, or cannot be replaced.
+    OSError: if it cannot be written.
+  """
+  with atomic_folders.writing(path) as hidden:
+    try:
+      folder.write(hidden)
+      yield hidden / folder.model
+    except (OSError, errors.SurgeryError) as error:
+      _unhide(error, str(hidden), str(path))
+      raise
+
+
+def _unhide(
+  error: OSError | errors.SurgeryError, hidden: str, path: str
+) -> None:
+  """Lets an error name a folder by the name that it was to get."""
+  if isinstance(error, OSError):
+    if isinstance(error.filename, str):
+      error.filename = error.filename.replace(hidden, path)
+    return
+  plain = lambda one: one.replace(hidden, path) if isinstance(one, str) else one
+  error.args = tuple(map(plain, error.args))
+  error.context = tuple(map(plain, error.context))
+
+
+def shard_size(model: Checkpoint) -> int | None:
+  """Returns the most bytes a file, if a model becomes several."""
+  total = sum(leaf.nbytes for leaf in model.values())
+  return SHARD_SIZE if total > SHARD_SIZE else None
 
 
 def planned(

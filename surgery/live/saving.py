@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import blox as bx
@@ -11,15 +13,18 @@ import blox as bx
 from surgery import errors, expect
 from surgery.aliases import Params
 from surgery.editing import devices
+from surgery.host import location
 from surgery.host.manager import Host, default_host
+from surgery.interop import folders
 from surgery.live import adoption, checkpoints, sharded
 from surgery.live import params as live
 from surgery.live.plain import BloxParams
 from surgery.model import layers, manifest
-from surgery.model.checkpoint import open_checkpoint
+from surgery.model.checkpoint import Checkpoint, open_checkpoint
 from surgery.naming import paths, selectors
 from surgery.naming.selection import Selection
 from surgery.passes import extract
+from surgery.recipes.spec import is_folder
 
 PathLike = str | os.PathLike[str]
 
@@ -31,28 +36,43 @@ def save(
   *,
   graph: bx.Graph | None = None,
   overwrite: bool = True,
+  like: PathLike | None = None,
+  config: Mapping[str, Any] | None = None,
   host: Host | None = None,
 ) -> None:
   """Saves params: values, flags, metadata, keys, adapters, lock state.
 
   The file is plain flax msgpack with one more key; it appears whole or not at
-  all.
+  all. So does a folder, `out/` or an empty one, which gets a file of
+  safetensors as Hugging Face's libraries call it, or a set from 5 GB on.
 
   Args:
-    path: the file; its suffix tells the format.
+    path: the file, whose suffix tells the format, or a folder.
     params: the params.
     graph: the model's graph; records types of layers, for selectors on the
       file.
-    overwrite: whether an existing file may be replaced.
+    overwrite: whether an existing file may be replaced; a folder that holds
+      something never is.
+    like: for a folder, the model folder from which configuration, tokenizer
+      and licences go along. The configuration is changed to describe `params`.
+    config: for a folder with `like`, what its `config.json` is to state, by key
+      with dots between levels.
     host: whose formats are known.
 
   Raises:
     FormatError: for a value or metadata that a file cannot hold.
     AdapterError: if an adapter has matched nothing yet.
-    FileExistsError: if the file exists and `overwrite` is False.
+    ConfigError: if `like` or `config` is given for a file.
+    FileExistsError: if the file exists and `overwrite` is False, or a folder
+      has something in it.
 
   Warns:
-    UserWarning: if params are a half that `split()` made.
+    UserWarning: if params are a half that `split()` made, or a configuration
+      looks stale.
+
+  Example:
+    params = surgery.load('base/')
+    surgery.save('out/', params, like='base/', config={'note': 'mine'})
   """
   host = host or default_host()
   expect.path(path, save)
@@ -62,7 +82,51 @@ def save(
   said = checkpoint.resolved(host)
   if graph is not None:
     said = said.replace(layer_types=layers.of_graph(graph))
-  checkpoint.replace(manifest=said).write(path, overwrite=overwrite, host=host)
+  checkpoint = checkpoint.replace(manifest=said)
+  if is_folder(path) or _is_bare_folder(path):
+    _save_folder(pathlib.Path(path), checkpoint, like, config, host)
+    return
+  for name, value in (('like', like), ('config', config)):
+    if value is not None:
+      raise errors.ConfigError(
+        f'save: {name} is for folders, and {path} is a file. A folder is named '
+        f"with a slash: '{path}/'."
+      )
+  checkpoint.write(path, overwrite=overwrite, host=host)
+
+
+def _is_bare_folder(path: PathLike) -> bool:
+  """Whether a name without a suffix is that of a folder that is there."""
+  one = pathlib.Path(path)
+  return one.is_dir() and not location.suffix(one)
+
+
+def _save_folder(
+  path: pathlib.Path,
+  checkpoint: Checkpoint,
+  like: PathLike | None,
+  config: Mapping[str, Any] | None,
+  host: Host,
+) -> None:
+  """Writes a model folder.
+
+  Raises:
+    SurgeryError: if it cannot be written.
+  """
+  folder = folders.planned(
+    checkpoint,
+    checkpoint,
+    host.formats['safetensors'].suffixes[0],
+    host,
+    like=None if like is None else pathlib.Path(like),
+    given=config,
+  )
+  for said in folder.warnings:
+    text = said.replace('--config ', 'config ')  # The option of the shell.
+    warnings.warn(f'save: {path}/: {text}', UserWarning, stacklevel=4)
+  size = folders.shard_size(checkpoint)
+  with folders.writing(folder, path) as model:
+    checkpoint.write(model, overwrite=False, host=host, shard_size=size)
 
 
 def _warn_of_half(params: bx.Params, what: str) -> None:

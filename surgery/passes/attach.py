@@ -54,7 +54,7 @@ def attach(
     check_same: whether it is an error that the very same adapter is attached
       and enabled already.
     names: with from, for an adapter of another program: what its modules are
-      called in this model, by name, or as rules of `rename`.
+      called in this model, by name, as rules of `rename`, or by a map.
     layer_types: types of layers; by default those of the checkpoint.
     host: whose hooks are asked.
 

@@ -37,7 +37,7 @@ def merge(
     check_same: whether it is an error that the very same adapter is attached
       and enabled.
     with_names: for one of another program: what its modules are called in this
-      model, by name, or as rules of `rename`.
+      model, by name, as rules of `rename`, or by a map.
     check_finite: whether a result with NaN or infinity is an error.
     host: whose hooks are asked.
 

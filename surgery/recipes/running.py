@@ -296,8 +296,7 @@ class Output:
     """Most bytes a file, if it becomes several."""
     size = self.target.shard_size
     if size is None and self.folder is not None:
-      total = sum(leaf.nbytes for leaf in self.after.values())
-      return folders.SHARD_SIZE if total > folders.SHARD_SIZE else None
+      return folders.shard_size(self.after)
     return size
 
 
@@ -408,13 +407,8 @@ class Plan:
     if one.folder is None:
       self._write_model(one, one.path, overwrite, watched)
       return
-    with atomic_folders.writing(one.path) as hidden:
-      try:
-        one.folder.write(hidden)
-        self._write_model(one, hidden / one.folder.model, False, watched)
-      except (OSError, errors.SurgeryError) as error:
-        _unhide(error, str(hidden), str(one.path))
-        raise
+    with folders.writing(one.folder, one.path) as model:
+      self._write_model(one, model, False, watched)
 
   def _write_model(
     self,
@@ -445,19 +439,6 @@ class Plan:
       # A full disk does not say which.
       said = f'{error.strerror or error}; nothing was written'
       raise OSError(error.errno, said, str(path)) from error
-
-
-def _unhide(
-  error: OSError | errors.SurgeryError, hidden: str, path: str
-) -> None:
-  """Lets an error name a folder by the name that it was to get."""
-  if isinstance(error, OSError):
-    if isinstance(error.filename, str):
-      error.filename = error.filename.replace(hidden, path)
-    return
-  plain = lambda one: one.replace(hidden, path) if isinstance(one, str) else one
-  error.args = tuple(map(plain, error.args))
-  error.context = tuple(map(plain, error.context))
 
 
 def check_target(target: Target, overwrite: bool) -> None:
