@@ -41,6 +41,11 @@ _SHARES = 4
 _WORD = 16  # Bits that are looked at in one pass of a selection.
 # If no more numbers than that are left to choose from, they are kept.
 _FEW = 1 << 20
+# What a selection guesses by: so many samples of so many numbers, and of these
+# the hundredth part on either side of where the threshold seems to be.
+_SAMPLES = 64
+_SAMPLED = 1 << 10
+_MARGIN = 100
 
 Flat = Callable[[int, int], np.ndarray]
 Span = tuple[int, int]
@@ -144,13 +149,21 @@ class Tensor:
     """Elements that are computed at a time."""
     return self._piece * _TOGETHER
 
-  def _block(self, read: Sequence[np.ndarray], at: int, cut: slice) -> Block:
+  def _read(self, start: int, stop: int) -> list[np.ndarray]:
+    """Returns elements of the models, and at last of the base, if there is."""
+    sources = [*self._sources, *([self._base] if self._base else [])]
+    return [source.flat(start, stop) for source in sources]
+
+  def _block(
+    self, read: Sequence[np.ndarray], at: int, cut: slice, finite: bool
+  ) -> Block:
     """Returns a piece of what was read.
 
     Args:
-      read: elements of the models, and at last of the base, if there is one.
+      read: what `_read` returned.
       at: how many elements lie before these.
       cut: the piece.
+      finite: whether NaN and infinity are refused.
     """
     start = at + cut.start
     count = cut.stop - cut.start
@@ -159,7 +172,7 @@ class Tensor:
     sources = [*self._sources, *([self._base] if self._base else [])]
     for one, source in zip(read, sources, strict=True):
       piece = one[cut]
-      if self._finite and not _is_finite(piece):
+      if finite and not _is_finite(piece):
         self._check(piece, source, start)
       # Of dtypes narrower than float32 numpy knows only this way.
       value = np.asarray(piece, np.float32) if piece.itemsize < 4 else piece
@@ -242,16 +255,16 @@ class Tensor:
     with concurrent.futures.ThreadPoolExecutor(workers()) as pool:
       for at in range(start, stop, share * _SHARES):
         end = min(at + share * _SHARES, stop)
-        read = [s.flat(at, end) for s in self._sources]
-        if self._base:
-          read.append(self._base.flat(at, end))
+        read = self._read(at, end)
 
         def one(first: int, read: Any = read, at: int = at) -> Any:
           last = min(first + share, len(read[0]))
-          cuts = range(first, last, step)
+          cuts = (
+            slice(k, min(k + step, last)) for k in range(first, last, step)
+          )
           with np.errstate(all='ignore'):
             return function(
-              self._block(read, at, slice(k, min(k + step, last))) for k in cuts
+              self._block(read, at, cut, self._finite) for cut in cuts
             )
 
         starts = range(0, end - at, share)
@@ -286,15 +299,28 @@ class Tensor:
 
     Numbers that are 0 or larger have the order of their bits. A pass counts how
     often each value of the next 16 bits occurs among the numbers that begin
-    with the bits found so far. Once these are few, as after one pass they are
-    of most tensors, the next pass keeps them.
+    with the bits found so far. Once these are few the next pass keeps them.
+
+    Before, a sample tells between which numbers a threshold most likely lies.
+    Those in between are few, too; a pass that keeps them and counts what is
+    larger sees whether it is so. Then it was the only one.
     """
     kind = self._kind
     search = [[_Search(n, self.size, kind) for n in some] for some in counts]
     every = [one for some in search for one in some]
+    if sum(one.left for one in every) > _FEW:
+      self._kept(values, self._guessed(values, search))
     while any(one.is_open for one in every):
       if sum(one.left for one in every) <= _FEW:
-        self._kept(values, search)
+        self._kept(
+          values,
+          [
+            _Range(k, one, *one.ends, guessed=False)
+            for k, some in enumerate(search)
+            for one in some
+            if one.is_open
+          ],
+        )
         break
       found = self._counted(values, search)
       for some, tables in zip(search, found, strict=True):
@@ -334,27 +360,73 @@ class Tensor:
             sums[prefix] = table
     return total
 
-  def _kept(
+  def _guessed(
     self,
     values: Callable[[Block], Sequence[np.ndarray]],
     search: Sequence[Sequence[_Search]],
-  ) -> None:
-    """Ends all searches among the few numbers that are left."""
-    flat = [(k, s) for k, some in enumerate(search) for s in some if s.is_open]
+  ) -> list[_Range]:
+    """Returns between which numbers the thresholds lie by a sample.
 
-    def left(block: Block) -> list[tuple[np.ndarray, np.ndarray]]:
+    Empty, where that would be too many numbers to keep.
+    """
+    row = self._row or 1
+    length = min(-(-_SAMPLED // row) * row, self.size)
+    if length > 2 * _SAMPLED:
+      return []  # Of long rows a sample would be most of the tensor.
+    parts: list[list[np.ndarray]] = [[] for _ in search]
+    last = (self.size - length) // row
+    for k in range(_SAMPLES):
+      start = last * k // (_SAMPLES - 1) * row
+      read = self._read(start, start + length)
+      with np.errstate(all='ignore'):
+        # The pass itself says what is not finite, and where first.
+        block = self._block(read, start, slice(0, length), finite=False)
+        for own, array in zip(parts, values(block), strict=True):
+          own.append(_bits(array, self._kind))
+    ranges, few = [], 0.0
+    for number, some in enumerate(search):
+      sample = np.sort(np.concatenate(parts[number]))
+      for one in some:
+        if one.is_open:
+          low, high, share = one.between(sample)
+          ranges.append(_Range(number, one, low, high, guessed=True))
+          few += share * self.size
+    return ranges if few <= _FEW else []
+
+  def _kept(
+    self,
+    values: Callable[[Block], Sequence[np.ndarray]],
+    ranges: Sequence[_Range],
+  ) -> None:
+    """Ends searches among the numbers in a range, where they end there."""
+    if not ranges:
+      return
+
+    def look(block: Block) -> list[tuple[np.ndarray, np.ndarray, int]]:
       arrays = values(block)
       found = []
-      for number, one in flat:
-        bits = _bits(arrays[number], self._kind)
-        places = np.flatnonzero(one.meant(bits))
-        found.append((bits[places], places + block.start))
+      for one in ranges:
+        bits = _bits(arrays[one.number], self._kind)
+        kind = bits.dtype.type
+        above = 0
+        if one.guessed:
+          above = int(np.count_nonzero(bits > kind(one.high)))
+        meant = (bits >= kind(one.low)) & (bits <= kind(one.high))
+        places = np.flatnonzero(meant)
+        found.append((bits[places], places + block.start, above))
       return found
 
-    parts = list(self.each(left))
-    for number, (_, one) in enumerate(flat):
-      bits, places = zip(*(part[number] for part in parts), strict=True)
-      one.choose(np.concatenate(bits), np.concatenate(places))
+    parts, count = [], 0
+    for part in self.each(look):
+      count += sum(len(bits) for bits, _, _ in part)
+      if count > 4 * _FEW:
+        return  # The sample was none of the whole.
+      parts.append(part)
+    for number, one in enumerate(ranges):
+      bits, places, above = zip(*(p[number] for p in parts), strict=True)
+      one.search.choose(
+        np.concatenate(bits), np.concatenate(places), sum(above)
+      )
 
   def _place(
     self,
@@ -473,25 +545,44 @@ class _Search:
     some = not self.every and 0 < self.wanted < self._equal
     return some and self.last is None
 
-  def meant(self, bits: Any) -> np.ndarray:
-    """Returns which numbers begin with the bits that were found."""
-    if self.shift + _WORD == 8 * bits.itemsize:
-      return np.ones(bits.shape, bool)
-    found: np.ndarray = (
-      bits >> bits.dtype.type(self.shift + _WORD)
-    ) == bits.dtype.type(self.prefix)
-    return found
+  @property
+  def ends(self) -> Span:
+    """The least and the greatest bits that begin with those found."""
+    free = self.shift + _WORD
+    return self.prefix << free, (self.prefix + 1 << free) - 1
 
-  def choose(self, bits: np.ndarray, places: np.ndarray) -> None:
-    """Ends the search, given all numbers that are left.
+  def between(self, sample: np.ndarray) -> tuple[int, int, float]:
+    """Returns between which bits the threshold should lie, of which share.
+
+    Args:
+      sample: bits of some numbers, sorted.
+    """
+    count = len(sample)
+    at = count - self.wanted * count // self._equal
+    margin = count // _MARGIN + 1
+    low, high = self.ends
+    if at >= margin:
+      low = int(sample[at - margin])
+    if at + margin < count:
+      high = int(sample[at + margin])
+    first = np.searchsorted(sample, sample.dtype.type(low), 'left')
+    last = np.searchsorted(sample, sample.dtype.type(high), 'right')
+    return low, high, float(last - first) / count
+
+  def choose(self, bits: np.ndarray, places: np.ndarray, above: int) -> None:
+    """Ends the search, given the numbers in a range, unless it ends elsewhere.
 
     Args:
       bits: their bits.
       places: their places, in order.
+      above: how many numbers are larger.
     """
-    at = len(bits) - self.wanted
+    wanted = self.wanted - above
+    if not 0 < wanted <= len(bits):
+      return
+    at = len(bits) - wanted
     smallest = np.partition(bits, at)[at]
-    self.wanted -= int(np.count_nonzero(bits > smallest))
+    self.wanted = wanted - int(np.count_nonzero(bits > smallest))
     equal = places[bits == smallest]
     self.prefix, self.shift = int(smallest), -1
     self._equal = len(equal)
@@ -517,6 +608,26 @@ class _Search:
       return _Cut(math.inf, None, self.kind, False)
     code = np.array(self.prefix, f'u{self.kind.itemsize}')
     return _Cut(float(code.view(self.kind)), self.last, self.kind, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+  """Where a search looks for its end.
+
+  Attributes:
+    number: of the array.
+    search: the search.
+    low: the least bits of a number that is looked at.
+    high: the greatest.
+    guessed: whether numbers above it are still to be counted, and the end may
+      lie elsewhere.
+  """
+
+  number: int
+  search: _Search
+  low: int
+  high: int
+  guessed: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Task(Method):
       mixed += agreeing if weighs else agreeing * weight
     mixed.view(np.uint64)[...] ^= sign
     if self.normalize:
-      divisor[divisor == 0] = 1
+      np.copyto(divisor, 1, where=divisor == 0)
       mixed /= divisor
     return mixed
 

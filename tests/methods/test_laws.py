@@ -289,9 +289,12 @@ def test_nearswap_takes_what_is_near(data):
   ),
   wanted=st.integers(0, 70),
   wide=st.booleans(),
-  few=st.sampled_from([0, 3, streaming._FEW]),
+  few=st.sampled_from([0, 3, 20, streaming._FEW]),
+  sampled=st.sampled_from([1, 4, 30]),
 )
-def test_a_selection_is_that_of_a_stable_sort(values, wanted, wide, few):
+def test_a_selection_is_that_of_a_stable_sort(
+  values, wanted, wide, few, sampled
+):
   array = np.array(values, np.float32)
   source = streaming.Source('x', lambda a, b: array[a:b], wide)
   tensor = streaming.Tensor(
@@ -299,9 +302,12 @@ def test_a_selection_is_that_of_a_stable_sort(values, wanted, wide, few):
     uniform=lambda *_: array, finite=True,
   )  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
-    # Numbers are counted by their bits, or kept, or first one, then the other.
+    # Numbers are counted by their bits, or kept, or first one, then the other;
+    # and guessed by samples, which tell more or less of them.
     patch.setattr(streaming, '_FEW', few)
     patch.setattr(streaming, 'PIECE', 4)
+    patch.setattr(streaming, '_SAMPLED', sampled)
+    patch.setattr(streaming, '_SAMPLES', 2)
     [[cut]] = tensor.largest(lambda block: block.tensors, [[wanted]])
   order = np.argsort(-array, kind='stable')[:wanted]
   expected = np.zeros(len(array), bool)
