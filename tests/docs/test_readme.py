@@ -67,7 +67,7 @@ def test_the_training_of_the_readme_counts_and_moves_what_trains(model):
 
 def test_the_adapter_of_the_readme_works(model):
   namespace = {}
-  exec(blocks('python')[3], namespace)
+  exec(next(c for c in blocks('python') if 'class IA3' in c), namespace)
   host = surgery.Host(plugins=[namespace['IA3']], entry_points=False)
   params = surgery.attach(
     model['params'], namespace['IA3'](), to='**', host=host
@@ -95,3 +95,27 @@ def test_the_set_up_is_two_commands():
     line.split('#')[0].strip() for line in blocks('sh')[0].splitlines()
   ]
   assert ['make demo', 'make test'] == commands
+
+
+def test_the_lines_of_other_frameworks_run():
+  import equinox as eqx
+  import flax.linen as nn
+  from flax import nnx
+
+  (code,) = (one for one in blocks('python') if 'nnx.LoRAParam' in one)
+  x, key = jnp.ones((2, 16)), jax.random.key(0)
+  module = nn.Dense(8)
+  names: dict[str, Any] = {
+    'jax': jax,
+    'optax': optax,
+    'surgery': surgery,
+    'nnx': nnx,
+    'x': x,
+    'module': module,
+    'params': module.init(key, x)['params'],
+    'net': nnx.Linear(16, 8, rngs=nnx.Rngs(0)),
+    'mlp': eqx.nn.MLP(16, 8, 8, 1, key=key),
+  }
+  exec(code, names)
+  assert (2, 8) == names['y'].shape
+  assert 2 == len(jax.tree.leaves(names['half'])) // 2
