@@ -1,11 +1,12 @@
 """Cuts a computation into blocks of its result.
 
-Given a function and the axes along which its result is cut, `cut` finds out
-which inputs can be cut along with it. It goes through the function's jaxpr from
-the result to the inputs: an addition needs of its operands what is wanted of
-its result, a product of matrices the same rows of the first one and all of the
-second one, and so on. What it does not know needs its inputs whole, so that a
-function that cannot be cut is found out, never computed wrongly.
+Given a function and the axes along which its result is cut, `cut` finds the
+inputs that can be cut along with it. It goes through the function's jaxpr from
+the result to the inputs: to compute some rows of a sum, the same rows of both
+operands are needed; for some rows of a product of matrices, the same rows of
+the first one and all of the second one; and so on. A primitive without a rule
+needs its inputs whole, so that a function that cannot be cut is recognised,
+never computed wrongly.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy as np
 from surgery import jaxcompat
 from surgery.contract import lowrank
 
-# For each axis of an array the axis of the result along with which it is cut.
+# For each axis of an array the axis of the result that it is cut with, or None.
 Labels = tuple[int | None, ...]
 Shape = tuple[int, ...]
-# What a rule says: labels of each operand, or None if it does not know.
+# The answer of a rule: labels of each operand, or None if it cannot be cut.
 Needs = Sequence[Labels] | None
 
 
@@ -67,7 +68,7 @@ class _Program:
 
 
 class _Flattener:
-  """Writes a jaxpr down as steps, with what it calls in the place of calls."""
+  """Lists a jaxpr's equations as steps, with calls replaced by their bodies."""
 
   def __init__(self) -> None:
     self.steps: list[_Step] = []
@@ -84,7 +85,7 @@ class _Flattener:
     return _Operand(number)
 
   def run(self, jaxpr: Any, operands: Sequence[_Operand]) -> list[_Operand]:
-    """Writes down a closed jaxpr; returns its results."""
+    """Adds the steps of a closed jaxpr; returns its results."""
     return jaxcompat.interpret(
       jaxpr,
       operands,
@@ -94,7 +95,7 @@ class _Flattener:
     )
 
   def equation(self, eqn: Any, inputs: list[_Operand]) -> list[_Operand]:
-    """Writes down an equation; returns its results."""
+    """Adds the steps of an equation; returns its results."""
     called = _called(eqn)
     if called is not None:
       return self.run(called, inputs)
@@ -104,11 +105,11 @@ class _Flattener:
 
 
 def _called(eqn: Any) -> Any:
-  """Returns the jaxpr that stands for an equation; None if it has none."""
+  """Returns the jaxpr that an equation calls; None if it calls none."""
   if eqn.primitive is lowrank.primitive():
     dense = functools.partial(lowrank.dense, **eqn.params)
     return jax.make_jaxpr(dense)(*(v.aval for v in eqn.invars))
-  # Only values are computed here: how it is differentiated does not matter.
+  # Only values are computed here, so that rules of derivatives are left out.
   return jaxcompat.called(
     eqn, jaxcompat.CALLS, jaxcompat.CHECKPOINTS, jaxcompat.CUSTOM
   )
@@ -123,22 +124,20 @@ def _flat(closed: Any) -> _Program:
   )
 
 
-# What each primitive needs of its operands for a part of its result.
+# Rules: the parts of operands that a part of a primitive's result needs.
 
 
 def _needs(step: _Step, shapes: list[Shape], labels: Labels, out: int) -> Needs:
-  """Returns how operands are cut, where the result is cut as `labels` say."""
+  """Returns how operands are cut if the result is cut as `labels` say."""
   need = _NEEDS.get(step.primitive.name)
   if need is None:
     return None
   try:
     jaxcompat.check(step.primitive.name, step.params)
   except jaxcompat.Unfamiliar:
-    return None  # It may compute something else: it is not cut.
-  given = [
-    shapes[o.number] if o.number >= 0 else np.shape(o.constant)
-    for o in step.inputs
-  ]
+    # A release of JAX has given it a parameter that may mean something else.
+    return None
+  given = [_shape(o, shapes) for o in step.inputs]
   return need(given, shapes[out], step.params, labels)
 
 
@@ -161,6 +160,8 @@ def _need(*names: str) -> Callable[[_Need], _Need]:
 def _elementwise(
   given: Sequence[Shape], _: Shape, __: Mapping[str, Any], labels: Labels
 ) -> Needs:
+  # Each element of the result needs the same element of each operand; scalars
+  # among them have no axes.
   return [labels if shape else () for shape in given]
 
 
@@ -168,12 +169,13 @@ def _elementwise(
 def _transpose(
   _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
+  # Axis i of the result is axis permutation[i] of the operand.
   inverse = np.argsort(params['permutation'])
   return [tuple(labels[i] for i in inverse)]
 
 
 def _with_gone(ndim: int, gone: Sequence[int], labels: Labels) -> Labels:
-  """Returns labels with none at the axes that a result does not have."""
+  """Returns labels of an operand some of whose axes the result lacks."""
   rest = iter(labels)
   return tuple(None if i in gone else next(rest) for i in range(ndim))
 
@@ -189,6 +191,7 @@ def _squeeze(
 def _reduction(
   given: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
+  # The axes that are summed are needed whole.
   return [_with_gone(len(given[0]), params['axes'], labels)]
 
 
@@ -196,6 +199,7 @@ def _reduction(
 def _along_axis(
   _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
+  # An element needs all before it along this axis, so it must not be cut there.
   return None if labels[params['axis']] is not None else [labels]
 
 
@@ -203,6 +207,7 @@ def _along_axis(
 def _rev(
   _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
+  # The first block needs the last elements along a reversed axis.
   cut = any(labels[i] is not None for i in params['dimensions'])
   return None if cut else [labels]
 
@@ -211,6 +216,7 @@ def _rev(
 def _concatenate(
   given: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
+  # A block would come from one operand or another, depending on where it lies.
   cut = labels[params['dimension']] is not None
   return None if cut else [labels] * len(given)
 
@@ -219,6 +225,7 @@ def _concatenate(
 def _pad(
   _: Sequence[Shape], __: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
+  # Along a padded axis elements are shifted, and blocks would not correspond.
   padded = [i for i, p in enumerate(params['padding_config']) if p != (0, 0, 0)]
   return None if any(labels[i] is not None for i in padded) else [labels, ()]
 
@@ -230,6 +237,7 @@ def _broadcast(
   params: Mapping[str, Any],
   labels: Labels,
 ) -> Needs:
+  # An axis of size one that is repeated is needed whole for each block.
   axes = params['broadcast_dimensions']
   return [
     tuple(
@@ -246,7 +254,7 @@ def _reshape(
   params: Mapping[str, Any],
   labels: Labels,
 ) -> Needs:
-  """An axis stays what it is if as much lies before and behind it."""
+  """An axis is kept if its size and the number of elements before it are."""
   given = shapes[0]
   if params.get('dimensions') is not None:
     return None
@@ -254,6 +262,8 @@ def _reshape(
   for axis, label in enumerate(labels):
     if label is None:
       continue
+    # Then the same number lies behind it, too, and a block of one array is the
+    # same elements of the other, in the same order.
     before = math.prod(wanted[:axis])
     same = [
       i
@@ -271,6 +281,8 @@ def _slice(
   shapes: Sequence[Shape], _: Shape, params: Mapping[str, Any], labels: Labels
 ) -> Needs:
   given = shapes[0]
+  # A slice moves elements to other places: only axes that it leaves whole can
+  # be cut.
   for axis, label in enumerate(labels):
     strides = params['strides']
     whole = (
@@ -289,6 +301,9 @@ def _dot(
 ) -> Needs:
   """The result's axes are those of the batch, then of left and right."""
   summed, batch = params['dimension_numbers']
+  # Labels are handed out in the order of the result: those of batch axes to
+  # both operands, the rest to the left one first. Summed axes get none, and are
+  # needed whole.
   rest = iter(labels[len(batch[0]) :])
   needs = []
   for side, shape in enumerate(given):
@@ -307,7 +322,7 @@ def _dot(
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """A computation of which blocks can be computed."""
+  """A computation whose result can be computed block by block."""
 
   _program: _Program
   _have: Mapping[int, Labels]
@@ -332,6 +347,8 @@ class Cut:
     def fitted(operand: _Operand, wanted: Labels) -> Any:
       if operand.number < 0:
         return operand.constant
+      # What several steps use is computed as whole as any of them needs it, so
+      # the others take their part of it here.
       value = values[operand.number]
       have = self._have[operand.number]
       for axis, (old, new) in enumerate(zip(have, wanted, strict=True)):
@@ -344,7 +361,7 @@ class Cut:
     for index, step in enumerate(program.steps):
       needs = self._needs.get(index)
       if needs is None:
-        continue  # Nobody wants its result.
+        continue  # Its result is not used.
       operands = map(fitted, step.inputs, needs)
       have = self._have[step.outputs[0]]
       params = _local(step, have, sizes)
@@ -356,7 +373,7 @@ class Cut:
 def _local(
   step: _Step, labels: Labels, sizes: Sequence[int]
 ) -> Mapping[str, Any]:
-  """Returns a primitive's parameters for a part of its result."""
+  """Returns a primitive's parameters, with shapes of a part of its result."""
   names = {
     'broadcast_in_dim': 'shape',
     'reshape': 'new_sizes',
@@ -385,7 +402,8 @@ def cut(
     function: takes arrays, returns one array.
     arguments: `jax.ShapeDtypeStruct` of its arguments.
     axes: the number of leading axes of the result along which it is cut.
-    most: largest number of elements of what is computed on the way as a whole.
+    most: largest number of elements of an intermediate value that is computed
+      as a whole for each block.
 
   Returns:
     The cut computation, whose first argument is cut like the result; None if
@@ -401,7 +419,30 @@ def cut(
   )
   have: dict[int, Labels] = {}
   _want(have, program.result, wanted)
+  needs = _propagated(program, have)
+  own, *others = program.inputs
+  # The first argument comes in blocks, so that no step may need more of it.
+  if have.get(own, wanted) != wanted or program.shapes[own] != shape:
+    return None
+  have[own] = wanted
+  for number in (*others, *program.constants):
+    have[number] = (None,) * len(program.shapes[number])
+  if any(_is_large(program, have, number, most) for number in _made(program)):
+    return None
+  return Cut(program, have, needs, wanted)
+
+
+def _propagated(
+  program: _Program, have: dict[int, Labels]
+) -> dict[int, tuple[Labels, ...]]:
+  """Returns how the operands of each step are cut, by the step's number.
+
+  Args:
+    program: the program.
+    have: how values are cut; the result's on entry, filled in for all others.
+  """
   needs: dict[int, tuple[Labels, ...]] = {}
+  # Backwards: when a step is reached, all that uses its results has been seen.
   for index in reversed(range(len(program.steps))):
     step = program.steps[index]
     found = _step_needs(step, program.shapes, have)
@@ -410,21 +451,30 @@ def cut(
     needs[index] = found
     for operand, labels in zip(step.inputs, found, strict=True):
       _want(have, operand, labels)
-  own, *others = program.inputs
-  if have.get(own, wanted) != wanted or program.shapes[own] != shape:
-    return None
-  have[own] = wanted
-  for number in (*others, *program.constants):
-    have[number] = (None,) * len(program.shapes[number])
-  for number in (n for step in program.steps for n in step.outputs):
-    whole = all(label is None for label in have.get(number, (0,)))
-    if whole and math.prod(program.shapes[number]) > most:
-      return None
-  return Cut(program, have, needs, wanted)
+  return needs
+
+
+def _made(program: _Program) -> list[int]:
+  """Returns the numbers of all values that steps compute."""
+  return [number for step in program.steps for number in step.outputs]
+
+
+def _is_large(
+  program: _Program, have: Mapping[int, Labels], number: int, most: int
+) -> bool:
+  """Whether a value is computed whole, and has more than `most` elements.
+
+  It would be computed again for each block, and take memory that cutting is
+  there to save.
+  """
+  if number not in have:
+    return False  # It is not used.
+  whole = all(label is None for label in have[number])
+  return whole and math.prod(program.shapes[number]) > most
 
 
 def _want(have: dict[int, Labels], operand: _Operand, labels: Labels) -> None:
-  """Notes how a value is wanted; what users disagree on is kept whole."""
+  """Notes how a value is used; axes on which uses disagree are kept whole."""
   if operand.number < 0:
     return
   known = have.get(operand.number, labels)
@@ -436,25 +486,54 @@ def _want(have: dict[int, Labels], operand: _Operand, labels: Labels) -> None:
 def _step_needs(
   step: _Step, shapes: list[Shape], have: dict[int, Labels]
 ) -> tuple[Labels, ...] | None:
-  """Returns what a step needs; None if nobody wants its results."""
+  """Returns how a step's operands are cut; None if its results are not used.
+
+  Args:
+    step: the step.
+    shapes: shape of each value.
+    have: how values are cut; entries of the step's results are completed.
+  """
   wanted = [n for n in step.outputs if n in have]
   if not wanted:
     return None
-  found: Needs = None
-  if len(step.outputs) == 1 or step.primitive.name == 'split':
-    # All results of a split are cut alike, or none is.
-    if len({have[n] for n in wanted}) == 1:
-      found = _needs(step, shapes, have[wanted[0]], wanted[0])
-  elif step.primitive.name == 'optimization_barrier':
-    found = tuple(have.get(n, (None,) * len(shapes[n])) for n in step.outputs)
-  if found is None:
-    found = tuple(
-      (None,) * len(shapes[o.number] if o.number >= 0 else np.shape(o.constant))
-      for o in step.inputs
-    )
-    for number in step.outputs:
-      have[number] = (None,) * len(shapes[number])
-  else:
+  found = _rule(step, shapes, have, wanted)
+  if found is not None:
+    # Results that are not used are computed all the same, cut like the others.
     for number in step.outputs:
       have.setdefault(number, have[wanted[0]])
-  return tuple(found)
+    return tuple(found)
+  # It cannot be cut: its operands are needed whole, and its results are whole.
+  for number in step.outputs:
+    have[number] = (None,) * len(shapes[number])
+  return tuple((None,) * len(_shape(o, shapes)) for o in step.inputs)
+
+
+def _shape(operand: _Operand, shapes: Sequence[Shape]) -> Shape:
+  """Returns the shape of an operand."""
+  if operand.number < 0:
+    return np.shape(operand.constant)
+  return shapes[operand.number]
+
+
+def _rule(
+  step: _Step,
+  shapes: list[Shape],
+  have: Mapping[int, Labels],
+  wanted: Sequence[int],
+) -> Needs:
+  """Returns how a step's operands are cut by its rule; None if they cannot be.
+
+  Args:
+    step: the step.
+    shapes: shape of each value.
+    have: how values are cut.
+    wanted: the step's results that are used.
+  """
+  if len(step.outputs) == 1 or step.primitive.name == 'split':
+    # One rule answers for all results of a split, so they must be cut alike.
+    alike = len({have[n] for n in wanted}) == 1
+    return _needs(step, shapes, have[wanted[0]], wanted[0]) if alike else None
+  if step.primitive.name == 'optimization_barrier':
+    # It hands each operand on as one result, cut in whatever way that is.
+    return [have.get(n, (None,) * len(shapes[n])) for n in step.outputs]
+  return None

@@ -85,6 +85,8 @@ def checked(
   for kind in (np.isnan, np.isinf):
     new = kind(after)
     if new.any():
+      # A mask of -inf may stay -inf, and NaN may stay NaN; `inf - inf` is a NaN
+      # that no input has.
       for one in inputs:
         new &= ~_has(kind, one, after.shape)
     bad |= new
@@ -109,18 +111,19 @@ def _reason(
   """Returns what a number became, and what to do."""
   dtype = after.dtype.name
   with np.errstate(all='ignore'):
+    # An input of another shape has no element at that index: any may be it.
     infinite = any(
       bool(np.any(np.isinf(one[first] if one.shape == after.shape else one)))
       for one in inputs
     )
     finite = bool(np.isfinite(value))
-  if np.isnan(after[first]) and not finite and infinite:
-    return (
-      'NaN: an input is infinite there, and inf - inf and 0 · inf are no '
-      'numbers. Select other tensors.'
-    )
   if np.isnan(after[first]) and not finite:
-    return 'NaN, and no input is.'
+    if not infinite:
+      return 'NaN, and no input is.'
+    return (
+      'NaN: an input is infinite there, and inf - inf and 0 · inf are NaN. '
+      'Select other tensors.'
+    )
   most = rounding.largest(dtype) if rounding.is_float(dtype) else math.inf
   shown = f'{value.real:g}' if finite else 'infinite'
   limit = '' if math.isinf(most) else f', whose largest number is {most:g}'

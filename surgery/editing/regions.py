@@ -1,7 +1,8 @@
 """Tensors that are computed from regions of others, block by block.
 
-What is cut, joined, permuted or added up is never there as a whole: a writer
-asks for a block, and that asks for the regions of other tensors that it needs.
+A tensor that is cut, joined, permuted or added up is never held as a whole: a
+writer reads a block of it, which reads the regions of other tensors that it is
+made of.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ Shape = tuple[int, ...]
 # For each axis a slice whose bounds are numbers.
 Region = tuple[slice, ...]
 
-# A tensor that is computed, and not asked for in rows, is held as a whole up to
-# that many bytes, until its last element has been asked for. One whose blocks
-# are made of elements that lie far apart is computed so many bytes at a time.
+# A computed tensor that is not read in rows is held as a whole up to that many
+# bytes, until its last element has been read. One whose blocks are made of
+# elements that lie far apart is computed that many bytes at a time.
 _HELD = 64_000_000
 
 
@@ -70,8 +71,7 @@ def of_jax(*values: Any) -> bool:
 def namespace(*values: Any) -> Any:
   """Returns `jax.numpy` if one of some arrays is JAX's, otherwise numpy.
 
-  Where JAX would bring what a pass computed of a file to an accelerator, that
-  is numpy's.
+  Results from files are numpy's where JAX would move them to an accelerator.
   """
   if of_jax(*values):
     import jax.numpy
@@ -92,7 +92,7 @@ def array(leaf: Leaf, path: Path, verb: str) -> Shape:
     verb: the pass, for messages.
 
   Raises:
-    SurgeryError: if it is no array of numbers.
+    SurgeryError: if it is not an array of numbers.
   """
   if leaf.shape is None or leaf.dtype is None or leaf.key is not None:
     kind = 'a PRNG key' if leaf.key is not None else 'a value without a shape'
@@ -119,7 +119,7 @@ class Reader:
 
   @property
   def direct(self) -> bool:
-    """Whether the tensor is there already: in memory, or mapped."""
+    """Whether the tensor's values exist already: in memory, or mapped."""
     leaf = self.leaf
     if leaf.part is None:
       return True
@@ -128,7 +128,7 @@ class Reader:
 
   @property
   def _is_stored(self) -> bool:
-    """Whether the tensor lies in a file as it is."""
+    """Whether the tensor is stored in a file, and not computed."""
     return self.leaf.part is not None and self.leaf.load is self.leaf.source
 
   def __call__(self, region: Region) -> Any:
@@ -139,11 +139,12 @@ class Reader:
     if self.direct or math.prod(self.shape) == 0:
       return self.leaf.load()[region]
     if self.leaf.region is not None:
+      # The region goes through to what the tensor is computed from.
       return self.leaf.region(region)
     return self._assembled(region)
 
   def take(self, region: Region, axis: int, places: np.ndarray) -> Any:
-    """Returns places along an axis, of a region on all others."""
+    """Returns some places along one axis, and a region along the others."""
     if not len(places):
       cut = (*region[:axis], slice(0, 0), *region[axis + 1 :])
       return self(cut)
@@ -152,15 +153,17 @@ class Reader:
     follow = high - low == len(places) and bool(np.all(np.diff(places) == 1))
     if self._is_stored and not follow:
       return self._gathered(cut, axis, places)
+    # Few places far apart are read one run at a time; reading all between them
+    # and dropping most is quicker where they are dense.
     if self.leaf.region is not None and high - low > 4 * len(places):
       return self._runs(region, axis, places)
     found = self(cut)
-    if high - low == len(places) and bool(np.all(np.diff(places) == 1)):
+    if follow:
       return found
     return namespace(found).take(found, places - low, axis=axis)
 
   def _runs(self, region: Region, axis: int, places: np.ndarray) -> Any:
-    """Returns places that are few and far between, those in a row at once."""
+    """Returns places along an axis, reading each run of neighbours at once."""
     ends = np.flatnonzero(np.diff(places) != 1) + 1
     pieces = []
     for run in np.split(places, ends):
@@ -188,19 +191,22 @@ class Reader:
   def _is_rows(self, region: Region) -> bool:
     """Whether elements of a region are one behind the other, in C order."""
     counts = sizes(region)
+    # In front of the axis that is cut there is one element each, behind it all
+    # of them: then the region is one range of memory.
     cut = next((k for k, n in enumerate(counts) if n != 1), len(counts))
     return counts[cut + 1 :] == self.shape[cut + 1 :]
 
   def _block(self, index: Index) -> Any:
     if self._last is None or self._last[0] != index:
       assert self.leaf.part is not None
+      # The last block is kept, since regions that follow often lie in it.
       self._last = (index, self.leaf.part(index))
     return self._last[1]
 
   def _assembled(self, region: Region) -> Any:
     """Returns a region of a tensor that is computed in blocks."""
     if not self._is_rows(region) and self.leaf.nbytes <= _HELD:
-      # Each block would be computed for each region.
+      # Otherwise each of its blocks would be computed again for each region.
       held = self.leaf.load() if self._held is None else self._held
       last = all(s.stop == n for s, n in zip(region, self.shape, strict=True))
       self._held = None if last else held
@@ -213,7 +219,7 @@ class Reader:
     axis: int | None = None,
     places: np.ndarray | None = None,
   ) -> Any:
-    """Returns a region, put together from blocks, of which one is there.
+    """Returns a region, put together from blocks, one of which is held.
 
     Args:
       region: the region.
@@ -227,20 +233,11 @@ class Reader:
     result = np.empty(counts, dtype_of(self.leaf.dtype))
     for index in grid(self.shape):
       block = full(index, self.shape)
-      met = [
-        slice(max(a.start, b.start), min(a.stop, b.stop))
-        for a, b in zip(region, block, strict=True)
-      ]
-      if any(s.start >= s.stop for s in met):
-        continue
-      to = tuple(
-        slice(s.start - r.start, s.stop - r.start)
-        for s, r in zip(met, region, strict=True)
-      )
-      of = tuple(
-        slice(s.start - b.start, s.stop - b.start)
-        for s, b in zip(met, block, strict=True)
-      )
+      met = _met(region, block)
+      if not math.prod(sizes(met)):
+        continue  # The block and the region have nothing in common.
+      # Where the common part lies in the result, and where in the block.
+      to, of = _shifted(met, region), _shifted(met, block)
       if axis is None or places is None:
         result[to] = self._block(index)[of]
         continue
@@ -248,6 +245,8 @@ class Reader:
         (places >= met[axis].start) & (places < met[axis].stop)
       )
       if len(here):
+        # Along that axis places are picked from the block by number, and go to
+        # their own places in the result, whatever their order is.
         inner = places[here] - block[axis].start
         front, behind = slice(None, axis), slice(axis + 1, None)
         target: Any = (*to[front], here, *to[behind])
@@ -255,8 +254,25 @@ class Reader:
     return result
 
 
+def _met(a: Region, b: Region) -> Region:
+  """Returns the common part of two regions; axes may be of size zero."""
+  starts = [max(x.start, y.start) for x, y in zip(a, b, strict=True)]
+  stops = [min(x.stop, y.stop) for x, y in zip(a, b, strict=True)]
+  return tuple(
+    slice(low, max(low, high)) for low, high in zip(starts, stops, strict=True)
+  )
+
+
+def _shifted(region: Region, origin: Region) -> Region:
+  """Returns a region as counted from the start of another one."""
+  return tuple(
+    slice(r.start - o.start, r.stop - o.start)
+    for r, o in zip(region, origin, strict=True)
+  )
+
+
 def blocks(leaf: Leaf) -> Iterator[tuple[Region, np.ndarray]]:
-  """Yields where the blocks of a tensor are, and the blocks."""
+  """Yields the blocks of a tensor, each with its region."""
   assert leaf.shape is not None
   reader = Reader(leaf)
   for index in grid(leaf.shape):
@@ -280,10 +296,10 @@ def computed(
   anywhere: bool = True,
   scattered: bool = False,
 ) -> Leaf:
-  """Returns a tensor that is computed when it is asked for.
+  """Returns a tensor that is computed lazily.
 
   Args:
-    like: whose flags and metadata it has.
+    like: the leaf whose flags and metadata it gets.
     shape: its shape.
     block: returns a region of it, one of the blocks of `grid(shape)`, or all.
     sources: what it is computed from; if these are in memory it is not cut into
@@ -299,14 +315,11 @@ def computed(
   """
   for leaf in sources:
     quantised.refuse(leaf)
-  held = (
-    bool(sources)
-    and not cut
-    and all(leaf.part is None and leaf.source is None for leaf in sources)
-  )
-
+  held = not cut and _in_memory(sources)
   kind = dtype or like.dtype
   assert kind is not None
+  # Scattered once, scattered for all that is computed from it: only the last
+  # tensor of a chain collects its blocks in boxes.
   scattered = scattered or any(leaf.scattered for leaf in sources)
   region = block if anywhere and not cut and not held else None
   boxes = None
@@ -337,17 +350,24 @@ def computed(
   )
 
 
+def _in_memory(sources: Sequence[Leaf]) -> bool:
+  """Whether there are sources, and all of them are whole in memory."""
+  return bool(sources) and all(
+    leaf.part is None and leaf.source is None for leaf in sources
+  )
+
+
 def _memory(
   shape: Shape, dtype: str, sources: Sequence[Leaf], boxes: _Boxes | None
 ) -> int | None:
-  """Returns bytes that computing takes, if its blocks alone do not tell."""
+  """Returns the bytes that computing takes, if not those of its blocks."""
   inner = max((leaf.memory or 0 for leaf in sources), default=0)
   if not inner and boxes is None:
     return None
   own = 4 * min(math.prod(shape), BLOCK) * max(4, itemsize(dtype))
   if boxes is not None:
-    # The result, and of the sources what it is made of: as much of each as of
-    # the result, or of all together.
+    # A box of the result, and the parts of the sources that it is made of: at
+    # most as much of each source as of the result.
     size = max(1, math.prod(shape) * itemsize(dtype))
     share = -(-sum(leaf.nbytes for leaf in sources) // size)
     own += boxes.nbytes * (1 + min(len(sources), share))
@@ -355,7 +375,7 @@ def _memory(
 
 
 class _Boxes:
-  """Blocks that are computed many at a time, and given one by one.
+  """Blocks that are computed many at a time, and returned one by one.
 
   A block of a transposed matrix takes a few elements of each row. Computed
   alone it would read each row of the file, and so would the next. So as many
@@ -382,12 +402,12 @@ class _Boxes:
     shape, most = self._shape, self._most
     if math.prod(shape) <= most:
       return whole(shape)
-    # The first axis of which several places are computed together.
+    # The outermost axis along which several places fit into a box.
     axis = next(
       k for k in range(len(shape)) if math.prod(shape[k + 1 :]) <= most
     )
     inner = math.prod(shape[axis + 1 :])
-    # A block is in one box: their ends are ends of blocks.
+    # Boxes end where blocks end, so that each block lies in one box.
     first = next(iter(grid(shape)))
     rows = 1
     if len(first) == axis + 1:
@@ -403,13 +423,12 @@ class _Boxes:
     box = self._box(region)
     held = self._held
     if held is None or held[0] != box:
-      # The old one is given back before the new one is made.
+      # The old box is released before the new one is computed, or there would
+      # be two in memory.
       self._held = held = None
       held = self._held = (box, self._block(box))
-    inner = tuple(
-      slice(r.start - b.start, r.stop - b.start)
-      for r, b in zip(region, box, strict=True)
-    )
+    inner = _shifted(region, box)
+    # Blocks come in order, so that the one at the box's end is its last.
     last = all(r.stop == b.stop for r, b in zip(region, box, strict=True))
     if last:
       self._held = None
@@ -417,7 +436,7 @@ class _Boxes:
 
 
 def start_of(region: Region, shape: Shape) -> int:
-  """Returns how many elements lie before a block of `grid(shape)`."""
+  """Returns the number of elements before a block of `grid(shape)`."""
   at = 0
   for cut, size in zip(region, shape, strict=True):
     at = at * size + cut.start

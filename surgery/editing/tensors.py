@@ -1,4 +1,4 @@
-"""Putting changed, new and vanished tensors into a checkpoint, checked."""
+"""Edits a checkpoint: changed, new and removed tensors, checked."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chosen(
 
   Raises:
     SelectorError: for a selector that matches nothing.
-    SurgeryError: if one of them is no array.
+    SurgeryError: if one of them is not an array.
   """
   types = checkpoint.manifest.layer_types
   found = choosing.chosen(checkpoint, select, types, host)
@@ -81,7 +81,7 @@ def aliased(
     hint = errors.suggest(alias, known)
     shown = ', '.join(known) or 'none'
     raise errors.SurgeryError(
-      f'no input is called {alias!r}; there are: {shown}.{hint}'
+      f'no input is called {alias!r}; the inputs are: {shown}.{hint}'
     )
   return known[alias]
 
@@ -91,7 +91,7 @@ def pairs(
   rules: Sequence[str],
   inputs: Inputs | None,
 ) -> list[tuple[Path, Leaf, Path, str]]:
-  """Returns what rules `[ALIAS::]OLD [-> NEW]` mean.
+  """Returns the tensors that rules `[ALIAS::]OLD [-> NEW]` match.
 
   Args:
     checkpoint: the model.
@@ -124,7 +124,7 @@ def reverse(text: str) -> renaming.Rule | None:
     text: a rule `OLD -> NEW`, or `OLD` alone, of which names stay.
 
   Returns:
-    None if it has none, as where a name is computed: `<i+1>`, `\1`.
+    None if there is none, as where a name is computed: `<i+1>`, `\1`.
   """
   if not renaming.has_arrow(text):
     return renaming.parse(f'{text} -> {text}')
@@ -136,7 +136,7 @@ def reverse(text: str) -> renaming.Rule | None:
 
 
 def _owned(checkpoint: Checkpoint, host: Host) -> dict[Path, tuple[str, str]]:
-  """Returns whose the paths are that adapters rewrite or own."""
+  """Returns for each path that adapters rewrite or own which one, and how."""
   found: dict[Path, tuple[str, str]] = {}
   for record in following.settled(checkpoint, host).adapters:
     for path in record.weight_paths():
@@ -174,7 +174,8 @@ def _check_trees(checkpoint: Checkpoint, touched: Iterable[Path]) -> None:
     if tree is not None:
       raise errors.SurgeryError(
         f'{paths.show(path)} is a part of the parameter '
-        f'{paths.show(tree)}, whose value is no array. Select other tensors.'
+        f'{paths.show(tree)}, whose value is not an array. Select other '
+        'tensors.'
       )
 
 
@@ -192,24 +193,34 @@ def check_new(
   left = {p for p in checkpoint if p not in gone}
   taken = [] if overwrite else [p for p in fresh if p in left]
   if taken:
-    shown = ', '.join(paths.show(p) for p in taken[:_SHOWN])
-    more = f' and {len(taken) - _SHOWN} more' if len(taken) > _SHOWN else ''
+    shown = errors.listed(map(paths.show, taken), _SHOWN)
     raise errors.RenameError(
-      f'{shown}{more} exists already. Drop it first, or give another name.'
+      f'{shown} exists already. Drop it first, or give another name.'
     )
   both = left | set(fresh)
   for path in both:
     if not path or '' in path:
       raise errors.RenameError(f'a name with an empty part: {path!r}.')
-    for n in range(1, len(path)):
-      above = path[:n]
+    # Old names may lie beneath old ones; what is new must not add such a pair.
+    for above in (path[:n] for n in range(1, len(path))):
       if above in both and (path in fresh or above in fresh):
-        if (leaf := fresh.get(path)) and leaf.codes and leaf.codes.of == above:
-          continue  # As `weight.absmax` of bitsandbytes beneath `weight`.
-        raise errors.RenameError(
-          f'{paths.show(path)} would lie beneath the tensor '
-          f'{paths.show(above)}. Give another name.'
-        )
+        _check_beneath(path, above, fresh.get(path))
+
+
+def _check_beneath(path: Path, above: Path, leaf: Leaf | None) -> None:
+  """Raises unless a tensor may lie beneath another one.
+
+  Args:
+    path: path of the tensor.
+    above: path of the other one.
+    leaf: the tensor, if it is new.
+  """
+  if leaf is not None and leaf.codes and leaf.codes.of == above:
+    return  # As `weight.absmax` of bitsandbytes beneath `weight`.
+  raise errors.RenameError(
+    f'{paths.show(path)} would lie beneath the tensor {paths.show(above)}. '
+    'Give another name.'
+  )
 
 
 def edited(
@@ -224,15 +235,15 @@ def edited(
   rearranged: bool = False,
   host: Host,
 ) -> Checkpoint:
-  """Returns a checkpoint with some tensors changed, new, and gone.
+  """Returns a checkpoint with some tensors changed, added and removed.
 
   Args:
     checkpoint: the model.
     verb: the pass, for messages.
-    changed: tensors that stay under their names.
+    changed: tensors that keep their names.
     fresh: tensors under new names.
-    gone: what is left out.
-    behind: behind which old tensor a new one stands; at the end by default.
+    gone: paths of tensors to remove.
+    behind: the old tensor that a new one follows; by default it comes last.
     overwrite: whether a new name may be that of an old tensor.
     rearranged: whether an adapter cannot follow what changed even where shape
       and dtype are the same.
@@ -249,6 +260,8 @@ def edited(
   check_new(checkpoint, fresh, gone, overwrite)
   _check_codes(checkpoint, {**changed, **fresh}, gone, verb)
   replaced = [p for p in fresh if p in checkpoint and p not in gone]
+  # An adapter goes on with other values of the same shape and dtype, unless the
+  # pass says that places were exchanged.
   moved = [
     p
     for p, leaf in {**changed, **{p: fresh[p] for p in replaced}}.items()
@@ -300,21 +313,20 @@ def _placed(
   gone: Collection[Path],
   behind: Mapping[Path, Path],
 ) -> dict[Path, Leaf]:
-  """Returns the leaves; sorted if they were, otherwise each in its place."""
+  """Returns the new leaves, sorted if the old ones were."""
   following_: dict[Path, list[Path]] = {}
   for path in fresh:
     if path in behind and behind[path] in checkpoint:
       following_.setdefault(behind[path], []).append(path)
   leaves: dict[Path, Leaf] = {}
   for path, leaf in checkpoint.items():
-    if path in fresh and path not in gone:
-      leaves[path] = fresh[path]
-    elif path not in gone:
-      leaves[path] = changed.get(path, leaf)
-    for new in following_.get(path, ()):
-      leaves[new] = fresh[new]
+    if path not in gone:
+      leaves[path] = fresh.get(path) or changed.get(path, leaf)
+    # Also behind a tensor that is removed: it takes that one's place.
+    leaves.update((new, fresh[new]) for new in following_.get(path, ()))
   for path, leaf in fresh.items():
     leaves.setdefault(path, leaf)
+  # Sorted stays sorted, so that renaming there and back gives the same file.
   before = list(checkpoint)
   if before == sorted(before):
     return {path: leaves[path] for path in sorted(leaves)}
@@ -322,7 +334,7 @@ def _placed(
 
 
 def as_new(leaf: Leaf) -> Leaf:
-  """Returns a leaf as a tensor of its own, without what an adapter noted."""
+  """Returns a leaf as an independent tensor, without an adapter's metadata."""
   metadata = {
     k: v
     for k, v in leaf.metadata.items()
@@ -333,7 +345,7 @@ def as_new(leaf: Leaf) -> Leaf:
 
 
 def together(leaves: Sequence[Leaf]) -> Leaf:
-  """Returns a leaf with flags and metadata for what is made of several."""
+  """Returns a leaf with the flags and metadata that several tensors share."""
   first = as_new(leaves[0])
   metadata = {
     k: v
