@@ -1,4 +1,4 @@
-"""Attach: an adapter's weights beside a base, and the record of where."""
+"""Attaches an adapter: weights beside a base, and the record of its sites."""
 
 from __future__ import annotations
 
@@ -127,10 +127,10 @@ def info_of(
 
 
 def intercept(host: Host, adapter: Adapter, site: Site) -> Any:
-  """Asks who stands between a site's stored parameters and the layer.
+  """Returns the interceptor between a site's stored parameters and the layer.
 
   Raises:
-    PluginError: if nobody does.
+    PluginError: if no hook returns one.
   """
   who = host.ask('surgery_intercept_param', of=adapter, site=site)
   if who is None:
@@ -147,7 +147,7 @@ def at(who: Any, site: Site) -> Any:
 
 
 def trains(adapter: Adapter, weight: str, dtype: str) -> bool:
-  """Whether a weight of an adapter trains: no frozen one, and no integers."""
+  """Whether a weight of an adapter trains: not frozen, and not of integers."""
   inexact = dtype.startswith(('float', 'bfloat', 'complex'))
   return inexact and weight not in adapter.frozen
 
@@ -202,10 +202,10 @@ def _uses(who: Any, name: str, kinds: compute.Kinds, site: Site) -> Any:
 
 
 def check_names(record: AdapterRecord) -> None:
-  """Raises if a type declares something of weights that it has not.
+  """Raises if a type declares something about weights that it does not have.
 
-  A name in `frozen` that is that of no weight would let train what was meant,
-  one in `rank_axes` would leave it as it is when ranks are pruned.
+  With a misspelt name in `frozen` a weight would train, with one in `rank_axes`
+  it would not be cut when ranks are pruned.
 
   Raises:
     PluginError: naming it, and weights that there are; or for an axis that a
@@ -219,9 +219,9 @@ def check_names(record: AdapterRecord) -> None:
     if name not in known:
       called = config.called(type(kind))
       raise errors.PluginError(
-        f'{called}: {name!r} is declared in `frozen`, and neither init nor '
-        'init_shared returned a weight of that name, so what was meant would '
-        f'train.{errors.suggest(name, known)}'
+        f'{called}: {name!r} is declared in `frozen`, but neither init nor '
+        'init_shared returned a weight of that name, so the weight that was '
+        f'meant would train.{errors.suggest(name, known)}'
       )
   for name in kind.rank_axes:
     if name not in known:
@@ -317,63 +317,40 @@ def attach(
   if not isinstance(seed, int) or isinstance(seed, bool):
     raise errors.ConfigError(f'seed: expected an integer, found {seed!r}.')
   where = to if isinstance(to, Selection) else selectors.parse(to)
-  types = (
-    checkpoint.manifest.layer_types if layer_types is None else layer_types
-  )
   finder = finding.Finder(
     adapter,
     host,
-    types,
+    checkpoint.manifest.layer_types if layer_types is None else layer_types,
     finding.layout_pairs(layout),
     finding.stacked_pairs(stacked),
     layouts.found(checkpoint, checkpoint.manifest),
   )
   info = info_of(checkpoint, records)
-  shares = type(adapter).init_shared is not Adapter.init_shared
+  # Shared weights may depend on all sites, so that such a type cannot wait for
+  # layers to come.
   waiting = None
-  if pending and isinstance(where, selectors.Selector) and not shares:
+  if pending and isinstance(where, selectors.Selector) and not _shares(adapter):
     waiting = _pending(adapter, where, finder, graph, host)
   refused: list[finding.Refused] = []
-  try:
-    found = finding.sites(
-      finder,
-      where,
-      info,
-      missing='pass' if waiting else 'error',
-      left=None if waiting else refused,
-    )
-  except errors.SelectorError as error:
-    if not (pending and shares):
-      raise
-    raise errors.SelectorError(
-      f"{error} Adapter type '{adapter.name}' shares weights between sites, so "
-      'it finds what is there now. Initialise the model first.'
-    ) from None
+  found = _found(finder, where, info, waiting, pending, refused)
   sites = [site for site, _ in found]
   for site in sites:
     for spec in site.params:
       quantised.refuse(checkpoint[*site.layer, spec.name], 'attach')
   if waiting is None:
+    # Of layers to come nothing is known yet: `locked()` checks these.
     check_patterns(adapter, sites)
     finding.check_axes(finder, info)
+  else:
+    met = frozenset().union(*(indices for _, indices in found))
+    waiting = dataclasses.replace(waiting, met=waiting.met | met)
   taken = checkpoint.__contains__
   site_records = {}
-  for site, met in found:
+  for site in sites:
     who = intercept(host, adapter, site)
     site_records[site.path] = site_record(adapter, name, site, who, taken)
-    if waiting is not None:
-      waiting = dataclasses.replace(waiting, met=waiting.met | met)
   shared, shared_leaves = _shared(adapter, sites, seed, name, taken)
-  for one in site_records.values():
-    for weight in set(shared) & set(one.weights):
-      raise errors.PluginError(
-        f"{paths.show(one.site.path)}: adapter type '{adapter.name}' calls a "
-        f'weight {weight!r} in init and in init_shared. Name one otherwise.'
-      )
-  if isinstance(where, Selection):
-    text: str | tuple[str, ...] = tuple(map(paths.literal, where))
-  else:
-    text = written(where.text)
+  _check_distinct(adapter, site_records.values(), shared)
   record = AdapterRecord(
     name,
     adapter,
@@ -382,7 +359,7 @@ def attach(
     shared,
     seed,
     waiting,
-    to=text,
+    to=_text(where),
   )
   for one in site_records.values():
     check_apply(one, shared)
@@ -407,11 +384,76 @@ def attach(
   )
 
 
+def _shares(adapter: Adapter) -> bool:
+  """Whether a type has weights that its sites share."""
+  return type(adapter).init_shared is not Adapter.init_shared
+
+
+def _found(
+  finder: finding.Finder,
+  where: selectors.Selector | Selection,
+  info: Mapping[Path, finding.Info],
+  waiting: Pending | None,
+  pending: bool,
+  refused: list[finding.Refused],
+) -> list[tuple[Site, frozenset[int]]]:
+  """Returns the sites, each with the numbers of the items that mean it.
+
+  Args:
+    finder: knows adapter, types and layouts.
+    where: the selector or selection.
+    info: all parameters that may be rewritten.
+    waiting: what the adapter waits for, if layers to come may match.
+    pending: whether there may be layers to come.
+    refused: a list that gets the layers that are left out.
+  """
+  try:
+    return finding.sites(
+      finder,
+      where,
+      info,
+      missing='pass' if waiting else 'error',
+      left=None if waiting else refused,
+    )
+  except errors.SelectorError as error:
+    if not (pending and _shares(finder.adapter)):
+      raise
+    raise errors.SelectorError(
+      f"{error} Adapter type '{finder.adapter.name}' shares weights between "
+      'sites, so it needs all layers now. Initialise the model first.'
+    ) from None
+
+
+def _check_distinct(
+  adapter: Adapter,
+  found: Iterable[SiteRecord],
+  shared: Mapping[str, WeightSpec],
+) -> None:
+  """Raises if a shared weight has the name of a site's own.
+
+  Raises:
+    PluginError: naming the site and the weight; `apply` would get one of them.
+  """
+  for one in found:
+    for weight in set(shared) & set(one.weights):
+      raise errors.PluginError(
+        f"{paths.show(one.site.path)}: adapter type '{adapter.name}' returns a "
+        f'weight {weight!r} from both init and init_shared. Rename one.'
+      )
+
+
+def _text(where: selectors.Selector | Selection) -> str | tuple[str, ...]:
+  """Returns a selector, or the paths of a selection, for the record."""
+  if isinstance(where, Selection):
+    return tuple(map(paths.literal, where))
+  return written(where.text)
+
+
 def warn_of_ranks(record: AdapterRecord) -> str | None:
   """Warns of sites with a larger rank than any matrix of their shape.
 
   Returns:
-    What was warned of.
+    The text of the warning, if there is one.
   """
   large = large_ranks(record)
   if large is not None:
@@ -451,7 +493,7 @@ def large_ranks(record: AdapterRecord) -> str | None:
 def taken_layouts(
   finder: finding.Finder, sites: Iterable[Site]
 ) -> dict[layouts.Layout, list[Path]]:
-  """Returns which layouts are taken for PyTorch's, and of what."""
+  """Returns the layouts that are inferred for PyTorch's, by parameters."""
   found: dict[layouts.Layout, list[Path]] = {}
   for site in sites:
     for spec in site.params:
@@ -467,7 +509,7 @@ def left_out(name: str, refused: Iterable[finding.Refused]) -> list[LeftOut]:
 
   Args:
     name: the adapter's name.
-    refused: what finding was told, by each item of a selector.
+    refused: the layers, as each item of a selector yields them.
   """
   found: dict[Path, LeftOut] = {}
   for one in refused:
@@ -488,7 +530,7 @@ def warn(adapter: Adapter, left: Iterable[LeftOut]) -> None:
   warnings.warn(
     f"attach: adapter type '{adapter.name}' cannot serve {len(left)} of the "
     f'layers that the selector matches, and leaves them as they are: {shown}'
-    ". To say that this is meant, take them out with '!'.",
+    ". If this is meant, take them out with '!'.",
     errors.SiteWarning,
     stacklevel=2,
   )
@@ -501,8 +543,8 @@ def marked(checkpoint: Checkpoint, records: Records) -> dict[Path, Leaf]:
     checkpoint: the model before an adapter is attached.
     records: the adapters that it has.
   """
-  # What unlocked params will have is not there yet, and could not be told from
-  # what changed.
+  # Parameters that unlocked params get later could not be distinguished from
+  # ones that were changed.
   if records.adapters or not checkpoint.manifest.locked:
     return dict(checkpoint)
   return {
@@ -518,7 +560,7 @@ def _pending(
   graph: Any,
   host: Host,
 ) -> Pending:
-  """Returns what the adapter will look for until params are locked."""
+  """Returns the sites that the adapter looks for until params are locked."""
   item = where.needs('type', 'term')
   if item is not None and graph is None:
     raise errors.SelectorError(
@@ -527,8 +569,9 @@ def _pending(
     )
   if item is not None and item.kind == 'term':
     raise errors.SelectorError(
-      f'selector {item.written!r}: a term of a plugin is asked when an adapter '
-      'is attached, and there may be layers to come. Lock the params first.'
+      f'selector {item.written!r}: a term of a plugin is answered when an '
+      'adapter is attached, and layers may still be added. Lock the params '
+      'first.'
     )
   unknown = Site((), (), known=False)
   who = host.ask('surgery_intercept_param', of=adapter, site=unknown)
@@ -544,8 +587,8 @@ def _shared(
   name: str,
   taken: Callable[[Path], bool],
 ) -> tuple[dict[str, WeightSpec], dict[Path, Leaf]]:
-  """Returns what the sites share: what is recorded, and the leaves."""
-  if type(adapter).init_shared is Adapter.init_shared:
+  """Returns the weights that sites share: specifications, and leaves."""
+  if not _shares(adapter):
     return {}, {}
   drawn = drawing.draw_shared(adapter, sites, seed, name)
   specs, leaves = {}, {}
@@ -573,7 +616,7 @@ def _same(value: Any) -> Any:
 
 
 class _Group:
-  """Sites that look alike, drawn together when the first is asked for."""
+  """Sites of one kind, drawn together when the first one is loaded."""
 
   def __init__(self, draw: Callable[[], list[dict[str, Any]]]) -> None:
     self._draw = draw
@@ -584,7 +627,7 @@ class _Group:
     self._left += 1
 
   def load(self, index: int, weight: str) -> Any:
-    """Returns one weight, and lets go of it when it was the last."""
+    """Returns one weight; the last one that is expected releases them all."""
     if self._drawn is None:
       self._drawn = self._draw()
     value = self._drawn[index][weight]

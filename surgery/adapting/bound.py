@@ -144,7 +144,7 @@ def _given(
 
 
 def is_unknown(said: Mapping[str, Any]) -> bool:
-  """Whether the file of an adapter does not know its base: others wrote it."""
+  """Whether another program wrote an adapter's file, without its base."""
   return said.get(BASE, {}) is None
 
 
@@ -156,15 +156,15 @@ def check(
 ) -> list[str]:
   """Raises unless a model is the one that an adapter was trained on.
 
-  The adapters beneath must be attached and enabled, in their order. Where they
-  were merged in the meantime, what is stored now has the digests of what they
-  answered, which is as good. Further adapters do no harm as long as they and
-  the new one only add to their base.
+  The adapters beneath must be attached and enabled, in their order. If they
+  were merged since, the stored parameters have the digests of what these
+  adapters answered, which is accepted as well. Further adapters are allowed if
+  they and the new one only add to their base.
 
   Args:
     checkpoint: the model.
     record: the adapter.
-    said: what its file says of it.
+    said: its entry in the manifest of its file.
     host: whose hooks are asked.
 
   Returns:
@@ -176,10 +176,10 @@ def check(
   _check_entry(record, said)
   given: Mapping[str, str] = {}
   found: list[AdapterRecord] | None = None
-  if BENEATH in said:  # Files of older releases do not say it.
+  if BENEATH in said:  # Files of older releases do not have it.
     expected = said[BENEATH]
     attached = [one for one in checkpoint.records(host).adapters if one.enabled]
-    # What the new one has a value of its own for is not what was beneath.
+    # Parameters that the new one saved itself do not depend on those beneath.
     own = {paths.show(path) for path in record.saved}
     found = _matched(checkpoint, expected, attached, own)
     if found is None:
@@ -337,30 +337,33 @@ def _same(
   alone: Checkpoint,
   other: AdapterRecord,
 ) -> bool:
-  """Whether an attached adapter is one of a file, whatever they are called."""
+  """Whether an attached adapter is that of a file, whatever their names are."""
   mine, theirs = _specs(one), _specs(other)
-  if (
-    one.adapter.name != other.adapter.name
-    or _plain(one.adapter.config()) != _plain(other.adapter.config())
-    or set(one.sites) != set(other.sites)
-    or set(mine) != set(theirs)
-    or not mine
-  ):
+  if not mine or _outline(one, mine) != _outline(other, theirs):
     return False
   pairs = [
     (checkpoint[spec.path], alone[theirs[key].path])
     for key, spec in mine.items()
     if spec.path in checkpoint
   ]
-  # What costs nothing comes first.
-  if any(
-    (a.shape, a.dtype) != (b.shape, b.dtype)
-    or (a.digest and b.digest and a.digest != b.digest)
-    for a, b in pairs
-  ):
+  # Shapes and recorded digests cost nothing; computing digests reads tensors,
+  # so it comes last.
+  if len(pairs) < len(mine) or any(_differ(a, b) for a, b in pairs):
     return False
-  return len(pairs) == len(mine) and all(
-    digest(a) == digest(b) for a, b in pairs
+  return all(digest(a) == digest(b) for a, b in pairs)
+
+
+def _outline(record: AdapterRecord, specs: Collection[Any]) -> tuple[Any, ...]:
+  """Returns what two records of one adapter have in common."""
+  config = _plain(record.adapter.config())
+  return record.adapter.name, config, set(record.sites), set(specs)
+
+
+def _differ(a: Leaf, b: Leaf) -> bool:
+  """Whether two tensors differ by what is known without reading them."""
+  known = bool(a.digest and b.digest)
+  return (a.shape, a.dtype) != (b.shape, b.dtype) or (
+    known and a.digest != b.digest
   )
 
 
@@ -369,11 +372,11 @@ def _differences(
 ) -> list[str]:
   """Returns what differs between an adapter on record and one that is there.
 
-  What they are called does not matter.
+  Their names are not compared.
 
   Args:
     expected: the one on record.
-    found: the one that is there.
+    found: the one that is attached.
     own: weights that are not compared.
   """
   differ = [
@@ -408,19 +411,7 @@ def _beneath_differs(
   here = [
     (a, _described(checkpoint, a)) for a in checkpoint.records(host).adapters
   ]
-  problems = []
-  for one in expected:
-    match = next((a for a, s in here if not _differences(one, s, own)), None)
-    if match is not None and not match.enabled:
-      problems.append(f'{match.name!r} is disabled here')
-    elif match is None:
-      named = next((s for a, s in here if a.name == one['name']), None)
-      what = (
-        'is not attached'
-        if named is None
-        else f'has {" and ".join(_differences(one, named, own))}'
-      )
-      problems.append(f'{one["name"]!r} {what} here')
+  problems = [text for one in expected if (text := _problem(one, here, own))]
   shown = ', '.join(f'{o["name"]!r} ({o["type"]})' for o in expected)
   order = ', then '.join(repr(o['name']) for o in expected)
   return errors.BaseMismatchError(
@@ -431,13 +422,36 @@ def _beneath_differs(
   )
 
 
+def _problem(
+  one: Mapping[str, Any],
+  here: Sequence[tuple[AdapterRecord, Mapping[str, Any]]],
+  own: Collection[str],
+) -> str | None:
+  """Returns why an adapter on record is not beneath, if it is not.
+
+  Args:
+    one: the adapter on record.
+    here: the attached adapters, each as a file would describe it.
+    own: weights that are not compared.
+  """
+  match = next((a for a, s in here if not _differences(one, s, own)), None)
+  if match is not None:
+    return None if match.enabled else f'{match.name!r} is disabled here'
+  # Another one of that name helps most: it may have been trained further.
+  named = next((s for a, s in here if a.name == one['name']), None)
+  if named is None:
+    return f'{one["name"]!r} is not attached here'
+  differ = ' and '.join(_differences(one, named, own))
+  return f'{one["name"]!r} has {differ} here'
+
+
 def _check_others(
   record: AdapterRecord, others: Sequence[AdapterRecord]
 ) -> None:
   """Raises if an adapter would lie beneath that was not there in training.
 
-  Among adapters that add to their base each has the update that it was trained
-  to have, whatever others there are; these may be put together.
+  Adapters that only add to their base may be combined: the update of each does
+  not depend on the others.
 
   Raises:
     BaseMismatchError: naming the adapter and a parameter of both.

@@ -83,7 +83,7 @@ def _named(who: Any, what: str, weights: Any) -> dict[str, Any]:
   """Returns the weights that an adapter drew.
 
   Raises:
-    PluginError: if they are no arrays by name.
+    PluginError: if it is not a mapping from names to arrays.
   """
   if not isinstance(weights, Mapping) or not all(
     isinstance(n, str) and n and not set(n) & set('./\0') for n in weights
@@ -94,20 +94,30 @@ def _named(who: Any, what: str, weights: Any) -> dict[str, Any]:
       'names without dots and slashes to arrays.'
     )
   for name, weight in weights.items():
-    if isinstance(weight, (Mapping, str)) or weight is None:
-      raise errors.PluginError(
-        f'{what} of {called(who)} returned {type(weight).__name__} for '
-        f'{name!r}, expected an array.'
-      )
-    dtype = getattr(weight, 'dtype', None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-      raise errors.PluginError(
-        f'{what} of {called(who)} returned a PRNG key for {name!r}, expected '
-        'an array. Return jax.random.key_data(key), which can be saved.'
-      )
+    _check_weight(who, what, name, weight)
   arrays = {n: jnp.asarray(w) for n, w in weights.items()}
-  # No weak types: what is trained or loaded must not be another type.
+  # A weak type would become another dtype when it meets float32 in training,
+  # and is not what is loaded from a file.
   return {n: w.astype(w.dtype) for n, w in arrays.items()}
+
+
+def _check_weight(who: Any, what: str, name: str, weight: Any) -> None:
+  """Raises unless a weight is an array that can be saved.
+
+  Raises:
+    PluginError: naming the weight.
+  """
+  if isinstance(weight, (Mapping, str)) or weight is None:
+    raise errors.PluginError(
+      f'{what} of {called(who)} returned {type(weight).__name__} for '
+      f'{name!r}, expected an array.'
+    )
+  dtype = getattr(weight, 'dtype', None)
+  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    raise errors.PluginError(
+      f'{what} of {called(who)} returned a PRNG key for {name!r}, expected '
+      'an array. Return jax.random.key_data(key), which can be saved.'
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,9 +1,9 @@
-"""Finding sites: from a selector to the parameters that an adapter rewrites."""
+"""Finds sites: the parameters that a selector means and an adapter rewrites."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from surgery import errors
@@ -24,7 +24,7 @@ Stacked = int | Mapping[str, int] | None
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-  """What finding needs to know of a parameter.
+  """The shape, dtype and sharding of a parameter.
 
   Attributes:
     shape: its whole shape.
@@ -59,7 +59,7 @@ def stacked_pairs(stacked: Stacked) -> tuple[tuple[str, int], ...]:
   """Returns numbers of stacked axes as pairs with selectors, checked.
 
   Raises:
-    ConfigError: if a number is negative or no integer.
+    ConfigError: if a number is negative or not an integer.
   """
   pairs = {'all': stacked} if isinstance(stacked, int) else dict(stacked or {})
   for selector, number in pairs.items():
@@ -105,15 +105,15 @@ class Finder:
     return None
 
   def _is_beside(self, path: Path, rank: int, stack: int, letters: str) -> bool:
-    """Whether a layout is meant for the matrices beside a parameter.
+    """Whether a layout is meant for matrices, and the parameter is none.
 
-    One that is given for all, or for layers, says nothing of the vectors among
-    these, the biases and norms, unless it names them.
+    A layout for all parameters, or for layers, is not meant for the vectors
+    among these, the biases and norms, unless it names them.
 
     Args:
       path: the parameter.
-      rank: how many axes it has.
-      stack: how many of them are stacked.
+      rank: number of its axes.
+      stack: number of them that are stacked.
       letters: the layout without these.
     """
     if rank - stack > 1 or len(letters) <= rank - stack:
@@ -126,7 +126,7 @@ class Finder:
     return not any(selectors.naming(item, path) == 'name' for item in given)
 
   def taken(self, path: Path) -> Layout | None:
-    """Returns the layout that is taken for PyTorch's, if nobody says one."""
+    """Returns the layout that is inferred for PyTorch's, if none is given."""
     known = self.types.get(path[:-1])
     if known is not None and path[-1] in known.layouts:
       return None
@@ -141,27 +141,10 @@ class Finder:
     Raises:
       SiteError: if a layout or number of stacked axes does not fit its rank.
     """
-    layer, name = path[:-1], path[-1]
-    rank, stack = len(info.shape), None
-    layout = self._letters(path)
-    if layout is None and (one := self.taken(path)) is not None:
-      layout = one.letters
-    given = 0
-    if layout is not None:
-      given = stack = len(layout) - len(layout.lstrip('s'))
-      layout = layout.lstrip('s')
-    for selector, number in self.stacked:
-      if selectors.parse(selector).matches(path, self.names(layer)):
-        stack = number
-        break
-    agreed = given in (0, stack)  # Both may say what is stacked.
-    if layout and agreed and self._is_beside(path, rank, stack or 0, layout):
-      layout, stack = None, min(stack or 0, rank)
-    known = self.types.get(layer)
-    if layout is None and known is not None and name in known.layouts:
-      layout = known.layouts[name]
+    name, rank = path[-1], len(info.shape)
+    layout, stack = self._given(path, rank)
     if layout is None:
-      layout = default_layout(max(rank - (stack or 0), 0))
+      layout = self._known(path, rank - (stack or 0))
     extra = rank - len(layout)
     if extra < 0 or (stack is not None and extra != stack):
       raise errors.SiteError(
@@ -174,6 +157,46 @@ class Finder:
     return ParamSpec(
       name, info.shape[extra:], info.dtype, layout, tuple(sharding[extra:])
     )
+
+  def _given(self, path: Path, rank: int) -> tuple[str | None, int | None]:
+    """Returns the layout and the number of stacked axes that were given.
+
+    Args:
+      path: the parameter.
+      rank: number of its axes.
+
+    Returns:
+      Letters without stacked axes; None for what was not given.
+    """
+    letters = self._letters(path)
+    if letters is None and (one := self.taken(path)) is not None:
+      letters = one.letters
+    stack = self._stack(path)
+    if letters is None:
+      return None, stack
+    layout = letters.lstrip('s')
+    marked = len(letters) - len(layout)
+    # Both layout= and stacked= may say how many axes are stacked.
+    agreed = stack is None or marked in (0, stack)
+    stack = marked if stack is None else stack
+    if agreed and self._is_beside(path, rank, stack, layout):
+      # A bias has as many stacked axes as its kernel, but not its letters.
+      return None, min(stack, rank)
+    return layout, stack
+
+  def _stack(self, path: Path) -> int | None:
+    """Returns the number of stacked axes that stacked= gives a parameter."""
+    for selector, number in self.stacked:
+      if selectors.parse(selector).matches(path, self.names(path[:-1])):
+        return number
+    return None
+
+  def _known(self, path: Path, rank: int) -> str:
+    """Returns the layout of a parameter by its layer's type, or by default."""
+    known = self.types.get(path[:-1])
+    if known is not None and path[-1] in known.layouts:
+      return known.layouts[path[-1]]
+    return default_layout(max(rank, 0))
 
   def site(
     self, layer: Path, name: str, params: Mapping[str, Info], extras: bool
@@ -200,8 +223,8 @@ class Finder:
   ) -> ParamSpec:
     """Returns what is known of a parameter beside a site's primary one.
 
-    One that is shaped as the outputs are, such as a bias, has their roles,
-    unless a layout of as many letters was given for it.
+    A parameter of the outputs' shape, such as a bias, has the roles of the
+    outputs, unless a layout of as many letters was given for it.
 
     Args:
       path: the parameter.
@@ -250,13 +273,14 @@ class Finder:
         return unserved(self.adapter, site) or 'a plugin refused it'
 
   def defaults(self, layer: Path, params: Mapping[str, Info]) -> list[str]:
-    """Returns the primary parameters that the layer's name stands for."""
+    """Returns the primary parameters of a layer that was named as a whole."""
     first = self.adapter.rewrites[0]
     if first != 'kernel':
       return [first] if first in params else []
     usual = [n for n in DEFAULT_PARAMS if n in params]
     if usual:
       return usual
+    # Layers of other programs name their matrices after what they do.
     return [
       n
       for n, info in params.items()
@@ -264,7 +288,7 @@ class Finder:
     ]
 
   def term(self, layers: Mapping[Path, Mapping[str, Info]]) -> Any:
-    """Returns a function that asks hooks for a selector's terms."""
+    """Returns a function that answers a selector's terms by hooks."""
 
     def ask(text: str, layer: Path) -> bool:
       params = layers.get(layer)
@@ -282,7 +306,7 @@ class Finder:
 
 
 def check_axes(finder: Finder, info: Iterable[Path]) -> None:
-  """Raises if a layout or number of stacked axes is for no parameter.
+  """Raises if a layout or number of stacked axes matches no parameter.
 
   Raises:
     SelectorError: naming the selector, and the nearest paths or the selector
@@ -322,8 +346,8 @@ def sites(
     missing: `'error'` raises for an item, or an alternative of one, that
       yields no site; `'sites'` for one that matches something and yields no
       site; `'pass'` for none.
-    left: is told of the layers that are matched and yield no site; None where
-      layers may be incomplete as yet, so that nothing can be said of them.
+    left: a list that gets the layers that are matched and yield no site; None
+      where layers may still be incomplete, so that nothing is known of them.
 
   Returns:
     Sites, each with the indices of the selector's items that mean it.
@@ -335,73 +359,144 @@ def sites(
   layers = by_layer(info)
   if isinstance(to, Selection):
     return _of_selection(finder, to, layers, left)
-  types = finder.names
   match = selectors.resolve(
-    to, info, types, finder.term(layers), missing=missing
+    to, info, finder.names, finder.term(layers), missing=missing
   )
-  items = list(to.positive)
-  found: dict[Path, tuple[Site, set[int]]] = {}
-  reasons: dict[Path, str] = {}
-  refused: dict[Path, str] = {}
-  defaults = {
-    layer: finder.defaults(layer, params)
-    for layer, params in layers.items()
-    if any((*layer, n) in match.levels for n in params)
-  }
-  for index, item in enumerate(items):
-    for path in match.by_item[item]:
-      layer, name = path[:-1], path[-1]
-      at_layer = item.layer(layer, types, finder.term(layers))
-      usual = name in defaults[layer]
-      if at_layer and item.kind != selectors.ALL and not usual:
-        continue
-      if path in found:
-        found[path][1].add(index)
-        continue
-      site = finder.site(layer, name, layers[layer], usual)
-      why = finder.unserved(site)
-      if why is not None:
-        reasons.setdefault(path, f'{paths.show(path)}: {why}')
-        if at_layer:
-          refused.setdefault(layer, f'{name}: {why}')
-        if not at_layer and item.literal:
-          raise errors.SiteError(
-            f"{paths.show(path)}: adapter type '{finder.adapter.name}' cannot "
-            f'serve it: {why}.'
-          )
-        continue
-      found[path] = (site, {index})
+  search = _Search(finder, to.positive, match, layers)
+  search.run()
   if missing != 'pass':
-    met = set().union(*(ids for _, ids in found.values()))
-    for index, item in enumerate(items):
-      if index not in met:
-        met_by = match.by_item[item]
-        if not met_by and missing == 'sites':
-          continue
-        what = repr(item.written)
-        raise _no_site(finder, what, met_by, _reason(reasons, met_by))
-      if not item.choices:
-        continue
-      sites_of = [path for path, (_, ids) in found.items() if index in ids]
-      for choice in selectors.unmet(item.choices, sites_of):
-        there = [p for p in match.by_item[item] if choice.meets(p)]
-        if not there and missing == 'sites':
-          continue
-        what = f'{item.written!r}: its alternative {choice.text!r}'
-        raise _no_site(finder, what, there, _reason(reasons, there))
-  if left is None:
-    return [(site, frozenset(ids)) for site, ids in found.values()]
-  for item in items:
-    for one in _unserved(finder, item, match, found, refused, layers):
-      if one.how == 'name':
-        raise errors.SiteError(
-          f'{paths.show(one.layer)}: selector {item.written!r} names this '
-          f"layer, and adapter type '{finder.adapter.name}' cannot serve it: "
-          f'{one.reason}. Leave it out of the selector, or add '
-          f'{"!" + paths.literal(one.layer)!r}.'
-        )
-      left.append(one)
-  return [(site, frozenset(ids)) for site, ids in found.values()]
+    search.check_met(missing)
+  if left is not None:
+    left += search.unserved()
+  return [(site, frozenset(ids)) for site, ids in search.found.values()]
+
+
+class _Search:
+  """The search for an adapter's sites among what a selector matches.
+
+  Args:
+    finder: knows adapter, types and layouts.
+    items: the positive items of the selector.
+    match: the parameters that they match.
+    layers: all layers.
+
+  Attributes:
+    found: sites by path, each with the numbers of the items that mean it.
+  """
+
+  def __init__(
+    self,
+    finder: Finder,
+    items: Sequence[selectors.Item],
+    match: selectors.Match,
+    layers: Mapping[Path, Mapping[str, Info]],
+  ) -> None:
+    self._finder = finder
+    self._items = items
+    self._match = match
+    self._layers = layers
+    self._term = finder.term(layers)
+    self.found: dict[Path, tuple[Site, set[int]]] = {}
+    # Why parameters cannot be served, and layers that were named as a whole.
+    self._reasons: dict[Path, str] = {}
+    self._refused: dict[Path, str] = {}
+    self._defaults = {
+      layer: finder.defaults(layer, params)
+      for layer, params in layers.items()
+      if any((*layer, n) in match.levels for n in params)
+    }
+
+  def run(self) -> None:
+    """Finds the sites.
+
+    Raises:
+      SiteError: for a parameter that is written out and cannot be served.
+    """
+    for index, item in enumerate(self._items):
+      for path in self._match.by_item[item]:
+        layer, name = path[:-1], path[-1]
+        at_layer = item.layer(layer, self._finder.names, self._term)
+        # A layer means its default parameters, `all` whatever can be served,
+        # and a parameter that is matched itself that one.
+        usual = name in self._defaults[layer]
+        if usual or not at_layer or item.kind == selectors.ALL:
+          self._look(index, path, at_layer)
+
+  def _look(self, index: int, path: Path, at_layer: bool) -> None:
+    """Adds a site if it can be served, or notes why it cannot be.
+
+    Args:
+      index: number of the item that matches it.
+      path: its primary parameter.
+      at_layer: whether the item matches the layer rather than the parameter.
+    """
+    if path in self.found:
+      self.found[path][1].add(index)
+      return
+    layer, name = path[:-1], path[-1]
+    usual = name in self._defaults[layer]
+    site = self._finder.site(layer, name, self._layers[layer], usual)
+    why = self._finder.unserved(site)
+    if why is None:
+      self.found[path] = (site, {index})
+      return
+    self._reasons.setdefault(path, f'{paths.show(path)}: {why}')
+    if at_layer:
+      self._refused.setdefault(layer, f'{name}: {why}')
+    elif self._items[index].literal:
+      raise errors.SiteError(
+        f"{paths.show(path)}: adapter type '{self._finder.adapter.name}' "
+        f'cannot serve it: {why}.'
+      )
+
+  def check_met(self, missing: str) -> None:
+    """Raises if an item, or an alternative of one, yields no site.
+
+    Args:
+      missing: `'sites'` lets those pass that match nothing at all.
+
+    Raises:
+      SurgeryError: naming the item.
+    """
+    sites_of: dict[int, list[Path]] = {}
+    for path, (_, indices) in self.found.items():
+      for index in indices:
+        sites_of.setdefault(index, []).append(path)
+    for index, item in enumerate(self._items):
+      matched = self._match.by_item[item]
+      lacking = {repr(item.written): matched}
+      if index in sites_of:
+        lacking = {
+          f'{item.written!r}: its alternative {choice.text!r}': tuple(
+            path for path in matched if choice.meets(path)
+          )
+          for choice in selectors.unmet(item.choices, sites_of[index])
+        }
+      for what, there in lacking.items():
+        if there or missing != 'sites':
+          reason = _reason(self._reasons, there)
+          raise _no_site(self._finder, what, there, reason)
+
+  def unserved(self) -> list[Refused]:
+    """Returns the layers that are matched and yield no site.
+
+    Raises:
+      SiteError: for a layer that is named, in a list or in braces.
+    """
+    left = []
+    for item in self._items:
+      for one in _unserved(
+        self._finder, item, self._match, self.found, self._refused, self._layers
+      ):
+        if one.how == 'name':
+          raise errors.SiteError(
+            f'{paths.show(one.layer)}: selector {item.written!r} names this '
+            f"layer, and adapter type '{self._finder.adapter.name}' cannot "
+            f'serve it: {one.reason}. Leave it out of the selector, or add '
+            f'{"!" + paths.literal(one.layer)!r}.'
+          )
+        left.append(one)
+    return left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,8 +524,9 @@ def _unserved(
 ) -> Iterator[Refused]:
   """Yields the layers that an item matches and that yield no site.
 
-  One that others lie in is served if one of these is. A layer beneath the one
-  that was named is nobody's wish: a norm in an encoder.
+  A layer that holds others counts as served if one of these is. Layers beneath
+  the one that was named are not yielded: who names an encoder does not ask for
+  an adapter on each norm in it.
 
   Args:
     finder: knows the adapter.
@@ -441,24 +537,27 @@ def _unserved(
     layers: all layers.
   """
   if item.kind == selectors.ALL:
-    return  # It means what can be served.
+    return  # `all` means all that can be served, so nothing is left out.
   served = {path[:n] for path in found for n in range(len(path))}
   met = dict.fromkeys(path[:-1] for path in match.by_item[item])
   places = dict.fromkeys(
     layer[:n] for layer in met for n in range(1, len(layer) + 1)
   )
   term = finder.term(layers)
-  for place in places:
-    if place in served:
-      continue
+  for place in [place for place in places if place not in served]:
     how = selectors.naming(item, place, finder.names, term)
-    if not how or (place not in layers and how != 'name'):
-      continue
-    first = finder.adapter.rewrites[0]
-    names = ', '.join(layers.get(place, ()))
-    lacks = f'it has no {first!r}, which the type rewrites, only {names}'
-    why = lacks if names else 'nothing beneath it can be served'
-    yield Refused(place, refused.get(place, why), how)
+    # A level above layers is one only where it is written out.
+    if how and (place in layers or how == 'name'):
+      why = _lacks(finder, layers.get(place, ()))
+      yield Refused(place, refused.get(place, why), how)
+
+
+def _lacks(finder: Finder, names: Iterable[str]) -> str:
+  """Returns why a layer of these parameters has no default site."""
+  first, shown = finder.adapter.rewrites[0], ', '.join(names)
+  if not shown:
+    return 'nothing beneath it can be served'
+  return f'it has no {first!r}, which the type rewrites, only {shown}'
 
 
 def _of_selection(
@@ -507,7 +606,7 @@ def _no_site(
   kind = finder.adapter.name
   if not met:
     return errors.SelectorError(
-      f"selector {what}: all that it matches is taken out again by a '!' item."
+      f"selector {what}: a '!' item takes out all that it matches."
     )
   shown = ', '.join(paths.literal(p) for p in met[:5])
   if reason:

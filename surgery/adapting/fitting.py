@@ -6,7 +6,7 @@ so that nothing is found out at the first call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from surgery import errors
@@ -55,25 +55,9 @@ def check_base(checkpoint: Checkpoint, record: AdapterRecord) -> None:
   Raises:
     BaseMismatchError: naming all that are missing or of another shape.
   """
-  problems = []
+  problems: list[str] = []
   for one in record.sites.values():
-    stacks = {}
-    for path, spec in zip(following.base_of(one), one.site.params, strict=True):
-      if path not in checkpoint:
-        problems.append(f'{paths.show(path)}: there is no such parameter')
-        continue
-      quantised.refuse(checkpoint[path], 'attach')
-      shape = checkpoint[path].shape
-      front = len(shape or ()) - len(spec.shape)
-      if shape is None or front < 0 or shape[front:] != spec.shape:
-        problems.append(
-          f'{paths.show(path)}: expected shape {spec.shape}, found {shape}'
-        )
-      else:
-        stacks[path] = shape[:front]
-    if len(set(stacks.values())) > 1:
-      shown = ', '.join(f'{paths.show(p)} {s}' for p, s in stacks.items())
-      problems.append(f'the axes stacked in front differ: {shown}')
+    problems += _site_problems(checkpoint, one)
   for path, saved in record.saved.items():
     if path not in checkpoint:
       problems.append(f'{paths.show(path)}: there is no such parameter')
@@ -89,6 +73,27 @@ def check_base(checkpoint: Checkpoint, record: AdapterRecord) -> None:
     )
 
 
+def _site_problems(checkpoint: Checkpoint, one: SiteRecord) -> Iterator[str]:
+  """Yields what a base lacks of the parameters of one site."""
+  stacks = {}
+  for path, spec in zip(following.base_of(one), one.site.params, strict=True):
+    if path not in checkpoint:
+      yield f'{paths.show(path)}: there is no such parameter'
+      continue
+    quantised.refuse(checkpoint[path], 'attach')
+    shape = checkpoint[path].shape
+    front = len(shape or ()) - len(spec.shape)
+    if shape is None or front < 0 or shape[front:] != spec.shape:
+      yield f'{paths.show(path)}: expected shape {spec.shape}, found {shape}'
+    else:
+      stacks[path] = shape[:front]
+  # Kernel and bias of stacked layers are stacked alike, or the adapter's
+  # weights could not follow both.
+  if len(set(stacks.values())) > 1:
+    shown = ', '.join(f'{paths.show(p)} {s}' for p, s in stacks.items())
+    yield f'the axes stacked in front differ: {shown}'
+
+
 # Against the file.
 
 
@@ -100,14 +105,14 @@ def check_file(
 ) -> None:
   """Raises unless a file holds the weights of its adapter, and no more.
 
-  Names and shapes have to be what the adapter's `init` makes of its
-  configuration for these sites.
+  Names and shapes must be those that the adapter's `init` returns for its
+  configuration and these sites.
 
   Args:
     alone: the file.
     record: the adapter as the file records it.
     checkpoint: the base, which has the parameters that it rewrites.
-    many: of how many adapters the weights are; None of one.
+    many: number of adapters that are stacked in the weights; None for one.
 
   Raises:
     FormatError: naming all that is missing, superfluous or of another shape.

@@ -31,16 +31,7 @@ def check_order(records: Records, names: Sequence[str]) -> None:
   Raises:
     OrderError: naming the adapter that is in the way.
   """
-  for other in records.adapters:
-    for path in other.saved if other.name not in names else ():
-      for adapter, _ in records.chains.get(path, ()):
-        if adapter.name in names:
-          raise errors.OrderError(
-            f'{paths.show(path)}: adapter {other.name!r} was saved with a '
-            f'value of its own for this parameter, which {adapter.name!r} '
-            'rewrites. '
-            f'Merge {other.name!r} first, or both together.'
-          )
+  _check_saved(records, names)
   for path, chain in records.chains.items():
     inside: list[AdapterRecord] = []
     for adapter, _ in chain:
@@ -110,8 +101,7 @@ def fold(
   """Returns the checkpoint with adapters folded into the base; see `merge`.
 
   Raises:
-    AdapterError: for an unknown name, one that is disabled, or one of which
-      something is missing.
+    AdapterError: for an adapter that is unknown, disabled or incomplete.
     OrderError: if an adapter inside does not commute.
     SiteError: when a leaf is loaded, if a result is not finite.
   """
@@ -119,13 +109,7 @@ def fold(
   merged = records.chosen(names)
   stood = {p: s.path for n in merged for p, s in records.get(n).saved.items()}
   for name in merged:
-    if not records.get(name).enabled:
-      raise errors.AdapterError(
-        f'adapter {name!r} is disabled: layers do not get what it would merge. '
-        'Enable it first, or detach it.'
-      )
-    records.get(name).check_met()
-    check_whole(checkpoint, records.get(name))
+    _check_mergeable(checkpoint, records.get(name))
   check_order(records, merged)
   encode = _asked(records, merged, host)
   gone = {p for n in merged for p in records.get(n).weight_paths()}
@@ -137,6 +121,7 @@ def fold(
       link for link in records.chains.get(path, ()) if link[0].name in merged
     )
     if path in stood:
+      # The value that the adapter saved becomes the base.
       leaf = _replaced(leaf, checkpoint[stood[path]])
     if chain:
       answer = Merged(checkpoint, chain, path, records, check_finite)
@@ -147,6 +132,37 @@ def fold(
       )
     leaves[path] = leaf
   return checkpoint.replace(leaves=leaves, records=records.remove(merged))
+
+
+def _check_mergeable(checkpoint: Checkpoint, record: AdapterRecord) -> None:
+  """Raises unless an adapter is enabled and complete."""
+  if not record.enabled:
+    raise errors.AdapterError(
+      f'adapter {record.name!r} is disabled, so layers do not get what it '
+      'would merge. Enable it first, or detach it.'
+    )
+  record.check_met()
+  check_whole(checkpoint, record)
+
+
+def _check_saved(records: Records, names: Sequence[str]) -> None:
+  """Raises if an adapter that stays has a value of its own for a parameter.
+
+  Its value stands in place of the stored one, beneath all adapters: a merge
+  into what is stored would be lost.
+
+  Raises:
+    OrderError: naming the parameter and both adapters.
+  """
+  for other in records.adapters:
+    for path in other.saved if other.name not in names else ():
+      for adapter, _ in records.chains.get(path, ()):
+        if adapter.name in names:
+          raise errors.OrderError(
+            f'{paths.show(path)}: adapter {other.name!r} was saved with a '
+            f'value of its own for this parameter, which {adapter.name!r} '
+            f'rewrites. Merge {other.name!r} first, or both together.'
+          )
 
 
 class Merged:

@@ -12,7 +12,7 @@ from surgery.host.manager import Host
 from surgery.model import quantised
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.model.layers import LayerTypes
-from surgery.model.records import AdapterRecord
+from surgery.model.records import AdapterRecord, SiteRecord
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
@@ -59,10 +59,10 @@ def detached(
   items: Iterable[selectors.Item],
   host: Host,
 ) -> Checkpoint:
-  """Returns the checkpoint without adapters of which all weights are meant.
+  """Returns the checkpoint without adapters whose weights are all selected.
 
-  That is only where `adapter:NAME` names them; weights that any other selector
-  matches are half of what an adapter needs.
+  Only `adapter:NAME` means the adapter; weights that any other selector matches
+  are half of what an adapter needs.
 
   Args:
     checkpoint: the model.
@@ -91,7 +91,7 @@ def without(
 ) -> Checkpoint:
   """Returns the checkpoint without some tensors.
 
-  A site of which all parameters go takes its weights along, and an adapter
+  A site whose parameters all go takes its weights along, and an adapter
   without sites goes too. Codes of a quantised weight take its scales along.
 
   Args:
@@ -132,20 +132,14 @@ def without(
 def _left(
   record: AdapterRecord, gone: set[Path], present: Checkpoint
 ) -> tuple[AdapterRecord | None, set[Path]]:
-  """Returns what is left of an adapter, and the weights that go along."""
-  sites = {}
-  more: set[Path] = set()
-  for path, site in record.sites.items():
-    base = following.base_of(site)
-    weights = [spec.path for spec in site.weights.values()]
-    lost = [p for p in (*base, *weights) if p in gone]
-    if all(p in gone for p in base):
-      more.update(weights)
-    elif lost:
-      kept = next(p for p in (*base, *weights) if p not in gone)
-      raise _half(record, lost[0], kept)
-    else:
-      sites[path] = site
+  """Returns the adapter without what goes, and the weights that go along."""
+  sites = _sites_left(record, gone)
+  more = {
+    spec.path
+    for path, site in record.sites.items()
+    if path not in sites
+    for spec in site.weights.values()
+  }
   saved = {}
   for path, spec in record.saved.items():
     if path in gone:
@@ -165,6 +159,28 @@ def _left(
     dataclasses.replace(record, sites=sites, saved=saved),
     more,
   )
+
+
+def _sites_left(
+  record: AdapterRecord, gone: Collection[Path]
+) -> dict[Path, SiteRecord]:
+  """Returns the sites of an adapter whose parameters stay.
+
+  Raises:
+    AdapterError: if half a site would be left.
+  """
+  sites = {}
+  for path, site in record.sites.items():
+    base = following.base_of(site)
+    parts = [*base, *(spec.path for spec in site.weights.values())]
+    if all(p in gone for p in base):
+      continue  # Its weights go along, whether they were selected or not.
+    lost = [p for p in parts if p in gone]
+    if lost:
+      kept = next(p for p in parts if p not in gone)
+      raise _half(record, lost[0], kept)
+    sites[path] = site
+  return sites
 
 
 def _half(record: AdapterRecord, lost: Path, kept: Path) -> errors.AdapterError:

@@ -24,9 +24,7 @@ from surgery.naming.selection import Selection
 # The weight's name of a parameter that is saved with an adapter.
 WEIGHT = 'saved'
 
-_HOW = (
-  'Say what to save by modules_to_save, e.g. modules_to_save=[] for nothing.'
-)
+_HOW = 'Set modules_to_save, e.g. modules_to_save=[] to save nothing else.'
 
 
 # Choosing what is saved.
@@ -44,14 +42,14 @@ def chosen(
   Args:
     checkpoint: the model.
     record: the adapter.
-    select: which; by default what differs from the base, where it is known what
-      that was, and otherwise all that was not frozen by `freeze`.
+    select: which; by default those that differ from the base, where the base
+      is known, and otherwise all that `freeze` has not frozen.
     layer_types: types of layers.
     host: whose hooks are asked.
 
   Raises:
     SelectorError: for a selector that matches nothing.
-    AdapterError: for what a file of an adapter cannot hold.
+    AdapterError: for a value that the file of an adapter cannot hold.
   """
   records = checkpoint.records(host)
   ours = _free(checkpoint, records, record)
@@ -63,7 +61,7 @@ def chosen(
   else:
     picked = choosing.chosen(checkpoint, select, layer_types or {}, host)
     meant = set(picked)
-    # A layer stands for all beneath it, of which adapters save their own.
+    # A layer means all beneath it, and weights of adapters are saved anyway.
     found = [p for p in ours if p in meant]
     if not found:
       raise errors.AdapterError(
@@ -161,6 +159,11 @@ def added(
 # Putting it back.
 
 
+def _alike(a: Leaf, b: Leaf, digest: Callable[[Leaf], str]) -> bool:
+  """Whether two tensors are equal; their bytes are read only if they may be."""
+  return (a.shape, a.dtype) == (b.shape, b.dtype) and digest(a) == digest(b)
+
+
 def settled(
   checkpoint: Checkpoint,
   alone: Mapping[Path, Leaf],
@@ -180,18 +183,15 @@ def settled(
     host: knows the adapters' types.
 
   Raises:
-    AdapterError: if an enabled adapter stands there, and it is none that was
-      beneath and had this value.
+    AdapterError: if an enabled adapter has a value for the same parameter, and
+      is not one that was beneath and had this value.
   """
   records = checkpoint.records(host)
   kept: dict[Path, WeightSpec] = {}
   both: dict[str, list[Path]] = {}
   for path, spec in record.saved.items():
     there = records.standing.get(path)
-    leaf, other = alone[spec.path], checkpoint[there or path]
-    same = (leaf.shape, leaf.dtype) == (other.shape, other.dtype) and (
-      digest(leaf) == digest(other)
-    )
+    same = _alike(alone[spec.path], checkpoint[there or path], digest)
     owner = None if there is None else records.owned[there]
     # Where the model has that value already, nothing has to be replaced. An
     # adapter that is not beneath may go, and would take it along.

@@ -413,7 +413,7 @@ def test_init_that_returns_no_weights_by_name_is_refused(weights, shown):
 def test_a_weight_that_is_both_shared_and_a_sites_own_is_refused():
   cls, host = broken(init_shared=lambda self, sites, key: {'w': jnp.ones(2)})
   with pytest.raises(
-    surgery.PluginError, match="'broken' calls a weight 'w' in init and"
+    surgery.PluginError, match="'broken' returns a weight 'w' from both init"
   ):
     surgery.attach(params_of(1), cls(), to='**', host=host)
 

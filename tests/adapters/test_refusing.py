@@ -145,7 +145,7 @@ def test_a_layer_that_a_pattern_names_in_part_is_warned_of(to, served, left):
   assert bool(left) == bool(said)
   for path in left:
     assert re.search(
-      rf"'narrow' cannot serve 1 of the layers .*: {path} \(.*\)\. To say",
+      rf"'narrow' cannot serve 1 of the layers .*: {path} \(.*\)\. If this is",
       said[0],
     )
     assert surgery.SiteWarning is caught[0].category
