@@ -341,4 +341,4 @@ def test_warnings_name_layers_in_the_order_of_the_file(
   shown = [f'{"/".join(name[:-1])} (' for name in order[:5]]
   places = [message.index(one) for one in shown]
   assert places == sorted(places)
-  assert '; and 2 more. To say' in message
+  assert '; and 2 more. If this is' in message
