@@ -521,16 +521,17 @@ def _check_rank_axes(cls: type[Adapter]) -> None:
   """Raises unless `rank_axes` names axes by weight.
 
   Raises:
-    PluginError: with what it is instead.
+    PluginError: naming what was found instead.
   """
-  said: Any = cls.rank_axes
-  if not isinstance(said, Mapping) or not all(
+  declared: Any = cls.rank_axes
+  if not isinstance(declared, Mapping) or not all(
     isinstance(name, str) and isinstance(axis, int) and axis is not True
-    for name, axis in said.items()
+    for name, axis in declared.items()
   ):
     raise errors.PluginError(
-      f'{config.called(cls)}: rank_axes: expected axes by the name of a '
-      f"weight, as {{'lora_a': -1, 'lora_b': 0}}, found {said!r}."
+      f'{config.called(cls)}: rank_axes: expected a mapping from the name of a '
+      "weight to an axis, as {'lora_a': -1, 'lora_b': 0}, found "
+      f'{declared!r}.'
     )
 
 

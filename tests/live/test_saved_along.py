@@ -394,7 +394,8 @@ def test_a_value_that_is_no_array_is_refused_by_name(tmp_path, net):
   params[('net', 'x')] = bx.Param({'a': jnp.ones(2)})
   file = tmp_path / 'a.msgpack'
   with pytest.raises(
-    surgery.AdapterError, match=r'net/x.*: changed in training.*=\[\] for noth'
+    surgery.AdapterError,
+    match=r'net/x.*: changed in training.*=\[\] to save noth',
   ):
     surgery.save_adapter(file, params)
   surgery.save_adapter(file, params, modules_to_save=[])
