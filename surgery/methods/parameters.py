@@ -112,8 +112,8 @@ class Parameters:
     for name, field in config.options(self._cls).items():
       if name not in found and config.is_required(field):
         raise errors.ConfigError(
-          f'{config.called(self._cls)}, option {option(name)!r}: it must be '
-          f'given, and nothing gives it for {paths.show(path)}.'
+          f'{config.called(self._cls)}, option {option(name)!r}: a value is '
+          f'required, and nothing gives it for {paths.show(path)}.'
         )
       if self._is_each(name):
         # Defaults, too, are one for each model.

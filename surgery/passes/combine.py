@@ -20,7 +20,7 @@ from surgery.model.checkpoint import Check, Checkpoint, Leaf
 from surgery.model.vocabulary import Vocabulary
 from surgery.naming import paths
 from surgery.naming.paths import Path
-from surgery.passes import arithmetic
+from surgery.passes import arithmetic, twins
 from surgery.passes import tokens as tokens_
 from surgery.passes.reshape import transposed
 
@@ -125,6 +125,7 @@ def combine(
       changed[path] = _combined(
         path, every, base is not None, options.at(path), seed, nonfinite, owner
       )
+      remarks += _apart(path, template, options)
     else:
       checks += _equal(path, every, leaves)
   if not changed:
@@ -140,6 +141,19 @@ def combine(
     remarks=(*result.remarks, *remarks),
     vocabulary=vocabulary,
   )
+
+
+def _apart(
+  path: Path, leaves: Checkpoint, options: parameters.Parameters
+) -> list[str]:
+  """Says of a head that may be a copy that it would be none any more."""
+  twin, _ = twins.twin(path, leaves)
+  if twin == path or options.at(path) == options.at(twin):
+    return []
+  return [
+    f'{paths.show(path)} has other options than {paths.show(twin)}; if it is a '
+    'copy of it, it will be none any more'
+  ]
 
 
 def _matched(
@@ -275,10 +289,6 @@ def _common(models: Sequence[_Model], only: str) -> list[Path]:
   )
 
 
-_EMBEDDING = ('embed', 'wte', 'token')
-_HEAD = ('head', 'output', *_EMBEDDING)
-
-
 def _check_tied(path: Path, models: Sequence[_Model]) -> None:
   """Raises for a head that some models have and others tie to the embedding.
 
@@ -295,7 +305,9 @@ def _check_tied(path: Path, models: Sequence[_Model]) -> None:
     return
   for other, leaf in lacks.leaves.items():
     name = paths.show(other).lower()
-    embeds = other in has.leaves and any(word in name for word in _EMBEDDING)
+    embeds = other in has.leaves and any(
+      word in name for word in twins.EMBEDDING
+    )
     if not embeds or leaf.shape not in (shape, shape[::-1]):
       continue
     turned = '' if leaf.shape == shape else ', transpose: true'
@@ -307,33 +319,6 @@ def _check_tied(path: Path, models: Sequence[_Model]) -> None:
       f'(untie: {{rules: {rule}{turned}}}), or rename the tensor if it is no '
       'head.'
     )
-
-
-def _twin(path: Path, leaves: Mapping[Path, Leaf]) -> tuple[Path, bool]:
-  """Returns the embedding of which a tensor may be a copy, else itself.
-
-  A head that is stored as a copy of the embedding has to stay one, so both are
-  combined alike: random numbers are drawn for the embedding's path, and a head
-  that is stored transposed is combined as the embedding lies.
-
-  Returns:
-    The path, and whether the tensor is the transpose.
-  """
-  shape = leaves[path].shape or ()
-  if len(shape) != 2 or not any(w in paths.show(path).lower() for w in _HEAD):
-    return path, False
-  for turned in (False, True):
-    wanted = shape[::-1] if turned else shape
-    alike = [
-      other
-      for other, leaf in leaves.items()
-      if leaf.shape == wanted
-      and any(word in paths.show(other).lower() for word in _EMBEDDING)
-    ]
-    if alike:
-      # A table of a square shape is its own twin.
-      return min(alike), turned
-  return path, False
 
 
 def _check_alike(
@@ -414,7 +399,7 @@ def _combined(
 ) -> Leaf:
   """Returns what a method makes of a tensor."""
   leaves = [one.leaves[path] for one in models]
-  twin, turned = _twin(path, models[0].leaves)
+  twin, turned = twins.twin(path, models[0].leaves)
   turned = turned and not method.pointwise
   if turned:
     leaves = [transposed(leaf, [1, 0]) for leaf in leaves]

@@ -2,6 +2,10 @@
 
 import dataclasses
 import itertools
+import os
+import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import hypothesis
@@ -259,13 +263,60 @@ def test_a_task_vector_of_weight_one_gives_the_tuned_model(data):
   same(tuned, combined('task_arithmetic', [tuned], base))
 
 
+ALL_OF_IT = {
+  'ties': {},
+  'magnitude_prune': {},
+  'dare_linear': {'density': 1},
+  'dare_ties': {'density': 1},
+  'della': {'density': 1, 'epsilon': 0},
+  'della_linear': {'density': 1, 'epsilon': 0},
+  'breadcrumbs': {'density': 1, 'gamma': 0},
+  'breadcrumbs_ties': {'density': 1, 'gamma': 0},
+  'sce': {'select_topk': 1},
+}
+
+
+@pytest.mark.parametrize('name', ALL_OF_IT)
 @quick
 @hypothesis.given(st.data())
-def test_ties_of_one_model_with_all_of_it_gives_the_tuned_model(data):
+def test_all_of_one_model_gives_the_tuned_model(name, data):
   base, tuned = pair(data.draw)
-  found = combined('ties', [tuned], base)['w']
+  found = combined(name, [tuned], base, **ALL_OF_IT[name])['w']
   # A number that is lost beside its base in float64 is lost.
   np.testing.assert_allclose(found, tuned['w'], rtol=1e-7, atol=1e-13)
+
+
+PROGRAM = """
+import os, sys
+if sys.argv[1] == '1' and hasattr(os, 'sched_setaffinity'):
+  os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from surgery.files.digest import digest
+from tests.methods import test_laws as laws
+
+for name, options in laws.CASES:
+  models, base = laws.inputs(name)
+  after = laws.combined(name, models, base, **options)
+  for path, value in after.items():
+    print(name, options, path, digest(value))
+"""
+
+
+def test_results_do_not_depend_on_the_process():
+  """The order of sets, and the number of cores, are another in each."""
+  found = []
+  for seed in '01':
+    done = subprocess.run(
+      [sys.executable, '-c', PROGRAM, seed],
+      env={**os.environ, 'PYTHONHASHSEED': seed, 'JAX_PLATFORMS': 'cpu'},
+      cwd=pathlib.Path(__file__).parents[2],
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert 0 == done.returncode, done.stderr
+    found.append(done.stdout)
+  assert len(CASES) * 7 == len(found[0].splitlines())
+  assert found[0] == found[1]
 
 
 @quick

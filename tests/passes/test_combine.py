@@ -365,6 +365,16 @@ def test_layers_of_several_models():
   assert [0, 1, 2, 102, 103, 104] == values
 
 
+def test_a_plan_says_where_options_take_a_copy_apart():
+  rows = np.ones((4, 2), np.float32)
+  both = [model(embed__w=k * rows, lm_head__w=k * rows) for k in range(2)]
+  apart = surgery.combine(
+    both, method='slerp', t={'lm_head': 0.5, '**': 0.25}
+  ).remarks
+  assert 1 == len(apart) and 'if it is a copy of it' in apart[0]
+  assert () == surgery.combine(both, method='slerp', t=0.5).remarks
+
+
 @pytest.mark.parametrize('method', ['dare_ties', 'dare_linear', 'della'])
 def test_a_head_that_is_a_copy_of_the_embedding_stays_one(method):
   rng = np.random.default_rng(0)

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 import surgery
 from surgery.files import arrays
+from surgery.model import grid as grids
 from surgery.model.checkpoint import Checkpoint, Leaf
 
 
@@ -252,9 +253,88 @@ def test_of_equal_numbers_the_first_go():
   np.testing.assert_array_equal([0, 0, 2, -2], got)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+  st.lists(NUMBERS, min_size=1, max_size=3),
+  st.floats(0, 1),
+  st.sampled_from(['float32', 'float64', 'bfloat16', 'complex64']),
+)
+def test_one_threshold_holds_for_all_tensors(some, share, dtype):
+  kind = arrays.DTYPES[dtype]
+  named = {f'x{k}': value.astype(kind) for k, value in enumerate(some)}
+  # Another dtype beside it.
+  named['y'] = np.array([1 / 3, -2, 0])
+  host = surgery.default_host()
+  after = host.passes['prune'](
+    model(**named), ['x*', 'y'], share, scope='all', host=host
+  )
+  wide = np.concatenate(
+    [
+      np.ravel(v).astype('c16' if 'c' in dtype else 'f8')
+      for v in named.values()
+    ]
+  )
+  gone = np.argsort(np.abs(wide), kind='stable')
+  gone = gone[: int(share * len(wide) * (1 + 1e-12))]
+  wide[gone] = 0
+  at = 0
+  for name, value in named.items():
+    want = wide[at : at + value.size].reshape(value.shape)
+    at += value.size
+    got = np.asarray(after[(name,)].load())
+    real = want if value.dtype.kind == 'c' else want.real
+    np.testing.assert_array_equal(got, real.astype(value.dtype))
+    parts = [np.ravel(part) for part in after[(name,)].parts()]
+    np.testing.assert_array_equal(np.concatenate(parts), got.reshape(-1))
+
+
+@pytest.mark.parametrize('scope', ['tensor', 'all'])
+def test_pruned_copies_of_the_embedding_stay_copies(tmp_path, scope):
+  # Few values, so that many are equal at the threshold.
+  table = np.random.default_rng(0).integers(-3, 4, (9, 5)).astype('f4')
+  other = np.random.default_rng(1).integers(-3, 4, (9, 5)).astype('f4')
+  named = {
+    'embed__w': table, 'head__w': table.copy(), 'flax__head': table.T.copy(),
+    'other__head': other, 'z': draw((7,)),
+  }  # fmt: skip
+  model(**named).write(tmp_path / 'm.safetensors')
+  for ckpt in (model(**named), surgery.open(tmp_path / 'm.safetensors')):
+    host = surgery.default_host()
+    after = host.passes['prune'](ckpt, '**', 0.6, scope=scope, host=host)
+    got = {'__'.join(p): np.asarray(v.load()) for p, v in after.items()}
+    np.testing.assert_array_equal(got['embed__w'], got['head__w'])
+    np.testing.assert_array_equal(got['embed__w'], got['flax__head'].T)
+    if scope == 'all':
+      counted = [got['embed__w'], got['other__head'], got['z']]
+      zeros = sum(np.count_nonzero(v == 0) for v in counted)
+      assert int(0.6 * (45 + 45 + 7)) == zeros
+    else:
+      assert 27 == np.count_nonzero(got['embed__w'] == 0)
+
+
+def test_a_file_is_pruned_in_blocks(tmp_path, monkeypatch):
+  value = draw((300, 40))
+  model(x=value, y=draw((50,), seed=1)).write(tmp_path / 'm.safetensors')
+  host = surgery.default_host()
+  made = lambda: host.passes['prune'](
+    surgery.open(tmp_path / 'm.safetensors'), '*', 0.37, scope='all', host=host
+  )
+  want = {path: np.asarray(leaf.load()) for path, leaf in made().items()}
+  small = lambda shape, most=77, grid=grids.grid: grid(shape, most)
+  monkeypatch.setattr('surgery.editing.regions.grid', small)
+  monkeypatch.setattr('surgery.model.checkpoint.grid', small)
+  monkeypatch.setattr('surgery.methods.streaming.PIECE', 16)
+  for path, leaf in made().items():
+    parts = [np.ravel(part) for part in leaf.parts()]
+    assert len(parts) > 1 or path == ('y',)
+    np.testing.assert_array_equal(want[path].reshape(-1), np.concatenate(parts))
+
+
 def test_pruning_that_cannot_be():
   with pytest.raises(surgery.SurgeryError, match='share: expected 0 to 1'):
     done('prune', model(x=draw(3)), 'x', share=1.5)
+  with pytest.raises(surgery.SurgeryError, match='tensor or all'):
+    done('prune', model(x=draw(3)), 'x', share=0.5, scope='x')
   with pytest.raises(surgery.SurgeryError, match='has NaN'):
     done('prune', model(x=np.array([np.nan, 1])), 'x', share=0.5)
   assert 0 == done('prune', model(x=draw((0, 3))), 'x', share=0.5).size
