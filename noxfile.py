@@ -5,6 +5,8 @@
 it is `make test`, with another virtual environment and, on the floor, with
 constraints. `nox -s torch`, which continuous integration runs too, loads what
 we write by the programs of others: about three minutes beside installing them.
+`nox -s mergekit` compares merges with those of mergekit: half a minute beside
+installing it.
 """
 
 import os
@@ -108,6 +110,31 @@ def torch(session: nox.Session) -> None:
     *('tests/interop/torch', 'tests/interop/test_minilm.py'),
     'tests/interop/peft/test_loaded_by_peft.py',
     env={'JAX_PLATFORMS': 'cpu'},
+  )
+  session.run('python', '-m', 'pip', 'freeze', '--exclude-editable')
+
+
+@nox.session(python=next(iter(FOUND.values())) if FOUND else PYTHONS[0])
+def mergekit(session: nox.Session) -> None:
+  """Merges of model folders, against those that mergekit computes."""
+  session.run('python', '-m', 'pip', 'install', '-q', '-U', 'pip>=25.1')
+  session.run(
+    *('python', '-m', 'pip', 'install', '-q', '-e', '.'),
+    *('--group', 'dev'),
+  )
+  try:
+    session.install('mergekit>=0.1.5')
+  except nox.command.CommandFailed:
+    session.error(
+      'mergekit cannot be installed here, so nothing was compared with it.'
+    )
+  # Where it cannot be imported tests would be skipped, and pass.
+  session.run('python', '-c', 'import mergekit.merge')
+  session.run(
+    *('python', '-m', 'pytest', '-q', '--durations=5'),
+    *('tests/methods/test_against_mergekit.py', 'tests/methods/test_tokens.py'),
+    'tests/interop/torch/test_tokenizers.py',
+    env={'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'},
   )
   session.run('python', '-m', 'pip', 'freeze', '--exclude-editable')
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 import surgery
 from surgery.files.digest import digest
+from tests.methods.vocabularies import bpe, ids
 from tests.recipes.models import by_name, close, held, same, values
 
 BOOK = pathlib.Path(__file__).parents[2] / 'docs' / 'cookbook'
@@ -276,6 +277,90 @@ def test_blend(run):
   after = values(run('blend', {'a': a, 'b': b}, t=0.3))
   wide = {p: a[p].astype('f8') * 0.7 + b[p].astype('f8') * 0.3 for p in a}
   close({p: v.astype('f4') for p, v in wide.items()}, after)
+
+
+def folder(path, arrays, tokens=None):
+  """Writes a model folder of a Llama."""
+  path.mkdir()
+  held(arrays).write(path / 'model.safetensors')
+  rows = len(arrays['lm_head/weight'])
+  said = {'model_type': 'llama', 'vocab_size': rows, 'eos_token_id': 0}
+  (path / 'config.json').write_text(json.dumps(said))
+  if tokens is not None:
+    (path / 'tokenizer.json').write_text(json.dumps(bpe(tokens)))
+  return path
+
+
+def test_ties(tmp_path, surgery_cli):
+  base = llama()
+  tuned = [
+    {p: v + (0.1 * delta[p]).astype('f4') for p, v in base.items()}
+    for delta in (llama(seed=1), llama(seed=2))
+  ]
+  one = folder(tmp_path / 'a', tuned[0], [f't{k}' for k in range(40)])
+  given = [f'a={one}']
+  for name, arrays in (('b', tuned[1]), ('base', base)):
+    held(arrays).write(tmp_path / f'{name}.safetensors')
+    given.append(f'{name}={tmp_path / name}.safetensors')
+  out = tmp_path / 'out'
+  result = surgery_cli('run', BOOK / 'ties.yaml', *given, f'out={out}/')
+  assert 0 == result.code, result.err
+  assert {'config.json', 'model.safetensors', 'tokenizer.json'} == {
+    p.name for p in out.iterdir()
+  }
+  after = values(surgery.open(out))
+  expected = {}
+  for path, value in base.items():
+    deltas = []
+    for weight, model in zip((0.6, 0.4), tuned, strict=True):
+      delta = model[path].astype('f8') - value
+      least = np.sort(np.abs(delta), axis=None)[-int(delta.size * 0.5)]
+      deltas.append(weight * np.where(np.abs(delta) >= least, delta, 0))
+    stacked = np.stack(deltas)
+    agree = np.sign(stacked) == np.where(stacked.sum(0) >= 0, 1, -1)
+    share = (agree * np.reshape([0.6, 0.4], (2, *[1] * value.ndim))).sum(0)
+    total = (stacked * agree).sum(0) / np.where(share, share, 1)
+    expected[path] = (value + total).astype('f4')
+  close(expected, after, 1e-5)
+
+
+def test_gradient(run):
+  a, b = llama(layers=3), llama(layers=3, seed=1)
+  after = values(run('gradient', {'a': a, 'b': b}))
+  layer = lambda k, part: next(
+    p for p in a if f'/layers/{k}/{part}' in p and 'norm' not in p
+  )
+  # The ends are the models themselves.
+  same({p: a[p] for p in [layer(0, 'self_attn'), layer(2, 'mlp')]},
+       {p: after[p] for p in [layer(0, 'self_attn'), layer(2, 'mlp')]})  # fmt: skip
+  same({p: b[p] for p in [layer(2, 'self_attn'), layer(0, 'mlp')]},
+       {p: after[p] for p in [layer(2, 'self_attn'), layer(0, 'mlp')]})  # fmt: skip
+  for path in ('lm_head/weight', layer(1, 'mlp'), 'model/norm/weight'):
+    x, y = (m[path].astype('f8').ravel() for m in (a, b))
+    angle = np.arccos(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+    want = np.sin(angle / 2) / np.sin(angle) * (x + y)
+    np.testing.assert_allclose(after[path].ravel(), want, atol=1e-6)
+
+
+def test_two_vocabularies(tmp_path, surgery_cli):
+  first = [f't{k}' for k in range(40)]
+  second = [*first[39:9:-1], *(f'u{k}' for k in range(10))]
+  models = [llama(), llama(seed=1)]
+  given = [
+    f'{name}={folder(tmp_path / name, arrays, tokens)}'
+    for name, arrays, tokens in zip('ab', models, (first, second), strict=True)
+  ]
+  out = tmp_path / 'out'
+  recipe = BOOK / 'two-vocabularies.yaml'
+  result = surgery_cli('run', recipe, *given, f'out={out}/')
+  assert 0 == result.code, result.err
+  assert 50 == json.loads((out / 'config.json').read_text())['vocab_size']
+  assert [*first, *second[30:]] == list(ids(out))
+  after = values(surgery.open(out))
+  for name in ('model/embed_tokens/weight', 'lm_head/weight'):
+    a, b = (model[name] for model in models)
+    want = np.concatenate([a[:10], (a[10:] + b[29::-1]) / 2, b[30:]])
+    np.testing.assert_allclose(after[name], want, atol=1e-6)
 
 
 def test_transplant_lora(run, tmp_path):
