@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from surgery import errors
+from surgery.cli import demo_trees
 from surgery.cli.command import Command
 
 SIZES = (128, 64, 10)
@@ -237,14 +238,22 @@ def run(
     'off equals base': equal(off, base),
     'merged equals adapted': equal(merged, params),
   }
+  return figures
+
+
+def check(figures: dict[str, Any]) -> None:
+  """Raises unless the demo found what must hold.
+
+  Raises:
+    SurgeryError: naming what does not.
+  """
   for promise in (
     'base bit-unchanged',
     'off equals base',
     'merged equals adapted',
   ):
     if not figures[promise]:
-      raise errors.SurgeryError(f'the demo found that not: {promise}.')
-  return figures
+      raise errors.SurgeryError(f'demo check failed: {promise}.')
 
 
 # The command line.
@@ -285,9 +294,18 @@ def _show(figures: dict[str, Any]) -> None:
   type=click.Path(path_type=pathlib.Path, file_okay=False),
   help='Keep the files in this folder.',
 )
+@click.option(
+  '--framework',
+  type=click.Choice(['blox', 'linen', 'nnx', 'equinox']),
+  default='blox',
+  show_default=True,
+  help='What the model is written in.',
+)
 @click.option('--seed', type=int, default=0, show_default=True)
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
-def command(keep: pathlib.Path | None, seed: int, as_json: bool) -> None:
+def command(
+  keep: pathlib.Path | None, framework: str, seed: int, as_json: bool
+) -> None:
   """Pretrain on the digits 0-4, adapt the saved file to 5-9, merge, save.
 
   Uses scikit-learn's handwritten digits; takes some ten seconds.
@@ -295,7 +313,12 @@ def command(keep: pathlib.Path | None, seed: int, as_json: bool) -> None:
   if keep is not None:
     keep.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory() as folder:
-    figures = run(keep or pathlib.Path(folder), seed, _bar)
+    where = keep or pathlib.Path(folder)
+    if framework == 'blox':
+      figures = run(where, seed, _bar)
+    else:
+      figures = demo_trees.run(framework, where, seed, _bar)
+  check(figures)
   if as_json:
     click.echo(json.dumps(figures))
   else:

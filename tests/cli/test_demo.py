@@ -1,6 +1,7 @@
 import json
 
 import jax.numpy as jnp
+import pytest
 
 import surgery
 
@@ -31,3 +32,24 @@ def test_the_demo_does_what_it_promises(tmp_path, surgery_cli):
   for path in surgery.adapters(trained)[0].sites:
     weight = (*path[:-1], 'lora_a')
     assert jnp.array_equal(trained[weight].value, again[weight].value)
+
+
+@pytest.mark.parametrize('framework', ['linen', 'nnx', 'equinox'])
+def test_the_demo_does_the_same_in_other_frameworks(
+  framework, surgery_cli, monkeypatch
+):
+  from surgery.cli import demo
+
+  # What it promises of bits does not need long training.
+  monkeypatch.setattr(demo, 'PRETRAIN_STEPS', 150)
+  monkeypatch.setattr(demo, 'ADAPT_STEPS', 150)
+  result = surgery_cli('demo', '--framework', framework, '--json')
+  assert 0 == result.code, result.err
+  figures = json.loads(result.out)
+  scores = figures['accuracy']
+  assert scores['base']['0-4'] >= 0.9
+  assert scores['base']['5-9'] < 0.2
+  assert scores['adapted']['5-9'] >= 0.6
+  assert scores['adapter off'] == scores['base']
+  assert scores['merged'] == scores['adapted']
+  assert 0 < figures['trainable share'] < 0.25
