@@ -1,4 +1,4 @@
-"""VeRA and VB-LoRA in the folders of PEFT."""
+"""VeRA, VB-LoRA, MiSS and BAT in the folders of PEFT."""
 
 from __future__ import annotations
 
@@ -139,3 +139,113 @@ class PeftVBLoRA(surgery.PeftMapping):
       'vblora_logits_A': weights['logits_a'],
       'vblora_logits_B': weights['logits_b'],
     }
+
+
+class _PeftMiSS(surgery.PeftMapping):
+  """What MiSS and BAT have: linear layers alone."""
+
+  peft_type = 'MISS'
+  names = ('miss_block',)
+  bias = True
+  fields: ClassVar[Mapping[str, str]] = {'r': 'rank'}
+  defaults: ClassVar[Mapping[str, Any]] = {
+    'r': 64,
+    'mini_r': 1,
+    'init_weights': True,
+  }
+  ignored = ('miss_dropout',)
+
+  def check_linear(self, layer: surgery.PeftLayer) -> None:
+    """Raises for what PEFT has no MiSS for.
+
+    Raises:
+      SiteError: naming it.
+    """
+    if layer.kind != 'linear':
+      raise surgery.SiteError(
+        f'{layer.name}: PEFT has MISS for linear layers alone, and this is of '
+        f'kind {layer.kind!r}.'
+      )
+
+
+class PeftMiSS(_PeftMiSS):
+  """`miss_block` `(r, out)`, or `(r, mini_r)` with `init_weights: mini`."""
+
+  def reads(self, config: Mapping[str, Any]) -> bool:
+    """MiSS, whether its blocks are repeated along the outputs or not."""
+    return config.get('init_weights') != 'bat'
+
+  def options(self, module: surgery.PeftModule) -> dict[str, Any]:
+    """Returns rows and columns of the block."""
+    mini = module.config['init_weights'] == 'mini'
+    columns = module.config['mini_r'] if mini else None
+    return {**super().options(module), 'columns': columns}
+
+  def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
+    """Returns the outputs, unless blocks are repeated along them."""
+    shape = module.shapes['miss_block']
+    mini = module.config['init_weights'] == 'mini'
+    return None, (None if mini or len(shape) != 2 else shape[1])
+
+  def weights(
+    self, layer: surgery.PeftLayer, tensors: Arrays
+  ) -> dict[str, Any]:
+    """Returns the block."""
+    self.check_linear(layer)
+    return {'miss_block': tensors['miss_block']}
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Returns the block."""
+    self.check_linear(layer)
+    return {'miss_block': weights['miss_block']}
+
+  def config(self, adapter: Any, layers: Any) -> dict[str, Any]:
+    """Returns rows and columns, each the same for all modules.
+
+    Raises:
+      ConfigError: for columns that differ.
+    """
+    found = [one.columns for one, _ in layers.values()] or [adapter.columns]
+    if len(set(found)) > 1:
+      raise surgery.ConfigError(
+        "adapter type 'miss', option 'columns': PEFT has one value of 'mini_r' "
+        f'for all modules, found {found[0]} and others.'
+      )
+    return {
+      **super().config(adapter, layers),
+      'mini_r': found[0] or 1,
+      'init_weights': 'mini' if found[0] else True,
+    }
+
+
+class PeftBAT(_PeftMiSS):
+  """`miss_block` `(out / r, r, r)`, which PEFT applies to `(out, in)`."""
+
+  def reads(self, config: Mapping[str, Any]) -> bool:
+    """MiSS that begins as BAT."""
+    return config.get('init_weights') == 'bat'
+
+  def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
+    """Returns the outputs of all blocks."""
+    shape = module.shapes['miss_block']
+    return None, (shape[0] * shape[1] if len(shape) == 3 else None)
+
+  def weights(
+    self, layer: surgery.PeftLayer, tensors: Arrays
+  ) -> dict[str, Any]:
+    """Returns the blocks, turned."""
+    self.check_linear(layer)
+    return {'bat_block': tensors['miss_block'].transpose(0, 2, 1)}
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Returns the blocks, turned back."""
+    self.check_linear(layer)
+    return {'miss_block': weights['bat_block'].transpose(0, 2, 1)}
+
+  def config(self, adapter: Any, layers: Any) -> dict[str, Any]:
+    """Returns the rows of a block."""
+    return {**super().config(adapter, layers), 'init_weights': 'bat'}

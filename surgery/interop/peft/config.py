@@ -60,6 +60,7 @@ _ELSEWHERE = {
   'LOHA': 'surgery-products',
   'LOKR': 'surgery-products',
   'LORA': 'surgery-lora-family',
+  'MISS': 'surgery-shared',
   'OFT': 'surgery-orthogonal',
   'VBLORA': 'surgery-shared',
   'VERA': 'surgery-shared',

@@ -182,6 +182,42 @@ CASES = {
     r=9, lora_alpha=6, use_dora=True, target_modules=['fc0', 'head'])),
   'large_rank_loha': ('products', 'net', peft.LoHaConfig(
     r=9, alpha=3, target_modules=['fc0', 'head'])),
+  'miss': ('shared', 'net', peft.MissConfig(
+    r=4, target_modules=['fc0', 'head'])),
+  # Five does not divide the numbers of inputs.
+  'miss_rest': ('shared', 'net', peft.MissConfig(
+    r=5, target_modules=['fc0', 'fc1'])),
+  'miss_mini': ('shared', 'net', peft.MissConfig(
+    r=4, mini_r=4, init_weights='mini', target_modules=['fc0', 'fc1'])),
+  'miss_bat': ('shared', 'net', peft.MissConfig(
+    r=4, init_weights='bat', target_modules=['fc0', 'fc1'])),
+  'tokens': ('scaling', 'net', peft.TrainableTokensConfig(
+    target_modules=['emb'], token_indices=[7, 2, 9])),
+  'tokens_tied': ('scaling', 'tied', peft.TrainableTokensConfig(
+    token_indices=[0, 11, 3])),
+  'hra_conv': ('orthogonal', 'conv', peft.HRAConfig(
+    r=4, target_modules=['conv', 'point'])),
+  'boft_conv': ('orthogonal', 'conv', peft.BOFTConfig(
+    boft_block_size=4, target_modules=['conv', 'point'])),
+  'oft_conv': ('orthogonal', 'conv', peft.OFTConfig(
+    oft_block_size=4, target_modules=['point'])),
+  # Its merge is not what it computes.
+  'oft_conv_taps': ('orthogonal', 'conv', peft.OFTConfig(
+    oft_block_size=4, target_modules=['conv'])),
+  'lokr_conv': ('products', 'conv', peft.LoKrConfig(
+    r=1, alpha=3, target_modules=['conv', 'point'])),
+  'lokr_conv_whole': ('products', 'conv', peft.LoKrConfig(
+    r=8, alpha=3, target_modules=['conv', 'groups'])),
+  'lokr_both': ('products', 'conv', peft.LoKrConfig(
+    r=1, alpha=3, decompose_both=True, decompose_factor=4,
+    target_modules=['conv', 'point', 'groups'])),
+  'loha_groups': ('products', 'conv', peft.LoHaConfig(
+    r=3, alpha=5, target_modules=['groups'])),
+  'ia3_groups': ('scaling', 'conv', peft.IA3Config(
+    target_modules=['groups'], feedforward_modules=[])),
+  # PEFT does not merge it: the update of a group is not of its shape.
+  'lora_groups': ('', 'conv', peft.LoraConfig(
+    r=4, lora_alpha=5, target_modules=['conv', 'groups'])),
 }  # fmt: skip
 
 

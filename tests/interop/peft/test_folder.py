@@ -101,7 +101,7 @@ def test_a_configuration_that_cannot_be_done_is_refused(
   [
     ('PREFIX_TUNING', 'keys and values, not those of layers'),
     ('XLORA', 'a router chooses'),
-    ('MISS', 'no adapter type reads it'),
+    ('ADAMSS', 'no adapter type reads it'),
     (None, 'expected the name of a method'),
     (7, 'expected the name of a method'),
   ],

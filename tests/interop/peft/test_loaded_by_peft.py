@@ -70,6 +70,9 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
   'oft-series': ('oft', {'block_size': 4, 'terms': 5}, MATRICES),
   'boft': ('boft', {'block_size': 4}, MATRICES),
   'hra': ('hra', {'rank': 4}, MATRICES),
+  'miss': ('miss', {'rank': 5}, MATRICES),
+  'miss-mini': ('miss', {'rank': 4, 'columns': 4}, MATRICES),
+  'bat': ('bat', {'rank': 8}, MATRICES),
 }
 
 
