@@ -207,7 +207,7 @@ class Folder:
     for name, value in load_file(self.base).items():
       *layer, last = name.split('.')
       if last == 'weight' and value.ndim > 1:
-        last = 'embedding' if 'emb' in layer else 'kernel'
+        last = 'embedding' if 'emb' in '.'.join(layer) else 'kernel'
       params['net', *layer, last] = bx.Param(jnp.asarray(_turned(last, value)))
     params = surgery.load_adapter(self.path, params.locked())
     merged = surgery.merge(params)
@@ -223,7 +223,7 @@ class Folder:
     for name, value in self.merged.items():
       *layer, last = name.split('.')
       if last == 'weight' and value.ndim > 1:
-        last = 'embedding' if 'emb' in layer else 'kernel'
+        last = 'embedding' if 'emb' in '.'.join(layer) else 'kernel'
       expected = _turned(last, value)
       np.testing.assert_allclose(
         live[*layer, last], expected, atol=2e-5, err_msg=name

@@ -172,6 +172,7 @@ class PeftMapping:
     drawn: weights of ours that PEFT does not have; `init` draws them.
     bias: whether the configuration has `bias`, so that biases can be saved.
     conv1d: whether it has `fan_in_fan_out`, so that Conv1D can be adapted.
+    saves: whether it has `modules_to_save`.
     experts: whether it has `target_parameters`, so that parameters in which
       experts are stacked can be adapted; see `PeftLayer.stack`.
 
@@ -198,6 +199,7 @@ class PeftMapping:
   drawn: ClassVar[tuple[str, ...]] = ()
   bias: ClassVar[bool] = False
   conv1d: ClassVar[bool] = False
+  saves: ClassVar[bool] = True
   experts: ClassVar[bool] = False
 
   # Reading.

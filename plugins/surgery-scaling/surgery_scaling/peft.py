@@ -1,4 +1,4 @@
-"""IA3 and LN tuning in the folders of PEFT."""
+"""IA3, LN tuning and trainable tokens in the folders of PEFT."""
 
 from __future__ import annotations
 
@@ -124,3 +124,50 @@ class PeftLNTuning(surgery.PeftMapping):
     """Refuses, as `config` does."""
     del layer, weights
     return self.config(None, {})
+
+
+class PeftTokens(surgery.PeftMapping):
+  """`trainable_tokens_delta` `(tokens, features)`, which is no difference.
+
+  Where a head is tied to the embedding, PEFT saves the rows for both.
+  """
+
+  peft_type = 'TRAINABLE_TOKENS'
+  names = ('trainable_tokens_delta',)
+  saves = False
+  fields: ClassVar[Mapping[str, str]] = {'token_indices': 'tokens'}
+  defaults: ClassVar[Mapping[str, Any]] = {'token_indices': []}
+  ignored = ('init_weights',)
+
+  def kind(self, module: surgery.PeftModule) -> str | None:
+    """Rows are those of an embedding, also where it is a head."""
+    del module
+    return 'embedding'
+
+  def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
+    """Returns the number of features; rows are those of the base."""
+    shape = module.shapes['trainable_tokens_delta']
+    return None, (shape[1] if len(shape) == 2 else None)
+
+  def weights(
+    self, layer: surgery.PeftLayer, tensors: Arrays
+  ) -> dict[str, Any]:
+    """Returns the rows."""
+    return {'token_rows': layer.outputs(tensors['trainable_tokens_delta'])}
+
+  def tensors(
+    self, layer: surgery.PeftLayer, weights: Arrays
+  ) -> dict[str, Any]:
+    """Returns the rows.
+
+    Raises:
+      SiteError: for what is no embedding.
+    """
+    if layer.kind != 'embedding':
+      raise surgery.SiteError(
+        f'{layer.name}: PEFT trains rows of embeddings, and this is of kind '
+        f'{layer.kind!r}.'
+      )
+    return {
+      'trainable_tokens_delta': layer.torch_outputs(weights['token_rows'])
+    }

@@ -1,6 +1,6 @@
 """The laws of adapter types."""
 
-from surgery_scaling import IA3, BitFit, LNTuning
+from surgery_scaling import IA3, BitFit, LNTuning, TrainableTokens
 
 from surgery.testing import AdapterConformance
 
@@ -19,3 +19,10 @@ class TestLNTuning(AdapterConformance):
   adapter = LNTuning()
   kinds = ('linear', 'norm')
   unsupported = ('linear',)
+
+
+class TestTrainableTokens(AdapterConformance):
+  adapter = TrainableTokens(tokens=(2, 0))
+  kinds = ('embed', 'conv')
+  unsupported = ('conv',)
+  too_large = {'tokens': (10_000,)}

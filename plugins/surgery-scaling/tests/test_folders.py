@@ -18,6 +18,9 @@ import surgery
     'variants/ia3_conv',
     'variants/ia3_conv_ff',
     'variants/ln',
+    'conv/ia3_groups',
+    'net/tokens',
+    'tied/tokens_tied',
   ],
 )
 def test_a_folder_is_merged_and_written_as_peft_does(folder, name):

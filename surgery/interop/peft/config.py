@@ -62,6 +62,7 @@ _ELSEWHERE = {
   'LORA': 'surgery-lora-family',
   'MISS': 'surgery-shared',
   'OFT': 'surgery-orthogonal',
+  'TRAINABLE_TOKENS': 'surgery-scaling',
   'VBLORA': 'surgery-shared',
   'VERA': 'surgery-shared',
 }

@@ -425,6 +425,14 @@ class _Writer:
       **self._tokens(saved),
       'modules_to_save': modules or None,
     }
+    if not self._mapping.saves:
+      del fresh['modules_to_save']
+      if modules:
+        raise errors.FormatError(
+          f'{self._origin}: {errors.listed(modules)}: trained along, and PEFT '
+          f'saves no modules with {self._mapping.peft_type}. Leave them out by '
+          'modules_to_save=[], or merge the adapter and ship the model.'
+        )
     if self._mapping.bias:
       # PEFT passes biases on that a folder has, under any name of this kind.
       only = f'{self._mapping.peft_type.lower()}_only'

@@ -73,6 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
   'miss': ('miss', {'rank': 5}, MATRICES),
   'miss-mini': ('miss', {'rank': 4, 'columns': 4}, MATRICES),
   'bat': ('bat', {'rank': 8}, MATRICES),
+  'trainable-tokens': ('trainable-tokens', {'tokens': [7, 2]}, ['emb']),
 }
 
 
