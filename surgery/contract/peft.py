@@ -58,17 +58,19 @@ class _Named:
 
 @dataclasses.dataclass(frozen=True)
 class PeftModule(_Named):
-  """A module of a PEFT folder, before its place in a model is known.
+  """A module of a PEFT folder, by what the folder says of it.
 
   Attributes:
     name: its name in the model, e.g. `mlp.hidden0`.
     shapes: shapes of its tensors, by name within the module.
     config: `adapter_config.json`, with PEFT's defaults for absent keys.
+    kind: `linear`, `conv` or `embedding`; empty before its place is known.
   """
 
   name: str
   shapes: Shapes
   config: Mapping[str, Any]
+  kind: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

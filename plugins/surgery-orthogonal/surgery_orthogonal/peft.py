@@ -14,25 +14,20 @@ Layers = Mapping[str, tuple[Any, Mapping[str, tuple[int, ...]]]]
 
 
 class _Turning(surgery.PeftMapping):
-  """What all have: linear layers alone.
-
-  PEFT turns the patches of a convolution in a call, and its kernel when it
-  merges, which are not the same.
-  """
+  """What all have: they turn the inputs, of convolutions in torch's order."""
 
   bias = True
 
-  def check_linear(self, layer: surgery.PeftLayer) -> None:
-    """Raises for a convolution.
-
-    Raises:
-      SiteError: naming it.
-    """
-    if layer.kind == 'conv':
-      raise surgery.SiteError(
-        f'{layer.name}: a convolution, of which PEFT computes something else '
-        'in a call than it merges.'
-      )
+  def order(
+    self, layer: surgery.PeftLayer, rows: Any, back: bool = False
+  ) -> Any:
+    """Returns rows `(in, …)` of torch's order in that of the site, or back."""
+    rest = rows.shape[1:]
+    if back:
+      return layer.torch_inputs(
+        rows.reshape(*layer.site.in_shape, *rest)
+      ).reshape(-1, *rest)
+    return layer.inputs(rows.reshape(*layer.features, *rest)).reshape(-1, *rest)
 
 
 class PeftOFT(_Turning):
@@ -66,6 +61,19 @@ class PeftOFT(_Turning):
         f'peft_version is {config.get("peft_version")!r}, and releases before '
         '0.18 computed use_cayley_neumann by another series. Merge it with '
         'that release.'
+      )
+
+  def _check(self, layer: surgery.PeftLayer) -> None:
+    """Raises for a convolution with a kernel.
+
+    Raises:
+      SiteError: naming it.
+    """
+    if any(size != 1 for size in layer.kernel):
+      raise surgery.SiteError(
+        f'{layer.name}: a convolution with a kernel of {layer.kernel}. PEFT '
+        'turns the patches that it sees in a call, and adds them up where they '
+        'overlap, which no kernel computes; its merge is something else.'
       )
 
   def options(self, module: surgery.PeftModule) -> dict[str, Any]:
@@ -103,14 +111,14 @@ class PeftOFT(_Turning):
     self, layer: surgery.PeftLayer, tensors: Arrays
   ) -> dict[str, Any]:
     """Returns `oft_q`."""
-    self.check_linear(layer)
+    self._check(layer)
     return {'oft_q': tensors['oft_R.weight']}
 
   def tensors(
     self, layer: surgery.PeftLayer, weights: Arrays
   ) -> dict[str, Any]:
     """Returns `oft_R.weight`."""
-    self.check_linear(layer)
+    self._check(layer)
     return {'oft_R.weight': weights['oft_q']}
 
   def config(self, adapter: Any, layers: Layers) -> dict[str, Any]:
@@ -137,6 +145,8 @@ class PeftOFT(_Turning):
 
 class PeftBOFT(_Turning):
   """`boft_R` `(factors, blocks, size, size)` and `boft_s` `(out, 1)`.
+
+  The scale of a convolution is `(1, out)`.
 
   Of each block of `boft_R` only the skew-symmetric part counts; PEFT trains
   and saves all of it.
@@ -166,13 +176,26 @@ class PeftBOFT(_Turning):
     """Returns the rows of all blocks, and the scaled outputs."""
     r = module.shapes.get('boft_R', ())
     s = module.shapes.get('boft_s', ())
-    return (r[1] * r[2] if len(r) == 4 else None), (s[0] if s else None)
+    return (r[1] * r[2] if len(r) == 4 else None), (max(s) if s else None)
+
+  def _check(self, layer: surgery.PeftLayer) -> None:
+    """Raises where blocks are cut out of another order of inputs.
+
+    Raises:
+      SiteError: naming the convolution.
+    """
+    if layer.channels_last and any(size != 1 for size in layer.kernel):
+      raise surgery.SiteError(
+        f'{layer.name}: a convolution with a kernel of {layer.kernel}, whose '
+        'inputs are in another order in torch, (in, *kernel), and are cut into '
+        "other blocks there. Use the checkpoint in torch's order of axes."
+      )
 
   def weights(
     self, layer: surgery.PeftLayer, tensors: Arrays
   ) -> dict[str, Any]:
     """Returns `boft_r` and `boft_s`."""
-    self.check_linear(layer)
+    self._check(layer)
     scale = layer.outputs(tensors['boft_s'].reshape(-1))
     return {'boft_r': tensors['boft_R'], 'boft_s': scale}
 
@@ -182,8 +205,9 @@ class PeftBOFT(_Turning):
     """Returns `boft_R` and `boft_s`."""
     import numpy as np
 
-    self.check_linear(layer)
-    scale = layer.torch_outputs(weights['boft_s'])[:, None]
+    self._check(layer)
+    scale = layer.torch_outputs(weights['boft_s'])
+    scale = scale[None] if layer.kind == 'conv' else scale[:, None]
     if 'boft_r' in weights:
       return {'boft_R': weights['boft_r'], 'boft_s': scale}
     numbers = weights['boft_q']
@@ -239,12 +263,10 @@ class PeftHRA(_Turning):
     self, layer: surgery.PeftLayer, tensors: Arrays
   ) -> dict[str, Any]:
     """Returns `hra_u`."""
-    self.check_linear(layer)
-    return {'hra_u': tensors['hra_u']}
+    return {'hra_u': self.order(layer, tensors['hra_u'])}
 
   def tensors(
     self, layer: surgery.PeftLayer, weights: Arrays
   ) -> dict[str, Any]:
     """Returns `hra_u`."""
-    self.check_linear(layer)
-    return {'hra_u': weights['hra_u']}
+    return {'hra_u': self.order(layer, weights['hra_u'], back=True)}

@@ -20,10 +20,24 @@ import surgery
     'variants/oft_neumann',
     'variants/oft_neumann3',
     'variants/oft_r',
+    'conv/hra_conv',
+    'conv/oft_conv',
   ],
 )
 def test_a_folder_is_merged_and_written_as_peft_does(folder, name):
   folder(name).check()
+
+
+def test_a_butterfly_of_a_convolution_has_the_order_of_torch(folder):
+  one = folder('conv/boft_conv')
+  one.check(live=False)
+  with pytest.raises(surgery.SiteError, match=r'conv: .*cut into other blocks'):
+    one.live()
+
+
+def test_patches_that_overlap_are_refused(folder):
+  with pytest.raises(surgery.SurgeryError, match='which no kernel computes'):
+    folder('conv/oft_conv_taps').merged_file()
 
 
 @pytest.mark.parametrize('version', ['0.17.1', None])
@@ -74,12 +88,13 @@ def test_an_adapter_of_ours_is_written_and_read_again(
   )
 
 
-def test_a_convolution_has_no_folder(tmp_path):
+@pytest.mark.parametrize('adapter', [OFT(block_size=4), BOFT(block_size=4)])
+def test_blocks_of_a_convolution_have_no_folder(adapter, tmp_path):
   import blox as bx
   import jax.numpy as jnp
 
   params = bx.Params()
   params['net', 'kernel'] = bx.Param(jnp.ones((3, 3, 4, 4)))
-  params = surgery.attach(params.locked(), HRA(rank=2), to='net')
+  params = surgery.attach(params.locked(), adapter, to='net')
   with pytest.raises(surgery.SiteError, match='a convolution'):
     surgery.save_adapter(tmp_path / 'out', params, format='peft')

@@ -86,8 +86,9 @@ class LoKr(surgery.Adapter):
 
   `W' = W + s·(C ⊗ D)` with `C` of shape `(in₁, out₁)`, `D` `(in₂, out₂)`, where
   `in = in₁·in₂` and `out = out₁·out₂`, and `s = alpha / rank`. `D` is a product
-  of rank `rank` if that is less than half of its larger side. `C` is zero at
-  the start, so `W' = W`.
+  of rank `rank` if that is less than half of its larger side, and with `both`
+  `C`, too. With `taps`, `in` is the number of channels of a convolution, and
+  `D` has a matrix for each tap. `C` is zero at the start, so `W' = W`.
   """
 
   name = 'lokr'
@@ -101,24 +102,70 @@ class LoKr(surgery.Adapter):
   factor: int = surgery.field(
     default=-1, ge=-1, doc='Size of the small factor; -1 for near the root.'
   )
+  both: bool = surgery.field(
+    default=False,
+    doc='Make the small factor a product, too, where it is large.',
+  )
+  factor_first: bool = surgery.field(
+    default=False,
+    doc='Let a factor that divides a side be the size of the small factor also '
+    'where it is the larger one, as PEFT does.',
+  )
+  taps: bool = surgery.field(
+    default=False,
+    doc='Cut the channels of a convolution and leave its taps whole, as PEFT '
+    'does; by default all axes of inputs are taken together.',
+  )
+
+  def _channels(self, site: surgery.Site) -> int:
+    """Returns which axis of the inputs is cut, if they are not one."""
+    # As torch has it, (out, in, *taps), or as JAX has, (*taps, in, out).
+    return 0 if site.primary.layout.startswith('o') else -1
+
+  def _taps(self, site: surgery.Site) -> tuple[int, ...]:
+    """Returns the sizes of the axes of inputs that stay whole."""
+    if not self.taps:
+      return ()
+    shape = list(site.in_shape)
+    del shape[self._channels(site)]
+    return tuple(shape)
 
   def _sizes(self, site: surgery.Site) -> tuple[tuple[int, int], ...]:
-    return tuple(_divided(size, self.factor) for size in _flat(site))
+    rows = site.in_size // math.prod(self._taps(site))
+    return tuple(self._cut(n) for n in (rows, site.out_size))
+
+  def _cut(self, size: int) -> tuple[int, int]:
+    if self.factor_first and self.factor > 0 and size % self.factor == 0:
+      return self.factor, size // self.factor
+    return _divided(size, self.factor)
 
   def _is_low(self, site: surgery.Site) -> bool:
     (_, rows), (_, columns) = self._sizes(site)
     return self.rank < max(rows, columns) / 2
 
+  def _is_low_small(self, site: surgery.Site) -> bool:
+    (rows, _), (columns, _) = self._sizes(site)
+    return self.both and self.rank < max(rows, columns) / 2
+
   def init(self, site: surgery.Site, key: jax.Array) -> dict[str, Any]:
-    """Returns `w1` (zeros), and `w2` or its factors `w2_a` and `w2_b`."""
+    """Returns `w1` (zeros), and `w2`, or the factors `…_a` and `…_b` of each.
+
+    Axes of taps are rows of `w2`, behind the channels that these are of.
+    """
     (in_1, in_2), (out_1, out_2) = self._sizes(site)
+    rows, rank = in_2 * math.prod(self._taps(site)), self.rank
     weights = {'w1': jnp.zeros((in_1, out_1), 'float32')}
+    if self._is_low_small(site):
+      weights = {
+        'w1_a': _normal(key, 'w1_a', (in_1, rank)),
+        'w1_b': jnp.zeros((rank, out_1), 'float32'),
+      }
     if not self._is_low(site):
-      return {**weights, 'w2': _normal(key, 'w2', (in_2, out_2))}
+      return {**weights, 'w2': _normal(key, 'w2', (rows, out_2))}
     return {
       **weights,
-      'w2_a': _normal(key, 'w2_a', (in_2, self.rank)),
-      'w2_b': _normal(key, 'w2_b', (self.rank, out_2)),
+      'w2_a': _normal(key, 'w2_a', (rows, rank)),
+      'w2_b': _normal(key, 'w2_b', (rank, out_2)),
     }
 
   def apply(
@@ -130,8 +177,16 @@ class LoKr(surgery.Adapter):
     large = (
       weights['w2_a'] @ weights['w2_b'] if self._is_low(site) else weights['w2']
     )
+    small = (
+      weights['w1_a'] @ weights['w1_b']
+      if self._is_low_small(site)
+      else weights['w1']
+    )
     # A product over an axis of size one: (in₂, out₂, in₁, out₁).
-    small = weights['w1']
     kron = surgery.LowRank(None, large[..., None], small[None], scale).dense()
-    update = kron.transpose(2, 0, 3, 1).reshape(base.shape)
-    return surgery.LowRank(base).dense() + update
+    update = kron.transpose(2, 0, 3, 1)
+    if (taps := self._taps(site)) and self._channels(site):
+      # (channels, *taps, out) as (*taps, channels, out).
+      update = update.reshape(-1, *taps, site.out_size)
+      update = jnp.moveaxis(update, 0, -2)
+    return surgery.LowRank(base).dense() + update.reshape(base.shape)

@@ -6,6 +6,7 @@ turned: `(P·Q)ᵀ = Qᵀ·Pᵀ`, and `(C ⊗ D)ᵀ = Cᵀ ⊗ Dᵀ`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -93,34 +94,69 @@ class PeftLoHa(_Products):
 
 
 class PeftLoKr(_Products):
-  """`lokr_w1` `(out₁, in₁)`, and `lokr_w2` `(out₂, in₂)` or its factors.
+  """`lokr_w1` `(out₁, in₁)`, and `lokr_w2` `(out₂, in₂, *taps)` or factors.
 
   PEFT cuts the channels of a convolution and leaves its kernel whole, which is
-  another product than ours; only those of one tap are read.
+  what the option `taps` does.
   """
 
   peft_type = 'LOKR'
-  names = ('lokr_w1', 'lokr_w2', 'lokr_w2_a', 'lokr_w2_b')
+  names = (
+    'lokr_w1',
+    'lokr_w1_a',
+    'lokr_w1_b',
+    'lokr_w2',
+    'lokr_w2_a',
+    'lokr_w2_b',
+  )
   defaults: ClassVar[Mapping[str, Any]] = {
     **_Products.defaults,
     'decompose_factor': -1,
+    'decompose_both': False,
   }
   off: ClassVar[Mapping[str, str]] = {
-    'decompose_both': 'its small factor is a product, too',
     'use_effective_conv2d': 'its convolutions are products of three matrices',
   }
 
   def options(self, module: surgery.PeftModule) -> dict[str, Any]:
-    """Returns rank, alpha and factor."""
+    """Returns rank, alpha, factor, and what is cut."""
+    return {
+      **super().options(module),
+      'factor': module.config['decompose_factor'],
+      'both': module.config['decompose_both'],
+      'factor_first': self._is_first(module),
+      'taps': module.kind == 'conv',
+    }
+
+  def _factors(self, module: surgery.PeftModule) -> list[tuple[int, ...]]:
+    """Returns the shapes of both factors, `(out, in, …)`."""
+    some = module.shapes
+    return [
+      some.get(name)
+      or some.get(f'{name}_a', ())[:1] + some.get(f'{name}_b', ())[1:2]
+      for name in ('lokr_w1', 'lokr_w2')
+    ]
+
+  def _is_first(self, module: surgery.PeftModule) -> bool:
+    """Whether a large factor is the size of the first product.
+
+    It is in PEFT, and not in files of LyCORIS; the shapes tell.
+    """
     factor = module.config['decompose_factor']
-    return {**super().options(module), 'factor': factor}
+    one, two = self._factors(module)
+    # Channels of a convolution may be counted together with taps.
+    sides = 1 if module.kind == 'conv' and len(two) == 2 else 2
+    for small, large in zip(one[:sides], two[:sides], strict=False):
+      if factor == large > small:
+        return False
+    return bool(factor > 0)
 
   def sizes(self, module: surgery.PeftModule) -> tuple[int | None, int | None]:
-    """Returns the products of both factors' sizes."""
-    some = module.shapes
-    one = some.get('lokr_w1', ())
-    a, b = some.get('lokr_w2_a', ()), some.get('lokr_w2_b', ())
-    two = some.get('lokr_w2') or (a[:1] + b[1:2])
+    """Returns the products of both factors' sizes.
+
+    Where the large factor is a product, inputs are channels and taps together.
+    """
+    one, two = self._factors(module)
     if len(one) != 2 or len(two) < 2:
       return None, None
     return one[1] * two[1], one[0] * two[0]
@@ -130,55 +166,71 @@ class PeftLoKr(_Products):
   ) -> dict[str, Any]:
     """Returns the factors, turned."""
     self._check(layer)
-    found = {'w1': tensors['lokr_w1'].T}
-    if 'lokr_w2' in tensors:
-      two = tensors['lokr_w2']
-      return {**found, 'w2': two.reshape(two.shape[:2]).T}
-    return {
-      **found,
-      'w2_a': tensors['lokr_w2_b'].T,
-      'w2_b': tensors['lokr_w2_a'].T,
-    }
+    found = {}
+    for name in ('w1', 'w2'):
+      if f'lokr_{name}' in tensors:
+        one = tensors[f'lokr_{name}']
+        found[name] = one.reshape(len(one), -1).T
+      else:
+        found[f'{name}_a'] = tensors[f'lokr_{name}_b'].T
+        found[f'{name}_b'] = tensors[f'lokr_{name}_a'].T
+    return found
 
   def tensors(
     self, layer: surgery.PeftLayer, weights: Arrays
   ) -> dict[str, Any]:
     """Returns the factors, turned back."""
     self._check(layer)
-    found = {'lokr_w1': weights['w1'].T}
-    if 'w2' in weights:
-      two = weights['w2'].T
-      taps = (1,) * len(layer.kernel)
-      return {**found, 'lokr_w2': two.reshape(*two.shape, *taps)}
-    return {
-      **found,
-      'lokr_w2_a': weights['w2_b'].T,
-      'lokr_w2_b': weights['w2_a'].T,
-    }
+    found = {}
+    for name in ('w1', 'w2'):
+      if name in weights:
+        taps = layer.kernel if name == 'w2' else ()
+        one = weights[name].T
+        count = one.shape[1] // math.prod(taps)
+        found[f'lokr_{name}'] = one.reshape(len(one), count, *taps)
+      else:
+        found[f'lokr_{name}_a'] = weights[f'{name}_b'].T
+        found[f'lokr_{name}_b'] = weights[f'{name}_a'].T
+    return found
 
   def _check(self, layer: surgery.PeftLayer) -> None:
-    """Raises for a convolution with a kernel.
+    """Raises for a convolution whose channels and taps are cut together.
 
     Raises:
       SiteError: naming it.
     """
-    if any(size != 1 for size in layer.kernel):
+    if not layer.options['taps'] and any(size != 1 for size in layer.kernel):
       raise surgery.SiteError(
         f'{layer.name}: LoKr of a convolution with a kernel of {layer.kernel} '
-        'is another product in PEFT, where only channels are cut.'
+        'is another product in PEFT, where only channels are cut. Attach it '
+        'with taps=True.'
+      )
+    factor = layer.options['factor']
+    first = layer.options['factor_first'] or factor < 1
+    sides = layer.features[0], layer.site.out_size
+    if not first and any(n % factor == 0 and factor**2 > n for n in sides):
+      raise surgery.SiteError(
+        f'{layer.name}: factor {factor} is the larger one of a side of '
+        f'{sides[0]}×{sides[1]}, and PEFT takes it for the size of the first '
+        'product, not of the second. Attach it with factor_first=True.'
       )
 
   def config(self, adapter: Any, layers: Layers) -> dict[str, Any]:
-    """Returns the options of both, and the factor, one for all modules.
+    """Returns the options of both, and what is one for all modules.
 
     Raises:
       ConfigError: for factors that differ.
     """
-    factors = list(dict.fromkeys(one.factor for one, _ in layers.values()))
-    if len(factors) > 1:
-      raise surgery.ConfigError(
-        "adapter type 'lokr', option 'factor': PEFT has one value of "
-        f'decompose_factor for all modules, found {factors}.'
-      )
-    factor = factors[0] if factors else adapter.factor
-    return {**super().config(adapter, layers), 'decompose_factor': factor}
+    found = {}
+    for option, key in (
+      ('factor', 'decompose_factor'),
+      ('both', 'decompose_both'),
+    ):
+      some = dict.fromkeys(getattr(one, option) for one, _ in layers.values())
+      if len(some) > 1:
+        raise surgery.ConfigError(
+          f"adapter type 'lokr', option {option!r}: PEFT has one value of "
+          f'{key} for all modules, found {list(some)}.'
+        )
+      found[key] = next(iter(some), getattr(adapter, option))
+    return {**super().config(adapter, layers), **found}

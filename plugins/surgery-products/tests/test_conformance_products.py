@@ -21,3 +21,9 @@ class TestLoKrOnEinsumLayers(AdapterConformance):
   too_large = {}
   kinds = ('einsum',)
   factored = False  # Its factors divide the axes in another way.
+
+
+class TestLoKrOfTaps(AdapterConformance):
+  adapter = LoKr(rank=1, both=True, taps=True)
+  too_large = {}
+  kinds = ('conv',)

@@ -569,9 +569,10 @@ class _Binding:
 
   # Options.
 
-  def _options(self, name: str) -> dict[str, Any]:
+  def _options(self, name: str, kind: str = '') -> dict[str, Any]:
+    module = dataclasses.replace(self._module(name), kind=kind)
     with errors.within(self._origin):
-      return dict(self._mapping.options(self._module(name)))
+      return dict(self._mapping.options(module))
 
   def _made(
     self, general: Mapping[str, Any], patterns: Mapping[str, Mapping[str, Any]]
@@ -585,7 +586,10 @@ class _Binding:
 
   def _adapter(self, layers: Mapping[Path, PeftLayer]) -> Adapter:
     """Returns the adapter; what most modules have is its configuration."""
-    said = {path: self._options(self._raw[path]) for path in layers}
+    said = {
+      path: self._options(self._raw[path], layer.kind)
+      for path, layer in layers.items()
+    }
     general = usual(list(said.values()))
     return self._made(general, patterns_of(said, general))
 

@@ -484,6 +484,10 @@ class _Writer:
       return False
     config = configs.checked(kept, self._mapping, self._origin)
     meant = targets.meant(config, self._origin)
+    kinds = {
+      (layer := self._layer(path, one)).name: layer.kind
+      for path, one in self._record.sites.items()
+    }
     by_itself = targets.parameters(config, self._origin)
     alone = self._alone()
     for name in at:
@@ -493,7 +497,7 @@ class _Writer:
       elif meant is not None and not meant(name):
         return False
     for name, (who, _) in at.items():
-      module = PeftModule(name, shapes[name], config)
+      module = PeftModule(name, shapes[name], config, kinds[name])
       cls: Any = type(self._record.adapter)
       said = checking.from_json(cls, self._mapping.options(module))
       if not isinstance(who, Adapter) or cls(**said) != who:

@@ -73,6 +73,17 @@ def test_what_was_read_is_written_as_it_was(name, tmp_path):
   assert said == json.loads((tmp_path / 'out/adapter_config.json').read_text())
 
 
+def test_an_update_of_a_grouped_convolution_is_refused(tmp_path):
+  with pytest.raises(
+    surgery.RecipeError, match='grouped convolution has no update of its shape'
+  ):
+    run(
+      [{'merge': {'with': 'adapter'}}],
+      DATA / 'conv/lora_groups',
+      tmp_path / 'out.safetensors',
+    )
+
+
 # Experts.
 
 
