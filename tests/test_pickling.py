@@ -6,8 +6,10 @@ import importlib
 import multiprocessing
 import pickle
 import pkgutil
+from typing import Any
 
 import blox as bx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -88,8 +90,11 @@ def objects(tmp_path):
   spec = surgery.ParamSpec('kernel', (2, 3), 'float32', 'io')
   site = surgery.Site(('net', 'layer'), (spec,), ('Linear',))
   child = bx.Graph('other').child('layer')
+  plain: Any = {'net': {'kernel': jnp.ones((2, 3))}}
+  tree = surgery.attach(plain, surgery.LoRA(rank=1), to='**')
   return {
     'AdaptedParams': adapted,
+    'AdaptedTree': tree,
     'Adapter': surgery.LoRA(rank=2, patterns={'**/a': {'rank': 1}}),
     'AdapterInfo': surgery.adapters(adapted)[0],
     'Checkpoint': saved,
@@ -100,6 +105,7 @@ def objects(tmp_path):
     'Leaf': saved['net', 'layer', 'kernel'],
     'LoRA': surgery.LoRA(rank=2),
     'LoraLinear': surgery.LoraLinear(child, 4, bx.Rng(child.child('rng'))),
+    'LayerType': surgery.LayerType(('Linear',), {'kernel': 'io'}),
     'LowRank': surgery.LowRank(*factors, scale=2.0),
     'Method': surgery.default_host().methods['linear'](),
     'ParamSpec': spec,
@@ -114,7 +120,9 @@ def objects(tmp_path):
     'ShardWarning': surgery.ShardWarning('one of three'),
     'SiteWarning': surgery.SiteWarning('left out'),
     'Site': site,
+    'Slot': surgery.Slot(3.0),
     'TensorStats': surgery.TensorStats('net/a', (2,), 'float32', 2, norm=1.5),
+    'Tree': tree._kind,
   }
 
 
@@ -135,6 +143,9 @@ def shown(value):
       path: (repr(p.value), p.trainable, p.metadata)
       for path, p in value.items()
     }, repr(surgery.adapters(value))
+  if isinstance(value, surgery.AdaptedTree):
+    leaves = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(value)]
+    return repr(value), jax.tree.structure(value), leaves
   if isinstance(value, surgery.LowRank):
     return np.asarray(value.dense()).tolist()
   if isinstance(value, surgery.Recipe):

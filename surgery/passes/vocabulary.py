@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, Literal
 
 import numpy as np
 
-from surgery import errors
+from surgery import errors, once
 from surgery.editing import regions, tensors
 from surgery.editing.regions import Reader, Region
 from surgery.host.manager import Host
@@ -112,7 +111,7 @@ def _extended(
   rest = (*leaf.shape[:axis], *leaf.shape[axis + 1 :])
   shape = (*leaf.shape[:axis], size, *leaf.shape[axis + 1 :])
 
-  @functools.cache
+  @once.once
   def mean() -> np.ndarray:
     """Returns the mean of old tokens."""
     if new == 'zero':

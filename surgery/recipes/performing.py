@@ -216,8 +216,11 @@ def _check_finite(
 
 def _is_traced(value: Any) -> bool:
   """Whether a value is one of a function that JAX traces."""
-  jax = sys.modules.get('jax')
-  return jax is not None and isinstance(value, jax.core.Tracer)
+  if 'jax' not in sys.modules:
+    return False
+  from surgery import jaxcompat
+
+  return jaxcompat.is_traced(value)
 
 
 def _guarded(
