@@ -18,7 +18,10 @@ from surgery.contract.peft import (
 )
 
 # Beginnings that leave the base as it is: what was trained is all there is.
-_PLAIN = (None, True, False, 'gaussian', 'eva', 'orthogonal')
+_PLAIN = (None, True, False, 'gaussian', 'eva', 'orthogonal', 'mica')
+# Beginnings that took a part out of the base, which PEFT can put into `A` and
+# `B` when it saves.
+_DIFFERENCES = ('pissa', 'olora', 'corda', 'lora_ga')
 
 
 class PeftLoRA(PeftMapping):
@@ -92,13 +95,30 @@ class PeftLoRA(PeftMapping):
       ConfigError: naming the beginning.
     """
     begins = config['init_lora_weights']
-    if begins not in _PLAIN:
-      raise errors.ConfigError(
-        f'init_lora_weights is {begins!r}, which changed the base when '
-        'training began, and the folder does not hold how. Save it again with '
-        'PEFT as a difference from the unchanged base: save_pretrained(…, '
-        'path_initial_model_for_weight_conversion=…).'
+    if begins in _PLAIN:
+      return
+    name = str(begins)
+    if name == 'loftq':
+      how = 'PEFT cannot save it as a difference from the unchanged base'
+    elif name.startswith(_DIFFERENCES):
+      how = (
+        'Save it again with PEFT as a difference from the unchanged base: '
+        'save_pretrained(…, path_initial_model_for_weight_conversion=FOLDER), '
+        'where FOLDER has the adapter as it was before training'
       )
+    else:
+      raise errors.ConfigError(
+        f'init_lora_weights is {begins!r}, which is not known, and may have '
+        'changed the base. If it did not, set it to true in '
+        'adapter_config.json; otherwise merge the adapter with PEFT.'
+      )
+    raise errors.ConfigError(
+      f'init_lora_weights is {begins!r}, which changed the base when '
+      f'training began, and the folder does not hold how. {how}. Or save the '
+      'changed base as training had it (get_base_model().save_pretrained), '
+      'take it instead of the original, and set init_lora_weights to true in '
+      'adapter_config.json.'
+    )
 
   def kind(self, module: PeftModule) -> str | None:
     """Embeddings have tensors of other names."""

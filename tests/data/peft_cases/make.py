@@ -137,6 +137,7 @@ MODELS = {
   # As in GPT-OSS one of both is square.
   'moe_square': (lambda: Moe(transposed=True, inner=6), vectors),
   'conv': (Conv, images),
+  'residual': (Net, tokens),
 }
 
 EXPERTS = ['experts.gate_up_proj', 'experts.down_proj']
@@ -218,6 +219,16 @@ CASES = {
   # PEFT does not merge it: the update of a group is not of its shape.
   'lora_groups': ('', 'conv', peft.LoraConfig(
     r=4, lora_alpha=5, target_modules=['conv', 'groups'])),
+  'mica': ('', 'net', peft.LoraConfig(
+    r=2, lora_alpha=5, init_lora_weights='mica',
+    target_modules=['emb', 'fc0'])),
+  # Saved as a difference from the unchanged base, and with the changed one.
+  'pissa_niter': ('', 'net', peft.LoraConfig(
+    r=2, lora_alpha=5, init_lora_weights='pissa_niter_4',
+    target_modules=['fc0', 'fc1'])),
+  'pissa_residual': ('', 'residual', peft.LoraConfig(
+    r=2, lora_alpha=5, init_lora_weights='pissa_niter_4',
+    target_modules=['fc0', 'fc1'])),
 }  # fmt: skip
 
 
@@ -237,6 +248,19 @@ def write(name):
   x = draw(torch.Generator().manual_seed(1))
   save_file({'x': x}, home / 'inputs.safetensors')
   adapted = peft.get_peft_model(model, copy.deepcopy(config)).eval()
+  options = {}
+  if name == 'pissa_niter':
+    # PEFT wants the adapter as it began; its own changes the base no more.
+    before = home / 'before'
+    begun = adapted.peft_config['default']
+    begins, begun.init_lora_weights = begun.init_lora_weights, True
+    adapted.save_pretrained(before)
+    begun.init_lora_weights = begins
+    options['path_initial_model_for_weight_conversion'] = str(before)
+  elif kind == 'residual':
+    plain = copy.deepcopy(adapted).unload().state_dict()
+    base = {k: v.detach().clone() for k, v in plain.items()}
+    save_file(base, home / 'base.safetensors')
   torch.manual_seed(2)
   with torch.no_grad():
     for one in adapted.parameters():
@@ -245,7 +269,8 @@ def write(name):
     y = adapted(x)
   folder = home / name
   shutil.rmtree(folder, ignore_errors=True)
-  adapted.save_pretrained(folder)
+  adapted.save_pretrained(folder, **options)
+  shutil.rmtree(home / 'before', ignore_errors=True)
   (folder / 'README.md').unlink()
   # Sets have another order in each process.
   path = folder / 'adapter_config.json'

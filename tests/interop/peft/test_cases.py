@@ -16,6 +16,8 @@ DATA = pathlib.Path(__file__).parents[2] / 'data' / 'peft_cases'
 CASES = (
   'net/large_rank',
   'net/matrix',
+  'net/mica',
+  'net/pissa_niter',
   'net/rows',
   'tied/rows_tied',
   'tied/rows_ensured',
@@ -82,6 +84,36 @@ def test_an_update_of_a_grouped_convolution_is_refused(tmp_path):
       DATA / 'conv/lora_groups',
       tmp_path / 'out.safetensors',
     )
+
+
+def test_a_base_that_training_changed_is_taken_when_it_is_meant(
+  experts, tmp_path
+):
+  name = 'residual/pissa_residual'
+  with pytest.raises(surgery.RecipeError, match='the folder does not hold how'):
+    merged(experts(name), tmp_path)
+  shutil.rmtree(tmp_path / 'case')
+  found = merged(experts(name, init_lora_weights=True), tmp_path)
+  expected = load_file(DATA / name / 'merged_changed.safetensors')
+  for key, value in expected.items():
+    np.testing.assert_allclose(found[key], value, atol=2e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(
+  ('begins', 'message'),
+  [
+    ('loftq', 'PEFT cannot save it as a difference'),
+    ('corda', 'path_initial_model_for_weight_conversion=FOLDER'),
+    ('lora_ga', 'as training had it .get_base_model..'),
+    ('pissa_niter_16', 'set init_lora_weights to true in'),
+    ('later', 'is not known, and may have changed the base'),
+  ],
+)
+def test_a_beginning_that_changed_the_base_says_how_to_save_it(
+  experts, tmp_path, begins, message
+):
+  with pytest.raises(surgery.RecipeError, match=message):
+    merged(experts('net/mica', init_lora_weights=begins), tmp_path)
 
 
 # Experts.
