@@ -75,6 +75,11 @@ class Peft:
     del overwrite
     _module('peft.folder').write_folder(checkpoint, path, host)
 
+  def notes(self, checkpoint: Checkpoint, host: Host) -> tuple[str, ...]:
+    """Returns what a plan notes of a folder that is to be written."""
+    found: tuple[str, ...] = _module('peft.folder').notes(checkpoint, host)
+    return found
+
 
 class _Bound:
   """A way to store an adapter, by the module that reads it."""

@@ -507,6 +507,11 @@ def plan(
     after = history.recorded(after, said)
     if target.plain is not None:
       _check_plain(target, after, host)
+    # A format may know of readers that do not take what it writes.
+    noted = getattr(host.formats.get(target.format or ''), 'notes', None)
+    if noted is not None:
+      remarks = (*after.remarks, *noted(after, host))
+      after = after.replace(remarks=remarks)
     folder = None
     if target.is_folder and not _is_folder_format(target, host):
       folder = _folder(recipe, target, models.opened[main], after, host)

@@ -120,6 +120,13 @@ def _check_own(path: pathlib.Path) -> None:
     )
 
 
+def notes(checkpoint: Checkpoint, host: Host | None = None) -> tuple[str, ...]:
+  """Returns what plans note; see `surgery.interop.plugin.Peft.notes`."""
+  from surgery.interop.peft import writing
+
+  return writing.notes(checkpoint, host or default_host())
+
+
 def write_folder(
   checkpoint: Checkpoint,
   path: str | os.PathLike[str],

@@ -35,6 +35,7 @@ from surgery.interop.peft import (
   places,
   reading,
   rows,
+  serving,
   targets,
   twins,
 )
@@ -83,6 +84,20 @@ def write_folder(
   with atomic_folders.writing(path) as where:
     safetensors.write_file(whole, where / folders.TENSORS, manifest=False)
     (where / folders.CONFIG).write_text(text)
+
+
+def notes(checkpoint: Checkpoint, host: Host) -> tuple[str, ...]:
+  """Returns what other programs do not load of a folder, a sentence each.
+
+  Args:
+    checkpoint: what is to be written.
+    host: knows the adapter's type.
+  """
+  try:
+    tensors, said, _ = converted(checkpoint, host)
+  except errors.SurgeryError:
+    return ()  # It is raised when it is written.
+  return tuple(serving.notes(said, tensors))
 
 
 def converted(
