@@ -11,12 +11,34 @@ from typing import Any
 
 import pytest
 
+_MARKER = 'frameworks'
+
+
+def pytest_configure(config: Any) -> None:
+  """Registers the marker of what is looked at only where it is asked for."""
+  config.addinivalue_line(
+    'markers',
+    f'{_MARKER}: conformance on layers of linen, nnx and equinox; left out '
+    f'unless -m names it.',
+  )
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+  """Leaves out what takes long, unless `-m` names it."""
+  if _MARKER in (config.getoption('-m') or ''):
+    return
+  left = [item for item in items if item.get_closest_marker(_MARKER)]
+  ours = [item for item in left if item.function.__name__ == 'test_framework']
+  if ours:
+    config.hook.pytest_deselected(items=ours)
+    items[:] = [item for item in items if item not in ours]
+
 
 def pytest_generate_tests(metafunc: Any) -> None:
-  """Gives `AdapterConformance.test_law` its cases."""
+  """Gives the tests of `AdapterConformance` their cases."""
   if metafunc.cls is None or 'surgery.testing' not in sys.modules:
     return
-  if metafunc.function.__name__ != 'test_law':
+  if metafunc.function.__name__ not in ('test_law', 'test_framework'):
     return
   from surgery.testing import AdapterConformance
 
@@ -27,6 +49,13 @@ def pytest_generate_tests(metafunc: Any) -> None:
       f'{metafunc.cls.__qualname__}: set `adapter`, e.g. adapter = '
       'Mine(rank=2).'
     )
+  if metafunc.function.__name__ == 'test_framework':
+    from surgery.testing import frameworks
+
+    mark = getattr(pytest.mark, _MARKER)
+    found = [pytest.param(n, marks=mark) for n in frameworks.installed()]
+    metafunc.parametrize('framework', found)
+    return
   cases = metafunc.cls.cases()
   ids = [f'{c.law}-{c.kind}-{c.dtype}' for c in cases]
   metafunc.parametrize('case', cases, ids=ids)

@@ -117,6 +117,18 @@ class AdapterConformance:
     """Looks at one law on one kind of layer."""
     case.look()
 
+  def test_framework(self, framework: str) -> None:
+    """Looks at layers of linen, nnx and equinox: `pytest -m frameworks`."""
+    from surgery.testing import frameworks
+
+    mergeable = self.mergeable
+    frameworks.look(
+      framework,
+      self.adapter,
+      mergeable=self.adapter.mergeable if mergeable is None else mergeable,
+      multiple_of=self.multiple_of,
+    )
+
 
 def _declared(
   adapter: Any,

@@ -34,6 +34,11 @@ def kind_of(value: Any, host: Host) -> Tree | None:
   return next((t for t in host.trees.values() if t.owns(value)), None)
 
 
+def bare(value: Any, kind: Tree) -> AdaptedTree:
+  """Returns a model as a tree without adapters, of which no type is known."""
+  return make(kind, value, {}, _NONE, _PLAIN, (), {})
+
+
 def tree_of(
   value: Any, kind: Tree, layer_types: LayerTypes | None = None
 ) -> AdaptedTree:

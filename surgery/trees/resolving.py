@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from surgery import errors, jaxcompat
+from surgery.host.manager import default_host
 from surgery.live import dropping, reads
 from surgery.live import params as live
 from surgery.naming import paths
 from surgery.naming.paths import Path
 from surgery.trees.adapted import AdaptedTree, flat, is_tree
-from surgery.trees.converting import to_params
+from surgery.trees.converting import bare, to_params
 
 # Which step of a training a call is, where dropout of adapters depends on it.
 STEP = 'dropout_step'
@@ -82,6 +83,16 @@ def _is_params(value: Any) -> bool:
   return isinstance(value, live.AdaptedParams)
 
 
+def _written_to(value: Any) -> Any:
+  """Returns a module that may be written to as a tree; all else as it is."""
+  if is_tree(value) or isinstance(value, (bx.Params, jax.Array, np.ndarray)):
+    return value
+  for kind in default_host().trees.values():
+    if kind.writes and kind.owns(value):
+      return bare(value, kind)
+  return value
+
+
 class Call:
   """A call of a user's function in which trees are arguments.
 
@@ -94,6 +105,9 @@ class Call:
   def __init__(
     self, function: Callable[..., Any], args: Any, kwargs: Any
   ) -> None:
+    # Modules that have no adapter are written to like those that have one.
+    args = tuple(map(_written_to, args))
+    kwargs = {key: _written_to(value) for key, value in kwargs.items()}
     self._trees = found((args, kwargs))
     params = [to_params(tree) for tree in self._trees]
     # Keys of dropout are made of the number of the call.

@@ -238,3 +238,16 @@ def test_a_variable_that_was_replaced_by_another_shape_is_named(replace, match):
   replace(tree.base)
   with pytest.raises(surgery.AdapterError, match=match):
     surgery.factored(tree)(X)
+
+
+def test_a_module_beside_the_adapted_one_is_written_to_as_well():
+  tree, rngs = adapted(), nnx.Rngs(7)
+
+  def noisy(model, x, rngs):
+    return model(x) + jax.random.normal(rngs.params(), (3, 4))
+
+  fast = surgery.factored(noisy, strict=True)
+  first = nnx.jit(fast)(tree, X, rngs)
+  assert 1 == rngs.params.count[...]
+  assert not np.array_equal(first, fast(tree, X, rngs))
+  assert 2 == rngs.params.count[...]
