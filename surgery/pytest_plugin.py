@@ -53,7 +53,10 @@ def pytest_generate_tests(metafunc: Any) -> None:
     from surgery.testing import frameworks
 
     mark = getattr(pytest.mark, _MARKER)
-    found = [pytest.param(n, marks=mark) for n in frameworks.installed()]
+    # A configuration for other kinds of layers may not suit these.
+    kinds = set(metafunc.cls.kinds or ('linear',)) - {*metafunc.cls.unsupported}
+    names = frameworks.installed() if kinds & {'linear', 'norm'} else []
+    found = [pytest.param(name, marks=mark) for name in names]
     metafunc.parametrize('framework', found)
     return
   cases = metafunc.cls.cases()

@@ -28,40 +28,54 @@ from surgery.trees.adapted import AdaptedTree
 _Made = tuple[Any, Callable[[Any, Any], Any], Any]
 
 
+# Layers have the names that they have in the kit's other models.
+
+
 def _linen(times: int) -> _Made:
   import flax.linen as nn
 
-  layers = [nn.Dense(5 * times), jnp.tanh, nn.LayerNorm(), nn.Dense(4 * times)]
-  module = nn.Sequential(layers)
+  class Net(nn.Module):
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, x: Any) -> Any:
+      x = jnp.tanh(nn.Dense(5 * times, name='query')(x))
+      return nn.Dense(4 * times, name='query2')(nn.LayerNorm(name='norm')(x))
+
   x = _inputs(times)
-  params = module.init(jax.random.key(0), x)['params']
-  return params, lambda params, x: module.apply({'params': params}, x), x
+  params = Net().init(jax.random.key(0), x)['params']
+  return params, lambda params, x: Net().apply({'params': params}, x), x
 
 
 def _nnx(times: int) -> _Made:
   from flax import nnx
 
-  rngs = nnx.Rngs(0)
-  model = nnx.Sequential(
-    nnx.Linear(6 * times, 5 * times, rngs=rngs),
-    jnp.tanh,
-    nnx.LayerNorm(5 * times, rngs=rngs),
-    nnx.Linear(5 * times, 4 * times, rngs=rngs),
-  )
-  return model, lambda model, x: model(x), _inputs(times)
+  class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+      self.query = nnx.Linear(6 * times, 5 * times, rngs=rngs)
+      self.norm = nnx.LayerNorm(5 * times, rngs=rngs)
+      self.query2 = nnx.Linear(5 * times, 4 * times, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+      return self.query2(self.norm(jnp.tanh(self.query(x))))
+
+  return Net(nnx.Rngs(0)), lambda model, x: model(x), _inputs(times)
 
 
 def _equinox(times: int) -> _Made:
   import equinox as eqx
 
-  keys = jax.random.split(jax.random.key(0))
-  model = eqx.nn.Sequential(
-    [
-      eqx.nn.Linear(6 * times, 5 * times, key=keys[0]),
-      eqx.nn.Lambda(jnp.tanh),
-      eqx.nn.LayerNorm(5 * times),
-      eqx.nn.Linear(5 * times, 4 * times, key=keys[1]),
-    ]
+  class Net(eqx.Module):
+    query: eqx.nn.Linear
+    norm: eqx.nn.LayerNorm
+    query2: eqx.nn.Linear
+
+    def __call__(self, x: Any) -> Any:
+      return self.query2(self.norm(jnp.tanh(self.query(x))))
+
+  first, second = jax.random.split(jax.random.key(0))
+  model = Net(
+    eqx.nn.Linear(6 * times, 5 * times, key=first),
+    eqx.nn.LayerNorm(5 * times),
+    eqx.nn.Linear(5 * times, 4 * times, key=second),
   )
   return model, lambda model, x: jax.vmap(model)(x), _inputs(times)
 
@@ -71,7 +85,11 @@ def _inputs(times: int) -> Any:
   return jnp.asarray(drawn, 'float32')
 
 
-_MAKERS = {'linen': _linen, 'nnx': _nnx, 'equinox': _equinox}
+_MAKERS: dict[str, Callable[[int], _Made]] = {
+  'linen': _linen,
+  'nnx': _nnx,
+  'equinox': _equinox,
+}
 _HOMES = {'linen': 'flax', 'nnx': 'flax', 'equinox': 'equinox'}
 
 
