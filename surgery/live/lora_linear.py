@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import blox as bx
@@ -142,6 +143,15 @@ class LoraLinear(bx.Linear):
       raise errors.SurgeryError(
         f'{paths.show(self.graph.path)}: LoraLinear needs an Rng to draw its '
         'weights from.'
+      )
+    rank, side = self.adapter.rank, min(site.in_size, site.out_size)
+    if rank > side:
+      warnings.warn(
+        f'{paths.show(self.graph.path)}: rank {rank} exceeds the smaller side '
+        f'of {site.in_size}×{site.out_size}, of which rank {side} makes any '
+        'update.',
+        errors.SiteWarning,
+        stacklevel=2,
       )
     # Folding the path in, not counting up: the base's weights, and all that
     # come after them, are those of a model without LoRA.

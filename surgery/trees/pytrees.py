@@ -35,11 +35,20 @@ def segments(key: Any) -> tuple[str, ...]:
   """Returns a key of JAX's path of a leaf as segments of ours.
 
   A name such as haiku's `mlp/~/linear_0` is split at its slashes.
+
+  Raises:
+    SurgeryError: if it is a key of a dict and no name.
   """
   if isinstance(key, jax.tree_util.SequenceKey):
     return (str(key.idx),)
   if isinstance(key, jax.tree_util.GetAttrKey):
     return (key.name,)
+  if not isinstance(key.key, str | int):
+    raise errors.SurgeryError(
+      'expected bx.Params, or a model whose dicts have names for keys, found a '
+      f'dict with the key {key.key!r}. Give the params themselves, not a dict '
+      'of them.'
+    )
   return tuple(str(key.key).split('/'))
 
 

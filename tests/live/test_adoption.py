@@ -123,10 +123,11 @@ def test_wrong_options_are_refused_when_it_is_made():
       _one(**wrong)
 
 
-def test_rank_too_large_is_refused():
+def test_a_rank_that_is_too_large_is_warned_of():
   layer, seeded, x = _one(3, rank=4)
-  with pytest.raises(surgery.SiteError, match='rank 4'):
-    layer(seeded, x)
+  with pytest.warns(surgery.SiteWarning, match='net/layer: rank 4 exceeds'):
+    _, params = layer(seeded, x)
+  layer(params, x)
 
 
 # The verbs.

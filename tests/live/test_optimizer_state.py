@@ -228,7 +228,7 @@ def test_a_state_without_the_adapter_is_refused(net):
 
 def test_a_state_without_any_params_is_refused():
   state = optax.adam(0.1).init({'w': jnp.ones(3)})
-  with pytest.raises(surgery.SurgeryError, match='without any'):
+  with pytest.raises(surgery.SurgeryError, match='no adapter is attached'):
     surgery.detach(state)
 
 

@@ -231,7 +231,9 @@ class TestUnknownNames:
 
   def test_what_is_no_params_is_refused(self, net, verb):
     with pytest.raises(surgery.SurgeryError, match=r'[Pp]arams'):
-      verb({'a': jnp.ones(3)})
+      verb(dict(net[1].items()))
+    with pytest.raises(surgery.AdapterError, match='no adapter is attached'):
+      verb({'a': jnp.ones(3)})  # A model of plain dicts.
 
   def test_lost_records_are_noticed(self, net, verb):
     plain = net[1].merge(_attach(net[1]))
