@@ -18,6 +18,20 @@ def _nnx() -> Any:
   return sys.modules.get('flax.nnx')
 
 
+def _raw(variable: Any) -> Any:
+  """Returns what a Variable holds; flax 0.12.0 has an attribute for it."""
+  get = getattr(type(variable), 'get_raw_value', None)
+  return variable.raw_value if get is None else get(variable)
+
+
+def _set_raw(variable: Any, value: Any) -> None:
+  put = getattr(type(variable), 'set_raw_value', None)
+  if put is None:
+    variable.raw_value = value
+  else:
+    put(variable, value)
+
+
 def _path(keys: tuple[Any, ...]) -> Path:
   return tuple(map(str, keys))
 
@@ -58,7 +72,7 @@ class Nnx(Tree):
     nnx = _nnx()
     if not isinstance(leaf, nnx.Variable):
       return Slot(leaf, False) if pytrees.is_array(leaf) else None
-    value = leaf.get_raw_value()
+    value = _raw(leaf)
     if not pytrees.is_array(value):
       return None  # A half lacks it, or it holds something else.
     said = leaf.get_metadata()
@@ -75,7 +89,7 @@ class Nnx(Tree):
     for keys, leaf in self._flat(like):
       value = values.get(_path(keys), rest)
       if isinstance(leaf, nnx.Variable):
-        old = leaf.get_raw_value()
+        old = _raw(leaf)
         value = old if value is dataclasses.MISSING else value
         new = type(leaf).from_metadata(value, dict(leaf.get_metadata()))
       else:
@@ -101,9 +115,7 @@ class Nnx(Tree):
   def unweighted(self, weight: Any) -> Any:
     """Returns the array of a Variable."""
     nnx = _nnx()
-    return (
-      weight.get_raw_value() if isinstance(weight, nnx.Variable) else weight
-    )
+    return _raw(weight) if isinstance(weight, nnx.Variable) else weight
 
   def layers(
     self, model: Any, example: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -130,7 +142,7 @@ class Nnx(Tree):
 
   def set_weight(self, weight: Any, value: Any) -> None:
     """Writes the array of a Variable."""
-    weight.set_raw_value(value)
+    _set_raw(weight, value)
 
   # What modules write when they are called: statistics, keys, what is sown.
 
@@ -142,7 +154,7 @@ class Nnx(Tree):
     for path, leaf in after.items():
       value = leaf
       if isinstance(leaf, nnx.Variable):
-        value = leaf.get_raw_value()
+        value = _raw(leaf)
       if path not in given or value is not given[path]:
         found[path] = leaf
     gone = {path: None for path in given if path not in after}
@@ -155,7 +167,7 @@ class Nnx(Tree):
     for path, leaf in changes.items():
       old = known.get(path)
       if isinstance(old, nnx.Variable) and isinstance(leaf, nnx.Variable):
-        old.set_raw_value(leaf.get_raw_value())
+        _set_raw(old, _raw(leaf))
         continue
       parent, key = _parent(model, path)
       if leaf is None:

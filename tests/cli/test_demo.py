@@ -40,6 +40,8 @@ def test_the_demo_does_the_same_in_other_frameworks(
 ):
   from surgery.cli import demo
 
+  if framework == 'equinox':
+    pytest.importorskip('equinox')
   # What it promises of bits does not need long training.
   monkeypatch.setattr(demo, 'PRETRAIN_STEPS', 150)
   monkeypatch.setattr(demo, 'ADAPT_STEPS', 150)

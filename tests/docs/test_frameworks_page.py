@@ -3,12 +3,15 @@
 import pathlib
 import re
 
-import equinox as eqx
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 
 import surgery
+
+eqx = pytest.importorskip('equinox')
+pytest.importorskip('haiku')
 
 PAGE = pathlib.Path(__file__).parents[2] / 'docs/frameworks.md'
 

@@ -98,7 +98,7 @@ def test_the_set_up_is_two_commands():
 
 
 def test_the_lines_of_other_frameworks_run():
-  import equinox as eqx
+  eqx = pytest.importorskip('equinox')
   import flax.linen as nn
   from flax import nnx
 

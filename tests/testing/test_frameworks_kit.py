@@ -21,6 +21,8 @@ TYPES = [
 @pytest.mark.parametrize('framework', ['linen', 'nnx', 'equinox'])
 @pytest.mark.parametrize('adapter', TYPES, ids=lambda a: a.name)
 def test_a_type_that_is_right_holds(framework, adapter):
+  if framework not in frameworks.installed():
+    pytest.skip(f'{framework} is not installed')
   frameworks.look(framework, adapter)
 
 
@@ -45,4 +47,5 @@ def test_the_frameworks_are_looked_at_by_a_marker(tmp_path):
     return done.stdout
 
   assert 'test_framework' not in run()
-  assert 3 == run('-m', 'frameworks').count('test_framework[')
+  expected = len(frameworks.installed())
+  assert expected == run('-m', 'frameworks').count('test_framework[')
