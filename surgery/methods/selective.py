@@ -1,4 +1,4 @@
-"""SCE, Model Stock, NearSwap and Arcee Fusion: what is taken is measured."""
+"""SCE, Model Stock, NearSwap and Arcee Fusion: methods that measure first."""
 
 from __future__ import annotations
 
@@ -31,12 +31,16 @@ class Sce(Method):
 
   def prepare(self, whole: Whole) -> Any:
     """Finds the smallest variance that is kept, and the models' weights."""
+    # Select: of the places where models differ at all, the share with the
+    # largest variance.
     cut = None
     if self.select_topk < 1:
       places = whole.total(lambda block: np.count_nonzero(_variance(block)))
       wanted = max(1, int(int(places) * self.select_topk)) if places else 0
       [[cut]] = whole.largest(lambda block: [_variance(block)], [[wanted]])
 
+    # Calculate: a model's weight is its share of the squared norms of what was
+    # selected, one number for the whole tensor.
     def squares(block: Block) -> np.ndarray:
       deltas = self._selected(block, cut)
       return np.array([np.add.reduce(d * d) for d in deltas])
@@ -56,6 +60,8 @@ class Sce(Method):
     """Returns the base and the mean of the deltas that agree."""
     cut, weights = prepared
     deltas = self._selected(block, cut)
+    # Erase: deltas whose sign is not that of the sum are left out, and the rest
+    # is divided by the weights of those that stay.
     positive = sum(deltas[1:], deltas[0]) >= 0
     mixed = np.zeros_like(deltas[0])
     divisor = np.zeros_like(deltas[0])
@@ -74,7 +80,7 @@ def _variance(block: Block) -> np.ndarray:
 
 
 class ModelStock(Method):
-  """The mean of the models, drawn to the base by their angles.
+  """The mean of the models, moved towards the base by their angles.
 
   `t·mean + (1 - t)·base` with `t = N·cos / (1 + (N - 1)·cos)` and the mean
   cosine of the pairs of deltas (Jang et al. 2024, arXiv 2403.19522).
@@ -90,17 +96,17 @@ class ModelStock(Method):
 
   @property
   def rows(self) -> bool:
-    """Whether rows are looked at by themselves."""
+    """Whether each row is combined separately."""
     return self.filter_wise
 
   def prepare(self, whole: Whole) -> Any:
-    """Finds how far the mean is drawn."""
+    """Finds the share of the mean in the result."""
     if self.filter_wise:
       return None
     return self._share(whole.total(products))
 
   def _share(self, gram: np.ndarray) -> Any:
-    """Returns `t`, of products of pairs on the first two axes."""
+    """Returns `t` from products of pairs, which are the first two axes."""
     count = len(gram)
     cosines = []
     for i in range(count):

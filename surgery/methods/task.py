@@ -1,8 +1,8 @@
-"""Task vectors: what models differ in from their base, thinned and added up.
+"""Task vectors: differences of models from their base, thinned and added up.
 
 `base + lambda · Σ w·δ'`, where `δ'` is what a method leaves of `δ = x - base`.
-The methods that elect (TIES and its relatives) let at each place only those
-count whose sign is that of the majority.
+In methods that elect (TIES and its relatives) only the deltas count at each
+place that have the sign of the majority.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DENSITY = 'Share of the elements of a delta that is kept, of each model.'
 
 
 class Task(Method):
-  """What all methods on task vectors share; derive from it.
+  """The base class of all methods on task vectors.
 
   Attributes:
     elects: whether a sign is elected at each place.
@@ -48,12 +48,12 @@ class Task(Method):
   )
 
   def thinned(self, block: Block, prepared: Any) -> Sequence[np.ndarray]:
-    """Returns what is left of the deltas."""
+    """Returns the deltas after thinning."""
     del prepared
     return block.deltas
 
   def combine(self, block: Block, prepared: Any) -> Any:
-    """Returns the base and the sum of what is left of the deltas."""
+    """Returns the base plus the sum of the thinned deltas."""
     deltas = self.thinned(block, prepared)
     mixed = self._elected(deltas) if self.elects else self._summed(deltas)
     if self.lambda_ != 1:
@@ -69,13 +69,16 @@ class Task(Method):
   def _divisor(self, total: float, count: int) -> float:
     if self.normalize == 'count':
       return count
+    # Weights may cancel out; mergekit does not divide then either.
     return 1.0 if abs(total) < 1e-8 else total
 
   def _elected(self, deltas: Sequence[np.ndarray]) -> Any:
-    """Returns the sum over those whose sign is that of the majority.
+    """Returns the sum of the deltas that have the sign of the majority.
 
     Yadav et al. 2023, arXiv 2306.01708.
     """
+    # Elect: the sign of the sum of all deltas. PEFT counts them unweighted,
+    # mergekit with their weights.
     weighs = self.majority == 'weighted'
     votes = [
       d * w if weighs else d for d, w in zip(deltas, self.weight, strict=True)
@@ -83,15 +86,18 @@ class Task(Method):
     total = votes[0].copy()
     for vote in votes[1:]:
       total += vote
-    # Where nothing is to be decided the sign is positive. It is a bit: turning
-    # that is quicker than a product with 1 or -1.
+    # Zero counts as positive. The sign is one bit of a float64, and exclusive
+    # or with it is quicker than a product with 1 or -1.
     sign = np.left_shift(~(total >= 0), 63, dtype=np.uint64)
     mixed = np.zeros_like(total)
     divisor = np.zeros_like(total)
     for vote, weight in zip(votes, self.weight, strict=True):
-      # What agrees is positive. A delta that is zero has no sign.
+      # With the elected sign taken off, deltas that agree are positive, and
+      # those that do not become zero. A delta of zero does not count.
       agreeing = (vote.view(np.uint64) ^ sign).view(np.float64)
       np.maximum(agreeing, 0, out=agreeing)
+      # Disjoint mean: where it is normalised, a sum is divided by the weights
+      # of the deltas that agreed at that place, not by all.
       if self.normalize:
         counts = 1.0 if self.normalize == 'count' else weight
         divisor += (agreeing > 0) * counts
@@ -110,10 +116,12 @@ class TaskArithmetic(Task):
   pointwise = True
 
   def combine(self, block: Block, prepared: Any) -> Any:
-    """Returns the same sum with one product for the base and one a model.
+    """Returns the sum, computed as a weighted sum of the models and the base.
 
-    So a model of weight 1 comes out as it is, to the bit.
+    So a model of weight 1 comes out unchanged, to the bit.
     """
+    # base + λ·Σ w·(x - base) = λ·Σ w·x + (1 - λ·Σ w)·base, without rounding
+    # differences of numbers that are nearly equal.
     total = sum(self.weight)
     factor = self.lambda_
     if self.normalize:
@@ -126,7 +134,7 @@ class TaskArithmetic(Task):
 
 
 def kept(density: float, size: int) -> int:
-  """Returns how many elements a share is; one at least."""
+  """Returns the number of elements of a share, at least one."""
   return size if density >= 1 else max(1, int(density * size))
 
 
@@ -181,17 +189,19 @@ class _Dropped(Task):
   )
 
   def _probability(self, delta: np.ndarray, model: int) -> Any:
-    """Returns with which probability each element is kept."""
+    """Returns the probability with which each element is kept."""
     del delta
     return self.density[model]
 
   def _masked(self, block: Block) -> list[np.ndarray]:
-    """Returns deltas of which some elements are dropped, rescaled by share."""
+    """Returns deltas with some elements dropped, rescaled by the share kept."""
     found = []
     for model, delta in enumerate(block.deltas):
       if self.density[model] >= 1:
         found.append(delta)
         continue
+      # DARE, equation 2: δ' = δ·m / p with m ~ Bernoulli(p), whose mean is δ.
+      # Random numbers belong to places, so that blocks do not matter.
       share = self._probability(delta, model)
       left = delta * (block.uniform(model) < share)
       found.append(left / share if self.rescale == 'density' else left)
@@ -202,6 +212,7 @@ class _Dropped(Task):
     if self.rescale != 'l1' or all(d >= 1 for d in self.density):
       return None
 
+    # The masks are drawn again when the result is computed, and are the same.
     def measure(block: Block) -> np.ndarray:
       pairs = zip(block.deltas, self._masked(block), strict=True)
       return np.array([[np.abs(d).sum(), np.abs(m).sum()] for d, m in pairs])
@@ -212,7 +223,7 @@ class _Dropped(Task):
     ]
 
   def thinned(self, block: Block, prepared: Any) -> Sequence[np.ndarray]:
-    """Returns what is left by chance, rescaled."""
+    """Returns the deltas that were kept at random, rescaled."""
     found = self._masked(block)
     if prepared is None:
       return found
@@ -265,12 +276,14 @@ class _Ranked(_Dropped):
         )
 
   def _probability(self, delta: np.ndarray, model: int) -> Any:
+    # DELLA's MAGPRUNE: the probability rises linearly with the rank of the
+    # magnitude in its row, from density - epsilon to density + epsilon.
     last = delta.shape[-1] - 1
     order = np.argsort(np.abs(delta), axis=-1, kind='stable')
     rank = np.empty(delta.shape)
     places = np.broadcast_to(np.arange(last + 1.0), delta.shape)
     np.put_along_axis(rank, order, places, axis=-1)
-    # A row of one has no order: it is kept with the mean probability.
+    # A row of one element has no ranks: it gets the mean probability.
     share = rank / last if last > 0 else np.full(delta.shape, 0.5)
     epsilon = self.epsilon[model]
     return self.density[model] - epsilon + 2 * epsilon * share
@@ -312,13 +325,15 @@ class Breadcrumbs(Task):
     """Finds the magnitudes between which elements are kept."""
     counts = []
     for density, gamma in zip(self.density, self.gamma, strict=True):
+      # The largest are outliers and the smallest noise: what is kept lies
+      # between two thresholds, and is a share of `density`.
       count = kept(density, whole.size)
       top = min(int(gamma * whole.size), whole.size - count)
       counts.append([top + count, top])
     return whole.largest(_magnitudes, counts)
 
   def thinned(self, block: Block, prepared: Any) -> Sequence[np.ndarray]:
-    """Returns what is neither among the largest nor the smallest."""
+    """Returns the deltas that are neither the largest nor the smallest."""
     found = []
     for delta, (outer, inner) in zip(block.deltas, prepared, strict=True):
       sizes = np.abs(delta)

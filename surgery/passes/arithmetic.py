@@ -311,6 +311,8 @@ def _added(
   if not weighted:
     raise errors.RenameError('expected terms, found none.')
   sums: dict[Path, list[tuple[Leaf, float, Path]]] = {}
+  # Tensors that another model lacks get none of the terms: half of them would
+  # be a wrong scale.
   lacking: set[Path] = set()
   for rule, weight in weighted.items():
     if not math.isfinite(weight * scale):
@@ -333,8 +335,8 @@ def _added(
   }
   if not changed:
     raise errors.RenameError(
-      'no tensor is in all of the models, so nothing would be added. '
-      'Change the rules.'
+      'no tensor is in all of the models, so nothing would be added. Change '
+      'the rules.'
     )
   return tensors.edited(checkpoint, verb, changed=changed, host=host)
 
@@ -543,6 +545,28 @@ def matmul(
   return concat.joined(checkpoint, rules, 'matmul', make, keep, host)
 
 
+def _product_shape(
+  parts: Sequence[Path], leaves: Sequence[Leaf]
+) -> tuple[int, ...]:
+  """Returns the shape of a product of matrices, with stacked axes in front.
+
+  Raises:
+    SurgeryError: naming the first matrix that does not fit.
+  """
+  shape = leaves[0].shape or ()
+  for path, leaf in zip(parts, leaves, strict=True):
+    check_number(leaf, path, 'matmul')
+    own = leaf.shape or ()
+    first = leaf is leaves[0]
+    fits = len(own) >= 2 and own[:-2] == shape[:-2]
+    if not fits or (not first and own[-2] != shape[-1]):
+      raise errors.SurgeryError(
+        f'{paths.show(path)}: a matrix of {own} cannot follow one of {shape}.'
+      )
+    shape = own if first else (*shape[:-1], own[-1])
+  return shape
+
+
 def _product(
   target: Path,
   parts: Sequence[Path],
@@ -550,20 +574,7 @@ def _product(
   by: float,
   nonfinite: NonFinite,
 ) -> Leaf:
-  shape = leaves[0].shape or ()
-  for path, leaf in zip(parts, leaves, strict=True):
-    check_number(leaf, path, 'matmul')
-    own = leaf.shape or ()
-    first = leaf is leaves[0]
-    if (
-      len(own) < 2
-      or own[:-2] != shape[:-2]
-      or (not first and own[-2] != shape[-1])
-    ):
-      raise errors.SurgeryError(
-        f'{paths.show(path)}: a matrix of {own} cannot follow one of {shape}.'
-      )
-    shape = own if first else (*shape[:-1], own[-1])
+  shape = _product_shape(parts, leaves)
   dtype = str(leaves[0].dtype)
   within = np.dtype('complex128' if dtype.startswith('complex') else 'float64')
 
@@ -586,6 +597,8 @@ def _product(
       region=region, nonfinite=nonfinite,
     )  # fmt: skip
 
+  # In blocks even if all is in memory: how a product is divided decides how it
+  # is rounded, and a file must get the same bits as params.
   sizes = [leaf.size for leaf in leaves]
   like = tensors.together(leaves)
   made = regions.computed(like, shape, block, leaves, cut=True)

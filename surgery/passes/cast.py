@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -187,10 +187,10 @@ def _kept(
   types: LayerTypes,
   host: Host,
 ) -> dict[Path, str | None]:
-  """Returns the dtypes that tensors are cast to instead; None for as it is.
+  """Returns the dtypes that tensors are cast to instead; None for no cast.
 
   Raises:
-    SelectorError: for a selector that matches nothing, or decides nothing.
+    SelectorError: for a selector that matches nothing, or has no effect.
     ConfigError: for an unknown dtype.
   """
   if keep is None:
@@ -202,21 +202,39 @@ def _kept(
   wanted = [_split(text) for text in items]
   rest = [text for text, _ in wanted if text.startswith('!')]
   if len(rest) == len(wanted):
-    # Everything but what is taken out.
+    # As elsewhere, a list of `!` items alone takes them out of everything.
     return dict.fromkeys(choosing.chosen(checkpoint, rest, types, host), None)
   decided: dict[Path, tuple[str | None, str]] = {}
   for selector, dtype in wanted:
-    if selector in rest:
-      continue
-    found = choosing.chosen(checkpoint, [selector, *rest], types, host)
-    # What says the same again is only superfluous.
-    others = [p for p in found if p in decided and decided[p][0] != dtype]
-    if others and all(path in decided for path in found):
-      earlier = decided[others[0]][1]
-      raise selectors.shadowed(selector, others[0], earlier, 'keep')
-    for path in found:
-      decided.setdefault(path, (dtype, selector))
+    if selector not in rest:
+      found = choosing.chosen(checkpoint, [selector, *rest], types, host)
+      _check_decides(selector, dtype, found, decided)
+      # The first selector that matches decides.
+      decided = {**dict.fromkeys(found, (dtype, selector)), **decided}
   return {path: dtype for path, (dtype, _) in decided.items()}
+
+
+def _check_decides(
+  selector: str,
+  dtype: str | None,
+  found: Collection[Path],
+  decided: Mapping[Path, tuple[str | None, str]],
+) -> None:
+  """Raises if earlier selectors give other dtypes to all that one matches.
+
+  Args:
+    selector: the selector.
+    dtype: its dtype.
+    found: the tensors that it matches.
+    decided: the dtypes and selectors that are decided already.
+
+  Raises:
+    SelectorError: naming the selector that decides.
+  """
+  # One that repeats an earlier one is superfluous, but not wrong.
+  others = [p for p in found if p in decided and decided[p][0] != dtype]
+  if others and all(path in decided for path in found):
+    raise selectors.shadowed(selector, others[0], decided[others[0]][1], 'keep')
 
 
 # Casting.

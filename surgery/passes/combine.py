@@ -223,7 +223,7 @@ def _models(
   others: str | Sequence[str] | Sequence[Checkpoint],
   inputs: tensors.Inputs | None,
 ) -> list[_Model]:
-  """Returns all models, the first in front."""
+  """Returns all models, the checkpoint first."""
   of = [a for a, one in (inputs or {}).items() if one is checkpoint]
   found = [_Model(_called('the first model', checkpoint), checkpoint, (*of,))]
   given: Sequence[str | Checkpoint]
@@ -249,8 +249,9 @@ def _check_model(model: _Model, host: Host) -> None:
     adapters = [a.name for a in model.leaves.records(host).adapters]
     if adapters:
       raise errors.AdapterError(
-        f'it has the adapter {adapters[0]!r}, and whole models are combined '
-        'without. Merge it into its base first (surgery merge), or detach it.'
+        f'it has the adapter {adapters[0]!r}, but only models without adapters '
+        'are combined. Merge it into its base first (surgery merge), or detach '
+        'it.'
       )
     for leaf in model.leaves.values():
       quantised.refuse(leaf)

@@ -317,6 +317,8 @@ class _Combined:
   def _factors(self) -> tuple[np.ndarray, np.ndarray]:
     updates = {a.name: (self._update(a), w) for a, w in self._parts}
     if self._exact and all(isinstance(u, tuple) for u, _ in updates.values()):
+      # A1·B1 + A2·B2 = [A1 A2]·[B1; B2]: the sum has the ranks' sum as rank,
+      # and nothing is approximated.
       firsts = [u[0] for u, _ in updates.values()]
       seconds = [w * u[1] for u, w in updates.values()]
       return np.concatenate(firsts, -1), np.concatenate(seconds, -2)
@@ -325,8 +327,9 @@ class _Combined:
       for name, (u, _) in updates.items()
     }
     some = next(iter(dense.values()))
-    # An adapter that is not here adds nothing here, and has a say in means.
+    # An adapter without this site has an update of zero, which counts in means.
     full = [dense.get(a.name, np.zeros_like(some)) for a in self._adapters]
+    # Each matrix of a stack is combined and approximated separately.
     front = some.shape[:-2]
     flat = [d.reshape(-1, *self._sizes) for d in full]
     found = [

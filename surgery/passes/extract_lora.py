@@ -49,7 +49,7 @@ def extract_lora(
   name: str = 'default',
   host: Host,
 ) -> Checkpoint:
-  """Makes a LoRA of the difference of two models, nearest to it of a rank.
+  """Makes a LoRA of the difference of two models, the nearest of its rank.
 
   `tuned - base ≈ A·B`, by a singular value decomposition of each matrix, as
   `factorise` computes it: with a random start that seed and path decide, or in
@@ -88,6 +88,7 @@ def extract_lora(
     extract-lora: {tuned: tuned, rank: 16, keep-whole: '**/{norm,bias}'}
     extract-lora: {tuned: tuned, energy: 0.95, max-rank: 64}
   """
+  # One file, one formula: the update of LoRA with scale one is A·B.
   asked = _Asked(rank, energy, max_rank)
   _check_models(checkpoint, tuned, host)
   differing = _differing(checkpoint, tuned)
@@ -273,18 +274,10 @@ def _whole(
   sites: Mapping[Path, SiteRecord],
   host: Host,
 ) -> list[Path]:
-  """Returns what is kept whole, of what differs."""
+  """Returns the differing parameters that are kept whole."""
   if select is None:
     return []
-  # What no file of an adapter can hold, counts and states of generators, is
-  # left as it is, and said to be.
-  differing = [
-    path
-    for path in differing
-    if base[path].shape is not None
-    and base[path].key is None
-    and not str(base[path].metadata.get('tag', '')).startswith('rng')
-  ]
+  differing = [path for path in differing if _can_be_kept(base[path])]
   if select == 'all':
     return [path for path in differing if path not in sites]
   types = base.manifest.layer_types
@@ -292,8 +285,18 @@ def _whole(
   return [p for p in differing if p in chosen]
 
 
+def _can_be_kept(leaf: Leaf) -> bool:
+  """Whether the file of an adapter can hold a parameter.
+
+  Counts and the states of generators are left out, and a remark names them.
+  """
+  if leaf.shape is None or leaf.key is not None:
+    return False
+  return not str(leaf.metadata.get('tag', '')).startswith('rng')
+
+
 def _left(left: Sequence[Path]) -> list[str]:
-  """Returns what is said of tensors that differ and are not extracted."""
+  """Returns a remark about tensors that differ and are not extracted."""
   if not left:
     return []
   shown = ', '.join(map(paths.show, left[:_SHOWN]))

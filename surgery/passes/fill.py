@@ -42,7 +42,7 @@ def _made(
 
   Args:
     checkpoint: the model.
-    rules: selectors of tensors that there are, `OLD -> NEW` for new ones beside
+    rules: selectors of existing tensors, `OLD -> NEW` for new ones beside
       others, or `-> NEW`.
     verb: the pass.
     make: returns a tensor of some path, shape and dtype.
@@ -58,29 +58,21 @@ def _made(
     if not renaming.has_arrow(text):
       if shape is not None or dtype is not None:
         raise errors.SurgeryError(
-          f'{text!r} are tensors that there are; they keep their shape '
-          "and dtype. Write 'OLD -> NEW', or '-> NEW', for new ones."
+          f'{text!r} matches existing tensors, whose shape and dtype cannot '
+          "change. Write 'OLD -> NEW', or '-> NEW', for new ones."
         )
       for path, leaf in tensors.chosen(checkpoint, text, verb, host).items():
         assert leaf.shape is not None and leaf.dtype is not None
         changed[path] = _with(leaf, make(path, leaf.shape, leaf.dtype))
       continue
     for new, source, old in _news(checkpoint, text, verb):
-      sizes = shape
-      if sizes is None and source is not None:
-        sizes = source.shape
-      name = dtype or (None if source is None else source.dtype)
-      if sizes is None or name is None:
-        raise errors.SurgeryError(
-          f'{text!r}: give shape and dtype of the new tensor.'
-        )
-      if new in fresh and fresh[new].shape != tuple(sizes):
+      sizes, name = _form(text, shape, dtype, source)
+      # Several old names may lead to one new one, if they agree about it.
+      if new in fresh and fresh[new].shape != sizes:
         raise errors.RenameError(
           f'{text!r}: {paths.show(new)} would have two shapes. Give shape.'
         )
-      if any(n < 0 for n in sizes):
-        raise errors.SurgeryError(f'{text!r}: no shape: {sizes}.')
-      made = make(new, tuple(sizes), _dtype(name))
+      made = make(new, sizes, _dtype(name))
       fresh[new] = made if source is None else _with(source, made)
       if old is not None:
         behind[new] = old
@@ -95,10 +87,38 @@ def _made(
   )
 
 
+def _form(
+  text: str, shape: Sequence[int] | None, dtype: str | None, source: Leaf | None
+) -> tuple[Shape, str]:
+  """Returns shape and dtype of a new tensor; by default its source's.
+
+  Args:
+    text: the rule, for messages.
+    shape: the shape that was given.
+    dtype: the dtype that was given.
+    source: the tensor that it is made beside, if there is one.
+
+  Raises:
+    SurgeryError: if one of them is unknown, or the shape is negative.
+  """
+  if source is not None:
+    shape = source.shape if shape is None else shape
+    dtype = dtype or source.dtype
+  if shape is None or dtype is None:
+    raise errors.SurgeryError(
+      f'{text!r}: give shape and dtype of the new tensor.'
+    )
+  if any(n < 0 for n in shape):
+    raise errors.SurgeryError(
+      f'{text!r}: expected a shape of sizes >= 0, found {shape}.'
+    )
+  return tuple(shape), dtype
+
+
 def _news(
   checkpoint: Checkpoint, text: str, verb: str
 ) -> list[tuple[Path, Leaf | None, Path | None]]:
-  """Returns new paths, and beside which tensor each is made."""
+  """Returns new paths, each with the tensor that it is made beside."""
   left, _, right = text.partition('->')
   if not left.strip():
     return [(renaming.name(right, text), None, None)]

@@ -93,7 +93,7 @@ def fold_norm(
       behind[bias] = one.kernel
     else:
       changed.update(one.identity())
-  # Arithmetic on what an adapter rewrites would change what it was made for.
+  # Adapters cannot follow: their update was trained beside the old kernel.
   return tensors.edited(
     checkpoint,
     'fold-norm',
@@ -109,7 +109,7 @@ def fold_norm(
 def _pairs(
   checkpoint: Checkpoint, rules: str | Sequence[str]
 ) -> dict[Path, Path]:
-  """Returns the norm behind each layer."""
+  """Returns the norm that follows each layer."""
   layers = list(dict.fromkeys(p[:-1] for p in checkpoint if len(p) > 1))
   found: dict[Path, Path] = {}
   for text in tensors.texts(rules):
@@ -117,13 +117,14 @@ def _pairs(
     before = len(found)
     for layer in layers:
       target = rule.apply(layer)
-      # A rule about a layer matches what lies beneath it, too.
+      # A rule that names a layer matches layers beneath it, too, but only its
+      # own kernel is followed by the norm.
       direct = any((*layer, name) in checkpoint for name in _KERNELS)
       if target is None or not direct or target == layer:
         continue
       if target not in layers:
         raise errors.RenameError(
-          f'rule {text!r}: there is no {paths.show(target)} behind '
+          f'rule {text!r}: there is no {paths.show(target)} to follow '
           f'{paths.show(layer)}.'
         )
       found.setdefault(layer, target)
@@ -156,7 +157,7 @@ def _one(
 
 @dataclasses.dataclass(frozen=True)
 class _Fold:
-  """A layer and the norm behind it.
+  """A layer and the norm that follows it.
 
   Attributes:
     leaves: the model.
@@ -287,11 +288,14 @@ def _read(
   epsilon: float,
   nonfinite: NonFinite,
 ) -> _Fold:
-  """Reads a layer and the norm behind it.
+  """Reads a layer and the norm that follows it.
 
   Raises:
     SurgeryError: if a parameter is missing, or shapes do not fit.
   """
+  # The norm computes (y - mean) / sqrt(variance + epsilon) · scale + offset of
+  # the layer's outputs y = W·x + b. All of it is affine in y, so it becomes
+  # another kernel and bias.
   kernel = _one(checkpoint, layer, _KERNELS, 'kernel')
   found = {
     'mean': _one(checkpoint, elsewhere, _NAMES['mean'], 'mean'),
@@ -306,6 +310,7 @@ def _read(
   arithmetic.check_number(leaf, kernel, 'fold-norm')
   assert leaf.shape is not None
   at = regions.axis_of(axis, leaf.shape, kernel)
+  # One number for each output, or they would be broadcast along another axis.
   for path in (*found.values(), *([bias] if bias else [])):
     arithmetic.check_number(checkpoint[path], path, 'fold-norm')
     if checkpoint[path].shape != (leaf.shape[at],):

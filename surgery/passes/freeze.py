@@ -80,23 +80,23 @@ def freeze(
 ) -> Checkpoint:
   """Freezes parameters: by selector, by policy, or all but adapters' weights.
 
-  What is frozen already stays as it is.
+  Parameters that are frozen already stay frozen.
 
   Args:
     checkpoint: the model.
     select: what to freeze; a layer means everything beneath it.
-    policy: name of a policy that says of each parameter whether it trains;
-      `adapters` where neither is given. It is a whole name, without
-      arguments; a warning says so if nothing trains any more.
+    policy: name of a policy that decides for each parameter whether it trains;
+      `adapters` where neither is given. It is one name, without arguments; if
+      nothing trains any more, a warning is given.
     layer_types: types of layers; by default those of the checkpoint.
     host: whose hooks are asked.
 
   Raises:
     SelectorError: for a selector that matches nothing, or a policy that
       freezes nothing.
-    PluginError: for a policy that nobody knows.
-    AdapterError: under a policy, if an adapter still looks for parameters:
-      those to come would not be frozen.
+    PluginError: for a policy that no plugin knows.
+    AdapterError: under a policy, if an adapter still looks for parameters,
+      since those to come would not be frozen.
 
   Example:
     freeze
@@ -118,7 +118,8 @@ def freeze(
   policy = policy or ADAPTERS
   for record in checkpoint.records(host).adapters:
     record.check_met()
-  # Adapters know their weights by the names that `init` gave them.
+  # A policy is asked with the name that `init` gave a weight, which is not that
+  # under which it is stored.
   owners = {
     spec.path: (record, name)
     for record in checkpoint.records(host).adapters
@@ -128,7 +129,7 @@ def freeze(
   for path, leaf in checkpoint.items():
     owner, name = owners.get(path, (None, path[-1]))
     trains = _trains(_site(path, name, leaf, types), owner, policy, host)
-    # A comparison of numpy's numbers gives numpy's own.
+    # A policy may return a bool of numpy, which is not Python's True.
     answers.add(trains if trains is None else bool(trains))
     leaves[path] = (
       leaf if trains is None or trains else _frozen(leaf, mark(path))

@@ -20,7 +20,7 @@ from surgery.passes import arithmetic
 
 Method = Literal['linear', 'cubic']
 
-# Of the cubic kernel (Keys 1981), as PyTorch has it.
+# The parameter a of the cubic kernel (Keys 1981), as in PyTorch.
 _SHARPNESS = -0.75
 
 
@@ -64,20 +64,7 @@ def interpolate(
   """
   sizes = [to] if isinstance(to, int) else list(to)
   axes = [axis] if isinstance(axis, int) else list(axis)
-  for what, some, least in (('to', sizes, 1), ('grid', grid or (), 1)):
-    if any(type(n) is not int or n < least for n in some):
-      raise errors.SurgeryError(
-        f'{what}: expected numbers of positions, of 1 or more, found {some!r}.'
-      )
-  if len(sizes) not in (1, 2) or len(axes) not in (1, len(sizes)):
-    raise errors.SurgeryError(
-      'expected one or two numbers (to), and as many axes, or one, found '
-      f'{to!r} and {axis!r}.'
-    )
-  if (grid is not None or prefix) and len(axes) == 2:
-    raise errors.SurgeryError('grid and prefix are for positions of one axis.')
-  if grid is not None and (len(sizes) != 2 or len(grid) != 2):
-    raise errors.SurgeryError('grid: expected two numbers there, and in to.')
+  _check_numbers(sizes, axes, grid, prefix)
   if method not in ('linear', 'cubic') or prefix < 0:
     raise errors.SurgeryError(
       'expected method linear or cubic and a prefix of 0 or more, found '
@@ -91,6 +78,37 @@ def interpolate(
   return tensors.edited(
     checkpoint, 'interpolate', changed=changed, rearranged=True, host=host
   )
+
+
+def _check_numbers(
+  sizes: Sequence[int],
+  axes: Sequence[int],
+  grid: Sequence[int] | None,
+  prefix: int,
+) -> None:
+  """Raises unless numbers of positions and axes fit together.
+
+  Raises:
+    SurgeryError: naming the option.
+  """
+  for what, some in (('to', sizes), ('grid', grid or ())):
+    if any(type(n) is not int or n < 1 for n in some):
+      raise errors.SurgeryError(
+        f'{what}: expected numbers of positions, of 1 or more, found {some!r}.'
+      )
+  if len(sizes) not in (1, 2) or len(axes) not in (1, len(sizes)):
+    raise errors.SurgeryError(
+      'expected one or two numbers (to), and as many axes, or one, found '
+      f'{list(sizes)} and {list(axes)}.'
+    )
+  # A grid in one axis has its rows one behind the other, and only there can a
+  # class token stand in front.
+  if (grid is not None or prefix) and len(axes) == 2:
+    raise errors.SurgeryError(
+      'grid and prefix need positions along one axis, found two axes.'
+    )
+  if grid is not None and (len(sizes) != 2 or len(grid) != 2):
+    raise errors.SurgeryError('grid: expected two numbers in it, and in to.')
 
 
 def _table(

@@ -217,6 +217,8 @@ def _arranged(
   checkpoint: Checkpoint, found: Numbered, orders: dict[Path, list[int]]
 ) -> Checkpoint:
   """Returns a checkpoint whose layers are those of an order."""
+  # By place, for each old number the new ones: none if the layer is left out,
+  # several if it is repeated.
   where: dict[Path, dict[int, list[int]]] = {}
   for place, order in orders.items():
     for new, old in enumerate(order):
@@ -256,10 +258,11 @@ def _arranged(
 
 
 def _recoded(leaf: Leaf, old: Path, new: Path) -> Leaf:
-  """Returns a copy whose codes are those of the same copy of its layer."""
+  """Returns a leaf whose codes are those in the same copy of its layer."""
   if leaf.codes is None:
     return leaf
-  # Only a number differs, which stands in both paths at the same place.
+  # The two paths differ in a number alone; the same number at the same place in
+  # the path of the codes is replaced.
   to = list(leaf.codes.of)
   for k, (a, b) in enumerate(zip(old, new, strict=True)):
     if k < len(to) and to[k] == a:
@@ -283,6 +286,8 @@ def _by_layer(
   leaves: dict[Path, Leaf],
 ) -> dict[Path, Leaf]:
   """Returns leaves in their order, layers in that of their numbers."""
+  # Layers stand where the first of them stood, sorted by their new numbers;
+  # within a layer the order is the old one.
   keys: dict[Path, tuple[int, int, int]] = {}
   first: dict[Path, int] = {}
   for k, path in enumerate(checkpoint):

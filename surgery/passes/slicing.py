@@ -30,11 +30,11 @@ def places(given: Places, count: int, what: str) -> list[int]:
 
   Args:
     given: the places.
-    count: how many there are.
-    what: for messages.
+    count: number of places on the axis.
+    what: the option, for messages.
 
   Raises:
-    SurgeryError: for a place that is not there.
+    SurgeryError: for a place that the axis does not have.
   """
   items: list[Any] = []
   for one in [given] if isinstance(given, (int, str)) else list(given):
@@ -42,30 +42,48 @@ def places(given: Places, count: int, what: str) -> list[int]:
   found: list[int] = []
   for item in items:
     match = _RANGE.fullmatch(item) if isinstance(item, str) else None
-    if match is not None:
-      bounds = [None if b is None else int(b) for b in match.groups()]
-      if any(b is not None and not -count <= b <= count for b in bounds):
-        raise errors.SurgeryError(
-          f'{what}: the range {item.strip()!r} leaves the axis, which has '
-          f'{count} places.'
-        )
-      found += range(*slice(*bounds).indices(count))
-      continue
-    try:
-      place = int(item)
-    except ValueError:
-      raise errors.SurgeryError(
-        f"{what}: expected a number or a range such as '0:640', found {item!r}."
-      ) from None
-    if not -count <= place < count:
-      raise errors.SurgeryError(
-        f'{what}: there is no place {place}; the axis has {count}, from 0 to '
-        f'{count - 1}.'
-      )
-    found.append(place % count)
+    if match is None:
+      found.append(_place(item, count, what))
+    else:
+      found += _range(match, count, what)
   if not found:
-    raise errors.SurgeryError(f'{what}: no place is meant by {given!r}.')
+    raise errors.SurgeryError(f'{what}: {given!r} selects no place.')
   return found
+
+
+def _range(match: re.Match[str], count: int, what: str) -> range:
+  """Returns the places of a range, as Python slices.
+
+  Raises:
+    SurgeryError: for a bound beyond the axis, which Python would cut off.
+  """
+  bounds = [None if b is None else int(b) for b in match.groups()]
+  if any(b is not None and not -count <= b <= count for b in bounds):
+    raise errors.SurgeryError(
+      f'{what}: the range {match[0].strip()!r} leaves the axis, which has '
+      f'{count} places.'
+    )
+  return range(*slice(*bounds).indices(count))
+
+
+def _place(item: Any, count: int, what: str) -> int:
+  """Returns a place, counted from the front.
+
+  Raises:
+    SurgeryError: if it is not a number, or beyond the axis.
+  """
+  try:
+    place = int(item)
+  except ValueError:
+    raise errors.SurgeryError(
+      f"{what}: expected a number or a range such as '0:640', found {item!r}."
+    ) from None
+  if not -count <= place < count:
+    raise errors.SurgeryError(
+      f'{what}: there is no place {place}; the axis has {count}, from 0 to '
+      f'{count - 1}.'
+    )
+  return place % count
 
 
 def taken(leaf: Leaf, axis: int, wanted: Sequence[int]) -> Leaf:

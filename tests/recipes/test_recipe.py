@@ -246,7 +246,7 @@ SHAPE = 'h/0/q is float32[2,3]'
     ('- transpose: out', 'a tensor with the axes'),
     ('- pad: {select: out, to: 2}', 'expected places to add'),
     ('- pad: {select: out, to: 4, value: 1e99}', 'float32 cannot hold 1e.99'),
-    ('- fill: {rules: out, shape: [3]}', 'keep their shape'),
+    ('- fill: {rules: out, shape: [3]}', 'matches existing tensors'),
     ("- fill: {rules: '-> x'}", 'give shape and dtype'),
     ("- random: {rules: '-> x', shape: [1], dtype: f33}", "no dtype is called"),
     ('- random: {rules: out, distribution: beta}', "'normal' or 'uniform'"),
