@@ -250,8 +250,8 @@ class _Cast:
     path: its path, for messages.
     overflow: whether finite values may become infinite or NaN.
     underflow: whether most of the numbers may become zero.
-    counts: of each block that was cast, by where it is: elements, those that
-      were not zero, and those of them that became zero.
+    counts: by the place of each block that was cast the number of its elements,
+      of those that were not zero, and of those of them that became zero.
   """
 
   leaf: Leaf
@@ -290,7 +290,7 @@ class _Cast:
     return self._of_jax(value, part)
 
   def underflows(self) -> tuple[int, int]:
-    """Returns how many numbers became zero, and of how many not zero before."""
+    """Returns the counts of numbers that became zero, and of non-zero ones."""
     _, before, lost = map(
       sum, zip((0, 0, 0), *self.counts.values(), strict=True)
     )
@@ -299,7 +299,7 @@ class _Cast:
   def _counted(
     self, block: np.ndarray, after: np.ndarray, where: Any
   ) -> np.ndarray:
-    """Counts what became zero; returns the block.
+    """Counts the numbers that became zero; returns the block.
 
     Raises:
       CastError: with the last block, if that is most of the tensor.
@@ -307,9 +307,12 @@ class _Cast:
     before, lost = rounding.nonzero(block), 0
     if rounding.may_vanish(block.dtype.name, self.dtype):
       lost = before - rounding.nonzero(after)
+    # By place, since a block may be computed more than once.
     self.counts[where] = (block.size, before, lost)
     if self.underflow or lost == 0:
       return after
+    # A few zeros are usual in 8 bits, most of a tensor is not; which of them it
+    # is can be said only when all blocks have been cast.
     lost, before = self.underflows()
     done = sum(count for count, _, _ in self.counts.values())
     whole = self.leaf.shape is not None and done >= self.leaf.size
@@ -348,6 +351,7 @@ class _Cast:
     lost = None if self.overflow else rounding.lost(block, after)
     if lost is None:
       return self._counted(block, after, (part, starts))
+    # The first such number is named by its place in the whole tensor.
     first = np.unravel_index(int(np.argmax(lost)), lost.shape)
     starts = (*starts, *[0] * (lost.ndim - len(starts)))
     where = tuple(int(a) + b for a, b in zip(first, starts, strict=True))
@@ -370,8 +374,8 @@ class _Cast:
   def _of_jax(self, value: Any, part: Any = None) -> Any:
     """Returns an array of JAX in the new dtype, where it was.
 
-    It is rounded by numpy, too: on some devices JAX rounds twice, or takes
-    small numbers for zero, and a file would get other bits.
+    It is rounded by numpy as well: on some devices JAX rounds twice, or flushes
+    small numbers to zero, and a file would get other bits.
     """
     import jax
 
@@ -386,6 +390,8 @@ class _Cast:
       return self._array(np.asarray(value), part)  # JAX would narrow it.
     if not value.committed:
       return jax.device_put(self._array(np.asarray(value), part))
+    # Each shard is cast by itself and goes back to its device, so that an array
+    # that is spread over devices is never whole on one.
     parts = []
     for number, shard in enumerate(value.addressable_shards):
       cast = self._array(np.asarray(shard.data), (part, number))
@@ -396,7 +402,7 @@ class _Cast:
 
   def _traced(self, value: Any) -> Any:
     if str(value.dtype) in _TRACED and self.dtype in _TRACED:
-      return value.astype(self.dtype)  # Whether it overflows is not known yet.
+      return value.astype(self.dtype)  # Overflow cannot be known in a trace.
     raise errors.CastError(
       f'{paths.show(self.path)}: a traced value cannot be cast from '
       f'{value.dtype} to {self.dtype}: compiled code may round twice. Cast '

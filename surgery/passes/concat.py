@@ -18,10 +18,10 @@ from surgery.passes.slicing import taken
 def gathered(
   checkpoint: Checkpoint, rule: str, host: Host
 ) -> dict[Path, list[Path]]:
-  """Returns what a rule makes one of several, in their order.
+  """Returns the tensors that a rule joins, in order, by the new path.
 
   Raises:
-    RenameError: if it is no such rule, or matches nothing.
+    RenameError: if it is not such a rule, or matches nothing.
   """
   read = joining.parse(rule)
   if not isinstance(read, joining.Gather):
@@ -38,7 +38,7 @@ def spread(rule: str) -> joining.Spread:
   """Reads a rule that makes several of one.
 
   Raises:
-    RenameError: if it is none.
+    RenameError: if it is not such a rule.
   """
   read = joining.parse(rule)
   if not isinstance(read, joining.Spread):
@@ -61,7 +61,7 @@ def one_to_many(
 
 
 def _free(checkpoint: Checkpoint, host: Host) -> list[Path]:
-  """Returns paths but those of adapters' weights."""
+  """Returns all paths except those of adapters' weights."""
   owned = following.settled(checkpoint, host).owned
   return [p for p in checkpoint if p not in owned]
 
@@ -74,14 +74,14 @@ def joined(
   keep: bool,
   host: Host,
 ) -> Checkpoint:
-  """Replaces several tensors by one, for each that rules name.
+  """Replaces several tensors by one, wherever rules match.
 
   Args:
     checkpoint: the model.
     rules: the rules.
     verb: the pass.
-    make: returns the one; gets its path, the paths and the tensors.
-    keep: whether the several stay.
+    make: returns the new tensor from its path, the old paths and tensors.
+    keep: whether the old tensors stay.
     host: knows the adapters' types.
   """
   fresh: dict[Path, Leaf] = {}
@@ -100,7 +100,7 @@ def joined(
       _check_dtypes(parts, leaves)
       fresh[target] = make(target, parts, leaves)
       gone |= set(parts)
-      behind[target] = parts[0]
+      behind[target] = parts[0]  # It takes the place of its first part.
   return tensors.edited(
     checkpoint,
     verb,
@@ -256,9 +256,9 @@ def parted(
     checkpoint: the model.
     rules: the rules.
     verb: the pass.
-    cut: returns the several; gets the path, the tensor, and how many there are
-      to be, if the rule says so.
-    keep: whether the one stays.
+    cut: returns the parts from the path, the tensor, and the number of parts,
+      if the rule determines it.
+    keep: whether the old tensor stays.
     host: knows the adapters' types.
   """
   fresh: dict[Path, Leaf] = {}
@@ -335,7 +335,7 @@ def _stacked(parts: Sequence[Path], leaves: Sequence[Leaf], axis: int) -> Leaf:
     if leaf.shape != inner:
       raise errors.SurgeryError(
         f'{paths.show(path)} is {leaf.shape} and '
-        f'{paths.show(parts[0])} is {inner}; they have to be alike.'
+        f'{paths.show(parts[0])} is {inner}; their shapes must be equal.'
       )
   at = regions.axis_of(axis, (*inner, 0), parts[0])
   shape = (*inner[:at], len(leaves), *inner[at:])
@@ -343,6 +343,7 @@ def _stacked(parts: Sequence[Path], leaves: Sequence[Leaf], axis: int) -> Leaf:
 
   def block(region: Region) -> Any:
     rest = (*region[:at], *region[at + 1 :])
+    # A block reads only the tensors whose places along the new axis it has.
     pieces = [reader(rest) for reader in readers[region[at]]]
     return regions.namespace(*pieces).stack(pieces, axis=at)
 
@@ -381,8 +382,8 @@ def unstack(
     at = regions.axis_of(axis, leaf.shape, path)
     if count not in (None, leaf.shape[at]):
       raise errors.SurgeryError(
-        f'{paths.show(path)}: axis {axis} has {leaf.shape[at]} '
-        f'places, and there are {count} names.'
+        f'{paths.show(path)}: axis {axis} has {leaf.shape[at]} places, but the '
+        f'rule has {count} names.'
       )
     return [_place(leaf, at, k) for k in range(leaf.shape[at])]
 

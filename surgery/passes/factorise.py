@@ -63,7 +63,7 @@ def factorise(
 
   Raises:
     RenameError: for a rule that matches nothing, or a name that is taken.
-    SurgeryError: for a tensor that is no matrix, or a rank that is too large.
+    SurgeryError: for a tensor that is not a matrix, or too large a rank.
 
   Example:
     factorise: {rules: '**/mlp/kernel -> **/mlp/kernel_{a,b}', rank: 64}
@@ -102,11 +102,13 @@ def factorise(
     letters = roles(path)
     if letters is not None and letters[-2:] not in ('io', 'oi'):
       raise errors.SurgeryError(
-        f'{where}: the last two of its axes {shape}, {letters!r}, are no '
-        'matrix: it is the kernel of a convolution. Reshape it first, or say '
-        'what they are: layout.'
+        f'{where}: the last two of its axes {shape}, {letters!r}, are not a '
+        'matrix: it is the kernel of a convolution. Reshape it first, or give '
+        'its layout.'
       )
     both = _Factors(leaf, path, rank, exact, seed)
+    # The first name gets the factor that takes the inputs, also where the
+    # matrix has its outputs first.
     turned = letters is not None and letters.endswith('oi')
     return [both.leaf(int(turned)), both.leaf(int(not turned))]
 
@@ -116,9 +118,9 @@ def factorise(
 
 
 class _Factors:
-  """Two factors of a matrix, computed when the first is asked for.
+  """Two factors of a matrix, computed when the first one is loaded.
 
-  They are dropped once both have been given.
+  They are released once both have been loaded.
 
   Args:
     leaf: the matrix.
@@ -153,6 +155,8 @@ class _Factors:
 
   def _given(self, number: int) -> Any:
     with self._lock:
+      # A writer computes the next tensor in a thread, so both may be asked for
+      # at once.
       if number not in self._held:
         self._held = dict(enumerate(self._computed()))
       return self._held.pop(number)
@@ -165,8 +169,8 @@ class _Factors:
     matrix = arithmetic.plain(value, self._path, 'factorise').astype(wide)
     if not np.isfinite(matrix).all():
       raise errors.SurgeryError(
-        f'factorise: {paths.show(self._path)}: has NaN or infinity, and so no '
-        'factors.'
+        f'factorise: {paths.show(self._path)}: has NaN or infinity, so it '
+        'cannot be factorised.'
       )
     flat = matrix.reshape(-1, *shape[-2:])
     with arithmetic.steady():
@@ -184,6 +188,8 @@ class _Factors:
   def _decomposed(self, matrix: Any, number: int) -> tuple[Any, Any]:
     stream = generator(self._seed, self._path, number)
     u, s, v = decomposed(matrix, self._rank, self._exact, stream)
+    # Both factors get the root of the singular values, so that neither is much
+    # larger than the other.
     root = np.sqrt(s)
     return u * root, root[:, None] * v
 
@@ -209,8 +215,8 @@ def decomposed(
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
   else:
     u, s, v = _randomised(matrix, rank, stream)
-  # A decomposition is unique but for signs: the largest of a column is
-  # positive.
+  # A decomposition is unique up to signs; the largest element of each column is
+  # made positive, so that LAPACK's choice does not matter.
   largest = np.take_along_axis(u, np.argmax(np.abs(u), axis=0)[None], axis=0)
   signs = np.where(largest == 0, 1, largest / np.abs(largest))[0, :rank]
   return u[:, :rank] / signs, s[:rank], signs[:, None] * v[:rank]
@@ -219,14 +225,21 @@ def decomposed(
 def _randomised(
   matrix: Any, rank: int, stream: np.random.Generator
 ) -> tuple[Any, Any, Any]:
+  # The basis is of the longer side, so that the matrix that is decomposed in
+  # full at the end is small.
   wide = matrix.shape[0] < matrix.shape[1]
   tall = matrix.conj().T if wide else matrix
   basis = tall @ stream.standard_normal((tall.shape[1], rank + OVERSAMPLING))
+  # Algorithm 4.4 of Halko et al.: each iteration separates large from small
+  # singular values further; the QR decompositions keep the basis from losing
+  # the small ones.
   for _ in range(ITERATIONS):
     basis, _ = np.linalg.qr(basis)
     basis, _ = np.linalg.qr(tall.conj().T @ basis)
     basis = tall @ basis
   basis, _ = np.linalg.qr(basis)
+  # Projected on the basis the matrix has few rows, and its singular values are
+  # nearly the largest ones.
   u, s, v = np.linalg.svd(basis.conj().T @ tall, full_matrices=False)
   u = basis @ u
   if wide:

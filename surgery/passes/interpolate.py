@@ -129,6 +129,7 @@ def _table(
   new = list(shape)
   if len(axes) == len(to):
     old = [shape[one] for one in axes]
+    # Positions in front, as that of a class token, are no part of the table.
     old[0] -= prefix
     for one, size in zip(axes, to, strict=True):
       new[one] = size
@@ -140,17 +141,22 @@ def _table(
     raise errors.SurgeryError(
       f'{shape} has no positions there behind a prefix of {prefix}.'
     )
+  # One small matrix for each axis: interpolation in two dimensions is that in
+  # one, applied twice.
   weights = [_weights(*sizes, method) for sizes in zip(old, to, strict=True)]
   reader = Reader(leaf)
   wide = arithmetic.wide(dtype)
 
   def block(region: Region) -> Any:
-    # All positions decide about each: only other axes are cut before.
+    # Each new position may depend on all old ones, so a block reads the whole
+    # table along these axes; along the others it reads its own part.
     cut = list(region)
     for one in axes:
       cut[one] = slice(0, shape[one])
     value = arithmetic.plain(reader(tuple(cut)), path, 'interpolate')
     found = np.moveaxis(value.astype(wide), axes, range(len(axes)))
+    # Axes of positions go to the front, where each is multiplied by its
+    # matrix.
     kept, found = found[:prefix], found[prefix:]
     rest = found.shape[len(axes) :]
     found = found.reshape(*old, *rest)
@@ -162,6 +168,7 @@ def _table(
     if prefix:
       found = np.concatenate([kept, found])
     found = np.moveaxis(found, range(len(axes)), axes)
+    # Only now the block's own positions are taken.
     within = [slice(None)] * len(shape)
     for one in axes:
       within[one] = region[one]
@@ -174,7 +181,7 @@ def _table(
 
 
 def _grid(places: int, grid: Sequence[int] | None) -> list[int]:
-  """Returns rows and columns of so many positions.
+  """Returns the rows and columns of a number of positions.
 
   Raises:
     SurgeryError: if they have none.
@@ -183,18 +190,20 @@ def _grid(places: int, grid: Sequence[int] | None) -> list[int]:
   found = [side, side] if grid is None else list(grid)
   if math.prod(found) != places:
     raise errors.SurgeryError(
-      f'{places} positions are no grid of {found[0]} × {found[1]}. Say which '
-      '(grid), or how many places lie in front (prefix).'
+      f'{places} positions do not make a grid of {found[0]} × {found[1]}. Give '
+      'grid, or the number of places in front (prefix).'
     )
   return found
 
 
 def _weights(old: int, new: int, method: Method) -> np.ndarray:
-  """Returns what each old position counts for each new one, `(new, old)`."""
-  # Cells of both have the same middle of all; places are their middles.
+  """Returns the weight of each old position in each new one, `(new, old)`."""
+  # `align_corners=False`: old and new cells cover the same length, and each
+  # position is the middle of its cell.
   places = (np.arange(new) + 0.5) * (old / new) - 0.5
   if method == 'linear':
     places = np.clip(places, 0, old - 1)
+  # The old positions nearby: two for a line, four for a cubic curve.
   low = np.floor(places).astype(int)
   part = places - low
   matrix = np.zeros((new, old))
@@ -202,7 +211,7 @@ def _weights(old: int, new: int, method: Method) -> np.ndarray:
   for tap in taps:
     apart = np.abs(part - tap)
     counts = 1 - apart if method == 'linear' else _cubic(apart)
-    # Beyond its ends a table is what it is there.
+    # Beyond the ends the first and last positions are repeated.
     np.add.at(matrix, (np.arange(new), np.clip(low + tap, 0, old - 1)), counts)
   return matrix
 

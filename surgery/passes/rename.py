@@ -101,7 +101,7 @@ class _Names:
   def __init__(
     self, checkpoint: Checkpoint, rules: Sequence[Rule], records: Records
   ) -> None:
-    # What the sites of an adapter share belongs to no layer, and stays.
+    # Weights that the sites of an adapter share belong to no layer, and stay.
     shared = {s.path for a in records.adapters for s in a.shared.values()}
     universe = [p for p in following.with_empty(checkpoint) if p not in shared]
     self._rules = rules
@@ -117,17 +117,17 @@ class _Names:
     return path in self._new
 
   def follow(self, path: Path, new: Path) -> None:
-    """Sends along what no rule matches."""
+    """Gives a path that no rule matches a new name."""
     self._new[path] = new
 
   def __call__(self, path: Path) -> Path:
-    """Returns where a tensor goes, be it there or in another half."""
+    """Returns the new name of a tensor, which may lie in another half."""
     if path in self._new:
       return self._new[path]
     return self.of_layer(path)
 
   def of_layer(self, layer: Path) -> Path:
-    """Returns where a layer goes as a whole."""
+    """Returns the new name of a layer as a whole."""
     found = renaming.first(self._rules, layer) if layer else None
     return layer if found is None else found[1]
 
@@ -152,14 +152,15 @@ def _leaves(
   leaves = {
     new: _retagged(checkpoint[old], old, names) for old, new in where.items()
   }
-  # What was sorted, as all that was saved from params is, is sorted again.
+  # Sorted stays sorted, as all files of params are: renaming there and back
+  # gives the same bytes.
   if list(checkpoint) == sorted(checkpoint):
     return {path: leaves[path] for path in sorted(leaves)}
   return leaves
 
 
 def _retagged(leaf: Leaf, path: Path, names: _Names) -> Leaf:
-  """Returns a leaf whose metadata names its parameter as it is called now."""
+  """Returns a leaf whose metadata has the new name of its parameter."""
 
   def change(said: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**said, 'name': names((*path[:-1], said['name']))[-1]}
@@ -185,6 +186,8 @@ def _trees(trees: Mapping[Path, Any], names: _Names) -> dict[Path, Any]:
     tree = following.tree_of(path, trees)
     if tree is None:
       continue
+    # What lies beneath the parameter must keep its path there, and all parts
+    # must get the same new parameter above them.
     target, inner = names(path), path[len(tree) :]
     root = target[: len(target) - len(inner)]
     if target != root + inner or not root or new.setdefault(tree, root) != root:

@@ -67,6 +67,8 @@ def _reshaped(leaf: Leaf, shape: Shape) -> Leaf:
     sizes = regions.sizes(region)
     if sizes == shape:
       return reader(regions.whole(reader.shape)).reshape(shape)
+    # A block is one range of elements in C order, and reshaping keeps that
+    # order.
     start = regions.start_of(region, shape)
     return reader.flat(start, start + math.prod(sizes)).reshape(sizes)
 
@@ -85,7 +87,7 @@ def transpose(
   Args:
     checkpoint: the model.
     select: the tensors.
-    axes: all axes, in the order that they are to have.
+    axes: all axes, in their new order.
     host: knows the adapters' types.
 
   Raises:
@@ -125,12 +127,14 @@ def transposed(leaf: Leaf, order: Sequence[int]) -> Leaf:
   """Returns a tensor with its axes in another order."""
   assert leaf.shape is not None
   reader = Reader(leaf)
+  # Axis k of the source is axis back[k] of the result.
   back = [order.index(axis) for axis in range(len(order))]
   shape = tuple(leaf.shape[axis] for axis in order)
 
   def block(region: Region) -> Any:
     return reader(tuple(region[k] for k in back)).transpose(order)
 
+  # Where axes move, a block takes few elements from each row of the file.
   turned = list(order) != sorted(order)
   return regions.computed(leaf, shape, block, [leaf], scattered=turned)
 
@@ -152,10 +156,10 @@ def pad(
     checkpoint: the model.
     select: the tensors.
     axis: the axis; negative ones count from the end.
-    before: how many in front.
-    after: how many behind.
-    to: how many places there are to be, instead of `after`.
-    value: what they hold.
+    before: number of places to add in front.
+    after: number of places to add behind.
+    to: number of places in the result, instead of `after`.
+    value: the value of the new places.
     host: knows the adapters' types.
 
   Raises:
@@ -199,6 +203,8 @@ def padded(
 
   def block(region: Region) -> Any:
     cut = region[axis]
+    # The part of the block that lies in the old tensor; what is left of it on
+    # both sides is padding.
     low = min(max(cut.start - before, 0), size)
     high = min(max(cut.stop - before, 0), size)
     inner = reader((*region[:axis], slice(low, high), *region[axis + 1 :]))
@@ -221,6 +227,8 @@ def scalar(value: float | bool, dtype: str, where: str) -> Any:
   with np.errstate(over='ignore', invalid='ignore'):
     try:
       number = np.asarray(value).astype(regions.dtype_of(dtype))[()]
+      # A finite number must not become infinite; an integer dtype must hold it
+      # exactly, a floating one may round it.
       finite = bool(np.isfinite(np.float64(number.real)))
       exact = dtype.startswith(('float', 'bfloat', 'complex'))
       fits = finite == math.isfinite(value) and (exact or number == value)

@@ -79,6 +79,7 @@ def resize_vocab(
     assert leaf.shape is not None
     at = regions.axis_of(axis, leaf.shape, path)
     wanted = leaf.shape[at] if size is None else size
+    # Rounded up, since what runs quickest are sizes that divide evenly.
     wanted = -(-wanted // multiple_of) * multiple_of
     if leaf.shape[at] > wanted:
       changed[path] = taken(leaf, at, range(wanted))
@@ -120,6 +121,7 @@ def _extended(
 
   def block(region: Region) -> Any:
     cut = region[axis]
+    # A block may lie in the old tokens, in the new ones, or in both.
     inner = slice(min(cut.start, old), min(cut.stop, old))
     kept = reader((*region[:axis], inner, *region[axis + 1 :]))
     if cut.stop <= old:
@@ -130,6 +132,8 @@ def _extended(
       mean()[others], (len(places), *regions.sizes(others))
     )
     if new == 'random':
+      # One stream of random numbers for each token, so that blocks do not
+      # matter.
       noise = [_noise(seed, token, rest)[others] for token in places]
       values = values + np.stack(noise) * scale
     added = arithmetic.narrowed(
@@ -143,9 +147,9 @@ def _extended(
 
 
 def _noise(seed: int, token: int, shape: regions.Shape) -> np.ndarray:
-  """Returns normal numbers for a token, which no path decides about.
+  """Returns normal numbers for a token, the same for each tensor.
 
-  So the rows of an embedding and of its copy in the head are the same.
+  So an embedding and its copy in the head get the same rows.
   """
   stream = generator(seed, ('resize-vocab',), token)
   return stream.standard_normal(shape, np.float32).astype(np.float64)
