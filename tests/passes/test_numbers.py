@@ -415,7 +415,7 @@ def test_the_same_size_changes_nothing_and_constants_stay(method, value):
     ([3, 3], {'axis': [0, 0]}, '0 twice'),
     ([3, 3], {}, r'6 positions do not make a grid of 2 × 2'),
     ([3, 3], {'grid': [2, 2]}, r'6 positions do not make a grid'),
-    ([3, 3], {'axis': [0, 1], 'prefix': 1}, 'of one axis'),
+    ([3, 3], {'axis': [0, 1], 'prefix': 1}, 'along one axis'),
     (3, {'grid': [2, 3]}, 'grid: expected two'),
     (3, {'prefix': 6}, 'no positions there behind a prefix of 6'),
     (3, {'method': 'quintic'}, "'quintic'"),
