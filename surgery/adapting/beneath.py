@@ -83,13 +83,13 @@ def performed(
   arguments: Mapping[str, Any],
   host: Host,
 ) -> Any:
-  """Does a pass, which sees what layers get unless it handles adapters.
+  """Runs a pass, on parameters as layers get them unless it handles adapters.
 
   Args:
     pass_: the pass.
     verb: its name.
     checkpoint: the model.
-    arguments: what else it is given; models among them are seen likewise.
+    arguments: its other arguments; models among them are seen likewise.
     host: knows the adapters' types.
 
   Raises:
@@ -154,6 +154,8 @@ def seen(
   records = checkpoint.records(host)
   if not records.adapters:
     return checkpoint
+  # An object that is equal to no other one tells this model's parameters from
+  # those of another one.
   model = object() if model is None else model
   leaves = dict(checkpoint)
   for path in records.answered:
@@ -177,7 +179,7 @@ def _seen(
   enabled = tuple(link for link in chain if link[0].enabled)
   saved = records.standing.get(beneath.path)
   if not enabled and saved is not None and saved in checkpoint:
-    # What was trained along and saved with an adapter is given as it is.
+    # A value that was saved with an adapter stands in place of the base.
     return checkpoint[saved].replace(
       trainable=leaf.trainable,
       metadata=leaf.metadata,
@@ -185,7 +187,7 @@ def _seen(
       beneath=beneath,
     )
   if not enabled or leaf.codes is not None:
-    # Of codes nothing can be computed; that is refused where it is tried.
+    # Nothing can be computed from codes; `Leaf.replace` refuses it later.
     return leaf.replace(beneath=beneath)
   one = _Answer(checkpoint, beneath.path, enabled, records, host)
   part = None if leaf.part is None else one.part
@@ -193,7 +195,7 @@ def _seen(
 
 
 class _Answer:
-  """What a layer gets of a parameter, worked out when it is asked for.
+  """The value of a parameter that a layer gets, computed lazily.
 
   Args:
     checkpoint: the model as it is stored.
@@ -239,8 +241,8 @@ class _Answer:
       if isinstance(said, hookspecs.Refusal):
         raise errors.AdapterError(
           f'{paths.show(self._path)}: adapter {adapter.name!r} cannot be '
-          f'merged, so that no step can read what the layer gets: '
-          f'{said.reason}. Detach it first, or select other tensors.'
+          f'merged, so no step can read what the layer gets: {said.reason}. '
+          'Detach it first, or select other tensors.'
         )
     return merged.Merged(
       self._checkpoint, self._chain, self._path, self._records, True
@@ -256,7 +258,7 @@ class _Answer:
       return self._merged.part(index)
     if not index:
       return self.load()
-    # It is not computed in blocks, and once for all blocks.
+    # It cannot be computed in blocks: it is held until its last block was read.
     held = self.load() if self._held is None else self._held
     last = list(grid(self._checkpoint[self._path].shape or ()))[-1]
     self._held = None if index == last else held

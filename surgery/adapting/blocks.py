@@ -1,4 +1,4 @@
-"""What layers get, computed block by block where a parameter is large.
+"""Parameters as layers get them, computed in blocks where they are large.
 
 A parameter in memory and one in a file larger than memory are computed by the
 same compiled functions over the same blocks, so that they have the same bits.
@@ -28,7 +28,7 @@ from surgery.naming.paths import Path
 
 Shape = tuple[int, ...]
 
-# Largest number of elements of what may be computed whole for each block.
+# Most elements of an intermediate value that each block computes as a whole.
 _WHOLE = 4 * BLOCK
 
 
@@ -101,8 +101,11 @@ def _cut(kind: _Kind) -> cutting.Cut | None:
     math.prod(kind.site.param(name).shape) * math.prod(kind.stack)
     for name, _ in kind.others
   ]
+  # Other parameters of the site are operands of each block, whole: they must
+  # be small.
   if max(sizes, default=0) > BLOCK:
     return None
+  # Blocks of the grid cut the first axes; the result is cut along these.
   axes = len(next(grid(kind.shape)))
   with compute.precise(kind.base, kind.dtype):
     return cutting.cut(kind.function, kind.arguments(), axes, _WHOLE)
@@ -157,6 +160,8 @@ def _kind(
       base,
       dtype,
     )
+    # Cutting traces `apply`, which raises here if it reads its path; then the
+    # site is tried that has one.
     _cut(kind)
     return kind
 
@@ -210,9 +215,12 @@ class Blocks:
     value = self._part(index)
     if self._operands is None:
       self._operands = [self._fetched(link, kind) for link, kind in self._links]
+    # Operands beside the base are fetched once for all blocks of the
+    # parameter.
     others = [v for operands in self._operands for v in operands]
     with devices.beside(value, *others):
       value = self._computed(index, value)
+    # Blocks come in order, so that operands are released with the last.
     if index == self._last:
       self._operands = None
     return value
@@ -280,11 +288,14 @@ def of(
   for _, record in chain:
     core = record.site.param(path[-1]).shape
     if shape[len(shape) - len(core) :] != core:
+      # The shape is another than at attach, which `compute` reports with the
+      # path.
       return None  # Computing it whole says what is wrong.
   kinds = []
   inner = dtype
   for index, (adapter, record) in enumerate(chain):
     last = index == len(chain) - 1
+    # Between adapters values are float32 or wider; only the last one rounds.
     to = dtype if last else str(compute.wide(inner))
     kind = _kind(adapter, record, path, shape, inner, to, chains)
     if kind is None:
@@ -303,10 +314,12 @@ def answer(
   traced or spread over devices.
   """
   value = fetch(path)
+  # Values in memory are where JAX computes with them; nothing has to be moved.
   if not isinstance(value, np.ndarray) and devices.is_usual():
     return _answer(chain, path, value, fetch, chains)
   held: dict[Path, Any] = {path: value}
 
+  # A value is read once, even if several adapters use it.
   def once(path: Path) -> Any:
     if path not in held:
       held[path] = fetch(path)
@@ -346,6 +359,7 @@ def _answer(
     blocks = of(chain, path, shape, dtype, part, fetch, chains)
     if blocks is not None:
       parts = [blocks.part(index).reshape(-1) for index in grid(shape)]
+      # numpy where 64 bits would be narrowed by JAX.
       if isinstance(parts[0], np.ndarray):
         return np.concatenate(parts).reshape(shape)
       return jnp.concatenate(parts).reshape(shape)

@@ -120,6 +120,8 @@ def stack_of(where: Path, shape: Sequence[int], core: Sequence[int]) -> int:
   Raises:
     SiteError: if the array does not end in the recorded shape.
   """
+  # Records keep the shape without stacked axes, since a layer inside of scan
+  # sees it so; what an array has in front of it is stacked.
   extra = len(shape) - len(core)
   if extra < 0 or tuple(shape[extra:]) != tuple(core):
     raise errors.SiteError(
@@ -225,6 +227,7 @@ def _applied(
 ) -> Any:
   """Returns one answer for one site without stacked axes, as stored."""
   specs = {spec.name: spec for spec in site.params}
+  # Formulas see inputs first and outputs last, whatever the stored layout is.
   whole = {n: canonical(specs[n], b) for n, b in bases.items()}
   bound = site.bind(whole.__getitem__)
   value = answered(who, bound, name, whole[name], weights)
@@ -237,6 +240,8 @@ def uses(
   who: Interceptor, site: Site, name: str, weights: Any
 ) -> frozenset[str]:
   """Returns the parameters whose base `apply` asks for, beside its own."""
+  # `apply` is traced on shapes: nothing is computed, but what it reads is
+  # seen.
   used = set()
 
   def probe(bases: Arrays, weights: Arrays) -> Any:
@@ -289,6 +294,8 @@ def _answering(
     with as_written(v.dtype for v in (*bases.values(), *weights.values())):
       bases = {n: b.astype(wide(b.dtype)) for n, b in bases.items()}
       weights = {n: widened(w) for n, w in weights.items()}
+      # The formula is written for one layer without stacked axes; each stacked
+      # axis is one `vmap` around it, in which shared weights are not mapped.
       one = functools.partial(_applied, who, site, name)
       axes = (
         dict.fromkeys(bases, 0),
@@ -460,6 +467,7 @@ def step(
   site, who = record.site, record.interceptor
   own = base(name)
   where = (*site.layer, name)
+  # From here on all sites with the same shapes run the same program.
   stack = stack_of(where, own.shape, site.param(name).shape)
   weights = weights_of(record, shared, where, stack, fetch)
   kinds = kinds_of(record, shared)
@@ -468,6 +476,8 @@ def step(
   def compute(site: Site) -> Any:
     bases = {name: own}
     if len(site.params) > 1:
+      # Only those that `apply` reads, since each of them may be a chain of
+      # adapters of its own.
       for other in uses(who, site, name, kinds):
         bases[other] = base(other)
     with precise(*(base.dtype for base in bases.values())):
@@ -508,6 +518,8 @@ def answer(
   value = fetch(path)
   dtype = value.dtype
   for index, (adapter, record) in enumerate(chain):
+    # All adapters but the last one answer in float32 or wider, so that the
+    # result is rounded once.
     last = index == len(chain) - 1
 
     def base(
@@ -544,6 +556,7 @@ def inside(chain: Chain, name: str) -> Chain:
   """Returns the enabled part of a chain that lies inside of an adapter."""
   found = []
   for link in chain:
+    # The chain is in the order of attaching, innermost first.
     if link[0].name == name:
       break
     found.append(link)

@@ -33,6 +33,8 @@ def check_order(records: Records, names: Sequence[str]) -> None:
   """
   _check_saved(records, names)
   for path, chain in records.chains.items():
+    # Adapters that stay and lie inside of one that is merged: merging that one
+    # first changes their base, unless both only add.
     inside: list[AdapterRecord] = []
     for adapter, _ in chain:
       if adapter.name not in names:
@@ -112,6 +114,7 @@ def fold(
     _check_mergeable(checkpoint, records.get(name))
   check_order(records, merged)
   encode = _asked(records, merged, host)
+  # The weights of merged adapters go, and so do values that they saved.
   gone = {p for n in merged for p in records.get(n).weight_paths()}
   leaves: dict[Path, Leaf] = {}
   for path, leaf in checkpoint.items():

@@ -68,8 +68,8 @@ def pruned_shapes(
 ) -> dict[str, Any]:
   """Returns shapes that `init` makes, with the rank that a site has.
 
-  That is another than `init` makes only where it is on record that ranks were
-  pruned, and of how many; otherwise the configuration was changed.
+  The rank may differ from that of `init` only where the record says that ranks
+  were pruned, and how many there were; otherwise the configuration was changed.
   """
   result = dict(made)
   if site.drawn_rank is None:
@@ -77,11 +77,13 @@ def pruned_shapes(
   try:
     axes = rank_axes(record, site)
   except errors.SurgeryError:
-    return result  # There is no rank, or none that the weights agree on.
+    return result  # The type has no rank, or its weights have several.
   for weight, axis in axes.items():
     shape, own = made.get(weight), site.weights[weight].shape
     if shape is None or len(shape) != len(own):
       return dict(made)
+    # Pruned from another rank than the configuration has, or grown: then it is
+    # not what was pruned, and the file is refused.
     if shape[axis] != site.drawn_rank or own[axis] > site.drawn_rank:
       return dict(made)
     result[weight] = (*shape[:axis], own[axis], *shape[axis + 1 :])

@@ -140,7 +140,7 @@ class NuSlerp(Method):
 
 
 def _columns(block: Block, inner: int) -> np.ndarray:
-  """Returns in which column each element lies."""
+  """Returns the column of each element."""
   size = block.tensors[0].size
   return (block.start + np.arange(size)) % inner
 
@@ -180,12 +180,18 @@ class MultiSlerp(Method):
           '0. Give other weights, or normalize_weights: false.'
         )
       given = given / given.sum()
+    # All that follows depends on the models only by the products of all pairs:
+    # one pass over the tensors, and small matrices from here on.
     gram = whole.total(products)
     norms = np.sqrt(np.diag(gram))
     inverse = 1 / (norms + self.eps) if self.eps else _inverse(norms)
+    # The mean direction as a sum of the models, and its length, which is less
+    # than one where directions differ.
     toward = given * inverse
     length = math.sqrt(max(0.0, float(toward @ gram @ toward)))
     if length <= self.eps:
+      # Two opposite models have no direction between them; mergekit takes the
+      # plain mean there.
       if whole.count == 2 or not norms.any():
         return list(given)
       raise errors.SurgeryError(
@@ -193,6 +199,7 @@ class MultiSlerp(Method):
         'models add up to zero, so there is no mean direction. Give other '
         'weights.'
       )
+    # Normalised, and as long as the models are on average.
     return list(toward / length * float(norms @ given))
 
   def combine(self, block: Block, prepared: Any) -> Any:
@@ -237,6 +244,8 @@ class Karcher(Method):
     valid = norms > self.tol
     if not valid.any():
       return [0.0] * whole.count
+    # Directions are unit vectors; a tensor of zeros has none and does not
+    # count.
     inverse = np.where(valid, _inverse(norms), 0)
     cosines = gram * inverse * inverse[:, None]
     alphas = np.where(valid, share, 0)
@@ -255,11 +264,13 @@ class Karcher(Method):
       return math.sqrt(max(0.0, float(weights @ cosines @ weights)))
 
     center = alphas.copy()
+    # The mean of opposite directions is no start, so that the first one is.
     if length(center) < self.tol:
       center = np.zeros_like(alphas)
       center[int(np.argmax(valid))] = 1.0
     center = center / length(center)
     for _ in range(self.max_iter):
+      # Rounding may bring a cosine just above one, which has no angle.
       dots = np.clip(cosines @ center, -1, 1)
       angles = np.where(alphas > 0, np.arccos(dots), 0)
       if (np.pi - angles).min() < self.tol:
@@ -268,12 +279,16 @@ class Karcher(Method):
           'there is no mean direction. Give other weights, or another method.'
         )
       far = angles >= self.tol
+      # The logarithm map scales each direction's tangent by angle /
+      # sin(angle), which is one for an angle of zero.
       sines = np.where(far, np.sin(np.where(far, angles, 1)), 1)
       factors = np.where(far, alphas * angles / sines, 0)
+      # The step is the weighted mean of all tangents at the center.
       tangent = factors - (factors @ dots) * center
       size = length(tangent)
       if size < self.tol:
         break
+      # The exponential map: along the great circle in that direction.
       center = math.cos(size) * center + math.sin(size) / size * tangent
       center = center / length(center)
     return center

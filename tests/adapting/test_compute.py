@@ -42,7 +42,7 @@ def attached(apply, checkpoint=None, **options):
       lambda self, site, name, base, w: surgery.LowRank(
         base, base[:, :1], w['w'][None], 1.0, 0.5, None
       ),
-      'dropout needs a key',
+      'names no vector of integers',
     ),
     (
       lambda self, site, name, base, w: surgery.LowRank(base, base, base),
