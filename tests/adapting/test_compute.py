@@ -121,15 +121,3 @@ def test_apply_reads_another_parameter_of_its_site():
   got = values(surgery.merge(one))
   np.testing.assert_allclose(got['a/kernel'], kernel + bias, rtol=1e-6)
   np.testing.assert_array_equal(got['a/bias'], bias)
-
-
-def test_weights_of_several_adapters_are_not_merged():
-  one = attached(lambda self, site, name, base, w: base * w['w'])
-  path = ('a', 'w')
-  wide = np.ones((3, 6), np.float32)
-  leaves = dict(one)
-  leaves[path] = leaves[path].replace(load=lambda: wide, shape=(3, 6))
-  with pytest.raises(
-    surgery.SiteError, match='a/w has 1 stacked axes, a/kernel'
-  ):
-    surgery.merge(one.replace(leaves=leaves))
