@@ -20,7 +20,7 @@ from surgery.model.checkpoint import Check, Checkpoint, Leaf
 from surgery.model.vocabulary import Vocabulary
 from surgery.naming import paths
 from surgery.naming.paths import Path
-from surgery.passes import arithmetic, twins
+from surgery.passes import arithmetic, described, twins
 from surgery.passes import tokens as tokens_
 from surgery.passes.reshape import transposed
 
@@ -113,6 +113,7 @@ def combine(
   first = every[0].leaves
   common = _common(every, only)
   template = first.replace(leaves={p: first[p] for p in common})
+  remarks += described.differing([(m.name, m.leaves.origin) for m in every])
   options = parameters.Parameters(cls, set or {}, len(models), template, host)
   changed, checks = {}, []
   for path in common:

@@ -16,7 +16,7 @@ from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
-from surgery.passes import arithmetic
+from surgery.passes import arithmetic, rows
 
 Method = Literal['linear', 'cubic']
 
@@ -154,6 +154,7 @@ def _table(
     for one in axes:
       cut[one] = slice(0, shape[one])
     value = arithmetic.plain(reader(tuple(cut)), path, 'interpolate')
+    rows.check_spread(value, path, cut)
     found = np.moveaxis(value.astype(wide), axes, range(len(axes)))
     # Axes of positions go to the front, where each is multiplied by its
     # matrix.

@@ -16,7 +16,7 @@ from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.naming import paths, selectors
 from surgery.naming.paths import Path
 from surgery.naming.selection import Selection
-from surgery.passes import arithmetic
+from surgery.passes import arithmetic, rows
 
 
 def mean(
@@ -101,7 +101,10 @@ def _mean(
       cut = slice(first * many * size, last * many * size)
       inner = slice(one.start - first * size, one.stop - first * size)
       front, behind = region[:axis], region[axis + 1 :]
-    value = arithmetic.plain(reader((*front, cut, *behind)), path, 'mean')
+    whole = (*front, cut, *behind)
+    value = arithmetic.plain(reader(whole), path, 'mean')
+    if nonfinite == 'refuse':
+      rows.check_spread(value, path, whole)
     before, after = value.shape[:axis], value.shape[axis + 1 :]
     parts = value.reshape(*before, -1, many, size, *after).astype(wide)
     with np.errstate(all='ignore'):  # What is wrong is found behind it.

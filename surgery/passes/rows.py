@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,31 @@ def check_finite(
   raise errors.CastError(
     f'{of}{paths.show(path)}: row {int(places[at])} has {bad}, and other rows '
     'would be made of it. Mend it first: surgery stats --finite.'
+  )
+
+
+def check_spread(
+  value: np.ndarray, path: Path, region: Sequence[slice]
+) -> None:
+  """Raises for NaN and infinity in what several numbers are made of.
+
+  Args:
+    value: a region of a tensor.
+    path: the tensor.
+    region: which region.
+
+  Raises:
+    CastError: naming the first such number.
+  """
+  with np.errstate(all='ignore'):
+    good = np.isfinite(value)
+  if good.all():
+    return
+  place = np.unravel_index(int(np.argmin(good)), value.shape)
+  index = [int(at) + cut.start for at, cut in zip(place, region, strict=True)]
+  raise errors.CastError(
+    f'{paths.show(path)}: has {value[place]} at index {index}, and other '
+    'numbers would be made of it. Mend it first: surgery stats --finite.'
   )
 
 

@@ -444,6 +444,24 @@ def test_blocks_are_the_whole(pair, monkeypatch):
         np.testing.assert_array_equal(want[path].reshape(-1), found)
 
 
+def test_configurations_that_differ_are_warned_of(tmp_path):
+  said = {'rms_norm_eps': 1e-6, 'head_dim': 4, 'eos_token_id': 3}
+  one = saved(tmp_path / 'a', bpe(A), tensors(len(A), 0), said)
+  two = saved(
+    tmp_path / 'b', bpe(A), tensors(len(A), 1),
+    {'rms_norm_eps': 1e-5, 'rope_theta': 5e5, 'eos_token_id': 4},
+  )  # fmt: skip
+  models = [surgery.open(folder) for folder in (one, two)]
+  with pytest.warns(UserWarning, match='not stated and 500000') as told:
+    found = surgery.combine(models)
+  assert (
+    'differ in rms_norm_eps (1e-06 and 1e-05), rope_theta (not stated and '
+    '500000.0); the result is described by the first'
+  ) in found.remarks[0]
+  assert [f'{found.remarks[0]}.'] == [str(one.message) for one in told]
+  assert () == surgery.combine([models[0]] * 2).remarks
+
+
 # Parts of tokens.
 
 

@@ -224,6 +224,22 @@ def test_nan_stays_and_infinity_is_clamped():
     done('clamp', model(x=np.ones(2, 'c8')), 'x', min=0)
 
 
+def test_nan_is_not_spread_by_means():
+  value = draw((6, 4))
+  value[3, 2] = np.nan
+  for step, options in (
+    ('interpolate', {'to': 9}),
+    ('mean', {'axis': 0}),
+    ('mean', {'axis': 0, 'groups': 2}),
+  ):
+    with pytest.raises(
+      surgery.CastError, match=r'x: has nan at index \[3, 2\].*stats --finite'
+    ):
+      done(step, model(x=value), 'x', **options)
+  found = done('mean', model(x=value), 'x', axis=0, nonfinite='allow')
+  assert [False, False, True, False] == list(np.isnan(found))
+
+
 # Prune.
 
 
