@@ -11,6 +11,7 @@ from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
 from surgery.contract import config
 from surgery.host.manager import default_host
+from surgery.recipes.spec import Step
 
 
 def _configured(kind: str, settings: tuple[str, ...]) -> Any:
@@ -24,7 +25,7 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   general: dict[str, str] = {}
   patterns: dict[str, dict[str, str]] = {}
   for key, value in shared.pairs(settings, '--set'):
-    # Options are identifiers, so what stands before the last ':' is a selector.
+    # Options are identifiers, so the text before the last ':' is a selector.
     selector, _, option = key.rpartition(':')
     target = patterns.setdefault(selector, {}) if selector else general
     target[option] = value
@@ -62,7 +63,7 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
 )
 @click.option('--name', help="The adapter's name; `default` by default.")
 @click.option(
-  '--seed', type=int, help='From which its weights derive; 0 by default.'
+  '--seed', type=int, help='Random seed of the new weights; 0 by default.'
 )
 @click.option(
   '--stacked',
@@ -73,7 +74,7 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   '--layout',
   multiple=True,
   metavar='[SELECTOR=]LETTERS',
-  help='A letter an axis: s stacked, i input, o output; may be repeated.',
+  help='A letter for each axis: s stacked, i input, o output; may be repeated.',
 )
 @click.option(
   '--from',
@@ -86,18 +87,18 @@ def _configured(kind: str, settings: tuple[str, ...]) -> Any:
   'rules',
   multiple=True,
   metavar="'OLD -> NEW'|MAP",
-  help='With --from, for an adapter of another program: what its modules are '
-  'called in FILE, by rules or by a map of `surgery maps`. May be repeated.',
+  help='With --from, for an adapter of another program: the names of its '
+  'modules in FILE, by rules or by a map of `surgery maps`. May be repeated.',
 )
 @click.option(
   '--no-check-base',
   is_flag=True,
-  help='With --from: take a base with other values.',
+  help='With --from: accept a base with other values.',
 )
 @click.option(
   '--no-check-same',
   is_flag=True,
-  help='With --from: attach an adapter that is attached already once more.',
+  help='With --from: attach an adapter a second time.',
 )
 @writing.writes
 def command(
@@ -128,19 +129,17 @@ def command(
     _refuse_with_from(
       to=to, set=settings, seed=seed, stacked=stacked, layout=layout
     )
-    checks = {
-      **({'check-base': False} if no_check_base else {}),
-      **({'check-same': False} if no_check_same else {}),
-    }
+    checks = shared.unchecked(no_check_base, no_check_same)
     _insert(file, source, name, rules, checks, output)
     return
   if not to:
     raise click.UsageError("give --to SELECTOR, e.g. --to '**/query'.")
-  if rules:
-    raise click.UsageError('--names goes with --from.')
-  for given, option in ((no_check_base, 'base'), (no_check_same, 'same')):
-    if given:
-      raise click.UsageError(f'--no-check-{option} goes with --from.')
+  shared.need(
+    '--from',
+    names=rules,
+    no_check_base=no_check_base,
+    no_check_same=no_check_same,
+  )
   assert kind is not None
   adapter = _configured(kind, settings)
   value: dict[str, object] = {
@@ -154,18 +153,20 @@ def command(
     value['stacked'] = stacked
   if layout:
     value['layout'] = _layouts(layout)
-  writing.carry_out(output, [{'attach': value}], shared.model(file))
+  writing.carry_out(output, [Step('attach', value)], shared.model(file))
 
 
 def _refuse_with_from(**given: Any) -> None:
+  """Raises for options that the file of an adapter decides."""
   for name, value in given.items():
     if value not in (None, ()):
       raise click.UsageError(
-        f'--{name} does not go with --from: the file says it.'
+        f'--{name} does not go with --from: the file has it.'
       )
 
 
 def _layouts(items: tuple[str, ...]) -> Any:
+  """Returns layouts: the letters for all parameters, or by selector."""
   if not items:
     return None
   general = [one for one in items if '=' not in one]
@@ -173,11 +174,11 @@ def _layouts(items: tuple[str, ...]) -> Any:
     return general[0]
   if len(general) > 1:
     raise click.UsageError(
-      f'--layout {general[1]}: {general[0]} is given for all already. Give '
-      f'--layout SELECTOR={general[1]}.'
+      f'--layout {general[1]}: the layout of all parameters is {general[0]} '
+      f'already. Give --layout SELECTOR={general[1]}.'
     )
   some = tuple(one for one in items if '=' in one)
-  # The first that matches decides, so what is for all comes last.
+  # The first selector that matches decides, so that of all comes last.
   return dict([*shared.pairs(some, '--layout'), *(('all', g) for g in general)])
 
 
@@ -186,9 +187,10 @@ def _insert(
   source: pathlib.Path,
   name: str | None,
   rules: tuple[str, ...],
-  checks: dict[str, bool],
+  checks: dict[str, Any],
   output: writing.Output,
 ) -> None:
+  """Attaches the adapter in a file."""
   value: dict[str, object] = {'from': 'adapter', **checks}
   if name is not None:
     value['name'] = name
@@ -196,4 +198,4 @@ def _insert(
     value['names'] = list(rules)
   before = shared.model(file)
   others = {'adapter': shared.opened(source)}
-  writing.carry_out(output, [{'attach': value}], before, others)
+  writing.carry_out(output, [Step('attach', value)], before, others)

@@ -11,13 +11,14 @@ import click
 from surgery import errors
 from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
+from surgery.recipes.spec import Step
 
 
 def _numbers(weights: tuple[str, ...]) -> dict[str, float]:
   """Returns the weight of each adapter.
 
   Raises:
-    UsageError: for what is no number.
+    UsageError: for a weight that is no number.
   """
   numbers: dict[str, float] = {}
   for name, value in shared.pairs(weights, '--weight'):
@@ -41,7 +42,7 @@ def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
   general: dict[str, Any] = {}
   some: dict[str, dict[str, Any]] = {}
   for key, written in shared.pairs(settings, '--set'):
-    # Options are identifiers, so what stands before the last ':' is a selector.
+    # Options are identifiers, so the text before the last ':' is a selector.
     selector, _, option = key.rpartition(':')
     bare = ',' in written and written.lstrip()[:1] not in ('[', '{', '"', "'")
     try:
@@ -53,7 +54,7 @@ def _settings(settings: tuple[str, ...]) -> dict[str, Any]:
     else:
       general[option] = value
   for option, values in some.items():
-    # What holds for all holds for what no selector means.
+    # A value without selector is for all tensors that no selector matches.
     rest = {'**': general[option]} if option in general else {}
     general[option] = {**values, **rest}
   return general
@@ -76,7 +77,7 @@ def _methods(
 @click.option(
   '--base',
   type=shared.FILE,
-  help='Of models: the model from which all were trained.',
+  help='For models: the model from which all were trained.',
 )
 @click.option(
   '--method',
@@ -84,9 +85,8 @@ def _methods(
   show_default=True,
   metavar='NAME',
   shell_complete=_methods,
-  help='How they become one: linear, mean, slerp, task_arithmetic, ties, '
-  'dare_ties, …; `surgery plugins --methods` lists them. Of adapters also cat '
-  'and svd.',
+  help='The method: linear, mean, slerp, task_arithmetic, ties, dare_ties, …; '
+  '`surgery plugins --methods` lists them. For adapters also cat and svd.',
 )
 @click.option(
   '--set',
@@ -99,12 +99,12 @@ def _methods(
 @click.option(
   '--only',
   type=click.Choice(['all', 'common']),
-  help='Of models: `common` leaves out tensors that not all have.',
+  help='For models: `common` leaves out tensors that some model lacks.',
 )
 @click.option(
   '--nonfinite',
   type=click.Choice(['refuse', 'allow']),
-  help='Of models: `allow` combines NaN and infinity.',
+  help='For models: `allow` accepts NaN and infinity.',
 )
 @click.option(
   '--tokens',
@@ -148,29 +148,31 @@ def _methods(
   multiple=True,
   metavar='NAME=NUMBER',
   shell_complete=completion.adapters,
-  help='Of adapters: the weight of one in the sum; once for each.',
+  help='For adapters: the weight of one in the sum; once for each.',
 )
 @click.option(
   '--with',
   'sources',
   multiple=True,
   metavar='NAME=FILE',
-  help='Of adapters: attach the one in FILE as NAME first; may be repeated.',
+  help='For adapters: first attach the one in FILE as NAME; may be repeated.',
 )
 @click.option(
-  '--rank', type=click.IntRange(1), help='Of adapters: rank of the result.'
+  '--rank', type=click.IntRange(1), help='For adapters: rank of the result.'
 )
 @click.option(
   '--density',
   type=float,
-  help='Of adapters: share of an update that is kept, e.g. 0.5.',
-)
-@click.option('--seed', type=int, help='Of what is dropped at random.')
-@click.option(
-  '--name', help="Of adapters: the result's name; `combined` by default."
+  help='For adapters: share of an update that is kept, e.g. 0.5.',
 )
 @click.option(
-  '--keep', is_flag=True, help='Of adapters: let the others stay, disabled.'
+  '--seed', type=int, help='Random seed of methods that drop elements.'
+)
+@click.option(
+  '--name', help="For adapters: the result's name; `combined` by default."
+)
+@click.option(
+  '--keep', is_flag=True, help='For adapters: keep the others, disabled.'
 )
 @writing.writes
 def command(
@@ -182,7 +184,7 @@ def command(
   output: writing.Output,
   **given: Any,
 ) -> None:
-  r"""Make one model of several, or one adapter of those that a model has.
+  r"""Combine several models into one, or adapters of a model into one.
 
   \b
   surgery combine a.safetensors b.safetensors --method slerp --set t=0.3 \
@@ -192,8 +194,8 @@ def command(
   surgery combine ckpt-*.safetensors --method mean -o mean.safetensors
   surgery combine a/ b/ --tokens union --missing-rows mean -o out/
 
-  With --weight NAME=NUMBER (and --with) it is adapters of one file that become
-  one, a LoRA; otherwise the files are models with the same tensors.
+  With --weight NAME=NUMBER (and --with), adapters of one file are combined into
+  a LoRA; otherwise the files are models with the same tensors.
 
   \b
   surgery combine adapted.msgpack --weight a=0.7 --weight b=0.3 -o one.msgpack
@@ -203,10 +205,10 @@ def command(
   if weights or sources:
     names = ('only', 'nonfinite', *_OF_TOKENS)
     refused = {'base': base, **{n: given[n] for n in names}}
-    _check_free(refused, 'they are of models, and --weight means adapters')
+    _check_free(refused, 'they are for models, and --weight is for adapters')
     if len(files) > 1:
       raise click.UsageError(
-        f'--weight means adapters of one file, found {len(files)} files. Give '
+        f'--weight is for adapters of one file, found {len(files)} files. Give '
         'the files of adapters by --with NAME=FILE; or the weights of models '
         'by --set weight=0.7,0.3.'
       )
@@ -215,8 +217,8 @@ def command(
   refused = {n: given[n] for n in ('rank', 'density', 'name', 'keep')}
   _check_free(
     refused,
-    'they are of adapters, which are named by --weight NAME=NUMBER. Options of '
-    'a method for models are given by --set, e.g. --set density=0.5',
+    'they are for adapters, which are named by --weight NAME=NUMBER. Options '
+    'of a method for models are given by --set, e.g. --set density=0.5',
   )
   if len(files) == 1 and base is None and not settings:
     raise click.UsageError(
@@ -256,7 +258,8 @@ def _models(
     value['set'] = settings
   value.update(_given(given, 'only', 'seed', 'nonfinite'))
   value.update(_of_tokens([*files, *([base] if base else [])], given))
-  writing.carry_out(output, [{'combine': value}], shared.model(first), others)
+  step = Step('combine', value)
+  writing.carry_out(output, [step], shared.model(first), others)
 
 
 # Options that say how rows follow tokens.
@@ -315,14 +318,14 @@ def _adapters(
   """Combines adapters of one model."""
   if not weights:
     raise click.UsageError("Missing option '--weight'.")
-  steps: list[dict[str, Any]] = []
+  steps: list[Step] = []
   others = {}
   for number, (attached, path) in enumerate(shared.pairs(sources, '--with')):
     alias = f'adapter{number}'
     others[alias] = shared.opened(pathlib.Path(path))
-    # How much each of them counts is said here, that of a twin too.
+    # The same adapter may be given twice: each has a weight of its own.
     step = {'from': alias, 'name': attached, 'check-same': False}
-    steps.append({'attach': step})
+    steps.append(Step('attach', step))
   value: dict[str, Any] = {
     'weights': _numbers(weights),
     'method': given['method'],
@@ -333,5 +336,5 @@ def _adapters(
     value['set'] = settings
   if given['keep']:
     value['keep'] = True
-  steps.append({'combine-adapters': value})
+  steps.append(Step('combine-adapters', value))
   writing.carry_out(output, steps, shared.model(file), others)

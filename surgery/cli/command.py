@@ -1,4 +1,4 @@
-"""Commands whose options are given once, or say that they take several."""
+"""Commands that refuse a repeated option, unless it takes several values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import click
 class _Once(click.Command):
   """Refuses a second value of an option that takes one.
 
-  Click keeps the last one without a word. An option that means several things
-  is declared with `multiple=True`.
+  Click would keep the last value silently. Options of several values are
+  declared with `multiple=True`.
   """
 
   def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-    if not ctx.resilient_parsing:  # As it is while a shell completes.
+    if not ctx.resilient_parsing:  # Not while a shell completes a line.
       self._check_once(ctx, list(args))
     return super().parse_args(ctx, args)
 
@@ -27,7 +27,7 @@ class _Once(click.Command):
     """
     _, _, given = self.make_parser(ctx).parse_args(args)
     for param, count in collections.Counter(given).items():
-      # What is eager prints something and ends the command.
+      # Eager options, as `--help`, print something and end the command.
       if (
         count > 1
         and isinstance(param, click.Option)

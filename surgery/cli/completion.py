@@ -131,14 +131,14 @@ def answer(cli: click.Command, instruction: str) -> int:
 
   shell_completion.add_completion_class(Bash)
   shell_completion.add_completion_class(Zsh)
-  # Broken plugins are told of by verbs, not in the middle of a command line.
+  # Verbs warn of broken plugins, not completion in the middle of a line.
   warnings.simplefilter('ignore')
   try:
     return shell_completion.shell_complete(
       cli, {}, 'surgery', VARIABLE, instruction
     )
   except Exception:
-    # Whatever it is, a traceback would tear the command line that is edited.
+    # A traceback would appear in the middle of the line that is being edited.
     if os.environ.get('SURGERY_DEBUG'):
       raise
     return 1
@@ -152,17 +152,17 @@ def items(texts: Iterable[str], incomplete: str) -> Found:
 
 
 def _opened(ctx: click.Context) -> Checkpoint | None:
-  """Returns the file that stands on the command line, if it can be read."""
+  """Returns the file on the command line, if it can be read."""
   from surgery import errors
   from surgery.model import checkpoint
 
-  # Behind an option that waits for its value Click leaves arguments unread.
+  # While an option waits for its value, Click has not parsed all arguments.
   given = [ctx.params.get('file'), ctx.params.get('a'), *ctx.args]
   file = next((one for one in given if one), None)
   if file is None:
     return None
   with warnings.catch_warnings():
-    # What is printed would stand in the middle of what is being typed.
+    # A warning would appear in the middle of the line that is being edited.
     warnings.simplefilter('ignore')
     try:
       return checkpoint.open_checkpoint(pathlib.Path(file))

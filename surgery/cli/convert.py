@@ -9,6 +9,7 @@ import click
 
 from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
+from surgery.recipes.spec import Step
 
 
 @click.command(cls=Command)
@@ -18,7 +19,7 @@ from surgery.cli.command import Command
   'form',
   metavar='FORMAT',
   shell_complete=completion.formats,
-  help='msgpack, safetensors, …; what the suffix of OUT says by default.',
+  help='msgpack, safetensors, …; by default the suffix of OUT decides.',
 )
 @click.option(
   '--map',
@@ -32,14 +33,14 @@ from surgery.cli.command import Command
   '--direction',
   'way',
   type=click.Choice(['jax', 'torch']),
-  help='With --map: to which side; by default the one where all tensors find a '
-  'place.',
+  help='With --map: the side to convert to; by default the one for which all '
+  'tensors match.',
 )
 @click.option(
   '--root',
   metavar='PATH',
-  help="With --map: where all lies in the tree, e.g. 'params' of flax, or the "
-  "name of blox's graph.",
+  help="With --map: the prefix of all paths in the tree, e.g. 'params' of "
+  "flax, or the name of blox's graph.",
 )
 @writing.converts
 def command(
@@ -50,7 +51,7 @@ def command(
   root: str | None,
   output: writing.Output,
 ) -> None:
-  r"""Write IN in another format, or in files of another size; same bits.
+  r"""Write IN in another format, or in files of another size, bit for bit.
 
   \b
   surgery convert base.msgpack base.safetensors
@@ -60,21 +61,19 @@ def command(
   """
   output = output.to(format=form)
   if name is None:
-    for option, value in (('--direction', way), ('--root', root)):
-      if value is not None:
-        raise click.UsageError(f'{option} goes with --map.')
+    shared.need('--map', direction=way, root=root)
     writing.carry_out(output, [], shared.opened(file))
     return
   writing.carry_out(output, [_step(name, way, root)], shared.model(file))
 
 
-def _step(name: str, way: str | None, root: str | None) -> dict[str, Any]:
-  """Returns the step; of a map of the user's own, with all that it says."""
+def _step(name: str, way: str | None, root: str | None) -> Step:
+  """Returns the step; a map in a file becomes part of it."""
   from surgery.interop import maps
 
-  said: Any = maps.load(pathlib.Path(name)) if maps.is_file(name) else name
+  chosen: Any = maps.load(pathlib.Path(name)) if maps.is_file(name) else name
   options = {'to': way, 'root': root}
   options = {key: value for key, value in options.items() if value is not None}
-  if not options and isinstance(said, str):
-    return {'map': said}
-  return {'map': {'name': said, **options}}
+  if not options and isinstance(chosen, str):
+    return Step('map', chosen)
+  return Step('map', {'name': chosen, **options})

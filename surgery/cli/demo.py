@@ -161,7 +161,7 @@ def run(
     progress: gives a progress bar for a number of steps.
 
   Raises:
-    SurgeryError: if something that must hold does not.
+    SurgeryError: if a check fails.
   """
   import blox as bx
   import jax.numpy as jnp

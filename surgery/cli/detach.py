@@ -8,17 +8,17 @@ import click
 
 from surgery.cli import extract, shared, writing
 from surgery.cli.command import Command
-from surgery.recipes.spec import Target
+from surgery.recipes.spec import Step, Target
 
 
 @click.command(cls=Command)
 @shared.file
-@shared.adapters('The adapter to take off; all by default. May be repeated.')
+@shared.adapters('The adapter to remove; all by default. May be repeated.')
 @click.option(
   '--save-adapter',
   'saved',
   type=shared.FILE,
-  help='Write the adapter to this file, too. It is written first.',
+  help='Write the adapter to this file as well, before the base.',
 )
 @extract.modules
 @writing.writes
@@ -30,7 +30,7 @@ def command(
   none: bool,
   output: writing.Output,
 ) -> None:
-  r"""Take adapters off; the base is as it was.
+  r"""Remove adapters; the base is as it was.
 
   \b
   surgery detach adapted.msgpack -o base.msgpack
@@ -42,7 +42,7 @@ def command(
     raise click.UsageError(
       '--modules-to-save and --no-modules-to-save go with --save-adapter.'
     )
-  steps: list[object] = [{'detach': shared.short(names)}]
+  steps = [Step('detach', shared.short(names))]
   others: dict[str, Target] = {}
   if saved is not None:
     others['saved'] = alone = Target(saved, of='adapter')

@@ -17,7 +17,7 @@ from surgery.naming import paths
 
 if TYPE_CHECKING:
   from surgery.looking.diff import Difference, TensorDiff
-  from surgery.model.checkpoint import Checkpoint
+  from surgery.model.checkpoint import Checkpoint, Leaf
 
 
 @click.command(cls=Command)
@@ -39,22 +39,21 @@ if TYPE_CHECKING:
   '--tolerance',
   type=click.FloatRange(0),
   metavar='T',
-  help='Largest relative error ‖a-b‖/‖a‖ of a tensor that is let pass; its '
-  'dtype may differ then. 0 asks for equal values. By default every bit and '
-  'the dtype count.',
+  help='Largest relative error ‖a-b‖/‖a‖ of a tensor that is accepted, in any '
+  'dtype. 0 means equal values. By default bits and dtypes have to be equal.',
 )
 @click.option(
   '--save',
   type=shared.FILE,
   metavar='PATCH',
-  help='Write a patch: what B has and A has not. `surgery patch` makes B of '
-  'A and it. Exit with 0.',
+  help='Write the differences as a patch, from which `surgery patch` makes B '
+  'of A. Exit with 0.',
 )
 @click.option(
   '--no-compress',
   is_flag=True,
-  help='With --save: compress nothing. By default zstd is used where it makes '
-  'the patch smaller and the package zstandard is installed.',
+  help='With --save: compress nothing. By default zstd is used if it makes the '
+  'patch smaller and the package zstandard is installed.',
 )
 @click.option(
   '--force', is_flag=True, help='With --save: replace an existing file.'
@@ -75,8 +74,8 @@ def command(
 ) -> int:
   r"""Compare two files, tensor by tensor; exit with 1 if they differ.
 
-  With selectors, only those tensors are compared. Histories are not. With
-  --quiet nothing is printed; the exit code tells.
+  With selectors, only those tensors are compared. Histories are never compared.
+  With --quiet nothing is printed; the exit code is the result.
 
   \b
   surgery diff base.msgpack merged.msgpack --top 5
@@ -87,7 +86,7 @@ def command(
     if selectors or top is not None or tolerance is not None:
       raise click.UsageError(
         '--save does not go with selectors, --top and --tolerance: a patch '
-        'holds all that differs.'
+        'holds all differences.'
       )
     _save(a, b, save, force, not no_compress, quiet, as_json)
     return 0
@@ -96,29 +95,26 @@ def command(
   if tolerance is not None and math.isnan(tolerance):
     raise click.UsageError('--tolerance: expected a number, found nan.')
   first, second = shared.opened(a), shared.opened(b)
-  said = [] if selectors else _manifests(first, second)
-  count, different = 0, []
-  for one in _compared(first, second, selectors, quiet):
-    count += 1
-    if one.differs(tolerance):
-      different.append(one)
-  equal = not said and not different
+  notes = [] if selectors else _manifests(first, second)
+  found = list(_compared(first, second, selectors, quiet))
+  different = [one for one in found if one.differs(tolerance)]
+  equal = not notes and not different
   shown = _top(different, top)
   if as_json:
     data = {
       'a': str(a),
       'b': str(b),
       'equal': equal,
-      'compared': count,
+      'compared': len(found),
       'differing': len(different),
-      'manifest': [vars(d) for d in said],
+      'manifest': [vars(d) for d in notes],
       'tensors': [_data(one) for one in shown],
     }
     click.echo(json.dumps(data, default=str))
   elif not quiet:
-    for line in (*map(str, said), *_lines(shown)):
+    for line in (*map(str, notes), *_lines(shown)):
       click.echo(line)
-    click.echo(_summary(count, different, len(said), tolerance))
+    click.echo(_summary(len(found), different, len(notes), tolerance))
   return 0 if equal else codes.DIFFERS
 
 
@@ -171,7 +167,7 @@ def _manifests(a: Checkpoint, b: Checkpoint) -> list[Difference]:
 def _compared(
   a: Checkpoint, b: Checkpoint, selectors: tuple[str, ...], quiet: bool
 ) -> Iterator[TensorDiff]:
-  """Yields the results, telling how far it has come."""
+  """Yields the results, and shows progress."""
   from surgery.looking import diff
 
   chosen = list(selectors) or None
@@ -184,7 +180,7 @@ def _compared(
 
 
 def _weight(one: TensorDiff) -> float:
-  """Returns how much a tensor differs; most, where that is no number."""
+  """Returns how much a tensor differs; infinity if that is no number."""
   return one.figures.relative if one.figures else math.inf
 
 
@@ -195,7 +191,7 @@ def _top(different: list[TensorDiff], top: int | None) -> list[TensorDiff]:
 
 
 def _finite(number: float | None) -> float | None:
-  """Returns a number that JSON has; null for infinity."""
+  """Returns a number for JSON, which has no infinity: None instead."""
   return None if number is None or not math.isfinite(number) else number
 
 
@@ -245,26 +241,31 @@ def _figures(one: TensorDiff) -> str:
     return 'only in b'
   if one.b is None:
     return 'only in a'
-  parts = [str(note) for note in one.notes]
+  values = _values(one, one.a, one.b)
+  return '; '.join([*values, *map(str, one.notes)])
+
+
+def _values(one: TensorDiff, a: Leaf, b: Leaf) -> Iterator[str]:
+  """Yields how the values of a tensor differ."""
   figures = one.figures
-  if one.a.shape != one.b.shape:
-    parts.insert(0, 'shapes differ')
-  elif figures is None and not one.equal and one.a.shape is not None:
-    parts.insert(0, 'codes of a quantised weight differ')
-  elif figures is None and not one.equal:
-    parts.insert(0, f'{one.a.load()!r} → {one.b.load()!r}')
-  elif figures is not None and one.a.dtype != one.b.dtype and one.equal:
-    parts.insert(0, 'equal values')
-  elif figures is not None and figures.changed:
+  if a.shape != b.shape:
+    yield 'shapes differ'
+  elif figures is None:
+    # Values that are no arrays, or codes, whose values are not computed.
+    if not one.equal and a.shape is None:
+      yield f'{a.load()!r} → {b.load()!r}'
+    elif not one.equal:
+      yield 'codes of a quantised weight differ'
+  elif a.dtype != b.dtype and one.equal:
+    yield 'equal values'
+  elif figures.changed:
     cosine = '-' if figures.cosine is None else f'{figures.cosine:.6f}'
-    parts.insert(
-      0,
+    yield (
       f'max {figures.max_abs:.3g}, relative {figures.relative:.3g}, '
-      f'cosine {cosine}, changed {_percent(figures.share)}',
+      f'cosine {cosine}, changed {_percent(figures.share)}'
     )
     if figures.nonfinite:
-      parts.insert(1, f'{figures.nonfinite} not finite in one')
-  return '; '.join(parts)
+      yield f'{figures.nonfinite} not finite in one'
 
 
 def _percent(share: float) -> str:
@@ -272,7 +273,7 @@ def _percent(share: float) -> str:
 
 
 def _summary(
-  count: int, different: list[TensorDiff], said: int, tolerance: float | None
+  count: int, different: list[TensorDiff], notes: int, tolerance: float | None
 ) -> str:
   parts = []
   if different:
@@ -280,7 +281,7 @@ def _summary(
   for side, gone in (('a', 'b'), ('b', 'a')):
     if only := sum(getattr(d, gone) is None for d in different):
       parts.append(f'{only} of them only in {side}')
-  if said:
-    parts.append(f'{said} difference{"s"[: said > 1]} beside tensors')
+  if notes:
+    parts.append(f'{notes} difference{"s"[: notes > 1]} beside tensors')
   within = '' if tolerance is None else f' within {tolerance:g}'
   return ', '.join(parts) or f'equal{within}: {count} tensors'

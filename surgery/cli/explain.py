@@ -22,9 +22,9 @@ from surgery.cli.command import Command
 @click.argument('code', metavar='MODULE:FUNCTION')
 @shared.json_option
 def command(file: pathlib.Path, code: str, as_json: bool) -> None:
-  r"""Say which parameters stay factored in a call of a model.
+  r"""Show which parameters stay factored in a call of a model.
 
-  FUNCTION is yours: it returns the model, and the arguments of a call behind
+  FUNCTION is your own: it returns the model, and the arguments of a call after
   params, e.g. `return model, x`. Nothing is computed.
 
   \b
@@ -34,14 +34,14 @@ def command(file: pathlib.Path, code: str, as_json: bool) -> None:
 
   model, *arguments = _called(code)
   params = surgery.load(file)
-  with _theirs(f'{code}: the model'):
+  with _user_code(f'{code}: the model'):
     found = surgery.explain(model, params, *arguments)
   click.echo(json.dumps(found.to_json()) if as_json else str(found))
 
 
 @contextlib.contextmanager
-def _theirs(who: str) -> Iterator[None]:
-  """Says of errors in the user's code that they are raised there.
+def _user_code(what: str) -> Iterator[None]:
+  """Turns errors of the user's code into errors that name it.
 
   Raises:
     SurgeryError: for any other error.
@@ -52,7 +52,7 @@ def _theirs(who: str) -> Iterator[None]:
     raise
   except Exception as error:
     raise errors.SurgeryError(
-      f'{who} raises {type(error).__name__}: {error}'
+      f'{what} raises {type(error).__name__}: {error}'
     ) from error
 
 
@@ -74,11 +74,11 @@ def _called(code: str) -> tuple[Any, ...]:
     call = getattr(importlib.import_module(name), function)
   except (ModuleNotFoundError, AttributeError) as error:
     raise click.UsageError(f'{code}: {error}.') from error
-  with _theirs(f'{code}()'):
+  with _user_code(f'{code}()'):
     made = call()
   if not isinstance(made, tuple) or not made or not callable(made[0]):
     raise errors.SurgeryError(
       f'{code}() returned {type(made).__name__}, expected a tuple of the model '
-      'and the arguments of a call behind params, e.g. (model, x).'
+      'and the arguments of a call after params, e.g. (model, x).'
     )
   return made

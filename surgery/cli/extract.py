@@ -10,12 +10,13 @@ import click
 
 from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
+from surgery.recipes.spec import Step
 
 Decorated = TypeVar('Decorated', bound=Callable[..., object])
 
 
 def modules(command: Decorated) -> Decorated:
-  """Adds the options that say what is saved along, as `select` and `none`."""
+  """Adds the options `--modules-to-save`, as `select`, and its negation."""
   for option in (
     click.option(
       '--no-modules-to-save',
@@ -29,23 +30,22 @@ def modules(command: Decorated) -> Decorated:
       multiple=True,
       metavar='SELECTOR',
       shell_complete=completion.selectors,
-      help='Layers or parameters to save along, e.g. a head; by default what '
-      'was trained with the adapter. May be repeated.',
+      help='Layers or parameters to save with the adapter, e.g. a head; by '
+      'default those that were trained with it. May be repeated.',
     ),
   ):
     command = option(command)
   return command
 
 
-def step(
-  names: tuple[str, ...], select: tuple[str, ...], none: bool
-) -> dict[str, object]:
-  """Returns the step that makes an adapter of its own, as `adapter`.
+def step(names: tuple[str, ...], select: tuple[str, ...], none: bool) -> Step:
+  """Returns the step that extracts an adapter, under the alias `adapter`.
 
   Args:
-    names: the adapter, or none for the only one.
-    select: what is saved along; by default what was trained with it.
-    none: whether nothing is saved along.
+    names: the adapter; empty for the only one.
+    select: parameters that are saved with it; by default those that were
+      trained with it.
+    none: whether no parameters are saved with it.
 
   Raises:
     UsageError: if several adapters were named, or for options that do not go
@@ -61,11 +61,11 @@ def step(
     )
   name = names[0] if names else None
   if not select and not none:
-    return {'extract': name, 'as': 'adapter'}
+    return Step('extract', name, result='adapter')
   value: dict[str, object] = {'modules-to-save': shared.short(select) or []}
   if name is not None:
     value['name'] = name
-  return {'extract': value, 'as': 'adapter'}
+  return Step('extract', value, result='adapter')
 
 
 @click.command(cls=Command)
@@ -77,8 +77,8 @@ def step(
   'form',
   metavar='FORMAT',
   shell_complete=completion.formats,
-  help='msgpack, safetensors, peft (a folder), …; what the suffix says by '
-  'default.',
+  help='msgpack, safetensors, peft (a folder), …; by default the suffix '
+  'decides.',
 )
 @writing.writes
 def command(

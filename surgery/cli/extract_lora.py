@@ -10,6 +10,7 @@ import click
 
 from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
+from surgery.recipes.spec import Step
 
 
 @click.command(cls=Command)
@@ -21,15 +22,15 @@ from surgery.cli.command import Command
   multiple=True,
   metavar='[SELECTOR=]N',
   help='Rank of the update; 16 by default. May be repeated: the first selector '
-  'that matches decides, and one without stands for all others.',
+  'that matches decides, and N alone is for all others.',
 )
 @click.option(
   '--energy',
   'energies',
   multiple=True,
   metavar='[SELECTOR=]SHARE',
-  help='Instead of --rank: the share of the squared norm that is kept, e.g. '
-  '0.95. May be repeated.',
+  help='Instead of --rank: the share of the squared norm that the factors '
+  'keep, e.g. 0.95. May be repeated.',
 )
 @click.option(
   '--max-rank',
@@ -41,21 +42,23 @@ from surgery.cli.command import Command
   multiple=True,
   metavar='SELECTOR',
   shell_complete=completion.selectors,
-  help='Layers or parameters that become factors; all matrices that differ by '
-  'default. May be repeated.',
+  help='Layers or parameters to factorise; by default all matrices that '
+  'differ. May be repeated.',
 )
 @click.option(
   '--keep-whole',
   multiple=True,
   metavar='SELECTOR',
   shell_complete=completion.selectors,
-  help='Parameters that are kept as they were tuned, e.g. norms and heads; '
-  '`all` for all that differ and are no factors. May be repeated.',
+  help='Parameters that are kept whole, with their values in TUNED, e.g. norms '
+  'and heads; `all` for all that differ and have no factors. May be repeated.',
 )
 @click.option(
   '--exact', is_flag=True, help='Decompose matrices in full; takes long.'
 )
-@click.option('--seed', type=int, help='Of the decompositions; 0 by default.')
+@click.option(
+  '--seed', type=int, help='Random seed of the decompositions; 0 by default.'
+)
 @click.option(
   '--stacked',
   type=click.IntRange(0),
@@ -65,7 +68,7 @@ from surgery.cli.command import Command
   '--layout',
   multiple=True,
   metavar='[SELECTOR=]LETTERS',
-  help='A letter an axis: s stacked, i input, o output.',
+  help='A letter for each axis: s stacked, i input, o output.',
 )
 @click.option('--name', help="The adapter's name; `default` by default.")
 @writing.writes
@@ -84,9 +87,9 @@ def command(
   name: str | None,
   output: writing.Output,
 ) -> None:
-  r"""Make an adapter, a LoRA, of what TUNED has learned over BASE.
+  r"""Make a LoRA adapter of the difference between TUNED and BASE.
 
-  Its error is shown for each matrix, ‖Δ - A·B‖ / ‖Δ‖, and is in its file.
+  Its error for each matrix, ‖Δ - A·B‖ / ‖Δ‖, is shown and recorded in its file.
 
   \b
   surgery extract-lora base.safetensors tuned.safetensors --rank 16 -o a.msgpack
@@ -113,7 +116,7 @@ def command(
   given = {key: one for key, one in value.items() if one is not None}
   writing.carry_out(
     output.to(of='adapter'),
-    [{'extract-lora': given, 'as': 'adapter'}],
+    [Step('extract-lora', given, result='adapter')],
     shared.model(base),
     {'tuned': shared.model(tuned)},
   )
@@ -122,10 +125,10 @@ def command(
 def _by_selector(
   items: tuple[str, ...], kind: Callable[[str], Any], option: str
 ) -> Any:
-  """Returns what is given for all, or by selector; None for nothing.
+  """Returns a value for all, or values by selector; None if none is given.
 
   Raises:
-    UsageError: for something that is no such value, or is given twice.
+    UsageError: for a value of another type, or one that is given twice.
   """
   found: dict[str, Any] = {}
   for item in items:
@@ -141,6 +144,6 @@ def _by_selector(
         f'{option} {item!r}: expected {what}, found {text!r}.'
       ) from None
   if 'all' in found:
-    # Whatever the order, it is for all others.
+    # The first selector that matches decides, so this one has to come last.
     found['all'] = found.pop('all')
   return found['all'] if [*found] == ['all'] else found or None

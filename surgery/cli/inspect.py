@@ -106,20 +106,20 @@ def _shown(
 def _history(file: pathlib.Path, opened: Checkpoint, as_json: bool) -> Any:
   from surgery.recipes import history as histories
 
-  said = opened.manifest.history
+  entries = opened.manifest.history
   if as_json:
-    return list(said)
-  if not said:
+    return list(entries)
+  if not entries:
     click.echo(f'{file}: no history is recorded.', err=True)
   name = f'{file.name}/' if file.is_dir() else file.name
-  return '\n'.join(histories.lines(said, name, default_host()))
+  return '\n'.join(histories.lines(entries, name, default_host()))
 
 
 def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:
-  said = opened.manifest
+  manifest = opened.manifest
   return {
-    'kind': said.kind,
-    'locked': said.locked,
+    'kind': manifest.kind,
+    'locked': manifest.locked,
     'tensors': [
       {
         'path': paths.show(path),
@@ -134,11 +134,13 @@ def _data(opened: Checkpoint, chosen: list[Path]) -> dict[str, Any]:
       for path, leaf in ((p, opened[p]) for p in chosen)
     ],
     'layers': {
-      paths.show(p): list(t.names) for p, t in said.layer_types.items()
+      paths.show(p): list(t.names) for p, t in manifest.layer_types.items()
     },
-    'adapters': list(said.adapters),
-    **({'peft': said.extra[peft.KEY]} if peft.KEY in said.extra else {}),
-    'history': list(said.history),
+    'adapters': list(manifest.adapters),
+    **(
+      {'peft': manifest.extra[peft.KEY]} if peft.KEY in manifest.extra else {}
+    ),
+    'history': list(manifest.history),
   }
 
 
@@ -158,32 +160,43 @@ def _headings(
 
 def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
   """Returns the tree, the adapters and the totals."""
-  said = opened.manifest
+  manifest = opened.manifest
+  lines = _tree(opened, chosen)
+  if manifest.adapters:
+    lines.append('')
+  for index, adapter in enumerate(manifest.adapters):
+    note = ' (innermost)' if index == 0 and len(manifest.adapters) > 1 else ''
+    lines.append(f'adapter {record_json.describe(adapter)}{note}')
+  if peft.KEY in manifest.extra:
+    lines += ['', f'PEFT {peft.describe(manifest.extra[peft.KEY])}']
+  return [*lines, '', _totals(opened, chosen)]
+
+
+def _tree(opened: Checkpoint, chosen: list[Path]) -> list[str]:
+  """Returns a line for each layer and tensor, with columns."""
   rows: list[tuple[str, str, str, str]] = []
   shown: Path = ()
   for path in chosen:
     layer, leaf = path[:-1], opened[path]
     if layer != shown:
-      rows += _headings(layer, shown, said.layer_types)
+      rows += _headings(layer, shown, opened.manifest.layer_types)
       shown = layer
     name = f'{"  " * len(layer)}{paths.show(path[-1:])}'
     nbytes = shared.size(leaf.nbytes)
     rows.append((name, str(leaf), nbytes, ', '.join(_flags(leaf))))
   widths = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
-  lines = [
+  return [
     f'{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}'.rstrip()
     for a, b, c, d in rows
   ]
-  if said.adapters:
-    lines.append('')
-  for index, adapter in enumerate(said.adapters):
-    note = ' (innermost)' if index == 0 and len(said.adapters) > 1 else ''
-    lines.append(f'adapter {record_json.describe(adapter)}{note}')
-  if peft.KEY in said.extra:
-    lines += ['', f'PEFT {peft.describe(said.extra[peft.KEY])}']
+
+
+def _totals(opened: Checkpoint, chosen: list[Path]) -> str:
+  """Returns the numbers of tensors, elements and bytes."""
   leaves = [opened[p] for p in chosen]
   # An adapter that is disabled does not train; its flags stay.
-  off = {one['name'] for one in said.adapters if not one.get('enabled', True)}
+  adapters = opened.manifest.adapters
+  off = {one['name'] for one in adapters if not one.get('enabled', True)}
   trains = sum(
     leaf.size
     for leaf in leaves
@@ -191,13 +204,8 @@ def _lines(opened: Checkpoint, chosen: list[Path]) -> list[str]:
     and not leaf.key
     and leaf.metadata.get('adapter') not in off
   )
-  what = said.kind
-  lines += [
-    '',
-    (
-      f'{what}: {len(leaves)} tensors, '
-      f'{sum(x.size for x in leaves):,} elements ({trains:,} trainable), '
-      f'{shared.size(sum(x.nbytes for x in leaves))}'
-    ),
-  ]
-  return lines
+  return (
+    f'{opened.manifest.kind}: {len(leaves)} tensors, '
+    f'{sum(x.size for x in leaves):,} elements ({trains:,} trainable), '
+    f'{shared.size(sum(x.nbytes for x in leaves))}'
+  )

@@ -1,4 +1,4 @@
-"""The entry point: a table of verbs, and what errors become."""
+"""The entry point: a table of verbs, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ from surgery.host import foreign
 VERBS: dict[str, str] = {
   'attach': 'Attach an adapter to a saved model.',
   'cast': 'Cast floating tensors to another dtype.',
-  'combine': 'Make one model of several, or one adapter.',
+  'combine': 'Combine several models into one, or adapters.',
   'convert': 'Write a file in another format, or in several files.',
   'demo': 'Adapt a model to new digits, start to end.',
-  'detach': 'Take adapters off; the base is as it was.',
+  'detach': 'Remove adapters; the base is as it was.',
   'diff': 'Compare two files; exit with 1 if they differ.',
-  'disable': 'Switch adapters off.',
+  'disable': 'Disable adapters.',
   'drop': 'Leave out tensors.',
-  'enable': 'Switch adapters on.',
-  'explain': 'Say which parameters of a model stay factored.',
+  'enable': 'Enable adapters.',
+  'explain': 'Show which parameters of a model stay factored.',
   'extract': 'Write an adapter to a file of its own.',
-  'extract-lora': 'Make a LoRA of the difference of two models.',
+  'extract-lora': 'Make a LoRA of the difference between two models.',
   'freeze': 'Freeze parameters.',
   'inspect': 'Show what a file holds.',
   'keep': 'Leave out all other tensors.',
   'maps': 'List maps of names between frameworks, or show one.',
   'merge': 'Fold adapters into the base.',
-  'new-plugin': 'Write a plugin to begin with.',
-  'patch': 'Put a model together from its base and a patch.',
+  'new-plugin': 'Write the template of a plugin.',
+  'patch': 'Restore a model from its base and a patch.',
   'plugins': 'List plugins, or show one.',
   'recipe-schema': 'Print the JSON schema of recipes.',
   'rename': 'Rename tensors and layers.',
   'run': 'Do the steps of a recipe.',
   'select': 'Print the tensors that selectors mean.',
   'stats': 'Show norms, moments, zeros, NaN and infinity.',
-  'unfreeze': 'Let parameters train again.',
+  'unfreeze': 'Make parameters trainable again.',
   'verify': 'Check tensors against their digests.',
 }
 
 
-# Those that are steps of recipes and no more.
+# Verbs that are steps of recipes without more: `cli/steps.py` makes them.
 STEPS = frozenset(
   ('cast', 'disable', 'drop', 'enable', 'freeze', 'keep', 'rename', 'unfreeze')
 )
 
 
-# What Click hands on where the process is the command's own.
+# Click's `obj` if the process is the command's own.
 _OWN = object()
 
 
@@ -80,7 +80,8 @@ class _Verbs(Group):
       module = f'surgery.cli.{name.replace("-", "_")}'
       command = importlib.import_module(module).command
     if command.help is not None:
-      # In a raw docstring the mark before lines that stay apart is two letters.
+      # Click's mark for lines that are not joined is a backspace character,
+      # which a raw docstring has as two characters.
       command.help = command.help.replace('\\b\n', '\b\n')
     return command
 
@@ -89,7 +90,7 @@ class _Verbs(Group):
   ) -> tuple[str | None, click.Command | None, list[str]]:
     known = not args or args[0] in VERBS or args[0].startswith('-')
     if not known and not ctx.resilient_parsing:
-      # Plugins are asked only now, since asking imports them.
+      # Only an unknown verb can be a plugin's; to know imports plugins.
       from surgery.cli import steps
 
       if not steps.offered(args[0]):
@@ -98,7 +99,7 @@ class _Verbs(Group):
     return super().resolve_command(ctx, args)
 
   def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
-    # That of a group would import every verb for its help.
+    # Click's own imports every verb for its help text.
     verbs = completion.items(VERBS, incomplete)
     for item in verbs:
       item.help = VERBS[item.value]
@@ -112,7 +113,7 @@ class _Verbs(Group):
       formatter.write_dl([(n, VERBS[n]) for n in sorted(VERBS)])
     formatter.write_paragraph()
     formatter.write_text(
-      'Every other step of recipes is a verb, too, those of plugins included: '
+      'Every other step of recipes, also of plugins, is a verb as well: '
       'surgery STEP --help. `surgery plugins --steps` lists them.'
     )
 
@@ -142,14 +143,14 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
   'blocked',
   multiple=True,
   metavar='NAME',
-  help='Go on without a plugin or adapter type; it is not imported.',
+  help='Ignore a plugin or adapter type; it is not imported.',
 )
 @click.option(
   '--platform',
   'wanted',
   metavar='NAME',
-  help='Compute there instead of on the CPU: cuda, tpu, … or default for '
-  "JAX's own choice.",
+  help='The platform to compute on instead of the CPU: cuda, tpu, … or '
+  "default for JAX's own choice.",
 )
 @click.pass_context
 def cli(
@@ -157,8 +158,8 @@ def cli(
 ) -> None:
   """Change saved models: attach adapters, merge, rename, cast, look inside.
 
-  What is asked for goes to stdout, all else to stderr. Completion of verbs and
-  of names inside of files: eval "$(_SURGERY_COMPLETE=bash_source surgery)".
+  Results go to stdout, messages to stderr. Completion of verbs and of names
+  inside of files: eval "$(_SURGERY_COMPLETE=bash_source surgery)".
   """
   from surgery.host import environment, manager
 
@@ -172,7 +173,10 @@ def cli(
 
 
 def _code(error: BaseException) -> int:
-  """Returns the exit code that an error becomes."""
+  """Returns the exit code of an error.
+
+  A type that is not installed is the user's mistake, not a plugin's.
+  """
   if isinstance(error, errors.PluginError) and not isinstance(
     error, errors.UnknownAdapterType
   ):
@@ -186,24 +190,26 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
   Args:
     arguments: what follows the command's name; those of the process by
       default.
-    own: whether the process is the command's own, so that JAX may be told to
-      do with the CPU alone.
+    own: whether the process is the command's own, so that JAX may be
+      restricted to the CPU.
 
   Returns:
-    0 fine, 1 differs, 2 usage, 3 an error, 4 a plugin's failure, 70 a bug of
+    0 success, 1 differs, 2 usage, 3 an error, 4 a plugin's failure, 70 a bug of
     this library, 130 interrupted.
 
   Raises:
-    Ended: if a signal ended it, to the process that hears signals so.
+    Ended: if a signal arrived, inside of `process.ended_by_signals`.
   """
   if instruction := os.environ.get(completion.VARIABLE):
     return completion.answer(cli, instruction)
   try:
     obj = _OWN if own else None
-    # What plugins print is no result.
+    # Output of plugins is no result, so it goes to stderr.
     with foreign.product():
       result = cli.main(arguments, 'surgery', standalone_mode=False, obj=obj)
+    # A full disk or a closed pipe shows here, while it can be an exit code.
     sys.stdout.flush()
+    # `--help` and `--version` return None.
     return result if isinstance(result, int) else 0
   except click.ClickException as error:
     error.show()
@@ -211,8 +217,9 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
   except (click.Abort, KeyboardInterrupt):
     return INTERRUPTED
   except (BrokenPipeError, SystemExit):
-    # Whoever read our output has seen enough (Click answers that by exiting
-    # with 1, which means something else here). Say nothing at exit either.
+    # The reader of stdout closed it, as `head` does. That is no error; Click
+    # would exit with 1, which means `differs` here. Python flushes stdout once
+    # more at its end, which must not fail either.
     _silence()
     return 0
   except (errors.SurgeryError, OSError) as error:
@@ -232,7 +239,7 @@ def run(arguments: Sequence[str] | None = None, *, own: bool = False) -> int:
 
 
 def _flush() -> None:
-  """Hands out what was printed; if that cannot be, it is not tried again."""
+  """Flushes stdout; if that fails, drops the rest of it."""
   try:
     sys.stdout.flush()
   except OSError:
@@ -240,10 +247,12 @@ def _flush() -> None:
 
 
 def _silence() -> None:
+  """Sends stdout to nowhere from now on."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _trace() -> None:
+  """Prints the traceback of an error, if SURGERY_DEBUG is set."""
   if os.environ.get('SURGERY_DEBUG'):
     import traceback
 
@@ -251,7 +260,7 @@ def _trace() -> None:
 
 
 def _warn(message: Warning | str, *about: Any) -> None:
-  """Prints a warning for people, who do not care for lines of our files."""
+  """Prints a warning without the file and the line that raised it."""
   click.echo(f'warning: {wording.as_options(str(message))}', err=True)
 
 

@@ -26,7 +26,7 @@ def command(name: str | None, as_json: bool) -> None:
 
   host = default_host()
   if name is not None:
-    maps.find(name, host)  # Says what it could have been.
+    maps.find(name, host)  # Its error suggests other names.
     data = maps.data(name, host)
     click.echo(json.dumps(data) if as_json else text.write(data).rstrip())
     return

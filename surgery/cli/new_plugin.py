@@ -18,7 +18,7 @@ from surgery.cli import plugin_kinds, shared
 from surgery.cli.command import Command
 from surgery.contract.site import ParamSpec, Site
 from surgery.host.discovery import DISTRIBUTION
-from surgery.host.manager import default_host
+from surgery.host.manager import Host, default_host
 
 _NAME = re.compile(r'[a-z][a-z0-9]*([_-][a-z0-9]+)*')
 
@@ -196,7 +196,7 @@ dist/
 """
 
 
-# What the texts use under these names.
+# Names that the templates use for something else.
 _TAKEN = frozenset(
   (
     *('Any', 'Callable', 'Iterator', 'Mapping', 'Sequence'),
@@ -208,7 +208,7 @@ _TAKEN = frozenset(
 
 
 def _named(name: str, ending: str) -> str:
-  """Returns a name of Python that is no keyword, and nothing that is used."""
+  """Returns a name, with an ending if Python or a template uses it."""
   taken = name in _TAKEN or keyword.iskeyword(name) or hasattr(builtins, name)
   return f'{name}{ending}' if taken else name
 
@@ -228,28 +228,38 @@ def _origin(name: str, kind: str) -> str | None:
   for info in host.plugins():
     if info.kind == 'plugin' and info.name == name:
       return info.origin
-  hook = plugin_kinds.KINDS[kind].hook
-  site = Site(('net', 'layer'), (ParamSpec('kernel', (1, 1), 'float32', 'io'),))
-  if kind in ('policy', 'term'):
-    reserved = {'policy': ('adapters',), 'term': ('re', 'type', 'serves')}
-    if name in reserved[kind]:
-      return DISTRIBUTION
-    said = {'policy': name} if kind == 'policy' else {'term': f'{name}:1'}
-    try:
-      answer = host.ask(hook, site=site, **said)
-    except errors.SurgeryError:
-      answer = True  # It is somebody's, who makes no sense of it.
-    return None if answer is None else 'a plugin that is installed'
-  offered: Mapping[str, Any]
-  offered = {
+  if kind in _RESERVED:
+    return _answerer(host, name, kind)
+  offered: Mapping[str, Any] = {
     'pass': host.passes,
     'format': host.formats,
     'method': host.methods,
   }[kind]
   for other, one in offered.items():
     if other == name or f'.{name}' in getattr(one, 'suffixes', ()):
+      hook = plugin_kinds.KINDS[kind].hook
       return host.offered_by(hook, other) or DISTRIBUTION
   return None
+
+
+# Names of policies and terms that the library itself has.
+_RESERVED = {'policy': ('adapters',), 'term': ('re', 'type', 'serves')}
+
+
+def _answerer(host: Host, name: str, kind: str) -> str | None:
+  """Returns who answers to the name of a policy or a term, if anybody does.
+
+  These are not listed anywhere, so the hook is called.
+  """
+  if name in _RESERVED[kind]:
+    return DISTRIBUTION
+  site = Site(('net', 'layer'), (ParamSpec('kernel', (1, 1), 'float32', 'io'),))
+  asked = {'policy': name} if kind == 'policy' else {'term': f'{name}:1'}
+  try:
+    answer = host.ask(plugin_kinds.KINDS[kind].hook, site=site, **asked)
+  except errors.SurgeryError:
+    answer = True  # A plugin has the name, and wants other arguments.
+  return None if answer is None else 'a plugin that is installed'
 
 
 def _texts(kind: str, said: dict[str, str]) -> dict[str, str]:
@@ -276,6 +286,19 @@ def _texts(kind: str, said: dict[str, str]) -> dict[str, str]:
       '.gitignore': _IGNORED,
     }.items()
   }
+
+
+def _check_name(name: str) -> None:
+  """Raises unless a name can be that of a distribution and of a module."""
+  good = lambda one: _NAME.fullmatch(one) and not keyword.iskeyword(one)
+  if not good(name):
+    better = re.sub(r'[^a-z0-9-]+', '_', name.lower())
+    better = re.sub(r'[_-]*-[_-]*', '-', better).strip('_-')
+    raise click.UsageError(
+      f'{name!r}: expected lower-case letters and digits, with single hyphens '
+      'or underscores between them.'
+      f'{f" Write {better}." if good(better) else ""}'
+    )
 
 
 @click.command(cls=Command)
@@ -307,23 +330,16 @@ def command(name: str, kind: str, folder: pathlib.Path | None) -> None:
   pip install --editable './surgery-mine[test]'
   pytest surgery-mine
   """
-  # Words of a name are joined as its author likes; in Python, by underscores.
+  # In Python the words of a name are joined by underscores.
   module = name.replace('-', '_')
-  if not _NAME.fullmatch(name) or keyword.iskeyword(name):
-    better = re.sub(r'[^a-z0-9-]+', '_', name.lower())
-    better = re.sub(r'[_-]*-[_-]*', '-', better).strip('_-')
-    good = _NAME.fullmatch(better) and not keyword.iskeyword(better)
-    raise click.UsageError(
-      f'{name!r}: expected lower-case letters and digits, with single hyphens '
-      f'or underscores between them.{f" Write {better}." if good else ""}'
-    )
+  _check_name(name)
   origin = _origin(name, kind)
   if origin is not None:
     what = 'adapter type'
     if kind != 'adapter':
       what = plugin_kinds.KINDS[kind].what
     raise errors.SurgeryError(
-      f"{what} '{name}' is there already, of {origin}. Take another name."
+      f"{what} '{name}' exists already, of {origin}. Give another name."
     )
   distribution = f'surgery-{name.replace("_", "-")}'
   folder = folder or pathlib.Path(distribution)

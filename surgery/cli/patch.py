@@ -40,10 +40,10 @@ def command(
   quiet: bool,
   as_json: bool,
 ) -> None:
-  r"""Write the very file that a patch was made of, byte by byte.
+  r"""Restore the file that a patch was made from, byte by byte.
 
-  BASE has to have the values that it had when `surgery diff BASE TUNED --save
-  PATCH` was run; its format does not matter.
+  BASE must have the same values as when `surgery diff BASE TUNED --save PATCH`
+  was run; its format does not matter.
 
   \b
   surgery patch base.safetensors tuned.patch.safetensors -o tuned.safetensors
@@ -53,7 +53,7 @@ def command(
 
   where = pathlib.Path(target)
   running.check_target(Target(where, folder=is_folder(target)), force)
-  # Who does not know the tensors yet counts those of the base.
+  # The tensors of the output are not known yet: progress counts the base's.
   with progress.shown(shared.opened(base).values(), quiet) as told:
     report = patches.apply_patch(
       base,

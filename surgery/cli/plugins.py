@@ -21,7 +21,9 @@ from surgery.host.manager import Host, default_host
 @click.group(cls=Group, invoke_without_command=True)
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON.')
 @click.option(
-  '--steps', is_flag=True, help='List the steps of recipes and whose they are.'
+  '--steps',
+  is_flag=True,
+  help='List the steps of recipes, and who offers them.',
 )
 @click.option(
   '--methods',
@@ -137,10 +139,10 @@ def _lines(data: dict[str, Any]) -> Iterator[str]:
 
 
 def _shown(name: str) -> dict[str, Any]:
-  """Returns all that there is of a name, what can be had first.
+  """Returns what has a name: a working type or plugin before broken ones.
 
   Raises:
-    UnknownAdapterType: if nothing is called so.
+    UnknownAdapterType: if nothing has it.
     PluginError: if two distributions offer it.
   """
   host = default_host()
@@ -187,7 +189,7 @@ def _plugin(host: Host, info: discovery.PluginInfo) -> dict[str, Any]:
 
 
 def _type(name: str) -> dict[str, Any]:
-  """Returns what a class says of an adapter type; nothing if it is broken.
+  """Returns the description of an adapter type; empty if it is broken.
 
   Raises:
     UnknownAdapterType: if nothing offers it.
@@ -202,7 +204,7 @@ def _type(name: str) -> dict[str, Any]:
       raise errors.UnknownAdapterType(f"no plugin '{name}'.{hint}") from error
     raise
   except errors.PluginError:
-    # What is broken is shown with its reason; that there are two is an error.
+    # A broken one is shown with its reason; two of one name are an error.
     broken = [i for i in host.plugins() if i.name == name and i.traceback]
     if not broken:
       raise

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-# A shell says that a program was ended by a signal with a code above this.
+# Shells report a program that a signal ended by this number plus the signal.
 _BY_SIGNAL = 128
 # Windows has no SIGHUP.
 _SIGNALS = tuple(
@@ -23,14 +23,14 @@ _UNTOUCHED = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Ended(BaseException):
-  """The process was told to end by a signal.
+  """A signal asked the process to end.
 
-  Raised where the program is, so that what cleans up does: temporary files
-  are removed and the old output stays.
+  It is raised wherever the program is, so that `finally` blocks run: temporary
+  files are removed, and an existing output stays.
 
   Attributes:
     number: the signal.
-    code: exit code by which shells tell of it.
+    code: the exit code that shells use for it.
   """
 
   def __init__(self, number: int) -> None:
@@ -40,10 +40,10 @@ class Ended(BaseException):
 
 
 class _Patient(io.RawIOBase):
-  """Standard output that nobody may read to its end.
+  """Standard output whose reader may close it early, as `head` does.
 
-  Whoever closes the other end has seen enough of what is printed. The verb
-  goes on, because its exit code (of `diff`, of `verify`) is a result as well.
+  The verb continues, because its exit code (of `diff`, of `verify`) is a result
+  as well.
   """
 
   def __init__(self, fd: int) -> None:
@@ -63,7 +63,7 @@ class _Patient(io.RawIOBase):
     try:
       return os.write(self._fd, data)
     except BrokenPipeError:
-      # Nobody reads any more: from now on it goes nowhere.
+      # The reader is gone: the rest is dropped.
       nowhere = os.open(os.devnull, os.O_WRONLY)
       os.dup2(nowhere, self._fd)
       os.close(nowhere)
@@ -71,7 +71,7 @@ class _Patient(io.RawIOBase):
 
 
 def prepare() -> None:
-  """Makes the process one that ends tidily; called once, at its start."""
+  """Prepares the streams of the process; called once, at its start."""
   _open_streams()
   stdout = sys.stdout
   stdout.flush()
@@ -85,14 +85,14 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-  """Lets signals that end the process raise `Ended`, which then ends it so.
+  """Makes signals raise `Ended`, and ends the process by the same signal.
 
-  Whoever waits for the process must be told that a signal ended it: a shell
-  leaves a loop for a program that SIGINT killed, and not for one that exits
-  with 130. So what was interrupted is cleaned up first, and then the process
-  sends itself the same signal, to which nothing listens any more.
+  The parent process must see that a signal ended it: a shell leaves a loop if
+  SIGINT killed the program, but not if it exited with 130. So the interrupted
+  code cleans up first, and then the process sends itself the same signal
+  without a handler.
   """
-  # What `nohup` or a shell's `&` made the process ignore stays ignored.
+  # Signals that `nohup` or a shell's `&` has ignored stay ignored.
   heard = [n for n in _SIGNALS if signal.getsignal(n) in _UNTOUCHED]
   try:
     for number in heard:
@@ -102,16 +102,16 @@ def ended_by_signals() -> Iterator[None]:
     _die(ended.number)
     raise SystemExit(ended.code) from None  # Windows has no such signals.
   finally:
-    # Python's own end prints a traceback for what is raised in it.
+    # `Ended` during Python's own shutdown would print a traceback.
     for number in heard:
       signal.signal(number, signal.SIG_DFL)
 
 
 def _die(number: int) -> None:
-  """Ends the process by a signal, as if nobody had listened to it.
+  """Ends the process by a signal, as if it had no handler.
 
-  What was printed and not handed out yet is lost, as it is where nobody
-  listens: its reader may have stopped reading.
+  Output that is still in the buffer is lost, as it would be without a handler;
+  to flush it could block, if its reader has stopped.
   """
   if os.name == 'posix':
     signal.signal(number, signal.SIG_DFL)
@@ -127,10 +127,10 @@ def _end(number: int, frame: Any) -> None:
 
 
 def _open_streams() -> None:
-  """Opens what was closed (`>&-`), to nowhere.
+  """Opens streams that were closed (`>&-`), to nowhere.
 
-  Otherwise the next file that is opened would get its number, and what is
-  printed would be written into it.
+  Otherwise the next file that is opened would get the number of a stream, and
+  output would be written into it.
   """
   for number in range(3):
     try:

@@ -1,4 +1,4 @@
-"""How far writing or reading has come, on stderr, for people."""
+"""Progress of reading and writing, as a line on stderr."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Leaf
 
-# What is done sooner says nothing.
+# Nothing is shown in the first second.
 DELAY = 1.0
 _INTERVAL = 0.1
 _UNITS = ('B', 'KB', 'MB', 'GB', 'TB')
@@ -30,7 +30,7 @@ def _of(done: int, total: int) -> str:
 
 
 class _Line:
-  """One line of a terminal that is written anew again and again."""
+  """A line of a terminal that is overwritten."""
 
   def __init__(self, stream: TextIO, tensors: int, nbytes: int) -> None:
     self._stream = stream
@@ -40,7 +40,7 @@ class _Line:
     self._width = 0
 
   def told(self, tensors: int, nbytes: int) -> None:
-    """Takes in what was done since the last call."""
+    """Adds what was done since the last call."""
     self._done = self._done[0] + tensors, self._done[1] + nbytes
     if time.monotonic() >= self._next:
       self._next = time.monotonic() + _INTERVAL
@@ -61,15 +61,15 @@ class _Line:
 
 @contextlib.contextmanager
 def shown(leaves: Iterable[Leaf], quiet: bool = False) -> Iterator[Told | None]:
-  """Yields what is to be told of tensors and bytes that are done.
+  """Yields the function to call with progress.
 
   Args:
-    leaves: what there is to do.
+    leaves: all tensors.
     quiet: whether nothing is shown.
 
   Yields:
-    A function of a number of tensors and of bytes; None if stderr is no
-    terminal.
+    A function of the numbers of tensors and bytes that were done since the last
+    call; None if stderr is no terminal.
   """
   if quiet or not sys.stderr.isatty():
     yield None

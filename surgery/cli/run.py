@@ -33,8 +33,8 @@ def command(
 ) -> None:
   r"""Do the steps of RECIPE, a file of YAML, in one pass; - is stdin.
 
-  KEY is the name of an input, an output or a variable of the recipe. All of it
-  is checked before the first tensor is read. A recipe that only asserts needs
+  KEY is the name of an input, an output or a variable of the recipe, which is
+  checked as a whole before a tensor is read. A recipe of assertions alone needs
   no output.
 
   \b
@@ -57,11 +57,11 @@ def command(
   manner = writing.Manner(
     force=force, dry_run=dry_run, as_json=as_json, quiet=quiet
   )
-  writing.run(recipe, manner)
+  writing.run(recipe.spec, manner)
 
 
 def _stdin() -> Recipe:
-  """Returns the recipe that is written to the command.
+  """Returns the recipe on stdin.
 
   Raises:
     RecipeError: if it cannot be read.

@@ -1,4 +1,4 @@
-"""What verbs have in common: arguments, and opening what they name."""
+"""Arguments and options that verbs share, and opening files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from surgery.recipes import spec
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint
 
-# Whose what the library offers is.
+# The owner of what the library itself offers.
 _OURS = 'surgery'
 
-# Whether it can be read or written the system says best.
+# Click does not check access: an error of the system says more.
 FILE = click.Path(path_type=pathlib.Path, readable=False)
 
 
@@ -31,7 +31,7 @@ def nbytes(
   """Reads a number of bytes: `5GB`, `500MB`, `2GiB`, or a plain number.
 
   Raises:
-    BadParameter: if it is none, or 0.
+    BadParameter: for anything else, and for 0.
   """
   if value is None:
     return None
@@ -68,7 +68,7 @@ def adapters(text: str, argument: str = 'names') -> Callable[..., Any]:
 
 
 quiet_option = click.option(
-  '-q', '--quiet', is_flag=True, help='Say nothing of progress and results.'
+  '-q', '--quiet', is_flag=True, help='Print no progress and no summary.'
 )
 
 json_option = click.option(
@@ -77,17 +77,38 @@ json_option = click.option(
 
 
 def short(items: Sequence[str]) -> Any:
-  """Returns items as a recipe says them: none, one alone, or a list."""
+  """Returns items as a recipe has them: None, one alone, or a list."""
   if len(items) > 1:
     return list(items)
   return items[0] if items else None
+
+
+def need(option: str, **given: Any) -> None:
+  """Raises for options that need another one, which is not given.
+
+  Args:
+    option: the option that they need.
+    **given: their values by name.
+
+  Raises:
+    UsageError: for the first that is given.
+  """
+  for name, value in given.items():
+    if value not in (None, (), False):
+      raise click.UsageError(f'--{name.replace("_", "-")} goes with {option}.')
+
+
+def unchecked(no_check_base: bool, no_check_same: bool) -> dict[str, Any]:
+  """Returns the options of a step that `--no-check-…` stands for."""
+  checks = {'check-base': no_check_base, 'check-same': no_check_same}
+  return {name: False for name, off in checks.items() if off}
 
 
 def opened(path: pathlib.Path) -> Checkpoint:
   """Opens a model or an adapter, without reading its tensors.
 
   Raises:
-    FormatError: if it is not what it should be.
+    FormatError: if it is no saved model.
   """
   from surgery.model.checkpoint import open_checkpoint
 
@@ -113,9 +134,9 @@ def model(path: pathlib.Path) -> Checkpoint:
 def each(
   files: Sequence[pathlib.Path], function: Callable[[pathlib.Path], int]
 ) -> int:
-  """Does something with each of several files; returns the worst exit code.
+  """Calls a function with each file; returns the largest exit code.
 
-  An error of one of several is told of, and the others are gone on with.
+  With several files, an error of one is printed and the others follow.
   """
   if len(files) == 1:
     return function(files[0])
@@ -135,32 +156,32 @@ def reported(
   function: Callable[[pathlib.Path], int],
   reports: Sequence[Any] | None,
 ) -> int:
-  """Does something with each of several files, and prints reports as JSON.
+  """Calls a function with each file, and prints its reports as JSON.
 
   Args:
     files: the files.
-    function: what is done; it adds a file's report to `reports`.
-    reports: what is printed at the end: one alone of a single file, otherwise a
-      list; None where nothing is.
+    function: adds a file's report to `reports`, and returns an exit code.
+    reports: printed at the end, as a list if there are several files; None to
+      print nothing.
 
   Returns:
-    The worst exit code.
+    The largest exit code.
   """
   try:
     return each(files, function)
   finally:
-    # What was found before an error is a result, too.
+    # Reports from before an error are results, too.
     if reports:
       click.echo(json.dumps(reports[0] if len(files) == 1 else reports))
 
 
 def owner(hook: str, name: str) -> str:
-  """Returns whose offer something is: the library's, or a plugin's."""
+  """Returns who offers something: a distribution, or the library."""
   return default_host().offered_by(hook, name) or _OURS
 
 
 def whose(row: Mapping[str, Any]) -> str:
-  """Returns what stands behind a row that a plugin offers."""
+  """Returns the name of a plugin in brackets; empty for the library."""
   return '' if row['of'] == _OURS else f' ({row["of"]})'
 
 
@@ -170,8 +191,8 @@ def show_offers(
   """Prints what plugins offer, a line each, or as JSON.
 
   Args:
-    rows: each with `name`, `of` (whose it is) and what is told of it.
-    about: the key of that.
+    rows: each with `name`, `of` (the owner) and a description.
+    about: the key of the description.
     as_json: whether they are printed as JSON.
   """
   if as_json:
@@ -183,7 +204,7 @@ def show_offers(
 
 
 def size(count: int) -> str:
-  """Returns a number of bytes as people read it."""
+  """Returns a number of bytes with a unit."""
   number, units = float(count), ['B', 'KB', 'MB', 'GB', 'TB']
   while number >= 1000 and len(units) > 1:
     number /= 1000
@@ -192,7 +213,7 @@ def size(count: int) -> str:
 
 
 def pairs(items: tuple[str, ...], what: str) -> list[tuple[str, str]]:
-  """Splits `key=value` at the last `=` that has an option's value behind.
+  """Splits `key=value` at the last `=`, since selectors may contain some.
 
   Raises:
     UsageError: for an item without `=`, or a key that is given twice.

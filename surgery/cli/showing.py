@@ -1,4 +1,4 @@
-"""Plans as people read them."""
+"""Plans and reports as text."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ _KINDS = ('copied', 'renamed', 'computed', 'new', 'gone')
 
 
 def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
-  """Yields what a plan changes, a tensor a line."""
+  """Yields a line for each tensor that a plan changes."""
   for row in rows:
     plain = not {'trainable', 'from'} & row.keys()
     if row['what'] == 'copied' and plain:
       continue
     shape = '' if row['shape'] is None else str(tuple(row['shape']))
-    notes = []
-    if 'from' in row:
-      notes.append(f'from {row["from"]}')
-    if 'blocks' in row:
-      notes.append('in blocks' if row['blocks'] else 'whole')
-    if row.get('time') == 'heavy':
-      notes.append('takes long')
-    if 'trainable' in row:
-      notes.append('trains' if row['trainable'] else 'frozen')
     tensor = f'{row["dtype"] or "value"}{shape}'
-    yield '  '.join([f'{row["what"]:<8}', row['path'], tensor, *notes])
+    yield '  '.join([f'{row["what"]:<8}', row['path'], tensor, *_notes(row)])
+
+
+def _notes(row: Mapping[str, Any]) -> Iterator[str]:
+  """Yields what is special about a tensor of a plan."""
+  if 'from' in row:
+    yield f'from {row["from"]}'
+  if 'blocks' in row:
+    yield 'in blocks' if row['blocks'] else 'whole'
+  if row.get('time') == 'heavy':
+    yield 'takes long'
+  if 'trainable' in row:
+    yield 'trains' if row['trainable'] else 'frozen'
 
 
 def summary(report: dict[str, Any]) -> str:
   """Returns a plan in a line."""
   rows = report['tensors']
-  some = {what: [r for r in rows if r['what'] == what] for what in _KINDS}
-  parts = [
-    f'{len(one)} {what} ({size(sum(r["bytes"] for r in one))})'
-    for what, one in some.items()
-    if one
-  ]
+  parts = []
+  for what in _KINDS:
+    sizes = [row['bytes'] for row in rows if row['what'] == what]
+    if sizes:
+      parts.append(f'{len(sizes)} {what} ({size(sum(sizes))})')
   for flag, word in ((False, 'frozen'), (True, 'to train')):
     if count := sum(r.get('trainable') is flag for r in rows):
       parts.append(f'{count} {word}')
@@ -51,8 +53,15 @@ def summary(report: dict[str, Any]) -> str:
   return ', '.join(parts) or 'no tensors'
 
 
+def warnings(report: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the warnings about a folder, and the findings of writing."""
+  for line in report.get('folder', {}).get('warnings', ()):
+    yield f'warning: {line}'
+  yield from found(report.get('found', []))
+
+
 def found(rows: list[dict[str, Any]]) -> Iterator[str]:
-  """Yields what was found out while tensors were written, a line a kind."""
+  """Yields a line for each kind of finding of writing."""
   for text in dict.fromkeys(row['text'] for row in rows):
     own = [row for row in rows if row['text'] == text]
     share = sum(r['count'] for r in own) / sum(r['of'] for r in own)
@@ -65,7 +74,7 @@ def found(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def checks(texts: list[str], dry_run: bool) -> None:
-  """Prints what a recipe asserts that writes nothing."""
+  """Prints the assertions of a recipe without outputs."""
   if dry_run:
     for text in texts:
       click.echo(f'check     {text}')
@@ -77,19 +86,19 @@ def checks(texts: list[str], dry_run: bool) -> None:
   )
 
 
-def folder(said: Mapping[str, Any]) -> Iterator[str]:
-  """Yields what is written to a folder beside the tensors, a line each."""
+def folder(report: Mapping[str, Any]) -> Iterator[str]:
+  """Yields a line for each change of a configuration, and each copied file."""
   from surgery.interop import configs
 
-  for one in said.get('config', ()):
+  for one in report.get('config', ()):
     old, new = (configs.shown(one[key]) for key in ('old', 'new'))
     yield f'config    {one["key"]}: {old} -> {new}  ({one["why"]})'
-  for name in said.get('along', ()):
+  for name in report.get('along', ()):
     yield f'along     {name}'
 
 
 def patch(report: Mapping[str, Any]) -> str:
-  """Returns in a line what a patch does to tensors."""
+  """Returns the numbers of tensors of a patch, in a line."""
   words = {
     'same': 'as in the base',
     'blocks': 'changed in blocks',
@@ -102,24 +111,26 @@ def patch(report: Mapping[str, Any]) -> str:
 
 
 def show(report: dict[str, Any], where: str, dry_run: bool) -> None:
-  """Prints a plan: what is to be done, or what was done."""
-  if dry_run:
-    for check in report['checks']:
-      click.echo(f'check     {check}')
-    for line in lines(report['tensors']):
-      click.echo(line)
-    for one in report.get('left_out', ()):
-      click.echo(f'left out  {one["path"]}  {one["why"]}')
-    for one in report.get('remarks', ()):
-      click.echo(f'note      {wording.as_options(one)}.')
-    for line in folder(report.get('folder', {})):
-      click.echo(line)
-  said = summary(report)
+  """Prints a plan: in full if it is not carried out, else its summary."""
+  for line in _details(report) if dry_run else ():
+    click.echo(line)
+  text = summary(report)
   if extracted := report.get('extracted'):
-    said = f'{said}, error {extracted["error"]:.3%}'
-    if dry_run:
-      for path, one in extracted['sites'].items():
-        error = f'rank {one["rank"]}  error {one["error"]:.3%}'
-        click.echo(f'factors   {path}  {error}')
+    text = f'{text}, error {extracted["error"]:.3%}'
   verb = 'would write' if dry_run else 'wrote'
-  click.echo(f'{verb} {where}: {said}', err=not dry_run)
+  # A plan is the result of a dry run; otherwise the file is the result.
+  click.echo(f'{verb} {where}: {text}', err=not dry_run)
+
+
+def _details(report: Mapping[str, Any]) -> Iterator[str]:
+  """Yields the lines of a plan."""
+  for check in report['checks']:
+    yield f'check     {check}'
+  yield from lines(report['tensors'])
+  for one in report.get('left_out', ()):
+    yield f'left out  {one["path"]}  {one["why"]}'
+  for one in report.get('remarks', ()):
+    yield f'note      {wording.as_options(one)}.'
+  yield from folder(report.get('folder', {}))
+  for path, one in report.get('extracted', {}).get('sites', {}).items():
+    yield f'factors   {path}  rank {one["rank"]}  error {one["error"]:.3%}'

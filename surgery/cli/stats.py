@@ -44,13 +44,13 @@ _SINGULAR = 5
   '--by',
   type=click.Choice((*_FIGURES, *_RANKS, 'size')),
   metavar='COLUMN',
-  help='The largest of this column first; a column of the table, or size. '
-  'With --top it is norm by default.',
+  help='Sort by this column of the table, or by size, the largest first. With '
+  '--top it is norm by default.',
 )
 @click.option(
   '--rank',
   is_flag=True,
-  help='Compute singular values, stable and effective rank of matrices, too; '
+  help='Also compute singular values, stable and effective rank of matrices; '
   'takes long.',
 )
 @click.option(
@@ -74,7 +74,7 @@ def command(
   r"""Show norm, mean, deviation, extremes, zeros, NaN and infinity of tensors.
 
   Tensors are read block by block, and described as they are stored. With
-  --finite nothing is written and the exit code tells: 1 for NaN or infinity.
+  --finite the exit code is the result: 1 for NaN or infinity.
 
   \b
   surgery stats tuned.safetensors --top 5 --by std
@@ -88,8 +88,7 @@ def command(
   reports: list[dict[str, object]] = []
 
   def one(file: pathlib.Path) -> int:
-    leaves = _leaves(file, select)
-    found = _found(leaves, rank, finite, quiet)
+    found = _found(_leaves(file, select), rank, finite, quiet)
     wrong = next((t for t in found if not t.finite), None)
     if finite:
       reports.append(_verdict(file, len(found), wrong))
@@ -98,17 +97,10 @@ def command(
         _say(file, prefix, len(found), wrong)
       return codes.DIFFERS if wrong is not None else 0
     shown = _ordered(found, by or ('norm' if top else None))[:top]
-    reports.append(
-      {
-        'file': str(file),
-        'finite': wrong is None,
-        'tensors': [_data(t) for t in shown],
-      }
-    )
+    reports.append(_report(file, shown, wrong is None))
     if not as_json:
-      if len(files) > 1:
-        click.echo(f'{file}:')
-      for line in _lines(shown, rank):
+      heading = [f'{file}:'] if len(files) > 1 else []
+      for line in (*heading, *_lines(shown, rank)):
         click.echo(line)
     return 0
 
@@ -124,7 +116,7 @@ def _leaves(file: pathlib.Path, select: tuple[str, ...]) -> dict[Path, Leaf]:
 def _found(
   leaves: dict[Path, Leaf], rank: bool, finite: bool, quiet: bool
 ) -> list[TensorStats]:
-  """Returns what there is to say; with `finite` up to the first that is not."""
+  """Returns figures of tensors; with `finite`, up to one that is not finite."""
   from surgery.looking import stats
 
   found: list[TensorStats] = []
@@ -176,6 +168,16 @@ def _verdict(
   }
 
 
+def _report(
+  file: pathlib.Path, shown: list[TensorStats], finite: bool
+) -> dict[str, object]:
+  return {
+    'file': str(file),
+    'finite': finite,
+    'tensors': [_data(one) for one in shown],
+  }
+
+
 def _value(one: TensorStats, column: str) -> float | None:
   if column in _RANKS:
     if one.spectrum is None:
@@ -190,7 +192,7 @@ def _value(one: TensorStats, column: str) -> float | None:
 
 
 def _ordered(found: list[TensorStats], by: str | None) -> list[TensorStats]:
-  """Returns them largest first, and those that have no value last."""
+  """Returns tensors by decreasing value; those without a value come last."""
   if by is None:
     return found
 
@@ -202,7 +204,7 @@ def _ordered(found: list[TensorStats], by: str | None) -> list[TensorStats]:
 
 
 def _finite(number: float | None) -> float | None:
-  """Returns a number that JSON has; null for infinity."""
+  """Returns a number for JSON, which has no infinity: None instead."""
   return None if number is None or not math.isfinite(number) else number
 
 

@@ -1,8 +1,8 @@
 """Steps of recipes as verbs of the shell, those of plugins too.
 
-What a step takes is read from the signature of its pass, as recipes do it; here
-it becomes options. What people read of the library's own verbs is written
-here; of others it is what their docstrings say.
+The options of a step are read from the signature of its pass, as in recipes.
+The help texts of the library's own verbs are here; those of others are the
+docstrings of their passes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from surgery import errors
 from surgery.cli import completion, shared, writing
 from surgery.cli.command import Command
 from surgery.host.manager import default_host
+from surgery.recipes.spec import Step
 
 if TYPE_CHECKING:
   from surgery.recipes.definitions import Definition, Option
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """What people read of an option, and what it is called in the shell.
+  """The help text of an option, and its names in the shell.
 
   Attributes:
-    help: what it is.
-    metavar: what stands for its value.
+    help: the help text.
+    metavar: the placeholder of its value.
     complete: completes its value.
-    names: its names, if these are others than that of the step's option.
+    names: its names, if they differ from the name of the step's option.
   """
 
   help: str
@@ -43,13 +44,13 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-  """What people read of a verb.
+  """The help text of a verb, and what its signature does not tell.
 
   Attributes:
-    help: what it does, with examples.
-    options: of its options, by the names that these have in recipes.
-    alone: whether it takes an adapter without its base, too.
-    either: options of which one at most is given.
+    help: the help text, with examples.
+    options: those of its options, by their names in recipes.
+    alone: whether it also accepts an adapter without its base.
+    either: options that exclude each other.
   """
 
   help: str
@@ -74,8 +75,8 @@ VERBS = {
         'bf16, f16, f32, … or a full name.', 'DTYPE', completion.dtypes
       ),
       'keep': Words(
-        "Leave these as they are, or cast them to that: '**/norm=f32'. May be "
-        'repeated.',
+        'Leave these as they are, or cast them to another dtype: '
+        "'**/norm=f32'. May be repeated.",
         'SELECTOR[=DTYPE]',
         completion.kept,
       ),
@@ -91,12 +92,12 @@ VERBS = {
     alone=True,
   ),
   'disable': Verb(
-    r"""Switch adapters off: layers get the base as it is stored.
+    r"""Disable adapters: layers use the base as it is stored.
 
     \b
     surgery disable adapted.msgpack --adapter default -o out.msgpack
     """,
-    {'names': _adapter('switch off')},
+    {'names': _adapter('disable')},
   ),
   'drop': Verb(
     r"""Leave out tensors; a layer means everything beneath it.
@@ -106,15 +107,15 @@ VERBS = {
     """
   ),
   'enable': Verb(
-    r"""Switch adapters on: layers get what they answer.
+    r"""Enable adapters: layers use the adapted parameters.
 
     \b
     surgery enable adapted.msgpack --adapter default -o out.msgpack
     """,
-    {'names': _adapter('switch on')},
+    {'names': _adapter('enable')},
   ),
   'freeze': Verb(
-    r"""Freeze parameters: those selected, or all but the weights of adapters.
+    r"""Freeze parameters: the selected ones, or all but adapters' weights.
 
     \b
     surgery freeze adapted.msgpack -o frozen.msgpack
@@ -122,8 +123,8 @@ VERBS = {
     """,
     {
       'policy': Words(
-        'Freeze what this policy of a plugin or adapter type freezes, e.g. '
-        'bitfit; `adapters` by default, which leaves adapters trainable.',
+        'The policy of a plugin or adapter type that decides what is frozen, '
+        'e.g. bitfit; by default `adapters`, which freezes all but adapters.',
         'NAME',
       )
     },
@@ -137,11 +138,11 @@ VERBS = {
     """
   ),
   'rename': Verb(
-    r"""Rename tensors and layers; adapters go along.
+    r"""Rename tensors and layers, with their adapters.
 
-    All rules hold at once, so two names may be swapped; the first that matches
-    a path decides. What `*`, `**` and `{a,b}` match on the left stands on the
-    right.
+    All rules are applied at once, so two names may be swapped; the first that
+    matches a path decides. Wildcards on the right stand for what `*`, `**` and
+    `{a,b}` matched on the left.
 
     \b
     surgery rename base.msgpack 'net/head -> net/output' -o out.msgpack
@@ -149,7 +150,7 @@ VERBS = {
     """
   ),
   'unfreeze': Verb(
-    r"""Let parameters train again that `freeze` froze, and only those.
+    r"""Make parameters trainable again that `freeze` froze, and no others.
 
     \b
     surgery unfreeze frozen.msgpack '**/output' -o out.msgpack
@@ -157,12 +158,11 @@ VERBS = {
   ),
 }
 
-# Before the names of a step's options in Python, since those of the file, of
-# `--force` and so on are taken.
+# Prefix of a step's options in Python, where `file` and `force` are taken.
 _OF = 'of_'
-# Options that are arguments, of which there may be several.
+# Options of steps that are arguments of verbs, or may be repeated.
 _SELECT, _RULES, _NAMES = 'select', 'rules', 'names'
-# What all verbs that write have.
+# Options of all verbs that write.
 _TAKEN = (
   *('file', 'output', 'force', 'dry-run', 'json', 'quiet', 'shard-size'),
   *('strict-flax', 'no-manifest', 'metadata', 'help'),
@@ -193,7 +193,7 @@ def command(name: str) -> click.Command:
     arguments, others = _read(definition, given)
     _check_either(verb, arguments)
     before = shared.opened(file) if verb.alone else shared.model(file)
-    step = {name: _short(definition, arguments)}
+    step = Step(name, _short(definition, arguments))
     writing.carry_out(output, [step], before, others)
 
   decorated: Any = perform
@@ -206,7 +206,7 @@ def command(name: str) -> click.Command:
 
 
 def _help(definition: Definition) -> str:
-  """Returns what a pass's docstring says, as Click shows it."""
+  """Returns a pass's docstring as a help text of Click."""
   name = definition.name
   example = f'surgery {name} model.msgpack … -o out.msgpack'
   parts = [definition.summary or f'Do the step {name}.', definition.doc]
@@ -236,7 +236,8 @@ def _declared(
     return shared.adapters(text, _OF + option.argument)
   clash = option.name in _TAKEN
   plain = f'--{step}-{option.name}' if clash else f'--{option.name}'
-  names = words.names if words and words.names else (plain,)
+  words = words or Words(_sentence(option.doc))
+  names = words.names or (plain,)
   kind, many = _type(option)
   more: dict[str, Any] = {}
   if kind is bool and option.default is True:
@@ -250,9 +251,9 @@ def _declared(
     *names,
     _OF + option.argument,
     required=option.required,
-    metavar=words.metavar if words else None,
-    shell_complete=words.complete if words else None,
-    help=words.help if words else _sentence(option.doc),
+    metavar=words.metavar,
+    shell_complete=words.complete,
+    help=words.help,
     **more,
   )
 
@@ -282,7 +283,7 @@ def _type(option: Option) -> tuple[Any, bool]:
     return click.Choice([str(a) for a in typing.get_args(kinds[0])]), False
   if len(kinds) == 1 and kinds[0] in (bool, int, float, str):
     return kinds[0], False
-  # Text, or several texts: as often as it is given.
+  # Text; an option of several texts may be repeated.
   texts = str in kinds and any(k not in (str, Any) for k in kinds)
   return str, texts and not {int, float, bool} & set(kinds)
 
@@ -290,7 +291,7 @@ def _type(option: Option) -> tuple[Any, bool]:
 def _read(
   definition: Definition, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns what a step is given, and models by the aliases it has for them."""
+  """Returns the options of a step, and the models among them by alias."""
   found: dict[str, Any] = {}
   others = {}
   for option in definition.options.values():
@@ -309,7 +310,7 @@ def _read(
 
 
 def _value(option: Option, written: str) -> Any:
-  """Returns an option's value: text, or what YAML reads where no text goes.
+  """Returns an option's value: text, or data in YAML if it takes no text.
 
   Raises:
     UsageError: if it cannot be read.
@@ -334,17 +335,17 @@ def _check_either(verb: Verb, arguments: Mapping[str, Any]) -> None:
 
 
 def _short(definition: Definition, arguments: Mapping[str, Any]) -> Any:
-  """Returns what a step is given as people write it in a recipe."""
+  """Returns the value of a step in its shortest form, for the history."""
   if not arguments:
     return None
   first = definition.first
   if first is not None and [*arguments] == [first.name]:
     value = arguments[first.name]
-    # A mapping alone might be taken for options.
+    # A mapping alone could be read as options.
     return dict(arguments) if isinstance(value, Mapping) else value
   return dict(arguments)
 
 
 def names(known: Sequence[str]) -> list[str]:
-  """Returns the steps that are verbs and not among those that are known."""
+  """Returns the steps that are no verbs in a list."""
   return sorted(set(default_host().passes) - set(known))

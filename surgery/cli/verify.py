@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 @click.option(
   '--write',
   is_flag=True,
-  help='Add the digests that are missing, replacing FILE.',
+  help='Add missing digests, replacing FILE.',
 )
 @click.option(
   '--allow-missing',
   is_flag=True,
-  help='Pass over tensors without a digest, if others have one.',
+  help='Skip tensors without a digest, if others have one.',
 )
 @shared.quiet_option
 @shared.json_option
@@ -46,8 +46,8 @@ def command(
 ) -> int:
   r"""Recompute the digests of tensors; exit with 1 if one differs.
 
-  A tensor without a digest cannot be checked: exits with 3. Of several files
-  all are looked at. With --quiet the exit code tells.
+  A tensor without a digest cannot be checked: exits with 3. All files are
+  checked, whatever is found. With --quiet only the exit code is given.
 
   \b
   surgery verify base.msgpack
@@ -57,64 +57,118 @@ def command(
   reports: list[dict[str, object]] = []
 
   def one(file: pathlib.Path) -> int:
-    # The tensors of several files are told apart by the names of the files.
-    prefix = f'{file}: ' if len(files) > 1 else ''
-    code, report = _verify(file, prefix, write, allow_missing, quiet, as_json)
-    reports.append(report)
-    return code
+    found = _verify(file, write, quiet)
+    if not quiet:
+      # With several files, each tensor needs the name of its file.
+      prefix = f'{file}: ' if len(files) > 1 else ''
+      found.show(prefix, as_json)
+      if found.wrong and write:
+        click.echo(
+          f'{file}: no digest was added, since tensors differ. Resolve that '
+          'first.',
+          err=True,
+        )
+    reports.append(found.data())
+    return found.code(allow_missing)
 
   return shared.reported(files, one, reports if as_json else None)
 
 
-def _verify(
-  file: pathlib.Path,
-  prefix: str,
-  write: bool,
-  allow_missing: bool,
-  quiet: bool,
-  as_json: bool,
-) -> tuple[int, dict[str, object]]:
-  """Verifies one file; returns its exit code, and what is found as JSON."""
+@dataclasses.dataclass(frozen=True)
+class _Result:
+  """The result of verifying a file.
+
+  Attributes:
+    file: the file.
+    tensors: the result for each tensor.
+    added: how many digests were added.
+  """
+
+  file: pathlib.Path
+  tensors: list[Verified]
+  added: int
+
+  def of(self, state: str) -> list[Verified]:
+    """Returns the tensors in a state: `ok`, `differs` or `missing`."""
+    return [one for one in self.tensors if one.state == state]
+
+  @property
+  def wrong(self) -> list[Verified]:
+    """The tensors whose digest differs."""
+    return self.of('differs')
+
+  def show(self, prefix: str, as_json: bool) -> None:
+    """Prints the tensors that differ, and a summary."""
+    for one in self.wrong:
+      text = f'{prefix}{paths.show(one.path)}: {_reason(one)}'
+      click.echo(text, err=as_json)
+    parts = [f'{len(self.of("ok"))} ok']
+    if self.wrong:
+      parts.append(f'{len(self.wrong)} differ')
+    if missing := len(self.of('missing')):
+      parts.append(f'{missing} {"added" if self.added else "without a digest"}')
+    click.echo(f'{self.file}: {", ".join(parts)}', err=True)
+
+  def code(self, allow_missing: bool) -> int:
+    """Returns the exit code; prints an error for tensors without a digest."""
+    code = codes.DIFFERS if self.wrong else 0
+    unchecked = [one.path for one in self.of('missing')]
+    if not unchecked or self.added or allow_missing:
+      return code
+    text = _unchecked(unchecked, len(self.tensors))
+    click.echo(f'error: {self.file}: {text}', err=True)
+    # A difference is more than a tensor that could not be checked.
+    return code or codes.FAILED
+
+  def data(self) -> dict[str, object]:
+    """Returns it as JSON data."""
+    return {
+      'file': str(self.file),
+      'ok': len(self.of('ok')),
+      'differs': len(self.wrong),
+      'missing': len(self.of('missing')) - self.added,
+      'added': self.added,
+      'tensors': [
+        {
+          'path': paths.show(one.path),
+          'state': one.state,
+          'expected': one.expected,
+          'found': one.found,
+        }
+        for one in self.tensors
+      ],
+    }
+
+
+def _verify(file: pathlib.Path, write: bool, quiet: bool) -> _Result:
+  """Verifies a file, and adds digests if none differs and `write` is true.
+
+  Raises:
+    SurgeryError: if no tensor has a digest.
+  """
   opened = shared.opened(file)
   if not write and all(leaf.digest is None for leaf in opened.values()):
     raise errors.SurgeryError(
       f'{file}: no tensor has a digest, so there is nothing to compare with. '
-      'Give --write to add the digests of what is there now.'
+      'Give --write to add digests of the present values.'
     )
-  found = _verified(opened, quiet)
-  states = collections.Counter(one.state for one in found)
-  wrong = [one for one in found if one.state == 'differs']
-  added = states['missing'] if write and not wrong else 0
-  if added:
-    _complete(file, opened, found, quiet)
-  if not quiet:
-    for tensor in wrong:
-      click.echo(
-        f'{prefix}{paths.show(tensor.path)}: {_reason(tensor)}', err=as_json
-      )
-    click.echo(_summary(file, states, added), err=True)
-    if wrong and write:
-      click.echo(
-        f'{file}: no digest was added: first see to what differs.', err=True
-      )
-  code = codes.DIFFERS if wrong else 0
-  unchecked = [one.path for one in found if one.state == 'missing']
-  if unchecked and not added and not allow_missing:
-    # A difference that was found weighs more than what was not looked at.
-    code = code or codes.FAILED
-    click.echo(f'error: {file}: {_unchecked(unchecked, len(found))}', err=True)
-  return code, _data(file, found, states, added)
+  result = _Result(file, _verified(opened, quiet), 0)
+  missing = result.of('missing')
+  if not write or result.wrong or not missing:
+    return result
+  _complete(opened, result.tensors, quiet)
+  return dataclasses.replace(result, added=len(missing))
 
 
 def _unchecked(unchecked: list[Path], count: int) -> str:
-  """Says of which tensors nothing is known."""
+  """Returns the message about tensors without a digest."""
   one = len(unchecked) == 1
   return (
     f'{len(unchecked)} of {count} tensors {"has" if one else "have"} no digest '
     f'and {"was" if one else "were"} not checked: '
-    f'{errors.listed(map(paths.show, unchecked))}. Give --write to add the '
-    f'{"digest" if one else "digests"} of what is there now, or '
-    f'--allow-missing to pass {"it" if one else "them"} over.'
+    f'{errors.listed(map(paths.show, unchecked))}. Give --write to add '
+    f'{"a digest" if one else "digests"} of the present values, or '
+    f'--allow-missing to skip {"it" if one else "them"}.'
   )
 
 
@@ -131,24 +185,17 @@ def _verified(opened: Checkpoint, quiet: bool) -> list[Verified]:
   return found
 
 
-def _complete(
-  file: pathlib.Path,
-  opened: Checkpoint,
-  found: list[Verified],
-  quiet: bool,
-) -> None:
-  """Writes the file anew, with all digests."""
+def _complete(opened: Checkpoint, found: list[Verified], quiet: bool) -> None:
+  """Writes a file again, with all digests."""
   from surgery.looking import verify
   from surgery.recipes import running
-  from surgery.recipes.recipe import Recipe
+  from surgery.recipes.spec import Spec, Target
 
   digests = {one.path: one.found for one in found if one.found is not None}
   after = verify.complete(opened, digests)
   where = pathlib.Path(opened.origin)
-  recipe = Recipe(
-    [], inputs={'model': where}, outputs={'out': where}, origin=''
-  )
-  plan = running.plan(recipe.spec, default_host(), {'model': after})
+  recipe = Spec({'model': where}, {}, (), {'out': Target(where)})
+  plan = running.plan(recipe, default_host(), {'model': after})
   if location.is_index(where):
     from surgery.files import sharding
 
@@ -161,42 +208,4 @@ def _complete(
 
 
 def _reason(one: Verified) -> str:
-  if one.reason:
-    return one.reason
-  return f'expected {one.expected}, found {one.found}.'
-
-
-def _summary(
-  file: pathlib.Path, states: collections.Counter[str], added: int
-) -> str:
-  parts = [f'{states["ok"]} ok']
-  if states['differs']:
-    parts.append(f'{states["differs"]} differ')
-  if states['missing']:
-    what = 'added' if added else 'without a digest'
-    parts.append(f'{states["missing"]} {what}')
-  return f'{file}: {", ".join(parts)}'
-
-
-def _data(
-  file: pathlib.Path,
-  found: list[Verified],
-  states: collections.Counter[str],
-  added: int,
-) -> dict[str, object]:
-  return {
-    'file': str(file),
-    'ok': states['ok'],
-    'differs': states['differs'],
-    'missing': states['missing'] - added,
-    'added': added,
-    'tensors': [
-      {
-        'path': paths.show(one.path),
-        'state': one.state,
-        'expected': one.expected,
-        'found': one.found,
-      }
-      for one in found
-    ],
-  }
+  return one.reason or f'expected {one.expected}, found {one.found}.'

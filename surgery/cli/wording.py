@@ -1,10 +1,10 @@
-"""Messages of the library, whose arguments are options here."""
+"""Messages of the library, with options instead of Python's arguments."""
 
 from __future__ import annotations
 
 import re
 
-# How the shell writes what the library's messages call an argument.
+# The shell's wording of arguments in messages of the library.
 OPTIONS = {
   'overwrite=True (--force)': '--force',
   '--force (overwrite=True)': '--force',
@@ -34,16 +34,16 @@ OPTIONS = {
   'without a shard_size': 'without --shard-size',
   'keep= of cast': '--keep of cast',
 }
-# An argument without its value, `name=`, is not the beginning of one with it.
+# `name=` alone is an argument; before a value it is part of an example.
 _ANY = re.compile('|'.join(f"{re.escape(k)}(?![\\w'])" for k in OPTIONS))
-# Where a message has both, `(keep='a', --keep 'a')`.
+# Messages that have both, `(keep='a', --keep 'a')`.
 _BOTH = (
   re.compile(r'\(\w+=[^,()]*, (--[^()]*)\)'),
   re.compile(r'\((--[^,()]*), \w+=[^()]*\)'),
 )
 
 
-# Examples, of which the parts are the reader's own.
+# Examples, whose parts come from the user's own arguments.
 _EXAMPLES = (
   # layout={'net/w': 'oi'}
   (re.compile(r"layout=\{'((?:[^'\\]|\\.)*)': '(\w+)'\}"), r"--layout '\1=\2'"),
@@ -56,7 +56,7 @@ _EXAMPLES = (
 
 
 def as_options(text: str) -> str:
-  """Returns a message with options in the place of arguments of Python."""
+  """Returns a message with options instead of arguments of Python."""
   for example, option in _EXAMPLES:
     text = example.sub(option, text)
   for both in _BOTH:
@@ -65,7 +65,7 @@ def as_options(text: str) -> str:
 
 
 def line(error: BaseException) -> str:
-  """Returns what an error says, for people at a shell."""
+  """Returns the message of an error, for the shell."""
   if isinstance(error, OSError) and error.strerror:
     where = f'{error.filename}: ' if error.filename else ''
     return as_options(f'{where}{error.strerror}.')

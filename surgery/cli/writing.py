@@ -1,9 +1,10 @@
-"""What verbs that write have in common: options, the plan, writing it."""
+"""Verbs that write: their options, the plan, and writing it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,23 +15,22 @@ import click
 from surgery.cli import progress, shared, showing
 from surgery.host import location
 from surgery.host.manager import default_host
-from surgery.recipes.spec import Target, is_folder
+from surgery.recipes.spec import Spec, Step, Target, is_folder
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint
   from surgery.recipes import running
-  from surgery.recipes.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manner:
-  """How a recipe is carried out, wherever it writes.
+  """How a recipe is carried out, whatever its outputs.
 
   Attributes:
-    force: whether files may exist.
+    force: whether existing files are replaced.
     dry_run: whether only the plan is shown.
     as_json: whether the plan is printed as JSON.
-    quiet: whether only what is lost is told of on stderr.
+    quiet: whether stderr gets nothing but warnings.
   """
 
   force: bool = False
@@ -44,13 +44,13 @@ class Output(Manner):
   """Where a verb writes, and how.
 
   Attributes:
-    target: the file and what it is to be.
+    target: the file and its options.
   """
 
   target: Target
 
   def to(self, **changes: Any) -> Output:
-    """Returns the same with a target of which some attributes differ."""
+    """Returns the same with other attributes of the target."""
     return dataclasses.replace(
       self, target=dataclasses.replace(self.target, **changes)
     )
@@ -72,38 +72,38 @@ def _options(target: Callable[..., Any]) -> Callable[..., Any]:
         '--shard-size',
         callback=shared.nbytes,
         metavar='SIZE',
-        help='Write several files of at most that size (5GB, 2GiB) and an '
+        help='Write several files of at most SIZE bytes (5GB, 2GiB) and an '
         'index.',
       ),
       click.option(
         '--strict-flax',
         is_flag=True,
-        help='Write what flax would: no flags, metadata, digests or history.',
+        help='Write the file as flax would: without flags, metadata, digests '
+        'and history.',
       ),
       click.option(
         '--no-manifest',
         is_flag=True,
-        help='Write no metadata of ours: no flags, digests or history.',
+        help='Leave out our metadata: flags, digests and history.',
       ),
       click.option(
         '--metadata',
         multiple=True,
         metavar='KEY=VALUE',
-        help="What the file tells other programs, e.g. 'format=pt'. May be "
-        'repeated.',
+        help="Metadata for other programs, e.g. 'format=pt'. May be repeated.",
       ),
       click.option(
         '--config',
         multiple=True,
         metavar='KEY=VALUE',
-        help='What the config.json of a folder is to state. May be repeated.',
+        help='Value of a key in the config.json of a folder. May be repeated.',
       ),
       click.option(
         '--like',
         type=shared.FILE,
         metavar='FOLDER',
-        help='The model folder from which config.json, tokenizer and licences '
-        'go along; by default that of the input.',
+        help='Model folder whose config.json, tokenizer and licences are '
+        'copied; by default that of the input.',
       ),
     )
   ):
@@ -112,7 +112,7 @@ def _options(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def writes(function: Callable[..., Any]) -> Callable[..., Any]:
-  """Adds the options of verbs that write; gives them as `output`."""
+  """Adds the options of verbs that write; passes them as `output`."""
   return _writing(
     function,
     click.option(
@@ -180,46 +180,42 @@ def _writing(
 
 def carry_out(
   output: Output,
-  steps: Sequence[Any],
+  steps: Sequence[Step],
   before: Checkpoint,
   others: Mapping[str, Checkpoint] | None = None,
   saved: Mapping[str, Target] | None = None,
-  quiet: bool = False,
 ) -> None:
-  """Does what a verb stands for: a recipe of one step, or two.
+  """Carries out a verb: a recipe of one step, or a few.
 
   Args:
     output: where and how it is written.
-    steps: the steps, as in a recipe.
-    before: what is read and changed.
-    others: what else is read, by alias.
-    saved: what else is written, by name.
-    quiet: whether nothing is said of it.
+    steps: the steps.
+    before: the model that is changed.
+    others: further inputs, by alias.
+    saved: further outputs, by name.
 
   Raises:
-    SurgeryError: if it cannot be done, or not be written.
+    SurgeryError: if a step fails, or an output cannot be written.
   """
-  from surgery.recipes.recipe import Recipe
-
   given = {'model': before, **(others or {})}
-  recipe = Recipe(
-    steps,
-    inputs={alias: one.origin for alias, one in given.items()},
+  recipe = Spec(
+    inputs={alias: pathlib.Path(one.origin) for alias, one in given.items()},
+    vars={},
+    steps=tuple(steps),
     outputs={'out': output.target, **(saved or {})},
-    origin='',
   )
-  run(recipe, output, given, quiet)
+  run(recipe, output, given)
 
 
 def _odd_suffixes(plan: running.Plan) -> Iterator[str]:
-  """Yields which outputs are written in another format than their names say."""
+  """Yields a line for each output whose suffix is that of another format."""
   for one in plan.outputs:
     form, suffix = one.target.format, location.suffix(one.path)
-    said = [n for n, f in plan.host.formats.items() if suffix in f.suffixes]
-    if form is not None and said and form not in said:
+    usual = [n for n, f in plan.host.formats.items() if suffix in f.suffixes]
+    if form is not None and usual and form not in usual:
       yield (
-        f'{one.path}: written as {form}, and its suffix says {said[0]}. '
-        f'Programs that go by the name will not read it; name it otherwise.'
+        f'{one.path}: written as {form}, but its suffix is that of {usual[0]}. '
+        'Programs that go by the suffix cannot read it; give another name.'
       )
 
 
@@ -228,7 +224,7 @@ def texts(items: Sequence[str], option: str) -> dict[str, str]:
 
   Args:
     items: the texts.
-    option: by which they are given, for messages.
+    option: the option that they are values of, for messages.
 
   Raises:
     UsageError: for an item without `=`, or a key that is given twice.
@@ -245,25 +241,23 @@ def texts(items: Sequence[str], option: str) -> dict[str, str]:
 
 
 def run(
-  recipe: Recipe,
+  recipe: Spec,
   output: Manner,
   given: Mapping[str, Checkpoint] | None = None,
-  quiet: bool = False,
 ) -> None:
   """Carries out a recipe, or shows its plan.
 
   Args:
     recipe: the recipe, with all files.
-    output: whether outputs may exist, and what is shown.
-    given: inputs that have been opened already, by alias.
-    quiet: whether nothing is said of it.
+    output: how it is carried out, and what is printed.
+    given: inputs that are open already, by alias.
 
   Raises:
-    SurgeryError: if it cannot be done, or not be written.
+    SurgeryError: if a step fails, or an output cannot be written.
   """
   from surgery.recipes import running
 
-  plan = running.plan(recipe.spec, default_host(), given)
+  plan = running.plan(recipe, default_host(), given)
   if output.dry_run:
     plan.check(overwrite=output.force)
   else:
@@ -271,28 +265,22 @@ def run(
       overwrite=output.force,
       watched=lambda one: progress.shown(one.values(), output.quiet),
     )
-  for line in _odd_suffixes(plan):
-    click.echo(f'warning: {line}', err=True)
-  for line in running.lost(plan):
-    click.echo(line, err=True)
-  if quiet:
-    return
   report = plan.report()
-  for one in [report, *report.get('saved', [])]:
-    for line in one.get('folder', {}).get('warnings', ()):
-      click.echo(f'warning: {line}', err=True)
-    for line in showing.found(one.get('found', [])):
-      click.echo(line, err=True)
+  reports = [report, *report.get('saved', [])]
+  # What a user should not miss goes to stderr, quiet or not.
+  for line in (
+    *(f'warning: {text}' for text in _odd_suffixes(plan)),
+    *running.lost(plan),
+    *itertools.chain.from_iterable(map(showing.warnings, reports)),
+  ):
+    click.echo(line, err=True)
   if output.as_json:
     click.echo(json.dumps(report))
+  elif output.quiet and not output.dry_run:
     return
-  if output.quiet and not output.dry_run:
-    return
-  if not plan.outputs:
+  elif not plan.outputs:
     showing.checks(report['checks'], output.dry_run)
-    return
-  others = report.get('saved', [])
-  reports = [report, *others]
-  # The main one is told of last.
-  for one, said in reversed(list(zip(plan.outputs, reports, strict=True))):
-    showing.show(said, str(one.shown), output.dry_run)
+  else:
+    # The main output comes last, where a reader looks first.
+    for one, part in zip(plan.outputs[::-1], reports[::-1], strict=True):
+      showing.show(part, str(one.shown), output.dry_run)

@@ -59,7 +59,7 @@ def apply(
   host = host or default_host()
   if not isinstance(model, Checkpoint):
     expect.params(model, apply)
-  steps = recipes.of(recipe)
+  steps = recipes.as_recipe(recipe)
   missing = [alias for alias in inputs if alias not in steps.inputs]
   if missing and not isinstance(recipe, Recipe):
     given = {**steps.inputs, **dict.fromkeys(missing)}

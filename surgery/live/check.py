@@ -1,8 +1,8 @@
-"""Check: does a model ask for what adapters rewrite?"""
+"""Check: whether a model asks for the parameters that adapters rewrite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from surgery import errors, expect
@@ -19,10 +19,9 @@ def check(
 ) -> tuple[Path, ...]:
   """Traces a call and raises if it uses a base without its adapter.
 
-  Layers that read `params[path].value` themselves cannot be reached by any
-  adapter, so merged params would give another result; this names their
-  parameters, also where another layer asks for the same one as it should.
-  Nothing is computed.
+  No adapter can reach layers that read `params[path].value` themselves, so
+  merged params would give another result. This names their parameters, even if
+  another layer asks for the same one by `get_param`. Nothing is computed.
 
   Args:
     model: a module, or any function that takes params first.
@@ -31,8 +30,8 @@ def check(
     **kwargs: further arguments of the call.
 
   Returns:
-    The parameters that are rewritten, all of which were asked for, and whose
-    bases reach no result but through their adapters.
+    The adapted parameters. All were asked for, and their bases reach results
+    through their adapters only.
 
   Raises:
     UnreachedError: naming the parameters that were never asked for, or read
@@ -58,23 +57,27 @@ def check(
   adapted = tuple(dict.fromkeys((*records.chains, *records.standing)))
   missed = [p for p in adapted if p not in probe.asked]
   if missed:
-    shown = ', '.join(paths.show(p) for p in missed[:10])
-    more = f' and {len(missed) - 10} more' if len(missed) > 10 else ''
     raise errors.UnreachedError(
       f'{len(missed)} of {len(adapted)} adapted parameters were never '
-      f'asked for through get_param: {shown}{more}. Either this call does not '
-      'use them, or a layer reads params[…].value itself, which no adapter '
-      'reaches: let it call get_param.',
+      f'asked for through get_param: {_listed(map(paths.show, missed))}. '
+      'Either this call does not use them, or a layer reads params[…].value '
+      'itself, which no adapter can change: let it call get_param.',
       missed,
     )
   if raw:
-    named = [f'{paths.show(path)} ({read})' for path, read in raw.items()]
-    more = f' and {len(named) - 10} more' if len(named) > 10 else ''
+    named = (f'{paths.show(path)} ({read})' for path, read in raw.items())
     raise errors.UnreachedError(
       f'{len(raw)} of {len(adapted)} adapted parameters are read '
-      f'without their adapter: {", ".join(named[:10])}{more}. There the call '
-      'uses params[…].value, which is the base alone, so merged params would '
-      'give another result. Let it call get_param.',
+      f'without their adapter: {_listed(named)}. There the call uses '
+      'params[…].value, which is the base alone, so merged params would give '
+      'another result. Let it call get_param.',
       raw,
     )
   return adapted
+
+
+def _listed(names: Iterable[str]) -> str:
+  """Returns the first ten names, and the number of others."""
+  first = list(names)
+  more = f' and {len(first) - 10} more' if len(first) > 10 else ''
+  return f'{", ".join(first[:10])}{more}'

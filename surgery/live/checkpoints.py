@@ -66,7 +66,7 @@ def _impl(key: Any) -> str:
 
 
 def to_checkpoint(params: bx.Params) -> Checkpoint:
-  """Returns params as a checkpoint of which each leaf is a parameter."""
+  """Returns params as a checkpoint whose leaves are parameters."""
   notes = live.notes_of(params)
   manifest = notes.get('manifest', Manifest())
   return quantised.marked(
@@ -90,28 +90,19 @@ def to_params(
   Args:
     checkpoint: the checkpoint.
     host: knows the adapters' types.
-    like: the params that it came from, of which unchanged parts are kept.
+    like: the params that it came from, of which unchanged parameters are kept.
 
   Raises:
-    PluginError: if a leaf gives something else than it says.
+    PluginError: if a value has another shape or dtype than its leaf.
   """
-  data = {}
   values = {path: leaf.load() for path, leaf in checkpoint.items()}
   records = checkpoint.records(host)
   fresh = {path for path, leaf in checkpoint.items() if leaf.fresh}
   values.update(placing.weights(values, records, fresh))
-  for path, leaf in checkpoint.items():
-    value = values[path]
-    old = like[path] if like is not None and path in like else None
-    if old is not None and _unchanged(old, leaf, value):
-      data[path] = old
-    else:
-      # Of a key a file holds the data, and params the key.
-      wrong = None if leaf.key is not None else leaf.mismatch(value)
-      if wrong is not None:
-        # As when a file is written: a pass or a hook computed something else.
-        raise errors.PluginError(f'{paths.show(path)}: {wrong}')
-      data[path] = bx.Param(value, leaf.trainable, dict(leaf.metadata))
+  data = {
+    path: _param(path, leaf, values[path], like)
+    for path, leaf in checkpoint.items()
+  }
   _warn(checkpoint)
   notes = {} if like is None else _noted(checkpoint, like)
   if records.adapters:
@@ -120,16 +111,31 @@ def to_params(
   return live.make(data, checkpoint.manifest.locked, records, notes)
 
 
-# Share of a model's numbers of which it is told that they became zero.
-_TOLD = 0.01
+def _param(
+  path: Path, leaf: Leaf, value: Any, like: bx.Params | None
+) -> bx.Param:
+  """Returns a leaf as a parameter: the very one that it was, if unchanged."""
+  old = like[path] if like is not None and path in like else None
+  if old is not None and _unchanged(old, leaf, value):
+    return old
+  # The leaf of a key describes its data, the value is the key itself.
+  wrong = None if leaf.key is not None else leaf.mismatch(value)
+  if wrong is not None:
+    # As when a file is written: a pass or a hook computed something else.
+    raise errors.PluginError(f'{paths.show(path)}: {wrong}')
+  return bx.Param(value, leaf.trainable, dict(leaf.metadata))
+
+
+# Share of a model's numbers that may become zero without a warning.
+_SILENT = 0.01
 
 
 def _warn(checkpoint: Checkpoint) -> None:
-  """Warns of what was found out while values were computed."""
+  """Warns of findings that were made while values were computed."""
   for text in dict.fromkeys(one.text for one in checkpoint.findings):
     counts = [one.count() for one in checkpoint.findings if one.text == text]
     count, of = (sum(column) for column in zip(*counts, strict=True))
-    if count > _TOLD * of:
+    if count > _SILENT * of:
       warnings.warn(
         f'{count / of:.2%} of the numbers that were not zero {text}.',
         RuntimeWarning,
@@ -138,7 +144,7 @@ def _warn(checkpoint: Checkpoint) -> None:
 
 
 def _noted(checkpoint: Checkpoint, like: bx.Params) -> dict[str, Any]:
-  """Returns what is known beside the arrays, as a pass left it."""
+  """Returns the notes of params, with the manifest as a pass left it."""
   notes = dict(live.notes_of(like))
   if 'manifest' in notes:
     notes['manifest'] = checkpoint.manifest.replace(adapters=(), trees={})
@@ -261,7 +267,7 @@ def to_tensors(checkpoint: Checkpoint) -> Checkpoint:
         'trainable': leaf.trainable,
       }
       if not found:
-        # Nothing carries the flags of a pytree without arrays.
+        # A pytree without arrays has no leaf that could hold its flags.
         trees[path]['metadata'] = dict(leaf.metadata)
     for where, one in found.items():
       leaves[where] = _tensor(one, leaf)
@@ -289,7 +295,7 @@ def _array(leaf: Leaf, where: Path, shardings: sharded.Shardings = None) -> Any:
       ) from None
   if not isinstance(value, np.ndarray):
     return value
-  # A copy of its own: memory of a file may change or go.
+  # A copy, since the memory of a mapped file may change or become invalid.
   value = np.array(value)
   if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
     return value  # JAX would narrow it (64 bits); numpy keeps its bits.
@@ -307,8 +313,8 @@ def _rebuilt(
   if structure == 'leaf':
     if where not in leaves:
       raise errors.FormatError(
-        f'{paths.show(where)}: the manifest speaks of this tensor, and it is '
-        'not in the file.'
+        f'{paths.show(where)}: the manifest lists this tensor, but it is not '
+        'in the file.'
       )
     return _array(leaves[where], where, shardings)
   (kind, inner), *rest = structure.items()
@@ -341,9 +347,9 @@ def from_tensors(
 
   Args:
     checkpoint: the checkpoint of tensors.
-    placed: whether arrays are put where JAX puts what lies nowhere; otherwise
-      they stay on the host, to be put beside what they belong to.
-    shardings: how tensors are to lie on devices, see `saving.load`.
+    placed: whether arrays are put on JAX's default device; otherwise they
+      stay on the host, until they are placed beside their bases.
+    shardings: how tensors are placed on devices, see `saving.load`.
 
   Raises:
     FormatError: if manifest and tensors do not fit together.

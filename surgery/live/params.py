@@ -1,13 +1,13 @@
 """Interception: params that answer with adapted parameters.
 
-Every blox layer asks `get_param(params, name, …)`, which asks `params._get`.
-`AdaptedParams` holds the weights of adapters beside the base's and answers that
-question. The model is not touched, wrapped or known.
+Every blox layer calls `get_param(params, name, …)`, which calls `params._get`.
+`AdaptedParams` holds the weights of adapters beside the base, and returns the
+adapted parameter there. The model is neither changed nor wrapped.
 
-This module rests on private names of blox (`_get`, `_set`, `_clone`, and the
-attributes `_data` and `_locked`), and no other module does; importing it raises
-where they are missing. Its children as a pytree are exactly blox's, its static
-data are blox's and the `Records`.
+This module alone uses private names of blox (`_get`, `_set`, `_clone`, and the
+attributes `_data` and `_locked`); importing it raises if they are missing. Its
+children as a pytree are exactly blox's, its static data are blox's and the
+`Records`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from surgery.adapting import blocks, compute
 from surgery.live import described, dropping, pending, per_row, primitives
 from surgery.live.plain import BloxParams
 from surgery.live.unread import Unread
-from surgery.model.records import Records, unite
+from surgery.model.records import Chain, Records, unite
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
@@ -50,7 +50,7 @@ _BLOX_METHODS = {
 
 
 def _missing_in_blox() -> Iterator[str]:
-  """Returns what this module uses of blox and does not find, in words."""
+  """Yields in words what this module needs of blox and does not find."""
   if not isinstance(getattr(bx, 'Params', None), type):
     yield 'no class Params'
     return
@@ -60,7 +60,7 @@ def _missing_in_blox() -> Iterator[str]:
     if not callable(method):
       yield f'no method {shown}'
       continue
-    # Parameters behind those that we pass do no harm.
+    # Further parameters after those that are passed do no harm.
     found = tuple(inspect.signature(method).parameters)[1:]
     if found[: len(expected)] != expected:
       yield f'Params.{name}({", ".join(found)}) instead of {shown}'
@@ -99,23 +99,23 @@ def _check_blox() -> None:
   )
 
 
-# Before the class below, which derives from what is looked at here.
+# Before the class below, which derives from a class that is checked here.
 _check_blox()
 
 
 class AdaptedParams(BloxParams):
-  """`bx.Params` in which adapters sit between what is stored and the layers.
+  """`bx.Params` whose layers get adapted parameters.
 
-  `params[path]`, `keys`, `items` and `len` speak of what is stored, adapters'
-  weights included; a layer that asks for a parameter gets it adapted. Made by
-  the verbs (`surgery.attach`, `surgery.load`, …), not by calling the class.
+  `params[path]`, `keys`, `items` and `len` give what is stored, adapters'
+  weights included; a layer that asks for a parameter gets it adapted. The verbs
+  (`surgery.attach`, `surgery.load`, …) return them; the class is not called.
   """
 
   _records: Records
-  # What is known beside the arrays (where adapters came from). It is no part of
-  # the pytree, so a transformation drops it rather than return another's.
+  # Notes about the arrays, e.g. which of them are the base. They are no part of
+  # the pytree: a compiled function would return those of other params.
   _notes: Mapping[str, Any]
-  # Is told when these params are read; only what `watched` made has one.
+  # Notices when these params are read; set by `watched` alone.
   _unread: Unread | None = None
 
   def __init__(self) -> None:
@@ -128,7 +128,7 @@ class AdaptedParams(BloxParams):
     """The adapters, innermost first."""
     return self._records
 
-  # Whatever is done with params begins with this attribute of blox's.
+  # Every method of blox's reads this attribute first, so it notices all uses.
 
   @property
   def _data(self) -> dict[Path, bx.Param]:
@@ -140,7 +140,7 @@ class AdaptedParams(BloxParams):
   def _data(self, data: dict[Path, bx.Param]) -> None:
     self.__dict__['_data'] = data
 
-  # What blox calls.
+  # Methods that blox calls.
 
   def _clone(self) -> AdaptedParams:
     return _make(self._data.copy(), self._locked, self._records, self._notes)
@@ -155,15 +155,19 @@ class AdaptedParams(BloxParams):
     metadata: dict[str, Any] | None = None,
     rng: Any = None,
   ) -> tuple[Any, bx.Params]:
+    # A layer whose parameter has the path of a weight would share it.
     self._refuse_owned(path)
     if path not in self._data:
       self._refuse_half(path)
+    # blox gives what is stored, and makes it first if it is not there yet.
     value, params = super()._get(
       path, shape, init, dtype, trainable, metadata, rng
     )
     params = cast(AdaptedParams, params)
+    # A new parameter may be one that a pending adapter is to rewrite.
     if params._records.pending and path not in params._records.chains:
       params = pending.adopted(params, path)
+    # Stored values stay as they are; only the layer gets the adapted one.
     return params._answered(path, value), params
 
   def _set(
@@ -180,10 +184,11 @@ class AdaptedParams(BloxParams):
         names = ', '.join(repr(a.name) for a, _ in chain)
         raise errors.AdapterError(
           f'{paths.show(path)}: a layer writes this parameter, and adapter '
-          f'{names} rewrites it: what was read would be folded in again at '
-          'every call. Attach elsewhere, or merge or disable the adapter.'
+          f'{names} rewrites it, so the adapter would be folded in again at '
+          'every call. Attach to other parameters, or merge or disable the '
+          'adapter.'
         )
-      # What the layer was given is an adapter's, so the adapter keeps it.
+      # An adapter may have a value of its own for it, which the layer read.
       path = self._records.stored(path)
     return super()._set(path, value, trainable, metadata)
 
@@ -191,26 +196,26 @@ class AdaptedParams(BloxParams):
     owner = self._records.owned.get(path)
     if owner is not None:
       raise errors.AdapterError(
-        f'{paths.show(path)}: a layer asks for this parameter, and it is a '
+        f'{paths.show(path)}: a layer asks for this parameter, but it is a '
         f'weight of adapter {owner!r}. Attach the adapter under another '
         'name=.'
       )
 
   def _refuse_half(self, path: Path) -> None:
-    """Raises if a parameter is missing since these params are a half.
+    """Raises if a parameter is missing because these params are a half.
 
-    A layer would make it anew in params that are not locked.
+    In params that are not locked, the layer would make a new one.
 
     Raises:
       AdapterError: naming the parameter.
     """
     records = self._records
-    # Before initialisation is over something is missing all the time.
+    # During initialisation parameters are always missing.
     if not records.pending and missing_of(self):
       raise errors.AdapterError(
-        f'{paths.show(path)}: the model asks for this parameter, and these '
-        'params are a half that split() made, without it. Put the halves '
-        'together before calling the model: half.merge(rest).'
+        f'{paths.show(path)}: the model asks for this parameter, which these '
+        'params lack: they are a half that split() made. Merge the halves '
+        'before calling the model: half.merge(rest).'
       )
 
   def _answered(self, path: Path, value: Any, without: str = '') -> Any:
@@ -218,40 +223,50 @@ class AdaptedParams(BloxParams):
 
     Args:
       path: the parameter.
-      value: what is stored.
-      without: an adapter that does not take part.
+      value: the stored value.
+      without: the name of an adapter that is left out.
     """
     records = self._records
     chain = records.chains.get(path, ())
     stands = path in records.standing
     if not chain and not stands:
-      return value
-    probe, fetch = records.probe, self._fetch
+      return value  # The usual case: no adapter rewrites it.
+    if stands:
+      # An adapter was saved with a value of its own for it.
+      value = self._fetch(path)
+    fetch = self._fetch
+    probe = records.probe
     if probe is not None:
       probe.asked.add(path)
-    if stands:
-      value = self._fetch(path)
-    if probe is not None and probe.reads:
-      fetch = functools.partial(_read, self._fetch, records.chains)
-      value = primitives.read_primitive().bind(value)
+      if probe.reads:
+        # `check` follows bases from here on: what adapters read is marked.
+        fetch = functools.partial(_read, self._fetch, records.chains)
+        value = primitives.read_primitive().bind(value)
     on = tuple(k for k in compute.enabled(chain) if k[0].name != without)
     if not on:
       return value
-    dropless = dropping.dropless(on)
-    if dropless:
-      dropping.warn_of_training(dropless, self._data)
-      if probe is not None:
-        probe.dropless.update(adapter.name for adapter, _ in dropless)
+    self._note_dropless(on)
     if any(adapter.route for adapter, _ in on):
       value = per_row.answer(on, path, fetch)
     else:
       value = blocks.answer(on, path, fetch, records.chains)
     if jaxcompat.is_traced(value):
-      # So that `factored` can say which parameter lost its factors.
+      # `factored` finds the path of each answer by this tag.
       value = primitives.tag_primitive().bind(value, path=path)
     return value
 
+  def _note_dropless(self, chain: Chain) -> None:
+    """Warns of adapters with dropout that drop nothing in this call."""
+    dropless = dropping.dropless(chain)
+    if not dropless:
+      return
+    dropping.warn_of_training(dropless, self._data)
+    if self._records.probe is not None:
+      names = (adapter.name for adapter, _ in dropless)
+      self._records.probe.dropless.update(names)
+
   def _fetch(self, path: Path) -> Any:
+    """Returns a stored array; the adapter's own value where it has one."""
     path = self._records.stored(path)
     try:
       return self._data[path].value
@@ -265,7 +280,8 @@ class AdaptedParams(BloxParams):
       ) from None
 
   def __getstate__(self) -> dict[str, Any]:
-    # References do not go to another process, nor from a copy to the original.
+    # Weak references cannot be pickled, and a copy has arrays of its own: which
+    # parameters are the base is stored by path.
     known = tuple(p for p in self._data if is_base(self, p))
     return {**self.__dict__, '_notes': {**self._notes, 'base': known}}
 
@@ -274,13 +290,13 @@ class AdaptedParams(BloxParams):
     notes = {**state['_notes'], 'base': described.remembered(known)}
     self.__dict__.update(state, _notes=notes)
 
-  # Params' own methods.
+  # Public methods of params.
 
   def locked(self) -> AdaptedParams:
-    """Returns locked params; adapters stop looking for sites.
+    """Returns locked params, in which no adapter is pending.
 
     Raises:
-      SelectorError: if a selector of an adapter has matched nothing.
+      SelectorError: if the selector of an adapter has matched nothing.
     """
     params = pending.closed(self) if self._records.pending else self
     return cast(AdaptedParams, bx.Params.locked(params))
@@ -295,18 +311,17 @@ class AdaptedParams(BloxParams):
     """Partitions parameters into two containers.
 
     Args:
-      predicate: says of a path and its parameter whether it goes into the
-        first; by default, whether it trains. The weights of an adapter that is
-        disabled do not train, whatever their flags say; these stay as they are
-        for when it is enabled again.
+      predicate: whether a path and its parameter go into the first container;
+        by default, whether it trains. The weights of a disabled adapter do not
+        train, whatever their flags, which stay as they are.
 
     Returns:
-      What the predicate is true of, and the rest.
+      The parameters for which the predicate is true, and the rest.
     """
     return cast(Any, super().split(predicate or self.trains))
 
   def trains(self, path: Path, param: bx.Param) -> bool:
-    """Whether a parameter trains: by its flag, and if its adapter is on.
+    """Whether a parameter trains: its flag is set, and its adapter enabled.
 
     Args:
       path: its path.
@@ -318,7 +333,7 @@ class AdaptedParams(BloxParams):
     """Combines two containers, and the adapters of both.
 
     Args:
-      other: params of which conflicting ones win, as in blox.
+      other: params that win conflicts, as in blox.
 
     Raises:
       AdapterError: if both have an adapter of one name that differs.
@@ -370,7 +385,7 @@ jax.tree_util.register_pytree_node(
 
 
 def _read(fetch: Any, bases: Mapping[Path, Any], path: Path) -> Any:
-  """Returns a stored array, marked if it is one that adapters rewrite."""
+  """Returns a stored array, marked if adapters rewrite it."""
   value = fetch(path)
   return primitives.read_primitive().bind(value) if path in bases else value
 
@@ -401,7 +416,7 @@ def make(
     data: parameters by path.
     locked: whether new ones are refused.
     records: the adapters.
-    notes: what is known of where they came from.
+    notes: notes about the arrays.
   """
   if records.adapters:
     return _make(dict(data), locked, records, notes or {})
@@ -419,13 +434,13 @@ def noted(
   Args:
     data: parameters by path.
     records: the adapters; there may be none.
-    notes: what is known of where they came from.
+    notes: notes about the arrays.
   """
   return _make(dict(data), True, records, notes)
 
 
 def _united(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what two params know of where their adapters came from."""
+  """Returns the notes of two params together."""
   both = {
     key: {**b.get(key, {}), **a.get(key, {})}
     for key in ('base',)
@@ -435,7 +450,7 @@ def _united(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def missing_of(params: bx.Params) -> list[Path]:
-  """Returns what adapters need and params lack, as halves of params do."""
+  """Returns the parameters that adapters need and params, e.g. halves, lack."""
   return [
     path
     for record in records_of(params).adapters
@@ -450,19 +465,19 @@ def records_of(params: bx.Params) -> Records:
 
 
 def notes_of(params: bx.Params) -> Mapping[str, Any]:
-  """Returns what is known of where adapters came from."""
+  """Returns the notes of any params."""
   return params._notes if isinstance(params, AdaptedParams) else {}
 
 
 def lineage_of(params: bx.Params) -> tuple[Any, ...]:
-  """Returns how params came about, as `surgery.live.lineage` says it."""
+  """Returns the passes that made params; see `surgery.live.lineage`."""
   if isinstance(params, AdaptedParams):
     return tuple(params._notes.get('lineage', ()))
   return tuple(getattr(params, '_surgery_lineage', ()))
 
 
 def with_lineage(params: bx.Params, lineage: tuple[Any, ...]) -> bx.Params:
-  """Returns params that say how they came about."""
+  """Returns params with another lineage."""
   clone = params._clone()
   if isinstance(clone, AdaptedParams):
     clone._notes = {**clone._notes, 'lineage': lineage}
@@ -482,7 +497,7 @@ def with_values(
 
 
 def watched(params: AdaptedParams, message: str) -> AdaptedParams:
-  """Returns params that warn if they are thrown away unread."""
+  """Returns params that warn if they are discarded unread."""
   result = params._clone()
   result._unread = Unread(message)
   return result
@@ -506,6 +521,6 @@ def with_records(
 
 
 def is_base(params: bx.Params, path: Path) -> bool:
-  """Whether a parameter is known to be what it was without adapters."""
+  """Whether a parameter is known to be unchanged since the first attach."""
   known = notes_of(params).get('base', {}).get(path)
   return known is not None and known() is params[path].value

@@ -1,9 +1,10 @@
-"""Adapters attached before initialisation, which still look for sites."""
+"""Adapters attached before initialisation, which gain sites with each layer."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import blox as bx
@@ -46,7 +47,7 @@ def _finder(record: AdapterRecord, layer: Path) -> finding.Finder:
 
 
 class _NoHooks(Host):
-  """Asks the adapter alone: hooks are not asked during initialisation."""
+  """Calls the adapter alone: no hook is called during initialisation."""
 
   def ask(self, hook: str, *, of: Any = None, **arguments: Any) -> Any:
     method = getattr(of, hook)
@@ -58,15 +59,15 @@ class _NoHooks(Host):
 _NO_HOOKS = _NoHooks(entry_points=False)
 
 
-def _early(record: AdapterRecord) -> Any:
-  """Says of errors that the adapter was attached before initialisation."""
+def _early(record: AdapterRecord) -> AbstractContextManager[None]:
+  """Adds to errors that the adapter was attached before initialisation."""
   return errors.within(
     f'adapter {record.name!r} was attached before initialisation'
   )
 
 
 def adopted(params: AdaptedParams, path: Path) -> AdaptedParams:
-  """Returns params in which adapters that wait for a parameter have it."""
+  """Returns params in which pending adapters have taken up a parameter."""
   for record in params._records.adapters:
     if record.pending is not None:
       params = _adopted_by(params, record, path)
@@ -91,6 +92,11 @@ def _candidates(
 def _adopted_by(
   params: AdaptedParams, record: AdapterRecord, path: Path
 ) -> AdaptedParams:
+  """Returns params in which an adapter has taken up a parameter, if it serves.
+
+  The layer makes its parameters one after another, so a site may begin with a
+  kernel and gain a bias at a later call.
+  """
   pending = record.pending
   assert pending is not None
   layer = path[:-1]
@@ -99,6 +105,7 @@ def _adopted_by(
     return params
   finder = _finder(record, layer)
   with _early(record):
+    # An item that matches nothing may match a layer that is made later.
     found = finding.sites(finder, pending.selector, info, missing='pass')
   for site, met in found:
     old = record.sites.get(site.path)
@@ -141,6 +148,7 @@ def _refuse_ambiguous(
 
 
 def _named(record: AdapterRecord, site: Site) -> bool:
+  """Whether the selector names a site's parameter, rather than its layer."""
   pending = record.pending
   return pending is not None and any(
     item.kind == 'all' or item.param(site.path)
@@ -154,7 +162,7 @@ def _grown(
   """Returns params in which an adapter has one more site, or a larger one."""
   pending = record.pending
   assert pending is not None and record.seed is not None
-  who = attachment.at(pending.interceptor, site)
+  interceptor = attachment.at(pending.interceptor, site)
   old = record.sites.get(site.path)
   kept = {} if old is None else old.weights
 
@@ -164,13 +172,17 @@ def _grown(
     _refuse_orphan(params, path)
     return True
 
-  new = attachment.site_record(record.adapter, record.name, site, who, taken)
+  new = attachment.site_record(
+    record.adapter, record.name, site, interceptor, taken
+  )
   # A site that grows keeps the weights that it has.
   new = dataclasses.replace(new, weights={**new.weights, **kept})
+  # The mistakes of a type show at the layer that is being made.
   attachment.check_apply(new)
   grown = record.with_site(new, met)
   known = described.info_of(params._data[site.path])
   info = {site.path: cast(finding.Info, known)}
+  # Only the weights of this site are drawn, from what lies beneath it.
   single = dataclasses.replace(grown, sites={site.path: new})
   base = params._data[site.path].value
   names = {spec.path: name for name, spec in new.weights.items()}
@@ -193,7 +205,7 @@ def _grown(
 
 
 def _refuse_orphan(params: AdaptedParams, path: Path) -> None:
-  """Raises if an adapter's weight was put there without its record.
+  """Raises if the weight of an adapter without record is in the way.
 
   Raises:
     AdapterError: naming the weight.
@@ -201,20 +213,21 @@ def _refuse_orphan(params: AdaptedParams, path: Path) -> None:
   owner = described.owner_of(params._data[path])
   if owner is not None and path not in params._records.owned:
     raise errors.AdapterError(
-      f'{paths.show(path)}: a weight of adapter {owner!r} was put there, and '
-      'an adapter that looks for sites would leave it unused. Initialise the '
-      'model, then load the weights with surgery.load_adapter.'
+      f'{paths.show(path)}: these params hold a weight of adapter {owner!r} '
+      'without its record, so an adapter attached before initialisation would '
+      'not use it. Initialise the model, then load the weights with '
+      'surgery.load_adapter.'
     )
 
 
 def _inside(records: Records, name: str) -> Records:
-  """Returns the adapters that lie inside of one."""
+  """Returns the adapters inside of one."""
   index = records.names.index(name)
   return Records(records.adapters[:index])
 
 
 class _Stored(Mapping[Path, Any]):
-  """Stored parameters as leaves, for what is drawn from a base."""
+  """Stored parameters as leaves, for weights that are drawn from a base."""
 
   def __init__(self, params: AdaptedParams) -> None:
     self._params = params
@@ -233,11 +246,11 @@ class _Stored(Mapping[Path, Any]):
 def _check_served(
   params: AdaptedParams, record: AdapterRecord, finder: finding.Finder
 ) -> None:
-  """Says which layers a pending adapter leaves out, now that all are there.
+  """Warns of layers that a pending adapter leaves out.
 
   Raises:
-    SiteError: for one that the selector names, or an item or an alternative of
-      which none is served, with the reason.
+    SiteError: for a layer that the selector names, or an item or alternative
+      of which no layer is served, with the reason.
   """
   assert record.pending is not None
   known = {p: described.info_of(one) for p, one in params._data.items()}
@@ -255,12 +268,12 @@ def _check_served(
 def _check_closed(
   params: AdaptedParams, record: AdapterRecord, universe: list[Path]
 ) -> None:
-  """Raises unless a pending adapter has found what its selector means.
+  """Raises if a pending adapter has not found all that its selector means.
 
   Raises:
     SelectorError: if an item of it, or an alternative of one, has matched
       nothing, or nothing by default.
-    SiteError: if what it names cannot be served.
+    SiteError: if a layer that it names cannot be served.
   """
   pending = record.pending
   assert pending is not None
@@ -272,51 +285,55 @@ def _check_closed(
       raise selectors.nothing(item, universe, finder.names)
     selectors.check_choices(item, {*record.sites, *met}, universe)
   finding.check_axes(finder, universe)
-  # Why nothing is served comes before that nothing was found.
+  # The reason why no layer is served is more useful than that none was found.
   _check_served(params, record, finder)
   for item in unmet:
     raise errors.SelectorError(_unmet(item, universe, finder))
 
 
 def closed(params: AdaptedParams) -> AdaptedParams:
-  """Returns params in which no adapter looks for sites any more.
+  """Returns params in which no adapter is pending.
 
   Raises:
     SelectorError: if an item of a selector, or an alternative of one, has
       matched nothing.
     SiteError: if a layer that a selector names cannot be served.
-    PluginError: if a name that a type declares is that of no weight.
+    PluginError: if a type declares a name that no weight has.
   """
+  # Parameters that no layer has asked for since the adapter was attached.
   for path in list(params._data):
     if path not in params._records.chains and path not in params._records.owned:
       params = adopted(params, path)
-  universe = [p for p in params._data if p not in params._records.owned]
-  for record in params._records.adapters:
-    pending = record.pending
-    if pending is None:
-      continue
-    with _early(record):
-      _check_closed(params, record, universe)
-      attachment.check_patterns(
-        record.adapter, [r.site for r in record.sites.values()]
-      )
-      attachment.check_names(record)
-    attachment.warn_of_ranks(record)
+  records = params._records
+  universe = [p for p in params._data if p not in records.owned]
+  pending = [one for one in records.adapters if one.pending is not None]
+  for record in pending:
+    _check_found(params, record, universe)
   result = params._clone()
-  notes = dict(params._notes)
-  if all(a.pending is not None for a in params._records.adapters):
+  if len(pending) == len(records.adapters):
     # Now that all parameters are there, these are the base.
-    owned = params._records.owned
-    base = {p: one.value for p, one in params.items() if p not in owned}
-    notes['base'] = described.remembered(base)
-  result._notes = notes
-  result._records = params._records.closed()
+    base = {path: params._data[path].value for path in universe}
+    result._notes = {**params._notes, 'base': described.remembered(base)}
+  result._records = records.closed()
   return result
+
+
+def _check_found(
+  params: AdaptedParams, record: AdapterRecord, universe: list[Path]
+) -> None:
+  """Checks what `attach` could not check before initialisation."""
+  with _early(record):
+    _check_closed(params, record, universe)
+    sites = [one.site for one in record.sites.values()]
+    attachment.check_patterns(record.adapter, sites)
+    attachment.check_names(record)
+  attachment.warn_of_ranks(record)
 
 
 def _matched(
   item: selectors.Item, universe: list[Path], finder: finding.Finder
 ) -> list[Path]:
+  """Returns the parameters that an item matches, or whose layer it matches."""
   return [
     p for p in universe if item.layer(p[:-1], finder.names) or item.param(p)
   ]
@@ -325,9 +342,10 @@ def _matched(
 def _unmet(
   item: selectors.Item, universe: list[Path], finder: finding.Finder
 ) -> str:
+  """Returns the message for an item that matches, but nothing by default."""
   met = _matched(item, universe, finder)
   shown = ', '.join(paths.literal(p) for p in met[:5])
   return (
-    f'selector {item.written!r} matches no parameter that it can serve by '
-    f'default. Name one of them: {shown}.'
+    f'selector {item.written!r} matches layers, but no parameter of them that '
+    f'an adapter serves by default. Name one: {shown}.'
   )

@@ -1,13 +1,13 @@
-"""What a layer gets where each row of an input has an adapter of its own.
+"""Parameters of a layer when each row of an input has its own adapter.
 
-The adapter's weights have one axis more than a site's: which of many adapters.
-The rows' factors are picked out of it, and the base is shared. No dense array
-can say that, so the value can only be used factored.
+The adapter's weights have an additional axis over adapters, from which the
+factors of each row are taken; the base is shared. No dense array can represent
+that, so the value can only be used factored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from surgery import errors
 from surgery.adapting import compute
 from surgery.adapting.compute import Fetch
+from surgery.aliases import Array
 from surgery.contract import lowrank
 from surgery.contract.lowrank import RANK, ROW, LowRank
 from surgery.model.records import ROUTE, AdapterRecord, Chain, SiteRecord
@@ -27,7 +28,7 @@ def answer(chain: Chain, path: Path, fetch: Fetch) -> Any:
   """Returns what a layer gets when it asks for a parameter.
 
   Args:
-    chain: the adapters that take part, innermost first.
+    chain: the enabled adapters, innermost first.
     path: the parameter.
     fetch: returns a stored array by its path.
 
@@ -59,13 +60,17 @@ def _with(
   stack: int,
   fetch: Fetch,
 ) -> Any:
-  """Returns a value with the update of one adapter, or of many."""
+  """Returns a value with the update of one adapter, or of many.
+
+  Args:
+    value: the value so far: stacked axes, inputs, outputs.
+    adapter: the adapter.
+    record: its site.
+    path: the parameter.
+    stack: the number of stacked axes.
+    fetch: returns a stored array by its path.
+  """
   weights = {n: fetch(spec.path) for n, spec in record.weights.items()}
-  shared = {
-    n: compute.widened(fetch(spec.path))
-    for n, spec in adapter.shared.items()
-    if n != ROUTE
-  }
   index, many = None, 0
   if adapter.route is not None:
     index = fetch(adapter.route.path)
@@ -77,42 +82,22 @@ def _with(
       for n, w in weights.items()
     }
   weights = {n: compute.widened(w) for n, w in weights.items()}
-  scale = 1.0
-
-  def factors(weights: Mapping[str, Any], base: Any) -> tuple[Any, Any]:
-    nonlocal scale
-    bound = record.site.bind(lambda name: base)
-    made = record.interceptor.apply(
-      bound, path[-1], base, {**weights, **shared}
-    )
-    if not isinstance(made, LowRank) or made.base is not base or made.a is None:
-      low_rank = isinstance(made, LowRank) and made.a is not None
-      found = (
-        'a low-rank value of another base than it was given'
-        if low_rank
-        else 'no low-rank value'
-      )
-      raise errors.AdapterError(
-        f'{paths.show(path)}: adapter {adapter.name!r} gives {found} here, so '
-        'rows cannot have adapters of their own. Its type has to return '
-        'surgery.LowRank(base, a, b, scale).'
-      )
-    if isinstance(made.scale, (int, float)):
-      scale = float(made.scale)
-      return made.a, made.b
-    return made.a, made.scale * made.b
-
+  factors = _Factors(adapter, record, path, fetch)
+  # `apply` knows one layer and one adapter: it is mapped over the others, rows
+  # outermost, since `_picked` put them in front.
+  mapped: Callable[..., tuple[Array, Array]] = factors
   for _ in range(stack):
-    factors = jax.vmap(factors)
+    mapped = jax.vmap(mapped)
   if index is not None:
-    factors = jax.vmap(factors, (0, None))
+    mapped = jax.vmap(mapped, (0, None))
   with compute.as_written(v.dtype for v in (value, *weights.values())):
-    a, b = factors(weights, value)
+    a, b = mapped(weights, value)
   if index is not None:
     a, b = (_chosen(factor, index, many) for factor in (a, b))
   ins = len(record.site.param(path[-1]).in_shape)
   front = tuple(range(stack))
   whole = tuple(range(value.ndim))
+  # Factors have an axis of rows, which the value itself has not.
   row = () if index is None else (ROW,)
   return lowrank.primitive().bind(
     value,
@@ -123,35 +108,82 @@ def _with(
       (*row, *front, *whole[stack : stack + ins], RANK),
       (*row, *front, RANK, *whole[stack + ins :]),
     ),
-    scale=scale,
+    scale=factors.scale,
     dropout=0.0,
   )
+
+
+class _Factors:
+  """Computes the factors of an adapter for one layer and one row.
+
+  Attributes:
+    scale: the scale of the update, as far as it is a number; known after a
+      call, and the same for all layers and rows.
+  """
+
+  def __init__(
+    self, adapter: AdapterRecord, record: SiteRecord, path: Path, fetch: Fetch
+  ) -> None:
+    self._adapter, self._record, self._path = adapter, record, path
+    self._shared = {
+      name: compute.widened(fetch(spec.path))
+      for name, spec in adapter.shared.items()
+      if name != ROUTE
+    }
+    self.scale = 1.0
+
+  def __call__(
+    self, weights: Mapping[str, Array], base: Array
+  ) -> tuple[Array, Array]:
+    """Returns both factors; a scale that is an array is part of the second.
+
+    Raises:
+      AdapterError: if `apply` gives no low-rank value of this base.
+    """
+    bound = self._record.site.bind(lambda name: base)
+    made = self._record.interceptor.apply(
+      bound, self._path[-1], base, {**weights, **self._shared}
+    )
+    if not isinstance(made, LowRank) or made.a is None:
+      raise self._refusal('no low-rank value')
+    if made.base is not base:
+      raise self._refusal('a low-rank value of another base than it was given')
+    if isinstance(made.scale, (int, float)):
+      self.scale = float(made.scale)
+      return made.a, made.b
+    return made.a, made.scale * made.b
+
+  def _refusal(self, found: str) -> errors.AdapterError:
+    return errors.AdapterError(
+      f'{paths.show(self._path)}: adapter {self._adapter.name!r} gives {found} '
+      'here, so rows cannot have adapters of their own. Its type has to return '
+      'surgery.LowRank(base, a, b, scale).'
+    )
 
 
 def _picked(
   weight: Any, index: Any, core: tuple[int, ...], stack: int, path: Path
 ) -> Any:
-  """Returns the weights of rows, the axis of rows in front."""
+  """Returns the weights of each row, the axis of rows in front."""
   if weight.ndim - len(core) != stack + 1:
     raise errors.SiteError(
       f'{paths.show(path)}: routed params need weights of many adapters, of '
-      f'shape {("many", *core)} at a site, found {tuple(weight.shape)}. Put '
-      'them together by surgery.stack_adapters.'
+      f'shape {("many", *core)} at a site, found {tuple(weight.shape)}. Stack '
+      'them with surgery.stack_adapters.'
     )
-  # `_chosen` overwrites the rows for which this takes a neighbour's.
+  # A number out of range takes the nearest; `_chosen` overwrites such rows.
   taken = jnp.take(weight, index, axis=stack, mode='clip')
   return jnp.moveaxis(taken, stack, 0)
 
 
 def _chosen(factor: Any, index: Any, many: int) -> Any:
-  """Returns a factor of rows that have the adapter that the index names.
+  """Returns the rows' factors, zero for the base and NaN out of range.
 
   Args:
     factor: the rows' factors, the axis of rows in front.
-    index: the number of an adapter for each row; -1 is the base alone, and its
-      row is zero. Of any other number that is none, the row is NaN, so that it
-      is seen: a traced index cannot be refused.
-    many: how many adapters there are.
+    index: the number of an adapter for each row; -1 is the base alone. Another
+      number out of range gives NaN, since a traced index cannot be refused.
+    many: the number of adapters.
   """
   rows = (-1, *[1] * (factor.ndim - 1))
   base = (index == -1).reshape(rows)

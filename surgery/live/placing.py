@@ -1,4 +1,4 @@
-"""Puts what passes made on the host where the params lie that it belongs to."""
+"""Placing: new weights go to the devices of the parameters they belong to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery import jaxcompat
 from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
 from surgery.editing import devices
-from surgery.model.records import Records
+from surgery.model.records import AdapterRecord, Records, SiteRecord
 from surgery.naming.paths import Path
 
 # Axes of meshes by axis of an array, as in a PartitionSpec.
@@ -26,49 +26,82 @@ def weights(
 ) -> dict[Path, Any]:
   """Returns weights that were made on the host, beside their bases.
 
-  Where a base is on one device, its adapter's weights are there as well. Where
-  it is spread over a mesh they are on that mesh, split as the type's `sharding`
-  says for a base that is split like this one, otherwise whole on each device.
+  If a base is on one device, its adapter's weights go to the same device. If it
+  is spread over a mesh they go to that mesh, split as the type's `sharding`
+  says for a base that is split like this one, by default whole on each device.
 
   Args:
     values: all parameters.
     records: the adapters.
-    fresh: paths of what was made on the host.
+    fresh: paths of parameters that were made on the host.
   """
-  placed: dict[Path, Any] = {}
-  left = {path for path in fresh if path in records.owned}
-  known: dict[Any, Any] = {}
+  placing = _Placing(values, {path for path in fresh if path in records.owned})
   for record in records.adapters:
     for one in record.sites.values():
-      base: Any = values.get(one.site.path)
-      if not _is_placed(base):
+      placing.site(record, one)
+    placing.shared(record)
+  return placing.finished()
+
+
+class _Placing:
+  """Places the weights of params, one site after another.
+
+  Args:
+    values: all parameters.
+    left: paths of weights that have no place yet.
+  """
+
+  def __init__(self, values: Mapping[Path, Any], left: set[Path]) -> None:
+    self._values = values
+    self._left = left
+    self._placed: dict[Path, Any] = {}
+    # Shardings of weights, which are the same for sites that look alike.
+    self._known: dict[Any, Any] = {}
+
+  def site(self, record: AdapterRecord, one: SiteRecord) -> None:
+    """Places the weights of a site beside its parameter."""
+    base: Any = self._values.get(one.site.path)
+    if not _is_placed(base):
+      return
+    # A base that is not committed is where JAX puts arrays by default. A weight
+    # that is there too need not be moved, as is usual.
+    usual = None if base.committed else base.sharding
+    for name, spec in one.weights.items():
+      if spec.path not in self._left:
         continue
-      # Most often both are where JAX puts what lies nowhere.
-      usual = None if base.committed else base.sharding
-      for name, spec in one.weights.items():
-        if spec.path not in left:
-          continue
-        left.discard(spec.path)
-        value = values[spec.path]
-        if usual is None or not _is_placed(value) or value.sharding != usual:
-          key = (
-            *(record.name, one.site.anonymous, name),
-            *(base.sharding, base.ndim, value.ndim),
-          )
-          if key not in known:
-            known[key] = _beside(base, record.adapter, one.site, name, value)
-          placed[spec.path] = _put(value, known[key], base)
+      self._left.discard(spec.path)
+      value = self._values[spec.path]
+      if usual is None or not _is_placed(value) or value.sharding != usual:
+        sharding = self._sharding(base, record, one.site, name, value)
+        self._placed[spec.path] = _put(value, sharding, base)
+
+  def _sharding(
+    self, base: Any, record: AdapterRecord, site: Site, name: str, value: Any
+  ) -> Any:
+    key = (
+      *(record.name, site.anonymous, name),
+      *(base.sharding, base.ndim, value.ndim),
+    )
+    if key not in self._known:
+      self._known[key] = _beside(base, record.adapter, site, name, value)
+    return self._known[key]
+
+  def shared(self, record: AdapterRecord) -> None:
+    """Places weights that sites share, whole on each device of a base."""
     for spec in record.shared.values():
-      if spec.path in left:
-        bases = (values.get(path) for path in record.sites)
-        base = next(filter(_is_placed, bases), None)
-        if base is not None:
-          left.discard(spec.path)
-          value = values[spec.path]
-          where = _on_mesh(base.sharding, (None,) * value.ndim)
-          placed[spec.path] = _put(value, where, base)
-  placed.update((path, _usually(values[path])) for path in left)
-  return placed
+      bases = (self._values.get(path) for path in record.sites)
+      base = next(filter(_is_placed, bases), None)
+      if spec.path not in self._left or base is None:
+        continue
+      self._left.discard(spec.path)
+      value = self._values[spec.path]
+      where = _on_mesh(base.sharding, (None,) * value.ndim)
+      self._placed[spec.path] = _put(value, where, base)
+
+  def finished(self) -> dict[Path, Any]:
+    """Returns all weights; those without a base where JAX puts arrays."""
+    rest = {path: _usually(self._values[path]) for path in self._left}
+    return {**self._placed, **rest}
 
 
 def weight(
@@ -93,13 +126,14 @@ def kept(value: Any, old: Any) -> Any:
 
 
 def _is_placed(value: Any) -> bool:
+  """Whether a value is an array that is on devices."""
   return isinstance(value, jax.Array) and not jaxcompat.is_traced(value)
 
 
 def _beside(
   base: Any, adapter: Adapter, site: Site, name: str, value: Any
 ) -> Any:
-  """Returns the sharding of a weight; None where JAX decides, as for the base.
+  """Returns the sharding of a weight; None to let JAX decide.
 
   Args:
     base: the site's parameter.
@@ -112,9 +146,12 @@ def _beside(
   if not isinstance(sharding, jax.sharding.NamedSharding):
     if len(sharding.device_set) == 1:
       return sharding
-    # Of another kind, without names: alike where the shape is.
+    # Another kind of sharding has no axes with names. It fits an array of the
+    # same shape.
     return sharding if value.shape == base.shape else None
   spec = (*sharding.spec, *[None] * (base.ndim - len(sharding.spec)))
+  # The type sees the parameter of one layer; stacked axes are split as the
+  # base's are.
   front = base.ndim - len(site.primary.shape)
   axes = _axes(adapter, site, name, spec[front:])
   whole = (*spec[:front], *axes) if axes is not None else ()
@@ -126,7 +163,7 @@ def _beside(
 def _axes(
   adapter: Adapter, site: Site, name: str, spec: Axes
 ) -> tuple[Any, ...] | None:
-  """Returns how a type splits a weight, of a base that is split by `spec`."""
+  """Returns how a type splits a weight if its base is split by `spec`."""
   primary = dataclasses.replace(site.primary, sharding=spec)
   params = tuple(
     primary if one.name == primary.name else one for one in site.params
@@ -135,7 +172,7 @@ def _axes(
 
 
 def _dividing(mesh: Any, axes: Axes, shape: tuple[int, ...]) -> Axes:
-  """Returns axes without those that do not divide the array, or come twice."""
+  """Returns axes without those that divide no array axis, or are repeated."""
   found: list[Any] = []
   used: set[str] = set()
   for axis, size in zip(axes, shape, strict=True):
@@ -150,6 +187,7 @@ def _dividing(mesh: Any, axes: Axes, shape: tuple[int, ...]) -> Axes:
 
 
 def _on_mesh(sharding: Any, axes: Axes) -> Any:
+  """Returns a sharding of other axes on the mesh of one."""
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return sharding if len(sharding.device_set) == 1 else None
   return jax.sharding.NamedSharding(
@@ -173,7 +211,7 @@ def _put(value: Any, sharding: Any, base: Any) -> Any:
       return jax.device_put(np.asarray(value))
   if sharding.is_fully_addressable:
     return jax.device_put(value, sharding)
-  # Every process drew the same and has its part of it at hand.
+  # Every process has drawn the same array, and keeps its own part of it.
   whole = np.asarray(value)
   return jax.make_array_from_callback(
     whole.shape, sharding, lambda index: whole[index]
@@ -181,7 +219,7 @@ def _put(value: Any, sharding: Any, base: Any) -> Any:
 
 
 def _usually(value: Any) -> Any:
-  """Returns a value where JAX puts what lies nowhere yet."""
+  """Returns a value on the device where JAX puts arrays by default."""
   if jaxcompat.is_traced(value) or _is_narrowed(value):
     return value
   if isinstance(value, np.ndarray) or devices.is_elsewhere(value):

@@ -1,10 +1,10 @@
-"""Raw reads: where a model gets the base of an adapted parameter by itself.
+"""Raw reads: where a model uses the base of an adapted parameter directly.
 
-A layer that reads `params[…].value` gets what is stored, without what adapters
-make of it, also where another layer asks for the same parameter properly. So in
-the jaxpr of a call the base may reach results through its adapter alone, which
-is marked by a primitive. Whether it does otherwise is a question of data flow:
-what moves, casts or averages parameters before they are asked for is no read.
+A layer that reads `params[…].value` gets the stored base without its adapters,
+even if another layer asks for the same parameter by `get_param`. So in the
+jaxpr of a call the base may reach results only through its adapter, which is
+marked by a primitive. This is checked by data flow: code that moves, casts or
+averages parameters before layers ask for them is no raw read.
 """
 
 from __future__ import annotations
@@ -69,22 +69,16 @@ def raw_reads(
     kwargs: further arguments.
   """
   leaves, tree = jax.tree.flatten((params, tuple(args), dict(kwargs)))
-  own, structure = jax.tree.flatten(params)
+  own = len(jax.tree.leaves(params))
   where = [
     i
     for i, leaf in enumerate(leaves)
-    if i < len(own) or isinstance(leaf, jax.ShapeDtypeStruct)
+    if i < own or isinstance(leaf, jax.ShapeDtypeStruct)
   ]
-  # The number of each leaf of the params, by path.
-  numbers = jax.tree.unflatten(structure, range(len(own)))
   records = params.records
   adapted = tuple(dict.fromkeys((*records.chains, *records.standing)))
-  bases = {
-    number: path
-    for path in adapted
-    if path in numbers
-    for number in jax.tree.leaves(numbers[path].value)
-  }
+  bases = _numbers(params, adapted)
+  # For each result the parameter whose base it may be.
   allowed: list[Path | None] = []
   stash = Stash([model, *leaves])
 
@@ -102,7 +96,7 @@ def raw_reads(
   finally:
     stash.restore()
   flow = _Flow()
-  # A model may have got hold of a base before the call.
+  # A model may hold a base since before the call: then it is a constant.
   known = {id(leaves[number]): number for number in bases}
   constant = lambda c: frozenset((known[id(c)],)) if id(c) in known else _NONE
   operands = [frozenset((i,)) if i in bases else _NONE for i in where]
@@ -115,10 +109,24 @@ def raw_reads(
   return {path: found[path] for path in adapted if path in found}
 
 
+def _numbers(
+  params: live.AdaptedParams, adapted: Sequence[Path]
+) -> dict[int, Path]:
+  """Returns the adapted parameters by the numbers of their bases' leaves."""
+  leaves, structure = jax.tree.flatten(params)
+  numbered = jax.tree.unflatten(structure, range(len(leaves)))
+  return {
+    number: path
+    for path in adapted
+    if path in numbered
+    for number in jax.tree.leaves(numbered[path].value)
+  }
+
+
 def influences(
   function: Callable[..., Any], values: Mapping[Path, Any]
 ) -> set[Path]:
-  """Returns those of some arrays on which a result of a function depends.
+  """Returns the arrays on which a result of a function depends.
 
   Nothing is computed.
 
@@ -197,10 +205,9 @@ def _copying(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _results(tree: Any) -> list[tuple[Path | None, Any]]:
-  """Returns the traced results of a call.
+  """Returns the traced results of a call, each with its parameter or None.
 
-  Each with the parameter whose base it may be: what params that are returned
-  hold in its place.
+  Params that are returned may hold a base in its own place.
   """
   is_params = lambda value: isinstance(value, bx.Params)
   found: list[tuple[Path | None, Any]] = []
@@ -243,7 +250,7 @@ class _Flow:
     if not any(inputs):
       return [_NONE] * count
     if name == READ:
-      return [_NONE]  # What comes of it is the adapter's answer.
+      return [_NONE]  # An adapter reads it: its answer is no raw read.
     if name in _CALLS:
       return _CALLS[name](self, eqn, inputs)
     if name in _EACH:
@@ -253,14 +260,17 @@ class _Flow:
       return self.run(jaxpr, inputs)
     called = list(jaxcompat.inner(eqn))
     if any(map(_marks, called)):
-      return [_NONE] * count  # A call of a kind that is not known.
+      # A call of an unknown kind, in which adapters read bases: its data flow
+      # is not known, and a false alarm would be an error.
+      return [_NONE] * count
     reached = _union(inputs)
     if not called:
       for number in reached:
         self.uses.setdefault(number, RawRead(name))
     return [reached] * count
 
-  # Loops: what is carried depends on all that it did before.
+  # Loops: a carry depends on all earlier iterations, so they are repeated until
+  # nothing new is found.
 
   def scan(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
     """Returns what the results of a scan depend on."""
@@ -282,7 +292,7 @@ class _Flow:
     carry = list(inputs[rest:])
     while True:
       made = self.run(eqn.params['body_jaxpr'], [*inputs[split:rest], *carry])
-      # How often it runs decides all that it gives.
+      # The number of iterations decides all results.
       (ends,) = self.run(eqn.params['cond_jaxpr'], [*inputs[:split], *carry])
       after = [a | b | ends for a, b in zip(carry, made, strict=True)]
       if after == carry:

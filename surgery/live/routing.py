@@ -1,4 +1,4 @@
-"""Many adapters on one model, each row of a batch with its own."""
+"""Routing: many adapters on one model, an adapter for each row of a batch."""
 
 from __future__ import annotations
 
@@ -55,26 +55,26 @@ def stack_adapters(
   names: str | Sequence[str] | None = None,
   check_base: bool = True,
 ) -> live.AdaptedParams:
-  """Puts the adapters of many params into one, for `route`.
+  """Stacks the adapters of many params into one, for `route`.
 
-  The adapter's weights get an axis: which of many. Until `route` says which row
-  has which, layers cannot be asked.
+  The adapter's weights get an axis over the params. The model cannot be called
+  until `route` assigns an adapter to each row.
 
   Args:
     many: params with the same adapters at the same sites, e.g. one of each
-      tenant. All else is taken from the first one; the others may lack it.
+      tenant. The base is taken from the first; the others may lack it.
     names: the adapters that are stacked; all by default.
-    check_base: whether what the others have beside these adapters must have
-      the first one's values. The very same arrays are not compared, traced
-      ones cannot be, and the state of a `bx.Rng` may differ.
+    check_base: whether the base of the others must have the first one's values.
+      Identical arrays are not compared, traced ones cannot be, and the state of
+      a `bx.Rng` may differ.
 
   Returns:
-    Params whose weights have the shape `(len(many), …)` at each site, behind
+    Params whose weights have the shape `(len(many), …)` at each site, after
     axes in which the layer itself is stacked.
 
   Raises:
     AdapterError: if adapters differ in type, configuration or sites, or share
-      weights between sites; if params have other adapters beside them.
+      weights between sites; if params have further adapters.
     BaseMismatchError: if the params of one have another base.
 
   Example:
@@ -82,17 +82,7 @@ def stack_adapters(
     routed = surgery.route(params, jnp.array([2, 0, 0, 1]))
     y, _ = surgery.factored(model)(routed, x)  # x: four rows
   """
-  if isinstance(many, (bx.Params, Mapping, str)) or not isinstance(
-    many, Iterable
-  ):
-    raise errors.AdapterError(
-      'stack_adapters: expected a list of params, each with the adapter, found '
-      f'{type(many).__name__}. Write surgery.stack_adapters([first, second]).'
-    )
-  many = list(many)
-  if not many:
-    raise errors.AdapterError('stack_adapters: expected at least one params.')
-  whole = [_params(one, 'stack_adapters') for one in many]
+  whole = _listed(many)
   first = whole[0]
   chosen = _chosen(first.records, names)
   for number, other in enumerate(whole[1:], 1):
@@ -103,20 +93,32 @@ def stack_adapters(
   if check_base:
     for number, other in enumerate(whole[1:], 1):
       _check_base(first, other, number, owned)
-  stacked: dict[Path, bx.Param] = {}
+  result = first
   for name in chosen:
     for path, spec in _weights(first.records.get(name)).items():
       found = [_weight(one, path, number) for number, one in enumerate(whole)]
-      # Behind the axes in which the layer itself is stacked.
+      # After the axes in which the layer itself is stacked.
       axis = found[0].value.ndim - len(spec.shape)
-      stacked[path] = found[0].replace(
-        value=jnp.stack([one.value for one in found], axis=axis),
-        metadata=_with_axis(found[0], axis),
-      )
-  result = first
-  for path, param in stacked.items():
-    result = live.with_param(result, path, param)
+      value = jnp.stack([one.value for one in found], axis=axis)
+      metadata = _with_axis(found[0], axis)
+      param = found[0].replace(value=value, metadata=metadata)
+      result = live.with_param(result, path, param)
   return result
+
+
+def _listed(many: Any) -> list[live.AdaptedParams]:
+  """Returns a list of params with adapters, at least one."""
+  if isinstance(many, (bx.Params, Mapping, str)) or not isinstance(
+    many, Iterable
+  ):
+    raise errors.AdapterError(
+      'stack_adapters: expected a list of params, each with the adapter, found '
+      f'{type(many).__name__}. Write surgery.stack_adapters([first, second]).'
+    )
+  whole = [_params(one, 'stack_adapters') for one in many]
+  if not whole:
+    raise errors.AdapterError('stack_adapters: expected at least one params.')
+  return whole
 
 
 def _check_alike(
@@ -136,13 +138,13 @@ def _check_alike(
       shown = errors.listed(map(paths.show, record.saved))
       raise errors.AdapterError(
         f'stack_adapters: adapter {name!r} was saved with values of its own '
-        f'for {shown}, which rows cannot have of their own. Save it without '
+        f'for {shown}, which cannot differ from row to row. Save it without '
         'them (modules_to_save).'
       )
     if record.shared:
       raise errors.AdapterError(
         f'stack_adapters: the sites of adapter {name!r} share weights, which '
-        'rows cannot have of their own.'
+        'cannot differ from row to row.'
       )
   ours, theirs = first.records.names, other.records.names
   for name in (*ours, *theirs):
@@ -150,8 +152,8 @@ def _check_alike(
       has, lacks = (number, 0) if name in theirs else (0, number)
       raise errors.AdapterError(
         f'stack_adapters: params {has} have an adapter {name!r}, which params '
-        f'{lacks} lack: their rows would get something else than they get '
-        'alone. Attach it to all of them, or merge or detach it first.'
+        f'{lacks} lack, so rows would get other results than their own params '
+        'give. Attach it to all of them, or merge or detach it first.'
       )
   if ours != theirs:
     raise errors.AdapterError(
@@ -171,18 +173,13 @@ def _check_alike(
 
 
 def _differences(first: AdapterRecord, other: AdapterRecord) -> Iterator[str]:
-  """Yields in what two adapters differ, in words, the plainest first."""
+  """Yields how two adapters differ, in words, the plainest difference first."""
   mine, yours = first.adapter, other.adapter
   if type(mine) is not type(yours):
     yield f'its type is {yours.name!r} instead of {mine.name!r}'
-  options = mine.config(), yours.config()
-  changed = [
-    f'{key} is {options[1].get(key)!r} instead of {options[0].get(key)!r}'
-    for key in {**options[0], **options[1]}
-    if options[0].get(key) != options[1].get(key)
-  ]
-  if changed:
-    yield ', '.join(changed)
+  changes = _changes(mine.config(), yours.config())
+  if changes:
+    yield ', '.join(f'{key} is {text}' for key, text in changes.items())
   if first.enabled != other.enabled:
     yield f'it is {"enabled" if other.enabled else "disabled"}'
   for path in (*first.sites, *other.sites):
@@ -190,19 +187,26 @@ def _differences(first: AdapterRecord, other: AdapterRecord) -> Iterator[str]:
       has = '' if path in other.sites else 'not '
       yield f'it is {has}attached to {paths.show(path)}'
   for path, one in first.sites.items():
-    shapes = [
+    shapes = (
       {name: spec.shape for name, spec in site.weights.items()}
       for site in (one, other.sites[path])
-    ]
-    for name in {**shapes[0], **shapes[1]}:
-      if shapes[0].get(name) != shapes[1].get(name):
-        yield (
-          f'{name} of {paths.show(path)} has the shape {shapes[1].get(name)} '
-          f'instead of {shapes[0].get(name)}'
-        )
+    )
+    for name, text in _changes(*shapes).items():
+      yield f'{name} of {paths.show(path)} has the shape {text}'
     if one.digest != other.sites[path].digest:
-      yield f'the parameter {paths.show(path)} is another'
+      yield f'the parameter {paths.show(path)} differs'
   yield 'it is in another state'
+
+
+def _changes(
+  first: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, str]:
+  """Returns in words, by key, which values of two mappings differ."""
+  return {
+    key: f'{other.get(key)!r} instead of {first.get(key)!r}'
+    for key in {**first, **other}
+    if first.get(key) != other.get(key)
+  }
 
 
 def _check_base(
@@ -215,15 +219,15 @@ def _check_base(
 
   Args:
     first: the params whose base is taken.
-    other: other params; what they lack is not looked at.
-    number: which of many they are.
+    other: other params; parameters that they lack are not compared.
+    number: their number, for messages.
     owned: the weights that are stacked.
 
   Raises:
     BaseMismatchError: naming a parameter that differs.
   """
   for path, param in other.items():
-    # How often a random generator was asked decides nothing here.
+    # The count of a random generator has no influence on the base.
     if path in owned or str(param.metadata.get('tag')).startswith('rng_'):
       continue
     if path in first and _same(first[path].value, param.value):
@@ -231,8 +235,8 @@ def _check_base(
     found = 'has another value than' if path in first else 'is not in'
     raise errors.BaseMismatchError(
       f'stack_adapters: {paths.show(path)} of params {number} {found} the '
-      "first one's, whose base all rows would get. Stack adapters of one "
-      'base, or say check_base=False.'
+      "first one's, whose base is used for all rows. Stack adapters of one "
+      'base, or give check_base=False.'
     )
 
 
@@ -273,17 +277,17 @@ def _weight(params: live.AdaptedParams, path: Path, number: int) -> bx.Param:
   """
   if path not in params:
     raise errors.AdapterError(
-      f'stack_adapters: {paths.show(path)} is not in params {number}. Put the '
-      'halves that split() made together first: a.merge(b).'
+      f'stack_adapters: {paths.show(path)} is not in params {number}. Merge '
+      'the halves that split() made first: a.merge(b).'
     )
   return params[path]
 
 
 def _with_axis(param: bx.Param, axis: int) -> dict[str, Any]:
-  """Returns a weight's metadata after an axis was put into it.
+  """Returns a weight's metadata after a new axis was inserted.
 
-  The new axis is not split over the mesh; without that, what names the axes
-  behind it would be taken for the tenants.
+  The new axis is not split over the mesh, so its sharding gets a None there;
+  otherwise the names of later axes would be shifted.
   """
   sharding = param.metadata.get('sharding')
   if not sharding or axis > len(sharding):
@@ -299,32 +303,32 @@ def route(
   *,
   names: str | Sequence[str] | None = None,
 ) -> live.AdaptedParams:
-  """Says which row of a batch has which of many adapters.
+  """Assigns an adapter of many to each row of a batch.
 
   Call `surgery.factored(model)` with the result: `x·W` is computed for all
   rows at once, and `s·(x·Aᵢ)·Bᵢ` for each with its own factors. A row is an
   element of the leading free axis of what a layer multiplies with its kernel,
-  `(rows, …, features)`; of the leading axis of what a convolution or a look-up
-  gets. Where that axis has another size the call raises; so does whatever
-  needs a dense parameter. A model that brings another axis of the same size to
-  the front cannot be told from one that does not: keep rows in front.
+  `(rows, …, features)`; of the leading axis of the input of a convolution or a
+  look-up. If that axis has another size the call raises, as does an operation
+  that needs a dense parameter. If a model moves another axis of the same size
+  to the front, this cannot be detected: keep rows in front.
 
   Args:
     params: params with stacked adapters, see `stack_adapters`.
-    index: integers of shape `(rows,)`; -1 is the base alone. Any other number
-      that is no adapter's is an error, and gives NaN where it is traced.
-    names: the adapters that are meant; all by default.
+    index: integers of shape `(rows,)`; -1 is the base alone. A number out of
+      range is an error, and gives NaN if the index is traced.
+    names: the adapters that are routed; all by default.
 
   Returns:
     Params that only `surgery.factored(model)` can use. A new index of the same
-    shape is another value, and nothing is compiled anew.
+    shape is another value of the same program.
 
   Raises:
     AdapterError: if the index is no vector of integers, or out of range, or
       weights are not stacked.
   """
   params = _params(params, 'route')
-  # Not JAX's array at once: that would narrow what numpy has in 64 bits.
+  # numpy first: JAX would narrow 64-bit integers before they are checked.
   of_jax = any(isinstance(i, jax.Array) for i in jax.tree.leaves(index))
   index = jnp.asarray(index) if of_jax else np.asarray(index)
   if index.ndim != 1 or not jnp.issubdtype(index.dtype, jnp.integer):
@@ -348,9 +352,9 @@ def route(
 
 
 def _narrowed(index: Any) -> Any:
-  """Returns an index as int32; what is no adapter's number stays none's."""
+  """Returns an index as int32, in which numbers out of range stay so."""
   own, wide = jnp.iinfo(index.dtype), jnp.iinfo('int32')
-  # A cast alone would make -1, or the number of an adapter, of large ones.
+  # A cast alone would wrap large numbers around, to valid ones.
   least, most = max(own.min, wide.min), min(own.max, wide.max)
   return jnp.asarray(index).clip(least, most).astype('int32')
 
@@ -358,7 +362,7 @@ def _narrowed(index: Any) -> Any:
 def _check(
   params: live.AdaptedParams, record: AdapterRecord, index: Any
 ) -> None:
-  """Raises unless an adapter is many, and all that is asked for is there.
+  """Raises unless an adapter is stacked, and the index is in range.
 
   Raises:
     AdapterError: naming the weight, or the number.
@@ -371,8 +375,9 @@ def _check(
       value = params[spec.path].value
       if value.ndim - len(spec.shape) != stack + 1:
         raise errors.AdapterError(
-          f'route: {paths.show(spec.path)} of shape {tuple(value.shape)} is of '
-          'one adapter. Put several together by surgery.stack_adapters.'
+          f'route: {paths.show(spec.path)} of shape {tuple(value.shape)} is '
+          'the weight of one adapter. Stack several with '
+          'surgery.stack_adapters.'
         )
       count = value.shape[stack]
   if count is None or jaxcompat.is_traced(index):

@@ -15,7 +15,13 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import (
+  Callable,
+  ItemsView,
+  Iterator,
+  Mapping,
+  ValuesView,
+)
 from typing import Any
 
 from surgery import errors, expect
@@ -328,6 +334,16 @@ class Checkpoint(Mapping[Path, Leaf]):
 
   def __len__(self) -> int:
     return len(self._leaves)
+
+  # The views of the dict itself, which look up no path again.
+
+  def items(self) -> ItemsView[Path, Leaf]:
+    """Returns paths and leaves."""
+    return self._leaves.items()
+
+  def values(self) -> ValuesView[Leaf]:
+    """Returns the leaves."""
+    return self._leaves.values()
 
   def __copy__(self) -> Checkpoint:
     return self

@@ -1,1 +1,1 @@
-"""Recipes: many changes said in one file, planned, and done in one pass."""
+"""Recipes: many changes in one file, planned, and made in one pass."""

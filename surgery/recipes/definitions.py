@@ -1,4 +1,4 @@
-"""What steps there are and what they take, from the signatures of passes."""
+"""Definitions of steps, read from the signatures and docstrings of passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from surgery import errors
 from surgery.host.manager import Host
 from surgery.model.checkpoint import Checkpoint
 
-# What a pass is given by who runs it, not by a recipe.
+# Arguments of passes that the caller supplies, and no recipe can give.
 _GIVEN = (
   'host',
   'inputs',
@@ -26,11 +26,43 @@ _GIVEN = (
   'pending',
 )
 _UNIONS = (types.UnionType, typing.Union)
-_SCALARS: dict[Any, str] = {
-  bool: 'true or false',
-  int: 'a whole number',
-  float: 'a number',
-  str: 'text',
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+  """A type that an option may have.
+
+  Attributes:
+    words: what it is called in messages.
+    schema: its name in JSON schemas.
+    has: whether a value of a recipe is one.
+  """
+
+  words: str
+  schema: str
+  has: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_NULL = _Kind('null', 'null', lambda value: value is None)
+_KINDS: dict[Any, _Kind] = {
+  bool: _Kind('true or false', 'boolean', lambda v: isinstance(v, bool)),
+  int: _Kind(
+    'a whole number', 'integer', lambda v: _is_number(v) and isinstance(v, int)
+  ),
+  float: _Kind('a number', 'number', _is_number),
+  str: _Kind('text', 'string', lambda v: isinstance(v, str)),
+  # A recipe names it by its alias; from Python it is given itself.
+  Checkpoint: _Kind(
+    'the name of an input',
+    'string',
+    lambda v: isinstance(v, (str, Checkpoint)),
+  ),
+  type(None): _NULL,
+  None: _NULL,
 }
 _LISTS = (
   list,
@@ -46,15 +78,15 @@ _NO = object()
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """Something that a step takes.
+  """An option of a step.
 
   Attributes:
     name: its name in a recipe: `check-base`, `from`.
     argument: its name in Python: `check_base`, `from_`.
     annotation: its type.
     required: whether it must be given.
-    default: its value where it is not.
-    doc: what it is, in a sentence or two.
+    default: its value otherwise.
+    doc: its description, a sentence or two.
   """
 
   name: str
@@ -77,11 +109,11 @@ class Definition:
   Attributes:
     name: its name.
     function: the pass.
-    options: what it takes, by name; the first can be given alone.
+    options: its options by name; the first can be given alone.
     summary: what it does, in a line.
-    doc: the rest of what there is to say of it.
+    doc: the rest of its description.
     example: how it is written.
-    given: names of the arguments that whoever runs it adds.
+    given: names of the arguments that the caller supplies.
   """
 
   name: str
@@ -98,7 +130,7 @@ class Definition:
     return next(iter(self.options.values()), None)
 
   def read(self, value: Any) -> dict[str, Any]:
-    """Returns what a recipe says of a step, as arguments of the pass.
+    """Returns the options of a step in a recipe, as arguments of the pass.
 
     Args:
       value: the options as a mapping; the first alone; or None.
@@ -106,21 +138,8 @@ class Definition:
     Raises:
       RecipeError: for an unknown or missing option, or a value of another type.
     """
-    if isinstance(value, Mapping) and not self._is_first(value):
-      named = {}
-      for key, item in value.items():
-        name = self._key(key)
-        if name in named:
-          raise errors.RecipeError(f'{name!r} is given twice.')
-        named[name] = item
-    elif value is None:
-      named = {}
-    elif self.first is None:
-      raise errors.RecipeError(f'it takes no options, found {value!r}.')
-    else:
-      named = {self.first.name: value}
     found = {}
-    for name, item in named.items():
+    for name, item in self._named(value).items():
       option = self.options[name]
       found[option.argument] = accepted(item, option.annotation, name)
     for option in self.options.values():
@@ -162,6 +181,22 @@ class Definition:
       given['original'] = original
     return given
 
+  def _named(self, value: Any) -> dict[str, Any]:
+    """Returns values by the names of their options."""
+    if value is None:
+      return {}
+    if not isinstance(value, Mapping) or self._is_first(value):
+      if self.first is None:
+        raise errors.RecipeError(f'it takes no options, found {value!r}.')
+      return {self.first.name: value}
+    named: dict[str, Any] = {}
+    for key, item in value.items():
+      name = self._key(key)
+      if name in named:
+        raise errors.RecipeError(f'{name!r} is given twice.')
+      named[name] = item
+    return named
+
   def _key(self, key: str) -> str:
     name = key.replace('_', '-')
     if name not in self.options:
@@ -177,10 +212,7 @@ class Definition:
       key.replace('_', '-') in self.options for key in value
     ):
       return False
-    return any(
-      typing.get_origin(a) in _MAPPINGS or a in _MAPPINGS
-      for a in members(self.first.annotation)
-    )
+    return any(map(_is_mapping, members(self.first.annotation)))
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
@@ -191,7 +223,7 @@ def members(annotation: Any) -> tuple[Any, ...]:
 
 
 def accepted(value: Any, annotation: Any, where: str) -> Any:
-  """Returns a value of a recipe as a type wants it.
+  """Returns a value of a recipe, converted to a type.
 
   Raises:
     RecipeError: if it is of another type.
@@ -199,21 +231,25 @@ def accepted(value: Any, annotation: Any, where: str) -> Any:
   found = _accept(value, annotation)
   if found is _NO:
     _check_entries(value, annotation, where)
-    kind = type(value).__name__
-    hint = ''
-    if isinstance(value, str) and {int, float} & {*members(annotation)}:
-      hint = (
-        ' Text is no number: write it without quotes, and a variable alone, '
-        "'${name}', since what stands around it makes it text. It can be "
-        "computed with inside of the braces: '${-name}', '${1 - name}'."
-      )
-    elif str in members(annotation) and not isinstance(value, (list, dict)):
-      hint = ' If it is text, put it in quotes.'
     raise errors.RecipeError(
       f'{where!r}: expected {described(annotation)}, found {value!r} '
-      f'({kind}).{hint}'
+      f'({type(value).__name__}).{_hint(value, annotation)}'
     )
   return found
+
+
+def _hint(value: Any, annotation: Any) -> str:
+  """Returns how a value may have to be quoted, if that could be the mistake."""
+  kinds = members(annotation)
+  if isinstance(value, str) and {int, float} & {*kinds}:
+    return (
+      ' Text is no number: write it without quotes. A variable has to stand '
+      "alone, '${name}': with other characters around it the value is text. "
+      "Compute inside of the braces: '${-name}', '${1 - name}'."
+    )
+  if str in kinds and not isinstance(value, (list, dict)):
+    return ' If it is text, put it in quotes.'
+  return ''
 
 
 def _check_entries(value: Any, annotation: Any, where: str) -> None:
@@ -226,40 +262,38 @@ def _check_entries(value: Any, annotation: Any, where: str) -> None:
     return
   for one in members(annotation):
     args = typing.get_args(one)
-    if typing.get_origin(one) in _MAPPINGS and len(args) == 2:
+    if _is_mapping(one) and len(args) == 2:
       for key, item in value.items():
         accepted(item, args[1], f'{where}: {key}')
 
 
+def _is_mapping(annotation: Any) -> bool:
+  return typing.get_origin(annotation) in _MAPPINGS or annotation in _MAPPINGS
+
+
+def _is_list(annotation: Any) -> bool:
+  return typing.get_origin(annotation) in _LISTS or annotation in _LISTS
+
+
 def _accept(value: Any, annotation: Any) -> Any:
+  """Returns a value, converted to a type; `_NO` if it has another one."""
   kinds = members(annotation)
   if len(kinds) > 1:
-    # What a value is exactly goes before what it can be taken for.
-    for one in sorted(kinds, key=lambda a: a is not type(value)):
-      found = _accept(value, one)
-      if found is not _NO:
-        return found
-    return _NO
-  origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    # The exact type goes before one that the value can be converted to: 1 is
+    # an int, and could be a float.
+    kinds = tuple(sorted(kinds, key=lambda a: a is not type(value)))
+    found = (_accept(value, one) for one in kinds)
+    return next((one for one in found if one is not _NO), _NO)
   if annotation is Any:
     return value
-  if annotation in (None, type(None)):
-    return None if value is None else _NO
-  if annotation is bool:
-    return value if isinstance(value, bool) else _NO
-  if annotation is int:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole else _NO
-  if annotation is float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if number else _NO
-  if annotation is str or (annotation is Checkpoint and isinstance(value, str)):
-    return value if isinstance(value, str) else _NO
-  if origin is typing.Literal:
+  if annotation in _KINDS:
+    return value if _KINDS[annotation].has(value) else _NO
+  args = typing.get_args(annotation)
+  if typing.get_origin(annotation) is typing.Literal:
     return next((a for a in args if type(a) is type(value) and a == value), _NO)
-  if origin in _LISTS or annotation in _LISTS:
+  if _is_list(annotation):
     return _accept_list(value, args)
-  if origin in _MAPPINGS or annotation in _MAPPINGS:
+  if _is_mapping(annotation):
     return _accept_mapping(value, args)
   # From Python an option may be what no text can say, e.g. a selection.
   if isinstance(annotation, type) and isinstance(value, annotation):
@@ -284,29 +318,28 @@ def _accept_mapping(value: Any, args: tuple[Any, ...]) -> Any:
 
 
 def described(annotation: Any) -> str:
-  """Returns what an option takes, as people say it."""
-  words: list[str] = []
-  for one in members(annotation):
-    origin, args = typing.get_origin(one), typing.get_args(one)
-    if one is Any:
-      return 'anything'
-    if one is Checkpoint:
-      words.append('the name of an input')
-    elif one in _SCALARS:
-      words.append(_SCALARS[one])
-    elif origin is typing.Literal:
-      words.append(' or '.join(repr(a) for a in args))
-    elif origin in _LISTS:
-      words.append(f'a list of ({described(args[0])})')
-    elif origin in _MAPPINGS or one in _MAPPINGS:
-      words.append('a mapping')
-    elif one in (None, type(None)):
-      words.append('null')
-  return ', or '.join(dict.fromkeys(words)) or 'something else'
+  """Returns the name of an option's type, for messages and documentation."""
+  kinds = members(annotation)
+  if Any in kinds:
+    return 'anything'
+  words = dict.fromkeys(filter(None, map(_words, kinds)))
+  return ', or '.join(words) or 'something else'
+
+
+def _words(annotation: Any) -> str:
+  """Returns the name of a single type; empty for one that no text can give."""
+  args = typing.get_args(annotation)
+  if annotation in _KINDS:
+    return _KINDS[annotation].words
+  if typing.get_origin(annotation) is typing.Literal:
+    return ' or '.join(repr(a) for a in args)
+  if typing.get_origin(annotation) in _LISTS:
+    return f'a list of ({described(args[0])})'
+  return 'a mapping' if _is_mapping(annotation) else ''
 
 
 def schema(annotation: Any) -> dict[str, Any]:
-  """Returns the JSON schema of what an option takes."""
+  """Returns the JSON schema of an option's type."""
   found = [s for s in map(_schema_of, members(annotation)) if s is not None]
   if not found or {} in found:
     return {}
@@ -317,22 +350,13 @@ def _schema_of(annotation: Any) -> dict[str, Any] | None:
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if annotation is Any:
     return {}
-  simple = {
-    bool: 'boolean',
-    int: 'integer',
-    float: 'number',
-    str: 'string',
-    Checkpoint: 'string',
-    type(None): 'null',
-    None: 'null',
-  }
-  if annotation in simple:
-    return {'type': simple[annotation]}
+  if annotation in _KINDS:
+    return {'type': _KINDS[annotation].schema}
   if origin is typing.Literal:
     return {'enum': list(args)}
   if origin in _LISTS:
     return {'type': 'array', 'items': schema(args[0])}
-  if origin in _MAPPINGS or annotation in _MAPPINGS:
+  if _is_mapping(annotation):
     inner = schema(args[1]) if len(args) == 2 else {}
     return {'type': 'object', 'additionalProperties': inner or True}
   return None
@@ -346,8 +370,9 @@ def option_name(argument: str) -> str:
   return argument.rstrip('_').replace('_', '-')
 
 
-def of(name: str, function: Callable[..., Any]) -> Definition:
-  """Returns the definition of a step.
+@functools.lru_cache(maxsize=256)
+def define(name: str, function: Callable[..., Any]) -> Definition:
+  """Returns the definition of a step, read from its pass.
 
   Args:
     name: its name.
@@ -409,7 +434,7 @@ def find(name: str, host: Host) -> Definition:
       f'no step is called {name!r}.{errors.suggest(name, known)}'
     )
   try:
-    return _cached(name, known[name])
+    return define(name, known[name])
   except (TypeError, ValueError) as error:
     owner = host.offered_by('surgery_passes', name)
     raise errors.PluginError(
@@ -417,11 +442,6 @@ def find(name: str, host: Host) -> Definition:
       f'signature cannot be read ({error}). It is a function from a Checkpoint '
       'and named arguments to a Checkpoint.'
     ) from error
-
-
-@functools.lru_cache(maxsize=256)
-def _cached(name: str, function: Callable[..., Any]) -> Definition:
-  return of(name, function)
 
 
 def every(host: Host) -> dict[str, Definition]:

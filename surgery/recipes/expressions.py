@@ -19,6 +19,10 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
   ast.Mod: operator.mod,
   ast.Pow: operator.pow,
 }
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {
+  ast.USub: operator.neg,
+  ast.UAdd: operator.pos,
+}
 # A recipe that somebody sent must not keep a machine busy: 9 ** 9 ** 9.
 _LONGEST, _LARGEST = 200, 1 << 64
 
@@ -58,11 +62,8 @@ def _value(
     return _number(variable(node.id), text, f'the variable {node.id!r} is')
   if isinstance(node, ast.Constant) and type(node.value) in (int, float):
     return _number(node.value, text, 'it has')
-  if isinstance(node, ast.UnaryOp) and isinstance(
-    node.op, (ast.USub, ast.UAdd)
-  ):
-    inner = _value(node.operand, text, variable)
-    return -inner if isinstance(node.op, ast.USub) else inner
+  if isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
+    return _UNARY[type(node.op)](_value(node.operand, text, variable))
   if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
     left = _value(node.left, text, variable)
     right = _value(node.right, text, variable)

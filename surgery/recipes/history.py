@@ -1,4 +1,4 @@
-"""What an output records of how it was made: a recipe that makes it again."""
+"""Histories: the recipes that made an output, recorded in it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from surgery.naming import paths
 from surgery.recipes import definitions, text
 from surgery.recipes.spec import Spec
 
-# Before a digest that does not tell models apart whose tensors look alike.
+# Marks a digest without values: models of the same structure share it.
 _STRUCTURE = 'structure-'
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-  """Returns a digest that identifies a model as far as that is known.
+  """Returns a digest that identifies a model, without reading tensors.
 
-  No tensor is read for it: it is a digest of names, dtypes, shapes, plain
-  values, and the digests of tensors that are on record.
+  It is a digest of names, dtypes, shapes, plain values, and the recorded
+  digests of tensors.
 
   Returns:
-    `xxh3:…`, or `structure-xxh3:…` where a tensor has no digest, so that
-    another model with other values may have the same.
+    `xxh3:…`; or `structure-xxh3:…` if a tensor has no digest, so that a model
+    with other values may have the same.
   """
   from surgery.files.digest import Digester
 
@@ -39,9 +39,9 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     ]
     for path, leaf in checkpoint.items()
   ]
-  said = json.dumps(rows, ensure_ascii=False, separators=(',', ':'))
+  text = json.dumps(rows, ensure_ascii=False, separators=(',', ':'))
   digester = Digester()
-  digester.update(said.encode(errors='surrogatepass'))
+  digester.update(text.encode(errors='surrogatepass'))
   tensors = [one for one in checkpoint.values() if one.shape is not None]
   known = all(one.digest is not None for one in tensors)
   return f'{"" if known else _STRUCTURE}{digester.digest()}'
@@ -50,21 +50,22 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 def entry(
   recipe: Spec, output: str, main: str, inputs: Mapping[str, Checkpoint]
 ) -> dict[str, Any]:
-  """Returns what is recorded of a recipe.
+  """Returns the entry that is recorded for a recipe.
 
   Args:
     recipe: the recipe.
     output: name of the output in which it is recorded.
-    main: alias of the input that the output goes on from, whose history it has.
-    inputs: what was read, by alias. Of files only names are recorded, and no
+    main: alias of the input whose history the output continues.
+    inputs: the inputs, by alias. Of files only names are recorded, and no
       times, so that the same recipe gives the same bytes.
   """
-  said = recipe.data()
-  # What other outputs are called is nobody's business.
-  outputs = {output: said['outputs'][output]}
+  data = recipe.data()
+  # Names of other outputs are left out, so that this one does not depend on
+  # them.
+  outputs = {output: data['outputs'][output]}
   return {
     'version': version.VERSION,
-    'recipe': {'steps': _jsonable(said['steps']), 'outputs': outputs},
+    'recipe': {'steps': _jsonable(data['steps']), 'outputs': outputs},
     'main': main,
     'inputs': [
       {
@@ -78,7 +79,7 @@ def entry(
 
 
 def _jsonable(value: Any) -> Any:
-  """Returns what a recipe said as JSON data."""
+  """Returns a value of a recipe as JSON data."""
   if isinstance(value, Mapping):
     return {str(k): _jsonable(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
@@ -88,44 +89,52 @@ def _jsonable(value: Any) -> Any:
   return str(value)
 
 
-def recorded(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Checkpoint:
+def recorded(checkpoint: Checkpoint, last: Mapping[str, Any]) -> Checkpoint:
   """Returns a checkpoint whose history ends with an entry."""
   manifest = checkpoint.manifest
   return checkpoint.replace(
-    manifest=manifest.replace(history=(*manifest.history, said))
+    manifest=manifest.replace(history=(*manifest.history, last))
   )
 
 
 def lines(
   history: Iterable[Mapping[str, Any]], name: str, host: Host
 ) -> Iterator[str]:
-  """Yields a history as a recipe that people read and `surgery run` takes.
+  """Yields the lines of a recipe that makes a file again, with comments.
 
   Args:
-    history: what is recorded, oldest first.
+    history: the entries, oldest first.
     name: the file that it made.
-    host: knows what steps take.
+    host: offers the passes.
   """
   history = list(history)
   entries = [one for one in history if _is_entry(one)]
-  for one in entries:
-    said = [f'surgery {one["version"]}'] if one.get('version') else []
-    said += [f'{i["file"]} {i["digest"]}' for i in _inputs(one)]
-    yield f'# {", ".join(said)}'
-  read = [str(i['digest']) for one in entries for i in _inputs(one)]
-  if any(one.startswith(_STRUCTURE) for one in read):
-    yield (
-      f'# {_STRUCTURE}…: tensors had no digest, so it is that of names, dtypes '
-      'and shapes; see surgery verify --write'
-    )
+  yield from _comments(entries)
   others = len(history) - len(entries)
   if others:
-    yield f'# {others} more that are no recipes of this program'
+    yield f'# entries that are no recipes of surgery: {others}'
   if entries:
     yield from text.write(as_recipe(entries, name, host)).splitlines()
 
 
+def _comments(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+  """Yields a comment for each entry: the version and the inputs."""
+  no_values = False
+  for one in entries:
+    parts = [f'surgery {one["version"]}'] if one.get('version') else []
+    parts += [f'{i["file"]} {i["digest"]}' for i in _inputs(one)]
+    yield f'# {", ".join(parts)}'
+    digests = (str(i['digest']) for i in _inputs(one))
+    no_values |= any(digest.startswith(_STRUCTURE) for digest in digests)
+  if no_values:
+    yield (
+      f'# {_STRUCTURE}…: tensors had no digest, so it is that of names, dtypes '
+      'and shapes; see surgery verify --write'
+    )
+
+
 def _is_entry(one: Any) -> bool:
+  """Whether an entry of a history was recorded by `entry`."""
   recipe = one.get('recipe') if isinstance(one, Mapping) else None
   return (
     isinstance(recipe, Mapping)
@@ -137,10 +146,13 @@ def _is_entry(one: Any) -> bool:
 
 
 def _inputs(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+  """Returns the inputs of an entry; of a malformed one those that are whole."""
   found = one.get('inputs')
+  if not isinstance(found, list):
+    return []
   return [
     i
-    for i in (found if isinstance(found, list) else [])
+    for i in found
     if isinstance(i, Mapping) and {'name', 'file', 'digest'} <= i.keys()
   ]
 
@@ -148,31 +160,20 @@ def _inputs(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def as_recipe(
   entries: Iterable[Mapping[str, Any]], name: str, host: Host
 ) -> dict[str, Any]:
-  """Returns one recipe of several, each of which went on from the one before.
+  """Joins entries, each of which continued the one before, to one recipe.
 
   Args:
-    entries: what is recorded of each, oldest first.
+    entries: the entries, oldest first.
     name: the file that is made.
-    host: knows what steps take.
+    host: offers the passes.
   """
   inputs: dict[str, str] = {}
   steps: list[Any] = []
   used: set[str] = set()
   now, target = '', {}
-  for number, one in enumerate(entries):
-    names: dict[str, str] = {}
-    for said in _inputs(one):
-      if number and said['name'] == one.get('main'):
-        names[said['name']] = now
-        continue
-      names[said['name']] = alias = _free(str(said['name']), used)
-      used.add(alias)
-      inputs[alias] = str(said['file'])
-    for step in one['recipe']['steps']:
-      result = step.get('as') if isinstance(step, Mapping) else None
-      if isinstance(result, str) and result not in names:
-        names[result] = _free(result, used)
-        used.add(names[result])
+  for one in entries:
+    # `now` is empty for the first entry, which continues none.
+    names = _new_aliases(one, now, inputs, used)
     own = str(_inputs(one)[0]['name'])
     first = next(iter(inputs))
     for step in one['recipe']['steps']:
@@ -184,6 +185,33 @@ def as_recipe(
     output['of'] = now
   outputs = {'out': name if output == {'path': name} else output}
   return {'inputs': inputs, 'steps': steps, 'outputs': outputs}
+
+
+def _new_aliases(
+  entry: Mapping[str, Any], now: str, inputs: dict[str, str], used: set[str]
+) -> dict[str, str]:
+  """Returns the aliases that an entry's models have in the joined recipe.
+
+  Args:
+    entry: the entry.
+    now: the alias of the model that it continues.
+    inputs: files by alias; its further inputs are added.
+    used: all aliases; new ones are added.
+  """
+  names: dict[str, str] = {}
+  for one in _inputs(entry):
+    if now and one['name'] == entry.get('main'):
+      names[one['name']] = now
+      continue
+    names[one['name']] = alias = _free(str(one['name']), used)
+    used.add(alias)
+    inputs[alias] = str(one['file'])
+  for step in entry['recipe']['steps']:
+    result = step.get('as') if isinstance(step, Mapping) else None
+    if isinstance(result, str) and result not in names:
+      names[result] = _free(result, used)
+      used.add(names[result])
+  return names
 
 
 def _free(name: str, used: set[str]) -> str:
@@ -203,8 +231,8 @@ def _renamed(
     step: the step.
     names: the new alias of each.
     own: alias of the first input of its recipe.
-    first: alias of the first input of the recipe that it becomes part of.
-    host: knows what steps take.
+    first: alias of the first input of the joined recipe.
+    host: offers the passes.
   """
   step = {step: None} if isinstance(step, str) else dict(step)
   on = names.get(step.pop('in', None) or own, own)
@@ -221,7 +249,7 @@ def _renamed(
 
 
 def _model_keys(verb: str, host: Host) -> set[str]:
-  """Returns under which keys of a step an alias stands alone."""
+  """Returns the options of a step whose value is an alias."""
   try:
     options = definitions.find(verb, host).options.values()
   except errors.RecipeError:
@@ -235,6 +263,7 @@ def _model_keys(verb: str, host: Host) -> set[str]:
 def _with_aliases(
   value: Any, names: Mapping[str, str], keys: set[str], key: str = ''
 ) -> Any:
+  """Returns a step's value with other aliases, alone or before a `::`."""
   if isinstance(value, Mapping):
     return {
       _with_aliases(k, names, keys): _with_aliases(v, names, keys, str(k))

@@ -1,7 +1,8 @@
-"""From what is written to a `Spec`: the one way in which recipes are read."""
+"""Parsing: from text or data to a `Spec`, checked part by part."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import pathlib
@@ -14,17 +15,18 @@ from surgery.recipes import definitions, expressions, text
 from surgery.recipes.spec import Spec, Step, Target, is_folder, nbytes
 
 _TOP = ('inputs', 'vars', 'steps', 'outputs', 'about')
-_TARGET = (
-  'path',
-  'of',
-  'format',
-  'shard-size',
-  'strict-flax',
-  'manifest',
-  'metadata',
-  'config',
-  'like',
-)
+# Options of an output, and the types of those that are checked here.
+_TARGET: Mapping[str, type | None] = {
+  'path': None,
+  'of': str,
+  'format': str,
+  'shard-size': None,
+  'strict-flax': bool,
+  'manifest': bool,
+  'metadata': None,
+  'config': None,
+  'like': None,
+}
 _NAME = re.compile(r'[A-Za-z_]\w*')
 _VARIABLE = re.compile(r'\$(?:\$|\{([^{}]*)\})')
 
@@ -35,7 +37,7 @@ def read(written: str, name: str, folder: str | os.PathLike[str] = '.') -> Spec:
   Args:
     written: YAML or JSON.
     name: where it came from, for messages.
-    folder: to which files are relative.
+    folder: files are relative to it.
 
   Raises:
     RecipeError: if it cannot be read, with the line.
@@ -59,15 +61,15 @@ def read(written: str, name: str, folder: str | os.PathLike[str] = '.') -> Spec:
 def parse(
   data: Mapping[str, Any], lines: text.Lines, folder: pathlib.Path
 ) -> Spec:
-  """Returns the recipe that data says.
+  """Parses data.
 
   Args:
-    data: `steps`, and where they are given `inputs`, `vars` and `outputs`.
-    lines: where each part stands, for messages.
-    folder: to which files are relative.
+    data: `steps`, and optionally `inputs`, `vars` and `outputs`.
+    lines: the line of each part, for messages.
+    folder: files are relative to it.
 
   Raises:
-    RecipeError: for what cannot be a recipe, with the line.
+    RecipeError: for anything that is no recipe, with the line.
   """
 
   def mapping(key: str, default: Any) -> Mapping[str, Any]:
@@ -87,7 +89,7 @@ def parse(
 
 
 def bound(spec: Spec, values: Mapping[str, Any]) -> Spec:
-  """Returns a recipe with files and variables that were missing.
+  """Returns a recipe with files and variables filled in.
 
   Args:
     spec: the recipe.
@@ -104,7 +106,7 @@ def bound(spec: Spec, values: Mapping[str, Any]) -> Spec:
         f'{spec.origin}: it has no input, output or variable {name!r}.'
         f'{errors.suggest(name, known)}'
       )
-  # Files that are given by who runs it are relative to where that is.
+  # Files that are named when it is run are relative to the current folder.
   files = {
     k: pathlib.Path(values[k])
     for k in (*spec.inputs, *spec.outputs)
@@ -131,11 +133,11 @@ def bound(spec: Spec, values: Mapping[str, Any]) -> Spec:
 
 
 class _Parsing:
-  """Reads the parts of a recipe.
+  """Parses the parts of a recipe.
 
   Args:
-    lines: where each part stands, for messages.
-    folder: to which files are relative.
+    lines: the line of each part, for messages.
+    folder: files are relative to it.
   """
 
   def __init__(self, lines: text.Lines, folder: pathlib.Path) -> None:
@@ -150,7 +152,7 @@ class _Parsing:
     steps: Any,
     outputs: Mapping[str, Any],
   ) -> Spec:
-    """Returns all of it."""
+    """Returns the whole recipe."""
     files = {
       self._named(k, 'inputs'): self._file(v, 'inputs', k)
       for k, v in inputs.items()
@@ -162,12 +164,13 @@ class _Parsing:
     targets = {
       self._named(k, 'outputs'): self._target(v, k) for k, v in outputs.items()
     }
-    both = [k for k in targets if k in files or k in variables]
-    both += [k for k in variables if k in files]
-    if both:
+    # `surgery run recipe.yaml NAME=VALUE` does not say which of them is meant.
+    counts = collections.Counter((*targets, *variables, *files))
+    name, count = max(counts.items(), key=lambda one: one[1])
+    if count > 1:
       raise errors.RecipeError(
-        f'{self._where("outputs", both[0])}: {both[0]!r} is the name of '
-        'two things; inputs, vars and outputs share their names.'
+        f'{self._where("outputs", name)}: {name!r} is used twice. Inputs, vars '
+        'and outputs must have different names.'
       )
     if not isinstance(steps, (list, tuple)):
       raise errors.RecipeError(
@@ -208,72 +211,59 @@ class _Parsing:
     return self._folder / value
 
   def _target(self, value: Any, name: str) -> Target:
+    """Returns an output: a file alone, or a mapping of options."""
     where = self._where('outputs', name)
     if isinstance(value, Target):
       return value
     if not isinstance(value, Mapping):
       file = self._file(value, 'outputs', name)
       return Target(file, folder=is_folder(value))
-    said: dict[str, Any] = {}
-    for key, item in value.items():
-      self._once(key.replace('_', '-'), item, said, where)
-    for key in said:
-      if key not in _TARGET:
-        raise errors.RecipeError(
-          f'{self._where("outputs", name, key)}: an output has no {key!r}.'
-          f'{errors.suggest(key, _TARGET)}'
-        )
-    size = said.get('shard-size')
-    try:
-      shard_size = None if size is None else nbytes(size)
-    except errors.RecipeError as error:
-      raise errors.RecipeError(f'{where}: shard-size: {error}') from None
-    for key, kind in (
-      ('of', str),
-      ('format', str),
-      ('strict-flax', bool),
-      ('manifest', bool),
-    ):
-      if said.get(key) is not None and not isinstance(said[key], kind):
-        raise errors.RecipeError(
-          f'{where}: {key}: expected {definitions.described(kind)}, found '
-          f'{said[key]!r}.'
-        )
-    strict = bool(said.get('strict-flax', False))
+    options = self._target_options(value, name)
+    shard_size = _shard_size(options.get('shard-size'), where)
+    strict = bool(options.get('strict-flax', False))
     if strict and shard_size is not None:
       raise errors.RecipeError(
         f'{where}: strict-flax does not go with shard-size: flax writes one '
         'file.'
       )
-    metadata = said.get('metadata') or {}
-    if not isinstance(metadata, Mapping) or not all(
-      isinstance(k, str) and isinstance(v, str) for k, v in metadata.items()
-    ):
-      raise errors.RecipeError(
-        f'{where}: metadata: expected text by text, as {{format: pt}}, found '
-        f'{metadata!r}. Put numbers in quotes.'
-      )
-    manifest = said.get('manifest')
-    config = said.get('config') or {}
-    if not isinstance(config, Mapping):
-      raise errors.RecipeError(
-        f'{where}: config: expected keys and values, as '
-        f'{{num_hidden_layers: 10}}, found {config!r}.'
-      )
+    manifest = options.get('manifest')
     return Target(
-      self._file(said.get('path'), 'outputs', name),
-      said.get('of'),
-      said.get('format'),
+      self._file(options.get('path'), 'outputs', name),
+      options.get('of'),
+      options.get('format'),
       shard_size,
       strict,
       manifest is None or manifest,
-      dict(metadata),
-      dict(config),
-      self._file(said.get('like'), 'outputs', name, 'like'),
-      is_folder(said.get('path')),
+      _metadata(options.get('metadata') or {}, where),
+      _config(options.get('config') or {}, where),
+      self._file(options.get('like'), 'outputs', name, 'like'),
+      is_folder(options.get('path')),
     )
 
+  def _target_options(
+    self, written: Mapping[str, Any], name: str
+  ) -> dict[str, Any]:
+    """Returns the options of an output, whose names and types are checked."""
+    where = self._where('outputs', name)
+    options: dict[str, Any] = {}
+    for key, item in written.items():
+      self._once(key.replace('_', '-'), item, options, where)
+    for key, item in options.items():
+      if key not in _TARGET:
+        raise errors.RecipeError(
+          f'{self._where("outputs", name, key)}: an output has no {key!r}.'
+          f'{errors.suggest(key, _TARGET)}'
+        )
+      kind = _TARGET[key]
+      if item is not None and kind and not isinstance(item, kind):
+        raise errors.RecipeError(
+          f'{where}: {key}: expected {definitions.described(kind)}, found '
+          f'{item!r}.'
+        )
+    return options
+
   def _step(self, raw: Any, number: int) -> Step:
+    """Returns a step: its name alone, or a mapping with `in` and `as`."""
     where = self._where('steps', number)
     raw = self._substituted(raw, where)
     if isinstance(raw, str):
@@ -288,17 +278,14 @@ class _Parsing:
       shown = ', '.join(map(str, names)) or 'none'
       raise errors.RecipeError(
         f'{where}: step {number + 1}: expected one step, found {shown}. Each '
-        "step is an item of the list; its options stand deeper, or in '{…}'."
+        'step is an item of the list; indent its options further, or put them '
+        "in '{…}'."
       )
-    for key in ('in', 'as'):
-      if raw.get(key) is not None and not (
-        isinstance(raw[key], str) and _NAME.fullmatch(raw[key])
-      ):
-        raise errors.RecipeError(
-          f'{where}: step {number + 1}: {key}: expected the name of a model, '
-          f'found {raw[key]!r}.'
-        )
-    return Step(names[0], raw[names[0]], raw.get('in'), raw.get('as'))
+    on, result = (
+      _alias(raw.get(key), f'{where}: step {number + 1}: {key}')
+      for key in ('in', 'as')
+    )
+    return Step(names[0], raw[names[0]], on, result)
 
   def _substituted(self, value: Any, where: str) -> Any:
     """Returns a part of a recipe with the values of variables."""
@@ -324,17 +311,17 @@ class _Parsing:
   def _once(
     self, key: Any, value: Any, into: dict[Any, Any], where: str
   ) -> None:
-    """Puts a value under a key that has none yet.
+    """Sets a key that is not there yet.
 
     Raises:
-      RecipeError: if the key has one.
+      RecipeError: if it is.
     """
     if key in into:
       raise errors.RecipeError(f'{where}: {key!r} is given twice.')
     into[key] = value
 
   def _evaluated(self, written: str, where: str) -> Any:
-    """Returns a variable, or what an expression of some gives."""
+    """Returns the value of a variable, or of an expression."""
     name = written.strip()
     if _NAME.fullmatch(name) or written in self._vars:
       return self._variable(written if written in self._vars else name, where)
@@ -354,3 +341,39 @@ class _Parsing:
         f'{where}: the variable {name!r} has no value. Give {name}=VALUE.'
       )
     return self._vars[name]
+
+
+def _alias(value: Any, what: str) -> str | None:
+  """Returns the alias of a model, if one is given."""
+  if value is None or (isinstance(value, str) and _NAME.fullmatch(value)):
+    return value
+  raise errors.RecipeError(
+    f'{what}: expected the name of a model, found {value!r}.'
+  )
+
+
+def _shard_size(value: Any, where: str) -> int | None:
+  try:
+    return None if value is None else nbytes(value)
+  except errors.RecipeError as error:
+    raise errors.RecipeError(f'{where}: shard-size: {error}') from None
+
+
+def _metadata(value: Any, where: str) -> dict[str, str]:
+  if not isinstance(value, Mapping) or not all(
+    isinstance(one, str) for pair in value.items() for one in pair
+  ):
+    raise errors.RecipeError(
+      f'{where}: metadata: expected text by text, as {{format: pt}}, found '
+      f'{value!r}. Put numbers in quotes.'
+    )
+  return dict(value)
+
+
+def _config(value: Any, where: str) -> dict[str, Any]:
+  if not isinstance(value, Mapping):
+    raise errors.RecipeError(
+      f'{where}: config: expected keys and values, as '
+      f'{{num_hidden_layers: 10}}, found {value!r}.'
+    )
+  return dict(value)

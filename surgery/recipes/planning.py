@@ -1,4 +1,4 @@
-"""What writing will do to each tensor, and what memory it takes."""
+"""Plans: how each tensor is written, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgery.model import manifest
-from surgery.model.grid import (
-  BLOCK,
-)
-from surgery.model.sizes import (
-  itemsize,
-)
+from surgery.model.grid import BLOCK
+from surgery.model.sizes import itemsize
 from surgery.naming import paths
 
 if TYPE_CHECKING:
   from surgery.model.checkpoint import Checkpoint, Leaf
   from surgery.naming.paths import Path
 
-# A tensor, its result in float32, and what lies between them.
+# Arrays at once: a tensor, its result in float32, and intermediate values.
 _COPIES = 4
 
 
 def _read(leaf: Leaf) -> bool:
-  """Whether a leaf lies in a file as it is, so that its bytes are copied."""
+  """Whether a leaf is unchanged since it was opened: its bytes are copied."""
   return leaf.source is not None and leaf.load is leaf.source
 
 
@@ -38,11 +34,11 @@ def memory(leaf: Leaf) -> int:
 
 
 def time(leaf: Leaf) -> str:
-  """Returns what writing a leaf takes.
+  """Returns the class of time that writing a leaf takes.
 
   Returns:
-    `copy`, a copy of bytes; `compute`, about as long as reading and writing;
-    or `heavy`, far longer, as for a decomposition.
+    `copy` for copied bytes; `compute` for about the time of reading and
+    writing; `heavy` for far more, as a decomposition takes.
   """
   if _read(leaf):
     return 'copy'
@@ -52,43 +48,37 @@ def time(leaf: Leaf) -> str:
 def plan(
   sources: Mapping[str, Checkpoint], main: str, after: Checkpoint
 ) -> list[dict[str, Any]]:
-  """Returns what writing will do to each tensor.
+  """Returns a row for each tensor.
 
   Args:
-    sources: what is read, by alias.
-    main: alias of the one that is changed.
-    after: what is written.
+    sources: the inputs, by alias.
+    main: alias of the input that is changed.
+    after: the checkpoint that is written.
 
   Returns:
     For each tensor its `path`; `what` happens (`copied`, `renamed`, `computed`,
     `new`, `gone`); where its bytes come `from`, if not from the same name;
-    `shape`, `dtype` and `bytes`; what `time` it takes; `blocks`, whether a
-    computed or new one is computed in blocks; and `trainable`, if that changes.
+    `shape`, `dtype` and `bytes`; the class of `time` that it takes; `blocks`,
+    whether a computed or new one is computed in blocks; and `trainable`, if
+    that changes.
   """
   before = sources[main]
-  origins: dict[int, tuple[str, Path]] = {}
-  for alias in (main, *(a for a in sources if a != main)):
-    for path, leaf in sources[alias].items():
-      origins.setdefault(id(leaf.load), (alias, path))
+  comparison = _Comparison(sources, main, after)
   kept = {id(leaf.load) for leaf in after.values()}
-  same = {
-    id(leaf.load)
-    for path, leaf in after.items()
-    if path in before and before[path].load is leaf.load
-  }
   # The file of an adapter is not a model that lost its base.
   alone = after.manifest.kind == manifest.ADAPTER
-  rows = []
-  for path in dict.fromkeys((*before, *after)):
-    if path in after:
-      origin = origins.get(id(after[path].load))
-      rows.append(_row(path, after[path], origin, main, before, same))
-    elif id(before[path].load) not in kept and not alone:
-      rows.append({**_described(path, before[path]), 'what': 'gone'})
+  rows = [
+    comparison.row(path, after[path])
+    if path in after
+    else {**_described(path, before[path]), 'what': 'gone'}
+    for path in dict.fromkeys((*before, *after))
+    if path in after or not (alone or id(before[path].load) in kept)
+  ]
   return rows
 
 
 def _described(path: Path, leaf: Leaf) -> dict[str, Any]:
+  """Returns the columns that every row has."""
   return {
     'path': paths.show(path),
     'what': '',
@@ -98,48 +88,59 @@ def _described(path: Path, leaf: Leaf) -> dict[str, Any]:
   }
 
 
-def _row(
-  path: Path,
-  leaf: Leaf,
-  origin: tuple[str, Path] | None,
-  main: str,
-  before: Checkpoint,
-  same: set[int],
-) -> dict[str, Any]:
-  """Returns the row of a tensor that is written.
+class _Comparison:
+  """The tensors of inputs, which those that are written are compared with.
 
-  Args:
-    path: its path.
-    leaf: the tensor.
-    origin: alias and path of the tensor that was read and is written as it is.
-    main: alias of the model that is changed.
-    before: that model.
-    same: tensors that are there under their old names, too.
+  A tensor that no pass changed keeps its function `load`, by which it is
+  recognised under any name.
   """
-  row = _described(path, leaf)
-  was = before.get(path)
-  if origin is None:
-    row['what'] = 'computed' if path in before else 'new'
-    if not _read(leaf) and leaf.shape is not None:
-      row['blocks'] = leaf.part is not None
-  elif origin == (main, path):
-    row['what'] = 'copied'
-  else:
-    alias, old = origin
-    moved = alias == main and id(leaf.load) not in same
-    stays = 'copied' if path in before else 'new'
-    row['what'] = 'renamed' if moved else stays
-    name = paths.show(old)
-    row['from'] = name if alias == main else f'{alias}::{name}'
-    was = before.get(old) if moved else was
-  row['time'] = time(leaf)
-  if was is not None and was.trainable != leaf.trainable:
-    row['trainable'] = leaf.trainable
-  return row
+
+  def __init__(
+    self, sources: Mapping[str, Checkpoint], main: str, after: Checkpoint
+  ) -> None:
+    self._main = main
+    self._before = before = sources[main]
+    # Where a tensor was read; the model that is changed comes first.
+    self._origins: dict[int, tuple[str, Path]] = {}
+    for alias in (main, *(a for a in sources if a != main)):
+      for path, leaf in sources[alias].items():
+        self._origins.setdefault(id(leaf.load), (alias, path))
+    # Tensors that also keep their names: further ones are copies.
+    self._same = {
+      id(leaf.load)
+      for path, leaf in after.items()
+      if path in before and before[path].load is leaf.load
+    }
+
+  def row(self, path: Path, leaf: Leaf) -> dict[str, Any]:
+    """Returns the row of a tensor that is written."""
+    origin = self._origins.get(id(leaf.load))
+    row = _described(path, leaf)
+    was = self._before.get(path)
+    if origin is None:
+      row['what'] = 'computed' if path in self._before else 'new'
+      if not _read(leaf) and leaf.shape is not None:
+        row['blocks'] = leaf.part is not None
+    elif origin == (self._main, path):
+      row['what'] = 'copied'
+    else:
+      moved = origin[0] == self._main and id(leaf.load) not in self._same
+      stays = 'copied' if path in self._before else 'new'
+      row['what'] = 'renamed' if moved else stays
+      row['from'] = self._shown(*origin)
+      was = self._before.get(origin[1]) if moved else was
+    row['time'] = time(leaf)
+    if was is not None and was.trainable != leaf.trainable:
+      row['trainable'] = leaf.trainable
+    return row
+
+  def _shown(self, alias: str, path: Path) -> str:
+    name = paths.show(path)
+    return name if alias == self._main else f'{alias}::{name}'
 
 
 def needed(after: Checkpoint) -> int:
-  """Returns about how many bytes of memory writing takes, beside Python's."""
+  """Returns about how many bytes of memory writing takes, besides Python's."""
   return max(map(memory, after.values()), default=0)
 
 
@@ -163,25 +164,25 @@ def report(
     'tensors': rows,
     # Layers that a selector matched and an adapter leaves as they are.
     **({'left_out': list(left_out)} if left_out else {}),
-    # What was taken for granted.
+    # Assumptions that passes made.
     **({'remarks': list(remarks)} if remarks else {}),
   }
 
 
 def extracted(after: Checkpoint) -> dict[str, Any] | None:
-  """Returns how near an adapter is to what it was extracted from, if it was."""
+  """Returns the error of an adapter that `extract-lora` made; else None."""
   if after.manifest.kind != manifest.ADAPTER:
     return None
-  said = (one.get(manifest.EXTRACTED) for one in after.manifest.adapters)
-  return next((dict(one) for one in said if one), None)
+  notes = (one.get(manifest.EXTRACTED) for one in after.manifest.adapters)
+  return next((dict(one) for one in notes if one), None)
 
 
 def found(after: Checkpoint) -> list[dict[str, Any]]:
-  """Returns what was found out while tensors were written, as JSON data.
+  """Returns the findings of writing, as JSON data.
 
   Returns:
-    For each finding `path` of the tensor, `what` was counted, its `count`, of
-    how many (`of`), their `share`, and its `text`; largest share first.
+    For each finding the `path` of the tensor, `what` was counted, its `count`,
+    the total (`of`), their `share`, and its `text`; largest share first.
   """
   rows = []
   for one in after.findings:

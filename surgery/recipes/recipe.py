@@ -10,7 +10,7 @@
 
 Steps change the first input, or the one that `in:` names; `as:` gives the
 result another alias and leaves that input as it is. An input or output that is
-null has to be named by who runs the recipe.
+null is named when the recipe is run.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ StepLike = Mapping[str, Any] | str
 
 
 class Recipe:
-  """Changes to saved models or params, said as data.
+  """Changes to saved models or params, as data.
 
   Args:
     steps: the steps, as in a recipe's file: `{'drop': '**/mask'}`, `'merge'`.
-    inputs: files by alias; None where who runs it names them. Steps change the
-      first.
+    inputs: files by alias; None if they are named when it is run. Steps change
+      the first.
     outputs: files, or options, by name.
     vars: values for `${name}` in steps.
     origin: where it came from, for messages.
-    folder: to which files are relative.
+    folder: files are relative to it.
 
   Raises:
-    RecipeError: for what cannot be a recipe.
+    RecipeError: for anything that is no recipe.
 
   Example:
     recipe = surgery.Recipe([{'drop': '**/mask'}, {'cast': 'bf16'}])
@@ -78,8 +78,8 @@ class Recipe:
     Files that it names are relative to its folder.
 
     Raises:
-      RecipeError: if it cannot be read, with the line.
-      OSError: if the file cannot be.
+      RecipeError: for anything that is no recipe, with the line.
+      OSError: if the file cannot be read.
     """
     where = pathlib.Path(path)
     _check_no_model(where)
@@ -101,7 +101,7 @@ class Recipe:
     Args:
       written: YAML or JSON.
       name: where it came from, for messages.
-      folder: to which files are relative.
+      folder: files are relative to it.
 
     Raises:
       RecipeError: if it cannot be read, with the line.
@@ -115,7 +115,7 @@ class Recipe:
 
   @property
   def spec(self) -> Spec:
-    """What was read."""
+    """The recipe as plain data."""
     return self._spec
 
   @property
@@ -125,7 +125,7 @@ class Recipe:
 
   @property
   def inputs(self) -> Mapping[str, pathlib.Path | None]:
-    """Files by alias; None where who runs it names them."""
+    """Files by alias; None if they are named when it is run."""
     return self._spec.inputs
 
   @property
@@ -135,7 +135,7 @@ class Recipe:
 
   @property
   def vars(self) -> Mapping[str, Any]:
-    """Values of variables; None where who runs it gives them."""
+    """Values of variables; None if they are given when it is run."""
     return self._spec.vars
 
   @property
@@ -160,10 +160,10 @@ class Recipe:
     return self._spec.data()
 
   def plan(self, *, host: Host | None = None, **values: Any) -> Plan:
-    """Plans it: opens what it reads, and does all but read tensors.
+    """Plans it: opens its inputs and does its steps, without reading tensors.
 
     Args:
-      host: whose passes and formats there are.
+      host: offers the passes and formats.
       **values: files and variables, as `bound` takes them.
 
     Raises:
@@ -178,8 +178,8 @@ class Recipe:
     """Plans it and writes its outputs, all or none.
 
     Args:
-      overwrite: whether outputs may exist.
-      host: whose passes and formats there are.
+      overwrite: whether existing outputs are replaced.
+      host: offers the passes and formats.
       **values: files and variables, as `bound` takes them.
 
     Returns:
@@ -187,7 +187,7 @@ class Recipe:
 
     Raises:
       RecipeError: for a mistake, with line and step.
-      CheckError: if something does not hold that the recipe asserts.
+      CheckError: if an assertion of the recipe fails.
     """
     plan = self.plan(host=host, **values)
     plan.write(overwrite=overwrite)
@@ -200,15 +200,15 @@ class Recipe:
     host: Host | None = None,
     **others: Checkpoint,
   ) -> Checkpoint:
-    """Does the steps on a checkpoint; nothing is read or written yet.
+    """Does the steps on a checkpoint, without reading or writing tensors.
 
     Args:
       checkpoint: the first input.
-      host: whose passes there are.
+      host: offers the passes.
       **others: the other inputs, by alias.
 
     Returns:
-      What the first output is made of.
+      The checkpoint that the first output would have.
 
     Raises:
       RecipeError: for a mistake, with line and step.
@@ -220,8 +220,8 @@ class Recipe:
     return f'<Recipe {self.origin}: {len(self.steps)} steps>'
 
 
-def of(value: Recipe | Sequence[StepLike] | StepLike) -> Recipe:
-  """Returns a recipe, or one of some steps."""
+def as_recipe(value: Recipe | Sequence[StepLike] | StepLike) -> Recipe:
+  """Returns a recipe as it is, and steps as a recipe."""
   if isinstance(value, Recipe):
     return value
   if isinstance(value, (str, Mapping)):
@@ -229,15 +229,15 @@ def of(value: Recipe | Sequence[StepLike] | StepLike) -> Recipe:
   return Recipe(value)
 
 
-# What recipes are called, whatever a plugin reads of that name.
+# Suffixes of recipes, even if a plugin has a format with one of them.
 _OURS = ('.yaml', '.yml', '.json')
 
 
 def _check_no_model(path: pathlib.Path) -> None:
-  """Raises if a file is a saved model and no recipe, as its name says.
+  """Raises if a file has the suffix of a saved model.
 
   Raises:
-    RecipeError: saying how it is given to a recipe.
+    RecipeError: with how a model is given to a recipe.
   """
   suffix = location.suffix(path)
   if suffix in _OURS or not path.is_file():

@@ -1,8 +1,8 @@
 """Planning a recipe and carrying it out.
 
-A plan is made by doing all steps on what has been opened and not read: passes
-are lazy, so what is found then (names, shapes, dtypes, collisions) is what will
-be written, and nothing else can happen.
+A plan is made by doing all steps on inputs that are open and not yet read:
+passes are lazy, so the names, shapes and dtypes of the plan are those that will
+be written, and collisions show before a tensor is read.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ from surgery.model import manifest
 from surgery.model.checkpoint import Checkpoint
 from surgery.naming import selectors
 from surgery.recipes import definitions, history, performing, planning
-from surgery.recipes.spec import Spec, Step, Target
+from surgery.recipes.spec import Spec, Target
 
 
 class _Models(Mapping[str, Checkpoint]):
-  """Checkpoints by alias, of which those are opened that are asked for.
+  """Checkpoints by alias, each opened when it is first read.
 
   Args:
     recipe: the recipe.
-    host: whose formats are known.
-    given: those that need not be opened.
+    host: offers the formats.
+    given: checkpoints that are open already.
+
+  Attributes:
+    now: the checkpoints as the steps have left them.
+    opened: the inputs as they were opened.
   """
 
   def __init__(
@@ -82,38 +86,42 @@ class _Models(Mapping[str, Checkpoint]):
 
 
 def _performed(recipe: Spec, models: _Models, host: Host) -> None:
-  """Does all steps; what they make is in `models`."""
-  # Mistakes in what is written are found before a file is opened.
+  """Does all steps; their results are in `models`."""
+  # Mistakes in the text are found before a file is opened.
   steps = [_defined(recipe, k, host) for k in range(len(recipe.steps))]
-  first = recipe.first
+  _check_names(recipe)
+  for alias in recipe.inputs:
+    models[alias]
+  for number, step in enumerate(recipe.steps):
+    definition, arguments = steps[number]
+    alias = step.on or recipe.first
+    before = {id(one) for ckpt in models.now.values() for one in ckpt.checks}
+    with _placed(recipe, number):
+      after = _done(definition, arguments, models, alias, host)
+    if any(id(one) not in before for one in after.checks):
+      after = _with_place(after, before, recipe.place(number))
+    models.now[step.result or alias] = after
+
+
+def _check_names(recipe: Spec) -> None:
+  """Raises for a name of a model that neither inputs nor earlier steps have."""
   known = set(recipe.inputs)
   for number, step in enumerate(recipe.steps):
-    with _placed(recipe, number, step):
-      _check_alias(step.on or first, known)
-      known.add(step.result or step.on or first)
+    with _placed(recipe, number):
+      _check_alias(step.on or recipe.first, known)
+      known.add(step.result or step.on or recipe.first)
   for name, target in recipe.outputs.items():
     if target.of is not None and target.of not in known:
       raise errors.RecipeError(
         f'{recipe.where("outputs", name)}: of: no model is called '
         f'{target.of!r}.{errors.suggest(target.of, known)}'
       )
-  for alias in recipe.inputs:
-    models[alias]
-  for number, step in enumerate(recipe.steps):
-    definition, arguments = steps[number]
-    alias = step.on or first
-    before = {id(one) for ckpt in models.now.values() for one in ckpt.checks}
-    with _placed(recipe, number, step):
-      after = _done(definition, arguments, models, alias, host)
-    if any(id(one) not in before for one in after.checks):
-      after = _with_place(after, before, _place(recipe, number, step))
-    models.now[step.result or alias] = after
 
 
 def _with_place(after: Checkpoint, known: set[int], place: str) -> Checkpoint:
-  """Returns a checkpoint whose new checks say which step asked for them.
+  """Returns a checkpoint whose new checks name the step that made them.
 
-  They run after all steps, when it is too late to see.
+  They run after all steps, when the step is no longer known.
   """
   checks = (
     one if id(one) in known else _checked(one, place) for one in after.checks
@@ -122,7 +130,7 @@ def _with_place(after: Checkpoint, known: set[int], place: str) -> Checkpoint:
 
 
 def _checked(check: checkpoints.Check, place: str) -> checkpoints.Check:
-  """Returns a check that says in which step it is asked for."""
+  """Returns a check whose errors name the step that made it."""
 
   def run() -> None:
     with errors.within(place):
@@ -131,18 +139,12 @@ def _checked(check: checkpoints.Check, place: str) -> checkpoints.Check:
   return dataclasses.replace(check, run=run)
 
 
-def _place(recipe: Spec, number: int, step: Step) -> str:
-  """Returns where a step stands; a verb of the shell has no file."""
-  if not recipe.origin:
-    return step.name
-  return f'{recipe.where("steps", number)}: step {number + 1} ({step.name})'
-
-
 def _defined(
   recipe: Spec, number: int, host: Host
 ) -> tuple[definitions.Definition, dict[str, Any]]:
+  """Returns the definition of a step, and the arguments of its pass."""
   step = recipe.steps[number]
-  with _placed(recipe, number, step):
+  with _placed(recipe, number):
     definition = definitions.find(step.name, host)
     arguments = definition.read(step.value)
     _check_selectors(definition, arguments)
@@ -167,10 +169,10 @@ def _check_alias(alias: str, known: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _placed(recipe: Spec, number: int, step: Step) -> Iterator[None]:
-  """Says of errors in which step of which recipe they are."""
-  with errors.within(_place(recipe, number, step)):
-    if not recipe.origin:
+def _placed(recipe: Spec, number: int) -> Iterator[None]:
+  """Adds to errors where in the recipe the step is; a verb has no recipe."""
+  with errors.within(recipe.place(number)):
+    if not recipe.lines.name:
       yield
       return
     try:
@@ -180,7 +182,7 @@ def _placed(recipe: Spec, number: int, step: Step) -> Iterator[None]:
     except (errors.SurgeryError, KeyError) as error:
       text = str(error.args[0] if isinstance(error, KeyError) else error)
       if isinstance(error, errors.BaseMismatchError):
-        # The library names its argument; here it is an option.
+        # The message names Python's argument; a recipe has an option.
         text = text.replace('check_base=False', 'check-base: false')
       raise errors.RecipeError(text) from error
 
@@ -196,7 +198,7 @@ def _done(
   given = definition.bound(arguments, models, models.opened.get(alias))
   if 'host' in definition.given:
     given['host'] = host
-  with host.observed(definition.name, _told(arguments)):
+  with host.observed(definition.name, _plain(arguments)):
     return performing.performed(
       definition.name,
       definition.function,
@@ -207,8 +209,8 @@ def _done(
     )
 
 
-def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns arguments as observers are told them."""
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the arguments that observers get: those that are plain data."""
   plain = (str, int, float, bool, list, dict, type(None))
   return {k: v for k, v in arguments.items() if isinstance(v, plain)}
 
@@ -216,7 +218,7 @@ def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def applied(
   recipe: Spec, given: Mapping[str, Checkpoint], host: Host
 ) -> Checkpoint:
-  """Does a recipe on checkpoints; returns what its first output is made of.
+  """Does a recipe on checkpoints; returns what its first output would have.
 
   Raises:
     RecipeError: for a mistake, with line and step.
@@ -239,15 +241,15 @@ def applied(
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-  """One file that is to be written.
+  """A file or folder that is to be written.
 
   Attributes:
     name: its name in the recipe.
-    target: where and how.
-    sources: what was opened, by alias.
-    main: alias of the input that it goes on from.
-    after: what is written.
-    folder: what is written beside the tensors, where it is a folder.
+    target: where and how it is written.
+    sources: the inputs, by alias.
+    main: alias of the input whose history it continues.
+    after: the checkpoint that is written.
+    folder: further files, if it is a folder.
   """
 
   name: str
@@ -265,7 +267,7 @@ class Output:
 
   @property
   def shown(self) -> pathlib.Path:
-    """What is opened again: that, or the index of the shards."""
+    """The file that opens it: itself, or the index of its shards."""
     if self.target.shard_size is None or self.folder is not None:
       return self.path
     return self.path.with_name(self.path.name + location.INDEX)
@@ -275,8 +277,8 @@ class Output:
     return planning.plan(self.sources, self.main, self.after)
 
   def report(self) -> dict[str, Any]:
-    """Returns what happens as JSON data."""
-    said = planning.report(
+    """Returns its part of the plan as JSON data."""
+    report = planning.report(
       self.rows(),
       str(self.shown),
       planning.needed(self.after),
@@ -285,15 +287,15 @@ class Output:
       self.after.remarks,
     )
     if self.folder is not None:
-      said['folder'] = self.folder.report()
+      report['folder'] = self.folder.report()
     if (extracted := planning.extracted(self.after)) is not None:
-      said['extracted'] = extracted
+      report['extracted'] = extracted
     found = planning.found(self.after)
-    return {**said, 'found': found} if found else said
+    return {**report, 'found': found} if found else report
 
   @property
   def shard_size(self) -> int | None:
-    """Most bytes a file, if it becomes several."""
+    """Largest number of bytes of each file; None for a single file."""
     size = self.target.shard_size
     if size is None and self.folder is not None:
       return folders.shard_size(self.after)
@@ -302,14 +304,13 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a recipe will do, which is all that it can do.
+  """A recipe whose steps are done, and whose outputs are not yet written.
 
   Attributes:
     recipe: the recipe, with all files.
-    outputs: what is written, in the recipe's order; nothing, where a recipe
-      only asserts.
-    host: whose formats are known.
-    checks: what has to hold of values before anything is written.
+    outputs: its outputs, in order; none if all steps are assertions.
+    host: offers the formats.
+    checks: assertions about values, made before anything is written.
   """
 
   recipe: Spec
@@ -321,12 +322,12 @@ class Plan:
     """Returns it as JSON data: the first output, and others under `saved`.
 
     Returns:
-      `output`, a file's name; `memory`, about how many bytes it takes; `time`,
-      the class of the slowest tensor; `checks`; `tensors`, each with `path`,
-      `what`, `shape`, `dtype`, `bytes`, `time` and what else there is; and
-      `left_out`, if there are any: layers that an adapter cannot serve, with
-      `path`, `adapter` and `why`. After it was written also `found`: what
-      became zero by a cast.
+      `output`, the name of the file; `memory`, about how many bytes it takes;
+      `time`, the class of the slowest tensor; `checks`; `tensors`, each with
+      `path`, `what`, `shape`, `dtype`, `bytes`, `time`, and see
+      `planning.plan`; and `left_out`, if there are any: layers that an adapter
+      cannot serve, with `path`, `adapter` and `why`. After writing also
+      `found`: numbers that a cast rounded to zero.
     """
     if not self.outputs:
       return planning.report([], None, 0, [one.text for one in self.checks])
@@ -346,7 +347,7 @@ class Plan:
     return ''.join(tables)
 
   def check(self, overwrite: bool = False) -> None:
-    """Raises unless outputs can be written, as far as one can tell.
+    """Raises if an output cannot be written, as far as is known before.
 
     Raises:
       SurgeryError: if a file exists, or its folder does not.
@@ -357,8 +358,9 @@ class Plan:
       if one.folder is None:
         if one.target.format is None and not location.suffix(one.path):
           raise errors.SurgeryError(
-            f'{one.path}: a name without a suffix tells no format. Give one, '
-            f'as {one.path}.safetensors, or write a new folder: {one.path}/.'
+            f'{one.path}: the name has no suffix, so the format is not known. '
+            f'Give one, as {one.path}.safetensors, or write a new folder: '
+            f'{one.path}/.'
           )
         self.host.format_of(one.path, one.target.format)
       other = seen.setdefault(one.path.resolve(), one.name)
@@ -376,21 +378,21 @@ class Plan:
     """Writes all outputs, or none.
 
     Args:
-      overwrite: whether outputs may exist.
-      watched: returns a context manager that gives the function to be told of
-        progress, or None.
+      overwrite: whether existing outputs are replaced.
+      watched: returns a context manager that gives the function that is called
+        with progress, or None.
 
     Raises:
-      CheckError: if something does not hold that the recipe asserts.
+      CheckError: if an assertion of the recipe fails.
       SurgeryError: if an output cannot be written.
-      OSError: naming the file, if the system says no.
+      OSError: if the system cannot write it, with the file's name.
     """
     self.check(overwrite)
     for check in self.checks:
       check.run()
     if not self.outputs:
       return
-    # The first is the main one: it appears last.
+    # The first is the main one. It appears last, so if it is there, all are.
     order = list(reversed(self.outputs))
     with contextlib.ExitStack() as undo:
       for one in order[:-1]:
@@ -419,10 +421,10 @@ class Plan:
   ) -> None:
     """Writes the file, or the set, of an output."""
     target = one.target
-    after = one.after.replace(checks=())  # They have been seen to.
+    after = one.after.replace(checks=())  # `write` has run them.
     shown = watched(after) if watched else contextlib.nullcontext()
     try:
-      with shown as told:
+      with shown as progress:
         after.write(
           path,
           overwrite=overwrite,
@@ -431,18 +433,18 @@ class Plan:
           manifest=target.plain is None,
           shard_size=one.shard_size,
           metadata=target.metadata,
-          progress=told,
+          progress=progress,
         )
     except OSError as error:
       if error.filename is not None:
         raise
-      # A full disk does not say which.
-      said = f'{error.strerror or error}; nothing was written'
-      raise OSError(error.errno, said, str(path)) from error
+      # The error of a full disk has no file's name.
+      text = f'{error.strerror or error}; nothing was written'
+      raise OSError(error.errno, text, str(path)) from error
 
 
 def check_target(target: Target, overwrite: bool) -> None:
-  """Raises unless a file can be written, as far as one can tell beforehand.
+  """Raises if a file cannot be written, as far as is known beforehand.
 
   Raises:
     SurgeryError: if the file exists, or its folder does not.
@@ -477,8 +479,29 @@ def plan(
 
   Args:
     recipe: the recipe.
-    host: whose passes and formats there are.
-    given: inputs that have been opened already, by alias.
+    host: offers the passes and formats.
+    given: inputs that are open already, by alias.
+  """
+  # Options of outputs are checked first, before a file is opened.
+  targets = _targets(recipe)
+  models = _Models(recipe, host, given or {})
+  _performed(recipe, models, host)
+  outputs = tuple(
+    _output(recipe, name, target, models, host)
+    for name, target in targets.items()
+  )
+  # Several outputs may have the same checks, which read tensors: each is run
+  # once.
+  afters = [one.after for one in outputs] or [*models.now.values()]
+  checks = {id(c): c for after in afters for c in after.checks}
+  return Plan(recipe, outputs, host, tuple(checks.values()))
+
+
+def _targets(recipe: Spec) -> Mapping[str, Target]:
+  """Returns the outputs that are written, whose options are checked.
+
+  Raises:
+    SurgeryError: if one has no file, or options that it cannot have.
   """
   targets = recipe.outputs
   if _only_asserts(recipe):
@@ -495,33 +518,28 @@ def plan(
       _check_strict(target)
     _check_metadata(target)
     _check_folder(target)
-  models = _Models(recipe, host, given or {})
-  _performed(recipe, models, host)
-  outputs = []
-  for name, target in targets.items():
-    alias = target.of or recipe.first
-    after = models[alias]
-    main = _main_of(after, models)
-    target = _settled(target, models.opened[main], host)
-    said = history.entry(recipe, name, main, models.opened)
-    after = history.recorded(after, said)
-    if target.plain is not None:
-      _check_plain(target, after, host)
-    # A format may know of readers that do not take what it writes.
-    noted = getattr(host.formats.get(target.format or ''), 'notes', None)
-    if noted is not None:
-      remarks = (*after.remarks, *noted(after, host))
-      after = after.replace(remarks=remarks)
-    folder = None
-    if target.is_folder and not _is_folder_format(target, host):
-      folder = _folder(recipe, target, models.opened[main], after, host)
-    outputs.append(
-      Output(name, target, dict(models.opened), main, after, folder)
-    )
-  # Several outputs may have the same checks, which read tensors.
-  afters = [one.after for one in outputs] or [*models.now.values()]
-  checks = {id(c): c for after in afters for c in after.checks}
-  return Plan(recipe, tuple(outputs), host, tuple(checks.values()))
+  return targets
+
+
+def _output(
+  recipe: Spec, name: str, target: Target, models: _Models, host: Host
+) -> Output:
+  """Returns an output, with an entry in its history."""
+  after = models[target.of or recipe.first]
+  main = _main_of(after, models)
+  target = _settled(target, models.opened[main], host)
+  entry = history.entry(recipe, name, main, models.opened)
+  after = history.recorded(after, entry)
+  if target.plain is not None:
+    _check_plain(target, after, host)
+  # A format may know of readers that do not take what it writes.
+  noted = getattr(host.formats.get(target.format or ''), 'notes', None)
+  if noted is not None:
+    after = after.replace(remarks=(*after.remarks, *noted(after, host)))
+  folder = None
+  if target.is_folder and not _is_folder_format(target, host):
+    folder = _folder(recipe, target, models.opened[main], after, host)
+  return Output(name, target, dict(models.opened), main, after, folder)
 
 
 def _folder(
@@ -531,7 +549,7 @@ def _folder(
   after: Checkpoint,
   host: Host,
 ) -> folders.Folder | None:
-  """Returns what is written to a folder beside the tensors."""
+  """Returns the further files of a folder; None if its format writes them."""
   form = _format(target)
   if form not in host.formats:
     raise errors.FormatError(
@@ -539,7 +557,7 @@ def _folder(
     )
   suffixes = host.formats[form].suffixes
   if not suffixes:
-    return None  # The format's models are folders, which it writes by itself.
+    return None
   return folders.planned(
     before,
     after,
@@ -584,12 +602,12 @@ def _format(target: Target) -> str:
   if target.format is not None:
     return target.format
   if target.is_folder:
-    return 'safetensors'  # It is what programs that read folders expect.
+    return 'safetensors'  # Programs that read model folders expect it.
   return location.suffix(target.path).lstrip('.')
 
 
 def _check_folder(target: Target) -> None:
-  """Raises for options that only a folder has."""
+  """Raises for options of a folder, if a file is written."""
   if target.is_folder:
     return
   for name, value in (('config', target.config), ('like', target.like)):
@@ -601,12 +619,12 @@ def _check_folder(target: Target) -> None:
 
 
 def _only_asserts(recipe: Spec) -> bool:
-  """Whether a recipe says what has to hold, and changes nothing."""
+  """Whether all steps of a recipe are assertions."""
   return bool(recipe.steps) and all(s.name == 'assert' for s in recipe.steps)
 
 
 def _main_of(after: Checkpoint, models: _Models) -> str:
-  """Returns which input a checkpoint goes on from."""
+  """Returns the alias of the input whose history a checkpoint continues."""
   for alias, one in models.opened.items():
     if one.origin == after.origin:
       return alias
@@ -625,67 +643,66 @@ def _check_strict(target: Target) -> None:
 
 
 def _check_metadata(target: Target) -> None:
-  """Raises if there is no place for what the file should say of itself."""
+  """Raises for metadata that a file without a manifest cannot hold."""
   form = _format(target)
   if target.metadata and target.plain and form == 'msgpack':
     raise errors.SurgeryError(
-      f'{target.path}: flax msgpack has no place for --metadata but our '
-      f'manifest, which {target.plain} leaves out. Give one of them.'
+      f'{target.path}: flax msgpack holds --metadata in the manifest, which '
+      f'{target.plain} leaves out. Give only one of the two options.'
     )
 
 
 def _check_plain(target: Target, after: Checkpoint, host: Host) -> None:
-  said = after.resolved(host)
-  if said.adapters:
-    names = ', '.join(repr(one['name']) for one in said.adapters)
+  """Raises for adapters, which a file without a manifest cannot hold."""
+  adapters = after.resolved(host).adapters
+  if adapters:
+    names = ', '.join(repr(one['name']) for one in adapters)
     raise errors.SurgeryError(
-      f'{target.plain} leaves out what adapters are, and {names} would be '
-      'tensors without a meaning. Merge or detach first.'
+      f'{target.plain} leaves out the records of adapters, without which the '
+      f'weights of {names} could not be used. Merge or detach first.'
     )
 
 
 def lost(plan: Plan) -> Iterator[str]:
-  """Yields what outputs leave out: all but folders, or without a manifest."""
+  """Yields lines about what outputs leave out: tokenizers, manifests."""
   for one in plan.outputs:
     if one.after.vocabulary is not None and one.folder is None:
       yield (
         f'{one.path}: its rows follow the tokens of another tokenizer, which '
-        'only a folder takes along: -o out/.'
+        'only a folder contains: -o out/.'
       )
-    if one.target.plain is None:
-      continue
-    said: manifest.Manifest = one.after.resolved(plan.host)
-    notes = one.after.notes().values()
-    counts = {
-      'flags (not trainable)': sum(not n.trainable for n in notes),
-      'metadata of tensors': sum(bool(n.metadata) for n in notes),
-      'kinds of PRNG keys': sum(n.key is not None for n in notes),
-      'digests': sum(n.digest is not None for n in notes),
-      'marks of quantised weights': sum(n.codes is not None for n in notes),
-      'types of layers': len(said.layer_types),
-      'structures of values': len(said.trees),
-      'passes of the history': len(said.history),
-    }
-    shown = [f'{count} {what}' for what, count in counts.items() if count]
-    if shown:
-      yield f'{one.target.plain} leaves out: {", ".join(shown)}.'
+    if one.target.plain is not None:
+      counts = _in_manifest(one.after, plan.host)
+      shown = [f'{count} {what}' for what, count in counts.items() if count]
+      if shown:
+        yield f'{one.target.plain} leaves out: {", ".join(shown)}.'
+
+
+def _in_manifest(after: Checkpoint, host: Host) -> dict[str, int]:
+  """Returns how many things of each kind only a manifest holds."""
+  resolved = after.resolved(host)
+  notes = after.notes().values()
+  return {
+    'flags (not trainable)': sum(not n.trainable for n in notes),
+    'metadata of tensors': sum(bool(n.metadata) for n in notes),
+    'kinds of PRNG keys': sum(n.key is not None for n in notes),
+    'digests': sum(n.digest is not None for n in notes),
+    'marks of quantised weights': sum(n.codes is not None for n in notes),
+    'types of layers': len(resolved.layer_types),
+    'structures of values': len(resolved.trees),
+    'passes of the history': len(resolved.history),
+  }
 
 
 @contextlib.contextmanager
 def _restored(output: Output) -> Iterator[None]:
-  """If what follows fails, a file is what it was before, or not there."""
+  """Restores a file or a folder if an output after it cannot be written."""
   if output.folder is not None:
-    there = output.path.is_dir()
-    try:
+    with _restored_folder(output.path):
       yield
-    except BaseException:
-      shutil.rmtree(output.path, ignore_errors=True)
-      if there:
-        output.path.mkdir(exist_ok=True)
-      raise
     return
   kept: dict[pathlib.Path, pathlib.Path] = {}
-  # What is written takes the place of a link, not of the file behind it.
+  # Writing replaces a symbolic link, not the file that it points to.
   link = output.shown.readlink() if output.shown.is_symlink() else None
   try:
     # Parts before the index: while they are put back there is no half set.
@@ -695,23 +712,51 @@ def _restored(output: Output) -> Iterator[None]:
     try:
       yield
     except BaseException:
-      for part in _parts(output) - kept.keys():
-        part.unlink(missing_ok=True)
-      if not kept:
-        output.shown.unlink(missing_ok=True)
-      for path, old in kept.items():
-        old.replace(path)
-      if link is not None:
-        output.shown.unlink(missing_ok=True)
-        output.shown.symlink_to(link)
+      _put_back(output, kept, link)
       raise
   finally:
     for old in kept.values():
       old.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _restored_folder(path: pathlib.Path) -> Iterator[None]:
+  """Removes a new folder if something fails; an empty one stays empty."""
+  existed = path.is_dir()
+  try:
+    yield
+  except BaseException:
+    shutil.rmtree(path, ignore_errors=True)
+    if existed:
+      path.mkdir(exist_ok=True)
+    raise
+
+
+def _put_back(
+  output: Output,
+  kept: Mapping[pathlib.Path, pathlib.Path],
+  link: pathlib.Path | None,
+) -> None:
+  """Undoes the writing of an output.
+
+  Args:
+    output: the output.
+    kept: where the files that it replaced are, by their names.
+    link: where its name pointed to, if it was a symbolic link.
+  """
+  for part in _parts(output) - kept.keys():
+    part.unlink(missing_ok=True)
+  if not kept:
+    output.shown.unlink(missing_ok=True)
+  for path, old in kept.items():
+    old.replace(path)
+  if link is not None:
+    output.shown.unlink(missing_ok=True)
+    output.shown.symlink_to(link)
+
+
 def _keep(path: pathlib.Path, kept: dict[pathlib.Path, pathlib.Path]) -> None:
-  """Gives a file a second name, under which it stays."""
+  """Gives a file a second name, which remains if the first is replaced."""
   old = path.with_name(f'.{path.name[:180]}.{secrets.token_hex(4)}.old')
   try:
     os.link(path, old)

@@ -1,4 +1,4 @@
-"""What a recipe is once it is read: inputs, steps and outputs as plain data."""
+"""A recipe after it is read: inputs, steps and outputs as plain data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nbytes(value: str | int) -> int:
   """Reads a number of bytes: `5GB`, `500MB`, `2GiB`, or a plain number.
 
   Raises:
-    RecipeError: if it is none, or 0.
+    RecipeError: for anything else, and for 0.
   """
   match = _SIZE.fullmatch(str(value).strip())
   unit = match and _UNITS.get(match[2].upper())
@@ -37,7 +37,7 @@ def nbytes(value: str | int) -> int:
 
 
 def is_folder(value: Any) -> bool:
-  """Whether a name is written as that of a folder: `out/`."""
+  """Whether a name is that of a folder, with a slash at its end: `out/`."""
   if not isinstance(value, (str, os.PathLike)):
     return False
   name = os.fspath(value)
@@ -45,7 +45,7 @@ def is_folder(value: Any) -> bool:
 
 
 def _escaped(value: Any) -> Any:
-  """Returns a value that is the same again when variables are put in."""
+  """Returns a value with `$` escaped, so that it names no variables."""
   if isinstance(value, Mapping):
     return {_escaped(k): _escaped(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
@@ -59,9 +59,9 @@ class Step:
 
   Attributes:
     name: the pass.
-    value: what it is given: options, the first of them alone, or None.
+    value: its options, the first of them alone, or None.
     on: alias of the checkpoint that it changes; the first input by default.
-    result: alias of what comes out; that of what it changes by default.
+    result: alias of its result; by default the alias of what it changes.
   """
 
   name: str
@@ -70,13 +70,13 @@ class Step:
   result: str | None = None
 
   def data(self) -> Any:
-    """Returns it as data, as a recipe says it."""
-    said: dict[str, Any] = {self.name: _escaped(self.value)}
+    """Returns it as data, as it is written in a recipe."""
+    data: dict[str, Any] = {self.name: _escaped(self.value)}
     if self.on is not None:
-      said['in'] = self.on
+      data['in'] = self.on
     if self.result is not None:
-      said['as'] = self.result
-    return self.name if said == {self.name: None} else said
+      data['as'] = self.result
+    return self.name if data == {self.name: None} else data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +84,16 @@ class Target:
   """One output of a recipe.
 
   Attributes:
-    path: the file; None if who runs the recipe names it.
+    path: the file; None if it is named when the recipe is run.
     of: alias of what is written; the first input's by default.
-    format: name of the format, where the suffix does not tell it.
-    shard_size: most bytes a file, if it becomes several.
+    format: name of the format; by default the suffix decides.
+    shard_size: largest number of bytes of each file; None for a single file.
     strict_flax: whether it is written as flax writes it, without a manifest.
     manifest: whether flags, metadata, digests, history and so on are written.
-    metadata: what the file says of itself to other programs, text by text.
-    config: what the `config.json` of a folder is to state, by key.
-    like: a model folder from which configuration, tokenizer and licences go
-      along; by default that of the input.
+    metadata: metadata for other programs, text by text.
+    config: values for the `config.json` of a folder, by key.
+    like: a model folder whose configuration, tokenizer and licences are
+      copied; by default that of the input.
     folder: whether a folder is written, even if there is none yet.
   """
 
@@ -122,50 +122,44 @@ class Target:
 
   def data(self) -> dict[str, Any]:
     """Returns it as data, without the path."""
-    said: dict[str, Any] = {}
-    if self.of is not None:
-      said['of'] = self.of
-    if self.format is not None:
-      said['format'] = self.format
-    if self.shard_size is not None:
-      said['shard-size'] = self.shard_size
-    if self.strict_flax:
-      said['strict-flax'] = True
-    if not self.manifest:
-      said['manifest'] = False
-    if self.metadata:
-      said['metadata'] = dict(self.metadata)
-    if self.config:
-      said['config'] = dict(self.config)
-    return said
+    options = {
+      'of': self.of,
+      'format': self.format,
+      'shard-size': self.shard_size,
+      'strict-flax': True if self.strict_flax else None,
+      'manifest': None if self.manifest else False,
+      'metadata': dict(self.metadata) or None,
+      'config': dict(self.config) or None,
+    }
+    return {key: one for key, one in options.items() if one is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """A recipe as it was read; what plans, runs and records it takes this.
+  """A recipe as it was read; planning, running and recording take it.
 
   Attributes:
-    inputs: files by alias; None where who runs it names them. The first is what
-      steps change.
+    inputs: files by alias; None if they are named when it is run. Steps change
+      the first.
     vars: values for `${name}` in steps.
     steps: the steps, with the values of variables.
     outputs: what is written, by name.
     written: the steps as they were given, with the names of variables.
-    lines: where each part stands, for messages.
-    folder: to which files are relative.
+    lines: the line of each part, for messages.
+    folder: files are relative to it.
   """
 
   inputs: Mapping[str, pathlib.Path | None]
   vars: Mapping[str, Any]
   steps: tuple[Step, ...]
   outputs: Mapping[str, Target]
-  written: tuple[Any, ...]
-  lines: text.Lines
-  folder: pathlib.Path
+  written: tuple[Any, ...] = ()
+  lines: text.Lines = dataclasses.field(default_factory=text.Lines)
+  folder: pathlib.Path = pathlib.Path()
 
   @property
   def origin(self) -> str:
-    """Where it came from; empty for a verb of the shell."""
+    """Where it came from; empty for a verb of the shell, which has no text."""
     return self.lines.name
 
   @property
@@ -174,8 +168,15 @@ class Spec:
     return next(iter(self.inputs))
 
   def where(self, *place: str | int) -> str:
-    """Returns where a part stands: file and line, or the recipe alone."""
+    """Returns file and line of a part, or the name of the recipe alone."""
     return self.lines.where(*place)
+
+  def place(self, number: int) -> str:
+    """Returns where a step is, for messages; for a verb, its name."""
+    name = self.steps[number].name
+    if not self.lines.name:
+      return name
+    return f'{self.lines.where("steps", number)}: step {number + 1} ({name})'
 
   def data(self) -> dict[str, Any]:
     """Returns it as data, with the values of variables and without files."""

@@ -1,7 +1,8 @@
 """Recipes as text: YAML as its version 1.2 has it, with lines for messages.
 
-Words are only those of YAML 1.2's core schema: `no` is a word, `1e-5` a number,
-`12:30` text. What YAML reads otherwise than people do is an error that says so.
+Plain words are read by YAML 1.2's core schema: `no` is text, `1e-5` a number,
+`12:30` text. A selector that YAML would read as something else is an error,
+which says to put it in quotes.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _WORDS = {
 
 
 class Lines:
-  """Where in a file each part of a recipe stands.
+  """The line of each part of a recipe.
 
   Args:
-    name: name of the file.
+    name: name of the file; empty for a recipe that is not written as text.
   """
 
-  def __init__(self, name: str) -> None:
+  def __init__(self, name: str = '') -> None:
     self.name = name
     self._lines: dict[tuple[str | int, ...], int] = {}
 
@@ -58,7 +59,7 @@ class Lines:
 
 
 def scalar(text: str) -> Any:
-  """Returns what a plain word of YAML 1.2 stands for."""
+  """Returns the value of a plain word of YAML 1.2."""
   if text in _WORDS:
     return _WORDS[text]
   if _INTEGER.fullmatch(text):
@@ -97,6 +98,7 @@ def read(text: str, name: str) -> tuple[Any, Lines]:
 
 
 def _unreadable(error: Any, text: str, name: str) -> errors.RecipeError:
+  """Returns the error for text that is no YAML, with advice for selectors."""
   mark = error.problem_mark or error.context_mark
   where = name if mark is None else f'{name}:{mark.line + 1}'
   problem = str(error.problem or error.context)
@@ -104,13 +106,13 @@ def _unreadable(error: Any, text: str, name: str) -> errors.RecipeError:
   line = lines[mark.line] if mark is not None and mark.line < len(lines) else ''
   if 'alias' in f'{error.context} {problem}' or re.search(r'[:\-]\s+\*', line):
     return errors.RecipeError(
-      f"{where}: YAML takes a '*' at the start of a word for a reference, "
+      f"{where}: YAML reads a '*' at the start of a word as a reference, "
       f'found {line.strip()!r}. Put the selector in quotes: '
       f"'{_word(line)}'."
     )
   if re.search(r'\w', _word(line)) and 'flow' in str(error.context):
     return errors.RecipeError(
-      f'{where}: YAML takes braces and brackets for its own, found '
+      f'{where}: YAML reads braces and brackets as mappings and lists, found '
       f'{line.strip()!r} ({problem}). Put the selector in quotes: '
       f"'{_word(line)}'."
     )
@@ -118,6 +120,7 @@ def _unreadable(error: Any, text: str, name: str) -> errors.RecipeError:
 
 
 def _word(line: str) -> str:
+  """Returns a line without what marks items and keys in front of its value."""
   return re.sub(r'^(-\s+)*([\w-]+:\s+)*(-\s+)*', '', line.strip())
 
 
@@ -140,7 +143,7 @@ class _Reading:
     """Returns the data of a node.
 
     Raises:
-      RecipeError: for what YAML reads otherwise than it was meant.
+      RecipeError: for a selector that YAML reads as something else.
     """
     import yaml
 
@@ -175,7 +178,7 @@ class _Reading:
       shown = f'{text} {rest}'.strip()
       raise self._fail(
         node,
-        f"YAML takes a word that starts with '!' for a type, found {shown!r}. "
+        f"YAML reads a word that starts with '!' as a type, found {shown!r}. "
         f"Put the selector in quotes: '{shown}'.",
       )
 
@@ -186,20 +189,11 @@ class _Reading:
     return scalar(node.value)
 
   def _mapping(self, node: Any, place: tuple[str | int, ...]) -> dict[str, Any]:
-    empty = [
-      key.value
-      for key, value in node.value
-      if isinstance(key.value, str)
-      and value.value == ''
-      and not value.style
-      # There is no colon, in the way of {a,b}.
-      and value.start_mark.index <= key.end_mark.index
-    ]
-    if node.flow_style and empty and len(empty) == len(node.value):
-      shown = '{' + ','.join(empty) + '}'
+    if node.flow_style and node.value and all(map(_has_no_colon, node.value)):
+      shown = '{' + ','.join(key.value for key, _ in node.value) + '}'
       raise self._fail(
         node,
-        f'YAML takes {shown!r} for a mapping, not for a pattern. Put the whole '
+        f'YAML reads {shown!r} as a mapping, not as a pattern. Put the whole '
         f"selector in quotes: '…{shown}…'.",
       )
     result: dict[str, Any] = {}
@@ -215,6 +209,17 @@ class _Reading:
         raise self._fail(key, f'{key.value!r} is given twice.')
       result[key.value] = self.value(value, (*place, key.value))
     return result
+
+
+def _has_no_colon(entry: tuple[Any, Any]) -> bool:
+  """Whether an entry of a mapping is a word alone, as in `{a,b}`."""
+  key, value = entry
+  return (
+    isinstance(key.value, str)
+    and value.value == ''
+    and not value.style
+    and value.start_mark.index <= key.end_mark.index
+  )
 
 
 def write(data: Mapping[str, Any] | list[Any]) -> str:

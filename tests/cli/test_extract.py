@@ -26,7 +26,7 @@ def test_it_is_bound_to_its_base(adapted, model, tmp_path, out, surgery_cli):
   [
     (('--adapter', 'x'), 3, "there is no adapter 'x'"),
     (('--adapter', 'x', '--adapter', 'y'), 2, 'a file holds one adapter'),
-    (('--strict-flax',), 3, '--strict-flax leaves out what adapters are'),
+    (('--strict-flax',), 3, '--strict-flax leaves out the records'),
   ],
 )
 def test_bad_input_is_refused_with_its_reason(

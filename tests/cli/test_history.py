@@ -150,7 +150,7 @@ def test_no_history_is_told(model, surgery_cli):
 )
 def test_entries_of_others_are_counted(entry):
   [line] = history.lines([entry], 'out.msgpack', HOST)
-  assert '# 1 more that are no recipes of this program' == line
+  assert '# entries that are no recipes of surgery: 1' == line
 
 
 def test_steps_of_plugins_that_are_gone_are_shown():

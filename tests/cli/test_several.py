@@ -211,7 +211,7 @@ def test_a_suffix_of_another_format_is_warned_of(files, surgery_cli, tmp_path):
   odd = tmp_path / 'odd.msgpack'
   result = surgery_cli('convert', files[0], odd, '--to', 'safetensors')
   assert 0 == result.code
-  assert f'warning: {odd}: written as safetensors, and its suffix' in result.err
+  assert f'warning: {odd}: written as safetensors, but its suffix' in result.err
   for name, form in (('x.bin', 'msgpack'), ('x.msgpack', 'msgpack')):
     result = surgery_cli('convert', files[0], tmp_path / name, '--to', form)
     assert (0, False) == (result.code, 'warning' in result.err)

@@ -101,8 +101,8 @@ def test_what_was_not_checked_is_an_error(some, surgery_cli):
     listed = ', '.join('/'.join(path) for path in unknown)
     assert (
       f'error: {some}: 5 of 6 tensors have no digest and were not checked: '
-      f'{listed}. Give --write to add the digests of what is there now, or '
-      '--allow-missing to pass them over.'
+      f'{listed}. Give --write to add digests of the present values, or '
+      '--allow-missing to skip them.'
     ) == result.err.splitlines()[-1]
   result = surgery_cli('verify', some, '--json')
   assert 3 == result.code
@@ -149,7 +149,7 @@ def test_nothing_is_added_where_something_differs(model, tmp_path, surgery_cli):
   before = file.read_bytes()
   result = surgery_cli('verify', file, '--write')
   assert 1 == result.code
-  assert 'no digest was added: first see to what differs' in result.err
+  assert 'no digest was added, since tensors differ' in result.err
   assert before == file.read_bytes()
 
 

@@ -199,12 +199,12 @@ SHAPE = 'h/0/q is float32[2,3]'
 @pytest.mark.parametrize(
   ('written', 'message'),
   [
-    ('steps: [drop: **/q]', r"r.yaml:1: YAML takes a '\*' at the start"),
+    ('steps: [drop: **/q]', r"r.yaml:1: YAML reads a '\*' at the start"),
     (
       'steps:\n- drop: {q,k}',
-      r"r.yaml:2: YAML takes '\{q,k\}' for a mapping.*in quotes",
+      r"r.yaml:2: YAML reads '\{q,k\}' as a mapping.*in quotes",
     ),
-    ('steps:\n- keep: !x', "r.yaml:2: YAML takes a word that starts with '!'"),
+    ('steps:\n- keep: !x', "r.yaml:2: YAML reads a word that starts with '!'"),
     ('stepz: []', "r.yaml:1: a recipe has no 'stepz'. Did you mean 'steps'"),
     ('- drop: out\n  keep: h', 'r.yaml:1: step 1: expected one step, found d'),
     ('- [drop]', "step 1: expected e.g. 'drop: SELECTOR', found"),
@@ -287,7 +287,7 @@ def test_mistakes_are_found_before_a_byte_is_read(
     ('inputs: [a]\nsteps: []', 'inputs: expected names and values'),
     ('inputs: {a: 5}\nsteps: []', 'a: expected a file, found 5'),
     ("inputs: {a b: x}\nsteps: []", 'a name has letters, digits'),
-    ('inputs: {a: x}\noutputs: {a: y}\nsteps: []', "'a' is the name of two"),
+    ('inputs: {a: x}\noutputs: {a: y}\nsteps: []', "'a' is used twice"),
     ('outputs: {o: {pth: x}}\nsteps: []', "no 'pth'. Did you mean 'path'"),
     ('outputs: {o: {shard-size: x}}\nsteps: []', 'expected a number of bytes'),
     ('outputs: {o: {of: zz}}\nsteps: []', "of: no model is called 'zz'"),
