@@ -23,7 +23,7 @@ from surgery.trees import resolving
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-  """What becomes of an adapted parameter in a call.
+  """How a call uses an adapted parameter.
 
   Attributes:
     factored: how often it is used and stays factored.
@@ -65,7 +65,7 @@ class Use:
     return f'{self.state}{dense}{self._rounding()}{drops}{raw}'
 
   def _rounding(self) -> str:
-    """Returns in what its factors are used, where precision may be lost."""
+    """Returns the dtypes in which factors are used, unless all is float32."""
     if not self.dtypes or {*self.dtypes, self.stored} == {'float32'}:
       return ''
     stored = (
@@ -75,9 +75,9 @@ class Use:
 
 
 class Explanation(Mapping[Path, Use]):
-  """What becomes of each adapted parameter, by path.
+  """How a call uses each adapted parameter, by path.
 
-  Printed, it is a line a parameter.
+  Printed, it has a line for each parameter.
   """
 
   def __init__(self, uses: Mapping[Path, Use]) -> None:
@@ -131,7 +131,7 @@ class Explanation(Mapping[Path, Use]):
 def explain(
   model: Callable[..., Any], params: Params, *args: Any, **kwargs: Any
 ) -> Explanation:
-  """Says which parameters `factored(model)` keeps factored in a call.
+  """Returns which parameters `factored(model)` keeps factored in a call.
 
   Nothing is computed; the call is traced.
 
@@ -142,7 +142,7 @@ def explain(
     **kwargs: further arguments of the call.
 
   Returns:
-    For each parameter that an enabled adapter rewrites what becomes of it.
+    How the call uses each parameter that an enabled adapter rewrites.
 
   Raises:
     AdapterError: if no adapter is attached.
@@ -220,11 +220,11 @@ def _raw(
   try:
     return reads.raw_reads(model, probed, args, kwargs)
   except transform.UNTRACEABLE:
-    return {}  # It decides by values of params, and is no jaxpr.
+    return {}  # The model needs values of params, so it cannot be traced.
 
 
 def _split(tree: Any) -> tuple[list[Any], tuple[Any, list[Any]]]:
-  """Returns what is traced of some arguments, and the rest."""
+  """Returns the arrays among arguments, and the rest."""
   leaves, structure = jax.tree.flatten(tree)
   is_array = [hasattr(v, 'shape') and hasattr(v, 'dtype') for v in leaves]
   pairs = list(zip(leaves, is_array, strict=True))

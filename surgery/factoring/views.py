@@ -294,7 +294,7 @@ class Derived(View):
 
 
 def _flatten(view: View) -> tuple[list[Array], tuple[Any, ...]]:
-  """Returns the arrays, each once, and what there is beside them."""
+  """Returns the arrays, each once, and the static data."""
   # An array that two terms share is one leaf, so that JAX keeps it one.
   found: dict[int, int] = {}
   leaves: list[Array] = []

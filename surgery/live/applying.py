@@ -34,23 +34,24 @@ def apply(
 ) -> Model:
   """Does the steps of a recipe on params, or on a saved model.
 
-  On params they are done at once; of a `Checkpoint` nothing is read until it is
-  written.
+  On params they are done at once; a `Checkpoint` stays lazy, and nothing is
+  read before it is written.
 
   Args:
     model: the model's params, or a `Checkpoint`; not changed.
     recipe: a recipe, its steps, or one step: `{'drop': '**/mask'}`.
     graph: the model's graph, for `type:` selectors.
-    host: whose passes there are.
+    host: offers the passes.
     **inputs: other inputs of the recipe by alias: params, checkpoints or files.
 
   Returns:
-    What the recipe's first output is made of, of the kind of `model`.
+    What the recipe's first output would have: params or a `Checkpoint`, as
+    `model` is.
 
   Raises:
     RecipeError: for a mistake, with the step.
-    CheckError: if something does not hold that the recipe asserts; of a
-      `Checkpoint` when it is written.
+    CheckError: if an assertion of the recipe fails; for a `Checkpoint` when it
+      is written.
 
   Example:
     params = surgery.apply(params, {'stack': 'h/<i>/** -> h/**'})
@@ -101,9 +102,9 @@ def opened(alias: str, value: Any, host: Host) -> Checkpoint:
 
 
 def of_jax(params: bx.Params, before: bx.Params) -> bx.Params:
-  """Returns params of which what numpy computed is JAX's.
+  """Returns params in which new arrays of numpy are arrays of JAX.
 
-  64-bit arrays stay numpy's where JAX would narrow them, as do those that were.
+  64-bit arrays stay numpy's if JAX would narrow them, as do unchanged ones.
   """
   data = {}
   for path, param in params.items():

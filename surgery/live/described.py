@@ -1,4 +1,4 @@
-"""What is known of one parameter."""
+"""Descriptions of a parameter: its dtype, whether it is a key, its owner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.naming.paths import Path
 
 
 def remembered(base: Mapping[Path, Any]) -> dict[Path, Callable[[], Any]]:
-  """Returns by path how to get at values, which are not kept alive by it."""
+  """Returns functions by path that return values, by weak references."""
   return {path: _reference(value) for path, value in base.items()}
 
 
@@ -35,9 +35,9 @@ def is_key(value: Any) -> bool:
 
 
 def info_of(param: bx.Param) -> finding.Info | None:
-  """Returns what an adapter needs to know of a parameter.
+  """Returns the description of a parameter that an adapter needs.
 
-  None for what cannot be adapted: what is no array, keys, adapters' weights.
+  It is None if it cannot be adapted: no array, a key, or an adapter's weight.
   """
   value = param.value
   shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
@@ -52,7 +52,7 @@ def info_of(param: bx.Param) -> finding.Info | None:
 
 @functools.lru_cache(maxsize=256)
 def dtype_name(dtype: Any) -> str:
-  """Returns a dtype's name; numpy makes it anew each time."""
+  """Returns a dtype's name; numpy builds it at each call."""
   return str(np.dtype(dtype))
 
 

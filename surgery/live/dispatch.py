@@ -1,4 +1,4 @@
-"""Verbs take params, and saved models too."""
+"""Verbs on params that accept a `Checkpoint` as well."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Verb = TypeVar('Verb', bound=Callable[..., Any])
 
 @contextlib.contextmanager
 def told(host: Host | None, verb: str, **arguments: Any) -> Iterator[Host]:
-  """The scope of a verb: it tells observers, and errors say which it was.
+  """The scope of a verb: observers are notified, and errors name the verb.
 
-  Within it values may move to and from devices.
+  Transfers between devices are allowed within it.
   """
   host = host or default_host()
   with (
@@ -48,13 +48,13 @@ def types_of(graph: Any) -> layers.LayerTypes:
 def takes_checkpoints(
   pass_: Callable[..., Checkpoint],
 ) -> Callable[[Verb], Verb]:
-  """Lets a verb on params take a `Checkpoint` too, and return one.
+  """Lets a verb on params accept a `Checkpoint` too, and return one.
 
-  That is the verb's pass alone, and as lazy as that.
+  Then the verb's pass alone is called, which is lazy.
 
   Args:
-    pass_: the pass; its arguments are called as the verb's, but for a `graph`,
-      of which it gets the `layer_types`, and `checkify`, which is for params.
+    pass_: the pass. Its arguments have the names of the verb's, except that it
+      gets `layer_types` instead of `graph`, and no `checkify`.
   """
 
   def decorate(verb: Verb) -> Verb:
@@ -82,10 +82,7 @@ def takes_checkpoints(
 def said(
   pass_: Callable[..., Any], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns arguments as observers are told them.
-
-  Those are the ones that are JSON data and no defaults.
-  """
+  """Returns the arguments that observers get: JSON data that is no default."""
   taken = inspect.signature(pass_).parameters
   return {
     name: value

@@ -1,8 +1,8 @@
-"""Says so where a model is called in a way in which dropout does nothing.
+"""Warnings of calls of a model in which an adapter's dropout has no effect.
 
-Dropout of an adapter is done to what goes into its factors, which
-`surgery.factored` alone sees. A model that is called by itself gets a parameter
-without dropout, and cannot say so.
+Dropout of an adapter is applied to the input of its factors, which only
+`surgery.factored` sees. A model that is called directly gets a parameter
+without dropout.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from surgery import errors, jaxcompat
 from surgery.model.records import AdapterRecord, Records, SiteRecord
 from surgery.naming.paths import Path
 
-# Whether whoever calls a model has seen to dropout.
+# Whether the caller of the model takes care of dropout.
 _seen_to = contextvars.ContextVar('seen_to', default=False)
 
 
 @contextlib.contextmanager
 def seen_to() -> Iterator[None]:
-  """The scope of calls of which dropout is no matter, or is done elsewhere."""
+  """The scope of calls that need no dropout, or apply it themselves."""
   token = _seen_to.set(True)
   try:
     yield
@@ -35,7 +35,7 @@ def seen_to() -> Iterator[None]:
 def dropless(
   chain: Iterable[tuple[AdapterRecord, SiteRecord]],
 ) -> list[tuple[AdapterRecord, SiteRecord]]:
-  """Returns those of some adapters that are to drop something and do not."""
+  """Returns the adapters that have dropout, if this call does not apply it."""
   if _seen_to.get():
     return []
   return [link for link in chain if drops(*link)]
@@ -62,10 +62,10 @@ def warn_of_training(
   links: Iterable[tuple[AdapterRecord, SiteRecord]],
   values: Mapping[Path, Any],
 ) -> None:
-  """Warns if adapters train without the dropout that they have.
+  """Warns if adapters train without their dropout.
 
-  That is so where their weights are differentiated. It is not to be seen if
-  the model is behind a transformation of its own (`jax.grad` of `jax.jit`, a
+  They do if their weights are differentiated. This cannot be detected if the
+  model is inside of a transformation of its own (`jax.grad` of `jax.jit`, a
   scan, `jax.checkpoint`), which traces it before anything is differentiated.
 
   Args:
@@ -89,10 +89,10 @@ def warn(name: str, how: str) -> None:
     how: what is done with the model.
   """
   warnings.warn(
-    f'adapter {name!r} has dropout, which does nothing in this call: the model '
-    f'is called by itself {how}. Call surgery.factored(model), which is the '
-    'one to drop elements, or attach with dropout=0. Where this is no training '
-    'ignore it, by warnings.filterwarnings.',
+    f'adapter {name!r} has dropout, which has no effect in this call: the '
+    f'model is called by itself {how}. Call surgery.factored(model), which '
+    'applies it, or attach with dropout=0. If this is no training, ignore the '
+    'warning with warnings.filterwarnings.',
     errors.DropoutWarning,
     stacklevel=2,
   )
@@ -101,7 +101,7 @@ def warn(name: str, how: str) -> None:
 def in_training(
   model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> bool:
-  """Whether a call is in training, as far as its `is_training` says so.
+  """Whether a call is in training, by its argument `is_training`.
 
   Args:
     model: what is called.

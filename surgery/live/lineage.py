@@ -1,7 +1,7 @@
-"""How params came about: the passes that made them, kept beside them.
+"""Lineage: the passes that made params, kept beside them.
 
-It is what lets an optimizer's state follow (`surgery.migrate`). It never enters
-the pytree: a transformation returns params without it.
+`surgery.migrate` uses it to let an optimizer's state follow. It is no part of
+the pytree, so a transformation returns params without it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from surgery.live import params as live
 from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.recipes.recipe import Recipe
 
-# So many passes are remembered.
+# At most this many passes are remembered.
 _MOST = 64
 _MASK = (1 << 64) - 1
 
@@ -28,12 +28,13 @@ class Change:
 
   Attributes:
     name: the pass.
-    before: what it was given, without values.
-    after: fingerprints of what it returned: of all, and of what trains.
+    before: its input, without values.
+    after: fingerprints of its result: of all parameters, and of those that
+      train.
     run: the pass, or the recipe.
-    args: its arguments behind the checkpoint.
+    args: its arguments after the checkpoint.
     kwargs: its named arguments.
-    host: whose hooks were asked.
+    host: the host that it was run with.
   """
 
   name: str
@@ -46,7 +47,7 @@ class Change:
 
 
 class Lineage(tuple[Change, ...]):
-  """Passes, oldest first. It is not copied into other processes or files."""
+  """Passes, oldest first. It is neither pickled nor copied."""
 
   def __reduce__(self) -> Any:
     return (Lineage, ())
@@ -61,7 +62,7 @@ def unknown() -> Any:
 
 
 def fingerprints(params: bx.Params | Checkpoint) -> tuple[int, int]:
-  """Returns what identifies names, shapes and flags: of all, of what trains."""
+  """Returns hashes of names, shapes and flags: of all, and of what trains."""
   whole = half = 0
   for path, one in params.items():
     value = one if isinstance(one, Leaf) else one.value
@@ -82,20 +83,20 @@ def remembered(
   kwargs: Mapping[str, Any],
   host: Host,
 ) -> bx.Params:
-  """Returns params that know how they came about.
+  """Returns params with one more pass in their lineage.
 
   Args:
-    after: what a pass made.
-    before: of which params.
-    given: the same as a checkpoint, as the pass got it.
+    after: the result of the pass.
+    before: the params that it was given.
+    given: the same as a checkpoint.
     name: the pass.
     run: the pass, or the recipe.
-    args: its arguments behind the checkpoint.
+    args: its arguments after the checkpoint.
     kwargs: its named arguments.
-    host: whose hooks were asked.
+    host: the host that it was run with.
   """
   if isinstance(run, Recipe):
-    # What they hold would be kept as long as the params are.
+    # Their values would be kept alive as long as the params.
     kwargs = {alias: _emptied(one, host) for alias, one in kwargs.items()}
   change = Change(
     name,
@@ -106,7 +107,7 @@ def remembered(
     kwargs,
     host,
   )
-  known = (*of(before), change)[-_MOST:]
+  known = (*changes(before), change)[-_MOST:]
   return live.with_lineage(after, Lineage(known))
 
 
@@ -120,11 +121,11 @@ def _emptied(checkpoint: Checkpoint, host: Host) -> Checkpoint:
   return checkpoint.replace(leaves=leaves, records=records, checks=())
 
 
-def of(params: bx.Params) -> tuple[Change, ...]:
+def changes(params: bx.Params) -> tuple[Change, ...]:
   """Returns the passes that made params, oldest first."""
   found = live.lineage_of(params)
   if found and not set(fingerprints(params)) & set(found[-1].after):
-    return ()  # Somebody else has changed them since.
+    return ()  # They were changed since, by something else than a verb.
   return found
 
 
@@ -132,15 +133,15 @@ def between(before: bx.Params, after: bx.Params) -> tuple[Change, ...] | None:
   """Returns the passes that made some params of others.
 
   Returns:
-    The passes, oldest first; none if both are alike; None if it is not known.
+    The passes, oldest first; none if both are alike; None if that is unknown.
   """
-  known, own = of(after), of(before)
+  known, own = changes(after), changes(before)
   if own:
     for k in reversed(range(len(known))):
       if known[k] is own[-1]:
         return known[k + 1 :]
   start = set(fingerprints(before))
-  # What has no lineage was there before the first of them.
+  # Params without lineage may be the input of one of the passes.
   for k in range(len(known)):
     if start & set(fingerprints(known[k].before)):
       return known[k:]

@@ -1,4 +1,4 @@
-"""Migrate: an optimizer's state follows what was done to its params."""
+"""Migrate: an optimizer's state follows the changes of its params."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from surgery.passes import detach, reshape, slicing
 from surgery.recipes import definitions
 from surgery.recipes.recipe import Recipe
 
-# Passes that move values about: moments go the same way.
+# Passes that only move values: moments are moved in the same way.
 _STRUCTURE = frozenset(
   (
     'concat',
@@ -52,7 +52,7 @@ _STRUCTURE = frozenset(
     'untie',
   )
 )
-# Passes that change values, or nothing: moments stay.
+# Passes that change values in place, or nothing: moments stay.
 _VALUES = frozenset(('add', 'assert', 'cast', 'scale', 'subtract'))
 # States whose moments begin at zero.
 _ZERO = frozenset(
@@ -84,21 +84,21 @@ def migrate(
   tx: Optimizer | None = None,
   host: Host | None = None,
 ) -> Any:
-  """Brings an optimizer's state from some params to what was made of them.
+  """Adapts an optimizer's state to params that verbs have changed.
 
-  Moments of parameters that stayed are carried over; of what was renamed, cut,
-  joined, stacked or merged follow it, also into copies; of what is new begin as
-  the optimizer begins. Counts and the like stay as they are.
+  Moments of unchanged parameters are kept. They follow parameters that were
+  renamed, cut, joined, stacked, merged or copied. Moments of new parameters
+  begin as the optimizer begins. Counts and the like stay as they are.
 
   Args:
     opt_state: a state of optax for `before`, or for the half of it that trains:
-      of adam, sgd with momentum and the like, in chains, masked, or by label.
-      Any pytree will do that holds params of moments.
+      of adam, sgd with momentum and the like, in chains, masked, or by label;
+      or any other pytree of `bx.Params` of moments.
     before: the params that it is for, or their half that trains.
-    after: what verbs or `surgery.apply` made of `before`.
-    tx: the optimizer, e.g. `optax.adam(1e-3)`; needed where what begins is not
-      zero, and where new parameters are masked or have labels.
-    host: whose hooks are asked.
+    after: the params that verbs or `surgery.apply` returned.
+    tx: the optimizer, e.g. `optax.adam(1e-3)`; needed if its moments do not
+      begin at zero, and if new parameters are masked or have labels.
+    host: offers the hooks.
 
   Returns:
     The state for `after`, or for its half that trains.
@@ -119,7 +119,7 @@ def migrate(
   moved = _walked(opt_state, fresh, '', moving)
   if not moving.met:
     raise errors.SurgeryError(
-      'migrate: the state holds no params of moments. Give the state of an '
+      'migrate: opt_state contains no bx.Params. Give the state of an '
       'optimizer, of this library or optax.'
     )
   return moved
@@ -133,7 +133,7 @@ def _is_params(value: Any) -> bool:
 
 
 def _walked(state: Any, fresh: Any, owner: str, moving: _Moving) -> Any:
-  """Returns a state with all params of moments moved.
+  """Returns a state in which all params of moments are moved.
 
   Args:
     state: the state, or a part of it.
@@ -153,6 +153,11 @@ def _walked(state: Any, fresh: Any, owner: str, moving: _Moving) -> Any:
   if type(state) is dict:
     items = {key: operator.itemgetter(key) for key in state}
     return _each(state, items, fresh, owner, moving)
+  return _walked_node(state, fresh, moving)
+
+
+def _walked_node(state: Any, fresh: Any, moving: _Moving) -> Any:
+  """Returns a node of a class that only JAX knows, with its params moved."""
   leaves, tree = jax.tree.flatten(state, is_leaf=_is_params)
   if not any(map(_is_params, leaves)):
     return state
@@ -191,8 +196,8 @@ def _each(
 
 def _other_optimizer(state: Any) -> errors.SurgeryError:
   return errors.SurgeryError(
-    'migrate: tx makes another state than this one, at '
-    f'{type(state).__name__}. Give the optimizer that the state is of.'
+    'migrate: tx.init makes a state of another structure, at '
+    f'{type(state).__name__}. Give the optimizer that made opt_state.'
   )
 
 
@@ -201,7 +206,7 @@ _WIDE = frozenset(('MultiStepsState',))
 
 
 class _New:
-  """Stands for what has no moments yet: not a number, until it is known."""
+  """Stands for moments that do not exist yet, as NaN until they begin."""
 
   def __init__(self, leaf: Leaf) -> None:
     self._shape = leaf.shape
@@ -234,7 +239,8 @@ class _Whole(_New):
     raise errors.SurgeryError(
       f'migrate: {paths.show(self._path)}: moments of shape '
       f'{tuple(np.shape(self.value))} for a parameter of shape {self._shape} '
-      'cannot be placed, as it was computed anew. Begin anew: tx.init(after).'
+      'cannot follow, since the parameter was computed anew. Start again with '
+      'tx.init(after).'
     )
 
 
@@ -243,13 +249,20 @@ def _new(leaf: Leaf, dtype: str) -> Leaf:
   return leaf.replace(load=load, dtype=dtype, key=None, codes=leaf.codes)
 
 
+# What to do if only the passes that changed params could tell.
+_LINEAGE = (
+  'Make after by verbs or surgery.apply, and give the very params that they '
+  'returned.'
+)
+
+
 class _Moving:
   """Moves params of moments from one structure to another.
 
   Args:
     before: the params that a state is for.
-    after: the params that it is to be for.
-    host: whose hooks are asked.
+    after: the params that it will be for.
+    host: offers the hooks.
 
   Attributes:
     met: whether any were moved.
@@ -263,7 +276,7 @@ class _Moving:
     self.met = False
 
   def part(self, state: Any) -> bx.Params:
-    """Returns what a state is to be for: all of `after`, or what trains."""
+    """Returns what a state will be for: all of `after`, or what trains."""
     nodes = [
       one
       for one in jax.tree.leaves(state, is_leaf=_is_params)
@@ -282,19 +295,23 @@ class _Moving:
     """
     self.met = True
     target = self._target(node, fresh)
-    dtypes = {
-      str(p.value.dtype) for p in node.values() if hasattr(p.value, 'dtype')
-    }
-    dtype = dtypes.pop() if len(dtypes) == 1 else 'float32'
-    result = self._replayed(self._moments(node), dtype)
-    follows = all(
-      one.value.dtype == self._before[path].value.dtype
+    arrays = {
+      path: str(one.value.dtype)
       for path, one in node.items()
       if hasattr(one.value, 'dtype')
+    }
+    dtypes = set(arrays.values())
+    dtype = dtypes.pop() if len(dtypes) == 1 else 'float32'
+    result = self._replayed(self._moments(node), dtype)
+    # Whether moments have the dtypes of params, and so follow a cast.
+    follows = all(
+      found == str(self._before[path].value.dtype)
+      for path, found in arrays.items()
     )
+    # A masked transformation may have masked what is new: only tx knows.
+    masked = any(_is_masked(one.value) for one in node.values())
     data = {}
     for path, param in target.items():
-      masked = any(_is_masked(one.value) for one in node.values())
       begin = self._begin(path, param, fresh, '' if masked else owner)
       value = self._value(path, param, result, fresh, begin)
       if fresh is not _NONE:
@@ -307,14 +324,14 @@ class _Moving:
     )
 
   def _target(self, node: bx.Params, fresh: Any) -> bx.Params:
-    """Returns the params that a node is to be for.
+    """Returns the params that a node will be for.
 
     Raises:
-      SurgeryError: if the node is not for the params that were given.
+      SurgeryError: if the node is not for `before`, nor a half of it.
     """
     mine = trained(self._after)
     if fresh is not _NONE and set(fresh.keys()) == mine:
-      # What `surgery.optimizer` begins with, or any where nothing is disabled.
+      # An optimizer of the half that trains, as `surgery.optimizer` makes it.
       return self._after.split(lambda path, _: path in mine)[0]
     found = set(node.keys())
     if found == set(self._before.keys()):
@@ -331,12 +348,12 @@ class _Moving:
       else (f'{paths.show(lost[0])} has none')
     )
     raise errors.SurgeryError(
-      f'migrate: the state is not for before, nor for its half that trains: '
-      f'{which}. Give the params that the state was made for.'
+      f'migrate: opt_state is not for before, nor for its half that trains: '
+      f'{which}. Give the params that it was made for.'
     )
 
   def _moments(self, node: bx.Params) -> dict[Path, Leaf]:
-    """Returns moments as leaves; those that there are none of are new."""
+    """Returns moments as leaves, with stand-ins for those of another shape."""
     leaves: dict[Path, Leaf] = {}
     for path, param in node.items():
       value, own = param.value, self._before[path].value
@@ -356,7 +373,7 @@ class _Moving:
       )
     return leaves
 
-  # Doing again what was done.
+  # The passes that changed the params, done again on moments.
 
   def _replayed(
     self, moments: Mapping[Path, Leaf], dtype: str
@@ -379,7 +396,7 @@ class _Moving:
     return now
 
   def _as(self, leaf: Leaf, moment: Leaf, dtype: str) -> Leaf:
-    """Returns a parameter's leaf with its moments for values."""
+    """Returns a parameter's leaf whose values are its moments."""
     if not isinstance(moment.load, _Masked):
       dtype = str(moment.dtype) if moment.dtype else dtype
     return leaf.replace(
@@ -387,37 +404,42 @@ class _Moving:
     )
 
   def _matched(self, moments: Mapping[Path, Leaf]) -> Mapping[Path, Leaf]:
-    """Returns moments by the paths of `after`, of which nothing is known.
+    """Returns moments by the paths of `after`, without a known lineage.
+
+    Names and identical arrays decide.
 
     Raises:
-      SurgeryError: if one cannot be placed.
+      SurgeryError: if they leave open where a moment belongs.
     """
     found: dict[Path, Leaf] = {}
     held = {id(p.value): path for path, p in self._before.items()}
-    owned = live.records_of(self._after).owned
-    lost = [p for p in self._before.keys() if p not in self._after]
     for path, param in self._after.items():
       old = path if path in self._before else held.get(id(param.value))
       if old is None:
-        gone = [p for p in lost if p not in live.records_of(self._before).owned]
-        if gone and path not in owned:
-          raise errors.SurgeryError(
-            f'migrate: {paths.show(gone[0])} is gone and {paths.show(path)} is '
-            'new, and it is not known whether one was made of the other. Make '
-            'after by verbs or surgery.apply, and give the very params that '
-            'they returned.'
-          )
+        self._check_new(path)
         continue
       was, now = (np.shape(one.value) for one in (self._before[old], param))
       if was != now:
         raise errors.SurgeryError(
-          f'migrate: {paths.show(path)}: was {was} and is {now}, and it is not '
-          'known how. Make after by verbs or surgery.apply, and give the very '
-          'params that they returned.'
+          f'migrate: {paths.show(path)}: had the shape {was} and has {now}, '
+          f'and it is not known how. {_LINEAGE}'
         )
       if old in moments:
         found[path] = moments[old]
     return found
+
+  def _check_new(self, path: Path) -> None:
+    """Raises if a new parameter may have been made of one that is gone."""
+    if path in live.records_of(self._after).owned:
+      return  # A weight of an adapter is made of no other parameter.
+    owned = live.records_of(self._before).owned
+    gone = (p for p in self._before.keys() if p not in self._after)
+    for one in gone:
+      if one not in owned:
+        raise errors.SurgeryError(
+          f'migrate: {paths.show(one)} is gone and {paths.show(path)} is new, '
+          f'and it is not known whether one was made of the other. {_LINEAGE}'
+        )
 
   # Values.
 
@@ -429,9 +451,8 @@ class _Moving:
         return fresh[path].value
       if owner not in _ZERO:
         raise errors.SurgeryError(
-          f'migrate: {paths.show(path)} is new, and what '
-          f'{owner or "the state"} begins with is not known. Give the '
-          'optimizer: tx=….'
+          f'migrate: {paths.show(path)} is new, and the first value of '
+          f'{owner or "the state"} is not known. Give the optimizer: tx=….'
         )
       return jax.tree.map(jnp.zeros_like, param.value)
 
@@ -447,27 +468,37 @@ class _Moving:
     fresh: Any,
     begin: Callable[[], Any],
   ) -> Any:
-    leaf = result.get(path)
+    """Returns the moments of a parameter.
+
+    Args:
+      path: its path.
+      param: the parameter of `after`.
+      result: the moments that followed, by path.
+      fresh: those that the optimizer begins with, or `_NONE`.
+      begin: returns the first moments of a new parameter.
+    """
     if fresh is not _NONE and _is_masked(fresh[path].value):
       return fresh[path].value
-    if leaf is not None and isinstance(leaf.load, _Masked):
-      # Only who has the optimizer can say that it is not masked any more.
-      return leaf.load.value if fresh is _NONE else begin()
-    if leaf is not None and isinstance(leaf.load, _Whole):
-      return leaf.load.value
-    if leaf is None or isinstance(leaf.load, _New):
+    leaf = result.get(path)
+    load = None if leaf is None else leaf.load
+    if isinstance(load, _Masked):
+      # Only the optimizer knows that it is no longer masked.
+      return load.value if fresh is _NONE else begin()
+    if isinstance(load, _Whole):
+      return load.value
+    if leaf is None or isinstance(load, _New):
       return begin()
     value = leaf.load()
     if leaf.shape is None:
       return value
     if tuple(np.shape(value)) != tuple(np.shape(param.value)):
       raise errors.SurgeryError(
-        f'migrate: {paths.show(path)}: moments of shape {np.shape(value)} for '
-        f'a parameter of shape {np.shape(param.value)} cannot be placed. Begin '
-        'anew: tx.init(after).'
+        f'migrate: {paths.show(path)}: moments of shape {np.shape(value)} do '
+        f'not fit a parameter of shape {np.shape(param.value)}. Start again '
+        'with tx.init(after).'
       )
     if not isinstance(leaf.load, functools.partial):
-      # It was made of several, of which some may be new.
+      # It was made of several tensors, and the moments of new ones are NaN.
       lost = jnp.isnan(value)
       if bool(lost.any()):
         value = jnp.where(lost, begin(), value)
@@ -488,12 +519,12 @@ def _same(value: Any) -> Any:
 
 
 def _is_masked(value: Any) -> bool:
-  """Whether a value is what optax has where a transformation does nothing."""
+  """Whether a value is optax's placeholder for a masked parameter."""
   return type(value).__name__ == 'MaskedNode'
 
 
 def _again(now: Checkpoint, change: Change, dtype: str) -> Checkpoint:
-  """Does on moments what was done on params."""
+  """Does a pass, or a recipe, again on moments."""
   one = functools.partial(_one, host=change.host, dtype=dtype)
   if not isinstance(change.run, Recipe):
     return one(now, change.name, change.run, change.args, change.kwargs)
@@ -501,8 +532,8 @@ def _again(now: Checkpoint, change: Change, dtype: str) -> Checkpoint:
   for number, step in enumerate(recipe.steps):
     if step.on is not None or step.result is not None:
       raise errors.SurgeryError(
-        f'migrate: step {number + 1} ({step.name}) of {recipe.origin} is about '
-        'several models, and moments cannot be placed. Begin anew: '
+        f'migrate: step {number + 1} ({step.name}) of {recipe.origin} uses '
+        'several models, so moments cannot follow. Start again with '
         'tx.init(after).'
       )
     definition = definitions.find(step.name, change.host)
@@ -524,45 +555,45 @@ def _one(
   """Does one pass on moments."""
   if name in _VALUES:
     return now
-  said = dict(
+  given = dict(
     inspect.signature(run).bind_partial(now, *args, **kwargs).arguments
   )
-  said.pop(next(iter(said)))
+  given.pop(next(iter(given)))
   if name in _STRUCTURE:
     if name == 'copy':
-      _check_copy(said)
-    return run(now, **said, host=host)
+      _check_copy(given)
+    return run(now, **given, host=host)
   if name == 'merge':
-    if said.get('with_') is not None:
+    if given.get('with_') is not None:
       return now
-    return detach.detach(now, said.get('names'), host=host)
-  if name == 'attach' and said.get('from_') is not None:
-    said['check_base'] = False  # Moments are not what it was made for.
+    return detach.detach(now, given.get('names'), host=host)
+  if name == 'attach' and given.get('from_') is not None:
+    given['check_base'] = False  # Moments do not have the base's values.
   if name == 'tie':
-    return run(now, **{**said, 'check': False}, host=host)
+    return run(now, **{**given, 'check': False}, host=host)
   if name == 'pad':
-    return run(now, **{**said, 'value': np.nan}, host=host)
+    return run(now, **{**given, 'value': np.nan}, host=host)
   if name == 'resize-vocab':
-    return _resized(now, said, host)
-  return _replaced(now, run(now, **said, host=host), name, dtype)
+    return _resized(now, given, host)
+  return _replaced(now, run(now, **given, host=host), name, dtype)
 
 
-def _check_copy(said: Mapping[str, Any]) -> None:
-  rules = said['rules']
+def _check_copy(given: Mapping[str, Any]) -> None:
+  rules = given['rules']
   for rule in [rules] if isinstance(rules, str) else rules:
     if tensors.split_alias(rule)[0] is not None:
       raise errors.SurgeryError(
-        f'migrate: copy {rule!r} is from another model, of which there are no '
-        'moments. Begin anew: tx.init(after).'
+        f'migrate: copy {rule!r} reads another model, whose moments are not '
+        'known. Start again with tx.init(after).'
       )
 
 
 def _resized(
-  now: Checkpoint, said: Mapping[str, Any], host: Host
+  now: Checkpoint, given: Mapping[str, Any], host: Host
 ) -> Checkpoint:
   changed = {}
-  size, axis = said['size'], said.get('axis', 0)
-  found = tensors.chosen(now, said['select'], 'resize-vocab', host)
+  size, axis = given['size'], given.get('axis', 0)
+  found = tensors.chosen(now, given['select'], 'resize-vocab', host)
   for path, leaf in found.items():
     shape = leaf.shape or ()
     at = regions.axis_of(axis, shape, path)
@@ -577,9 +608,9 @@ def _resized(
 def _replaced(
   now: Checkpoint, after: Checkpoint, name: str, dtype: str
 ) -> Checkpoint:
-  """Returns what a pass made, with moments for values.
+  """Returns the result of a pass with moments for values.
 
-  What stays where it is keeps its moments, what is new has none yet.
+  Tensors that keep their names keep their moments; new ones have none yet.
 
   Raises:
     SurgeryError: for a tensor that has another shape now.
@@ -598,8 +629,8 @@ def _replaced(
       )
     else:
       raise errors.SurgeryError(
-        f'migrate: {name} made {paths.show(path)} {leaf.shape} of '
-        f'{now[path].shape}, and it is not known how moments follow. Begin '
-        'anew: tx.init(after).'
+        f'migrate: {name} changed the shape of {paths.show(path)} from '
+        f'{now[path].shape} to {leaf.shape}, and it is not known how moments '
+        'follow. Start again with tx.init(after).'
       )
   return after.replace(leaves=leaves, checks=())

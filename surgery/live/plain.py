@@ -1,8 +1,8 @@
-"""`bx.Params` as type checkers are to see it.
+"""`bx.Params` for type checkers.
 
-blox has no `py.typed`. Mypy therefore takes its classes for `Any`, and what
-derives from `Any` for anything at all, so that `optimizer(params, params)`
-passes. Other checkers read the source of blox and see its class.
+blox has no `py.typed`. So its classes are `Any` to mypy, and a class that
+derives from `Any` is compatible with everything: `optimizer(params, params)`
+would pass. Other checkers read the source of blox and see its class.
 """
 # ruff: noqa: D102 - blox says what its methods do.
 

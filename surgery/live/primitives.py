@@ -1,4 +1,4 @@
-"""Small primitives of ours: marks on values that change nothing of them."""
+"""Primitives that mark values and leave them unchanged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 from surgery import jaxcompat
 from surgery.once import once
 
-# The primitive that says which parameter a value is.
+# The primitive that marks an answer with the path of its parameter.
 TAG = 'surgery_site'
 # The primitive through which adapters read the base, for `check`.
 READ = 'surgery_read'
@@ -17,7 +17,7 @@ READ = 'surgery_read'
 
 @once
 def tag_primitive() -> Any:
-  """Returns the primitive that says which parameter a value is."""
+  """Returns the primitive that marks an answer with its path."""
   same = lambda value, path: value
   tag = jaxcompat.primitive(
     TAG,
@@ -32,7 +32,7 @@ def tag_primitive() -> Any:
 
 @once
 def read_primitive() -> Any:
-  """Returns the primitive that says that an adapter reads a value."""
+  """Returns the primitive that marks a base that an adapter reads."""
   same = lambda value: value
   read = jaxcompat.primitive(
     READ,
@@ -47,7 +47,7 @@ def read_primitive() -> Any:
 
 @once
 def flat_primitive() -> Any:
-  """Returns a primitive that keeps XLA from turning a matrix back.
+  """Returns a primitive that keeps XLA from undoing a transposition.
 
   It is an optimization barrier, but not under `vmap`: behind one, XLA's
   compiler for CPU aborts at some small products that have a batch axis.

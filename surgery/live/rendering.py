@@ -1,4 +1,4 @@
-"""Params as notebooks show them: a tree of arrays, flags and adapters."""
+"""Params in notebooks: a tree of arrays, flags and adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class AdaptedParam(Param):
   """A parameter that adapters rewrite.
 
   Attributes:
-    adapters: who rewrites it, innermost first.
+    adapters: the adapters that rewrite it, innermost first.
   """
 
   adapters: tuple[str, ...]
@@ -60,11 +60,11 @@ def as_html(params: Any) -> str:
       owner = records.owned[path]
       shown[path] = AdapterWeight(param.value, param.trainable, owner)
     elif chain:
-      who = tuple(
+      names = tuple(
         f'{a.name}: {a.adapter!r}' + ('' if a.enabled else ', disabled')
         for a, _ in chain
       )
-      shown[path] = AdaptedParam(param.value, param.trainable, who)
+      shown[path] = AdaptedParam(param.value, param.trainable, names)
     else:
       shown[path] = Param(param.value, param.trainable)
   tree: dict[str, Any]

@@ -1,9 +1,9 @@
-"""What a model keeps of a call beside its results: traced values on modules.
+"""Stashed values: traced values that a model keeps besides its results.
 
-A layer may write `self.hidden = h`, or put it on a list, to be read after the
-call. Where a model is traced apart from the code around it, such a value would
-be of a trace that is over. So what a model can be seen to hold is looked
-through before and after.
+A layer may write `self.hidden = h`, or append it to a list, to be read after
+the call. If the model is traced separately from its caller, such a value
+belongs to a trace that has ended. So the objects that a model can reach are
+searched before and after.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from surgery import jaxcompat
 
-# What holds nothing of a call, or is not written to by a model.
+# Types that hold no other values, or that no model writes to.
 _ATOMS = (
   str,
   bytes,
@@ -39,9 +39,9 @@ _ATOMS = (
   types.BuiltinFunctionType,
 )
 _MUTABLE = (dict, list, set, collections.deque)
-# Objects within objects, and functions by their names, are followed as far.
+# Objects within objects, and functions by their names, are followed this far.
 _DEPTH = 4
-# Functions of these are no part of a model.
+# Functions of these packages are no part of a model.
 _LIBRARIES = (
   'blox',
   'builtins',
@@ -54,10 +54,10 @@ _LIBRARIES = (
 
 
 class Stash:
-  """What a model holds, as of now.
+  """The values that a model holds, as of now.
 
   Args:
-    roots: a model, and whatever else its calls may write to.
+    roots: a model, and other objects that its calls may write to.
   """
 
   def __init__(self, roots: Iterable[Any]) -> None:
@@ -72,11 +72,11 @@ class Stash:
 
   @property
   def grown(self) -> bool:
-    """Whether traced values are held that were not."""
+    """Whether the model holds new traced values."""
     return any(map(self._new, self._all()))
 
   def restore(self) -> None:
-    """Takes away what was put there since and holds a new traced value."""
+    """Removes entries that were added since and hold a new traced value."""
     for value, before in self._kept.values():
       if isinstance(value, dict):
         for name in [n for n, v in value.items() if self._holds(v)]:
@@ -92,7 +92,7 @@ class Stash:
     return jaxcompat.is_traced(value) and id(value) not in self._tracers
 
   def _holds(self, value: Any) -> bool:
-    """Whether something that is not itself restored holds a new value."""
+    """Whether a value holds a new traced one, and is not itself restored."""
     if id(value) in self._kept or isinstance(value, bx.Module):
       return False
     return any(map(self._new, _reached([value], set(self._kept))))
@@ -123,7 +123,7 @@ def _reached(roots: Iterable[Any], seen: set[int]) -> Iterator[Any]:
 
 
 def _parts(value: Any) -> tuple[Iterable[Any], int]:
-  """Returns what a value holds, and how much further away that is."""
+  """Returns what a value holds, and by how much that counts as deeper."""
   if isinstance(value, dict):
     return list(value.values()), 0
   if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
@@ -156,7 +156,7 @@ def _captured(function: Callable[..., Any]) -> list[Any]:
     try:
       held.append(cell.cell_contents)
     except ValueError:
-      continue  # Nothing was put there yet.
+      continue  # An empty cell: the name is not assigned yet.
   names = function.__globals__
   held += (names[n] for n in code.co_names if n in names)
   return held

@@ -1,4 +1,4 @@
-"""Says so when params that hold something new are thrown away unread."""
+"""A warning for params that are discarded unread."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Unread:
-  """Warns when it goes with the params that hold it, if nobody read these.
+  """Warns when the params that hold it are freed, if they were never read.
 
-  Python frees an object where its last name is gone, so the warning is at the
-  line that threw the params away.
+  Python frees an object when its last reference is gone, so the warning is at
+  the line that discarded the params.
 
   Attributes:
     read: whether something was done with the params.
@@ -27,7 +27,7 @@ class Unread:
     self.read = False
 
   def __reduce__(self) -> Any:
-    return _done, ()  # Of a copy nothing is expected.
+    return _done, ()  # A copy need not be read.
 
   def __del__(self) -> None:
     if not self.read and not sys.is_finalizing():

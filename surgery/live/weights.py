@@ -6,6 +6,7 @@ and `grad`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from surgery.model.records import AdapterRecord, SiteRecord, WeightSpec
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
-# What stands for the site of weights that all sites share.
+# The site of weights that all sites share.
 SHARED: Path = ()
 
 
@@ -32,7 +33,7 @@ def _groups(
   """Yields the specifications of an adapter's weights by site."""
   for path, site in record.sites.items():
     yield path, dict(site.weights)
-  # Which row has which adapter is a weight of the core's, not of the type's.
+  # The index of `surgery.route` is a weight of the core, not of the type.
   shared = {n: s for n, s in record.shared.items() if s is not record.route}
   if shared:
     yield SHARED, shared
@@ -145,10 +146,9 @@ def site_path(
   if isinstance(path, tuple) and path in known:
     return path
   shown = key if isinstance(key, str) else repr(key)
+  is_path = isinstance(path, tuple) and all(isinstance(p, str) for p in path)
   hint = errors.suggest(
-    paths.show(path)
-    if isinstance(path, tuple) and all(isinstance(p, str) for p in path)
-    else str(key),
+    paths.show(path) if is_path else str(key),
     [paths.show(p) for p in known if p],
   )
   raise errors.AdapterError(
@@ -158,10 +158,10 @@ def site_path(
 
 
 def _fitting(params: Any, path: Path, value: Any) -> Any:
-  """Returns a value as an array, if it can stand in the place of another.
+  """Returns a value as an array of the shape and dtype of the present one.
 
   Raises:
-    AdapterError: if there is none in these params, or shape or dtype differ.
+    AdapterError: if these params lack it, or shape or dtype differ.
   """
   if path not in params:
     raise errors.AdapterError(
@@ -190,10 +190,10 @@ def _fitting(params: Any, path: Path, value: Any) -> Any:
 def regulariser(
   params: Params, names: str | tuple[str, ...] | list[str] | None = None
 ) -> Array:
-  """Returns the sum of what adapter types add to the loss.
+  """Returns the sum of the adapter types' terms of the loss.
 
-  Each type says by its method `regulariser` what it adds for a site; a type
-  without one adds nothing. Sites whose layers are stacked count each layer.
+  The method `regulariser` of a type returns the term of a site; a type without
+  it has none. At sites whose layers are stacked, each layer has a term.
   Adapters that are disabled add nothing.
 
   Args:
@@ -224,43 +224,40 @@ def regulariser(
 
 
 def _term(record: AdapterRecord, site: SiteRecord, params: Any) -> Any:
-  """Returns what one site adds to the loss: the sum over stacked layers."""
-  # A plugin's wrapper of an interceptor does not take the term away.
-  who: Any = site.interceptor
-  if not hasattr(who, 'regulariser'):
-    who = record.adapter.at(site.site)
+  """Returns the term of one site: the sum over stacked layers."""
+  # A plugin's wrapper of an interceptor need not have the method.
+  owner: Any = site.interceptor
+  if not hasattr(owner, 'regulariser'):
+    owner = record.adapter.at(site.site)
   shared = {n: s for n, s in record.shared.items() if s is not record.route}
   specs = {**site.weights, **shared}
   values = {n: params._fetch(spec.path) for n, spec in specs.items()}
   with compute.as_written(v.dtype for v in values.values()):
     wide = {n: compute.widened(v) for n, v in values.items()}
-    # Stacked layers, members of an ensemble, and many adapters for many rows:
-    # a type sees one of each.
+    # A type sees one layer, one member of an ensemble, one adapter of many: the
+    # axes over these are mapped over.
     extra = {
       n: compute.stack_of(spec.path, values[n].shape, spec.shape)
       for n, spec in specs.items()
     }
     own = max((extra[n] for n in site.weights), default=0)
 
-    def one(weights: Mapping[str, Any]) -> Any:
-      return _checked(who, site, weights)
-
-    mapped: Any = one
+    mapped: Any = functools.partial(_checked, owner, site)
     for depth in range(own):
-      # Axes in front are those that fewer weights have.
+      # Weights with fewer such axes lack the outermost ones.
       axes = {n: 0 if extra[n] > depth else None for n in specs}
       mapped = jax.vmap(mapped, (axes,))
     return jnp.sum(mapped(wide))
 
 
-def _checked(who: Any, site: SiteRecord, weights: Mapping[str, Any]) -> Any:
-  """Returns a type's term for one site, zero where it has none.
+def _checked(owner: Any, site: SiteRecord, weights: Mapping[str, Any]) -> Any:
+  """Returns a type's term for one site; zero if it has none.
 
   Raises:
     PluginError: if the type's code fails, or returns no real scalar.
   """
-  with compute.calling('regulariser', who, site.site):
-    value = who.regulariser(site.site, weights)
+  with compute.calling('regulariser', owner, site.site):
+    value = owner.regulariser(site.site, weights)
   if value is None:
     return jnp.zeros((), jnp.float32)
   shape, dtype = getattr(value, 'shape', None), getattr(value, 'dtype', None)
@@ -272,7 +269,7 @@ def _checked(who: Any, site: SiteRecord, weights: Mapping[str, Any]) -> Any:
       found = f'{dtype} of shape {tuple(shape)}'
     raise errors.PluginError(
       f'{paths.show(site.site.path)}: regulariser of '
-      f'{compute.called(who)} returned {found}, expected a real scalar, or '
+      f'{compute.called(owner)} returned {found}, expected a real scalar, or '
       'None for nothing.'
     )
   return value

@@ -1,8 +1,8 @@
-"""Running a pass of anybody: what it returns is looked at, and what it raises.
+"""Running passes, and checking what they return and raise.
 
-A pass is a function that a plugin may have written. After each one a model is
-whole: it is a `Checkpoint`, no adapter has lost a part of itself, and what a
-leaf gives is what it said. So this is in one place, and not in each pass.
+A pass may be a plugin's. After each one a model is whole: it is a `Checkpoint`,
+no adapter has lost a part of itself, and the value of a leaf has the leaf's
+shape and dtype. This is checked in one place, so that no pass has to.
 """
 
 from __future__ import annotations
@@ -22,14 +22,8 @@ from surgery.editing import nonfinite, rounding
 from surgery.host import foreign
 from surgery.host.manager import Host
 from surgery.model import manifest
-from surgery.model.checkpoint import (
-  Check,
-  Checkpoint,
-  Leaf,
-)
-from surgery.model.grid import (
-  Index,
-)
+from surgery.model.checkpoint import Check, Checkpoint, Leaf
+from surgery.model.grid import Index
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
@@ -47,22 +41,22 @@ def performed(
   *,
   run: Run | None = None,
 ) -> Checkpoint:
-  """Runs a pass, and sees to it that a whole model comes out.
+  """Runs a pass, and checks its result.
 
   Args:
-    name: its name, as plugins offer it.
+    name: its name.
     function: the pass.
-    before: what it is given.
-    host: whose pass it is.
+    before: its input.
+    host: offers the pass.
     given: its other arguments.
-    run: calls it: with the function, its name, what it is given and the host;
-      by default that is a call.
+    run: calls it, given the function, its name, the input, the other arguments
+      and the host; by default a plain call.
 
   Raises:
-    PluginError: if a plugin's pass raises something that is no `SurgeryError`,
-      or a pass returns something else than a checkpoint of leaves.
+    PluginError: if a plugin's pass raises anything but a `SurgeryError`, or a
+      pass returns anything but a checkpoint of leaves.
     AdapterError: if it leaves half an adapter.
-    FormatError: if it is given a patch.
+    FormatError: if the input is a patch.
   """
   manifest.check_no_patch(before.manifest, before.origin)
   owner = host.offered_by('surgery_passes', name)
@@ -74,7 +68,7 @@ def performed(
     _check_kind(result, what)
     return result
 
-  # What our own raise unforeseen is a mistake of ours, and shows as that.
+  # An unexpected error in the library's own pass is a bug, and must look so.
   with foreign.code(what) if owner else contextlib.nullcontext():
     after = (run or _called)(looked_at, name, before, given, host)
   if owner is not None:
@@ -116,7 +110,7 @@ def _check_kind(after: Any, what: str) -> None:
       )
 
 
-# What a plugin's leaves do when they are asked for.
+# Leaves of plugins' passes, which are checked when they are loaded.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +151,7 @@ class _Part:
 def _check_value(
   leaf: Leaf, value: Any, index: Index, path: Path, what: str
 ) -> None:
-  """Raises unless a value is what the leaf says."""
+  """Raises if a value has another shape or dtype than its leaf."""
   wrong = leaf.mismatch(value, index)
   if wrong is not None:
     raise errors.PluginError(f'{paths.show(path)}: {what}: {wrong}')
@@ -226,15 +220,15 @@ def _is_traced(value: Any) -> bool:
 def _guarded(
   before: Checkpoint, after: Checkpoint, what: str, finite: bool
 ) -> Checkpoint:
-  """Returns a checkpoint whose new leaves say whose they are if they fail.
+  """Returns a checkpoint whose new leaves name the plugin in their errors.
 
   Args:
-    before: what the pass was given.
-    after: what it returned.
-    what: the pass.
-    finite: whether what was finite has to stay so.
+    before: the input of the pass.
+    after: its result.
+    what: the pass, for messages.
+    finite: whether finite numbers must stay finite.
   """
-  # What was there keeps its function, by which it is known to be the same.
+  # Unchanged leaves keep their functions, by which they are recognised.
   old = {id(leaf.load) for leaf in before.values()}
   leaves = {}
   for path, leaf in after.items():
@@ -253,7 +247,7 @@ def _guarded(
 
 
 def _checked(check: Check, what: str) -> Check:
-  """Returns a plugin's check that says whose it is if it fails to run."""
+  """Returns a check that names the plugin if it raises another error."""
 
   def run() -> None:
     with foreign.code(f'{check.text}: a check of {what}'):
@@ -283,41 +277,44 @@ class _Needed:
 def _check_adapters(before: Checkpoint, after: Checkpoint, what: str) -> None:
   """Raises if a pass left half of an adapter that was whole.
 
-  One that was incomplete already, as in a half that `split()` made, is left
-  alone.
+  One that was incomplete before, as in a half that `split()` made, may stay so.
   """
   if after is before:
     return
   was, now = _needed(before), _needed(after)
-  mine = {one.path for some in now.values() for one in some if one.owned}
+  # Records whose tensors are gone.
   for name, some in now.items():
     fault = _lacking(after, some)
     if fault is not None and _lacking(before, was.get(name, ())) is None:
       raise _half(what, name, *fault)
-  owners = {
-    one.path: name for name, some in was.items() for one in some if one.owned
-  }
+  # Tensors whose records are gone: by their metadata, or by their names alone,
+  # since a pass may have made a tensor again without metadata.
+  mine, owners = _owners(now), _owners(was)
   lost = set(_orphans(before, owners).values())
-  for path, name in _orphans(after, mine).items():
-    if name not in lost:
-      raise _half(what, name, path, 'is left, and the record of it is gone')
-  for path, name in owners.items():
-    # Made anew it may have lost its metadata, too.
-    if path in after and path not in mine and name not in lost:
-      raise _half(what, name, path, 'is left, and the record of it is gone')
+  left = {path: name for path, name in owners.items() if path in after}
+  for path, name in {**_orphans(after, mine), **left}.items():
+    if path not in mine and name not in lost:
+      raise _half(what, name, path, 'is left, but its record is gone')
+
+
+def _owners(needed: Mapping[str, Iterable[_Needed]]) -> dict[Path, str]:
+  """Returns the adapter of each weight."""
+  return {
+    one.path: name for name, some in needed.items() for one in some if one.owned
+  }
 
 
 def _half(what: str, name: str, path: Path, fault: str) -> errors.SurgeryError:
   kind = errors.PluginError if ' of ' in what else errors.AdapterError
   return kind(
     f'{paths.show(path)}: {what} left half of adapter {name!r}: this tensor '
-    f'{fault}. Merge or detach the adapter before it; a pass that takes '
-    'adapters along changes their records, too.'
+    f'{fault}. Merge or detach the adapter first; a pass that keeps adapters '
+    'has to change their records as well.'
   )
 
 
 def _needed(checkpoint: Checkpoint) -> dict[str, list[_Needed]]:
-  """Returns what each adapter needs, without asking for its type."""
+  """Returns what each adapter needs, without importing its type."""
   records = checkpoint.known_records
   if records is None:
     return {
@@ -339,7 +336,7 @@ def _needed(checkpoint: Checkpoint) -> dict[str, list[_Needed]]:
 def _needed_json(said: Mapping[str, Any]) -> Iterator[_Needed]:
   """Yields what an adapter in a manifest needs; nothing of a malformed one.
 
-  Whoever asks for its record gets an error that says what is wrong with it.
+  Reading its record raises an error that names the mistake.
   """
   try:
     weights = [*said['shared'].values(), *said.get('saved', {}).values()]
@@ -357,7 +354,7 @@ def _needed_json(said: Mapping[str, Any]) -> Iterator[_Needed]:
 def _lacking(
   checkpoint: Checkpoint, needed: Iterable[_Needed]
 ) -> tuple[Path, str] | None:
-  """Returns what of an adapter is not as its record has it, if anything."""
+  """Returns the first tensor that is not as the record has it, and why."""
   alone = checkpoint.manifest.kind == manifest.ADAPTER
   for one in needed:
     if alone and not one.owned:
@@ -375,12 +372,12 @@ def _lacking(
 
 
 def _orphans(checkpoint: Checkpoint, owned: Container[Path]) -> dict[Path, str]:
-  """Returns weights of adapters that are on no record, with the adapter."""
+  """Returns weights without a record, with the adapter in their metadata."""
   return {
     path: leaf.metadata['adapter']
     for path, leaf in checkpoint.items()
     if isinstance(leaf.metadata.get('adapter'), str)
     and path not in owned
-    # A layer that makes its own weights says all of them beside it.
+    # Weights that a layer made itself are described by their metadata.
     and 'surgery' not in leaf.metadata
   }

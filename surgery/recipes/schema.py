@@ -12,6 +12,55 @@ _TEXT = {'type': 'string'}
 _NAME = '^[A-Za-z_][A-Za-z0-9_]*$'
 _VARIABLE = {'type': 'string', 'pattern': r'^\$\{[A-Za-z_][A-Za-z0-9_]*\}$'}
 
+# Outputs of recipes: a file alone, or with options.
+_OUTPUT: dict[str, Any] = {
+  'anyOf': [
+    {'type': ['string', 'null']},
+    {
+      'type': 'object',
+      'properties': {
+        'path': {
+          'type': ['string', 'null'],
+          'description': 'The file, or a new folder: out/.',
+        },
+        'of': {**_TEXT, 'description': 'Alias of what is written.'},
+        'format': {
+          **_TEXT,
+          'description': 'Format; by default the suffix decides.',
+        },
+        'shard-size': {
+          'type': ['string', 'integer'],
+          'description': 'Largest size of each file: 5GB, 64MiB.',
+        },
+        'strict-flax': {
+          'type': 'boolean',
+          'description': 'Write what flax would, without a manifest.',
+        },
+        'manifest': {
+          'type': 'boolean',
+          'description': 'Whether flags, digests, history and so on are '
+          'written.',
+        },
+        'metadata': {
+          'type': 'object',
+          'additionalProperties': _TEXT,
+          'description': 'Metadata for other programs.',
+        },
+        'config': {
+          'type': 'object',
+          'description': 'Values for the config.json of a folder.',
+        },
+        'like': {
+          **_TEXT,
+          'description': 'Model folder whose configuration, tokenizer '
+          'and licences are copied.',
+        },
+      },
+      'additionalProperties': False,
+    },
+  ]
+}
+
 
 def schema(host: Host) -> dict[str, Any]:
   """Returns the schema of recipes with the steps that a host has.
@@ -26,10 +75,10 @@ def schema(host: Host) -> dict[str, Any]:
   top: dict[str, Any] = {
     'type': 'object',
     'properties': {
-      'about': {'description': 'What it is for; not read.'},
+      'about': {'description': 'A description; not read.'},
       'inputs': {
         'type': 'object',
-        'description': 'Files by alias; null where who runs it names them. '
+        'description': 'Files by alias; null if they are named when it is run. '
         'Steps change the first.',
         'propertyNames': {'pattern': _NAME},
         'additionalProperties': {'type': ['string', 'null']},
@@ -65,53 +114,7 @@ def schema(host: Host) -> dict[str, Any]:
           ]
         },
       },
-      'output': {
-        'anyOf': [
-          {'type': ['string', 'null']},
-          {
-            'type': 'object',
-            'properties': {
-              'path': {
-                'type': ['string', 'null'],
-                'description': 'The file, or a new folder: out/.',
-              },
-              'of': {**_TEXT, 'description': 'Alias of what is written.'},
-              'format': {
-                **_TEXT,
-                'description': 'Format, where the suffix does not tell it.',
-              },
-              'shard-size': {
-                'type': ['string', 'integer'],
-                'description': 'Most bytes a file: 5GB, 64MiB.',
-              },
-              'strict-flax': {
-                'type': 'boolean',
-                'description': 'Write what flax would, without a manifest.',
-              },
-              'manifest': {
-                'type': 'boolean',
-                'description': 'Whether flags, digests, history and so on are '
-                'written.',
-              },
-              'metadata': {
-                'type': 'object',
-                'additionalProperties': _TEXT,
-                'description': 'What the file says of itself to others.',
-              },
-              'config': {
-                'type': 'object',
-                'description': 'What the config.json of a folder is to state.',
-              },
-              'like': {
-                **_TEXT,
-                'description': 'The model folder from which configuration, '
-                'tokenizer and licences go along.',
-              },
-            },
-            'additionalProperties': False,
-          },
-        ]
-      },
+      'output': _OUTPUT,
     },
   }
 
@@ -152,7 +155,7 @@ def _step(step: Definition) -> dict[str, Any]:
     'properties': {
       step.name: {'anyOf': ways, 'description': step.summary},
       'in': {**_TEXT, 'description': 'Alias of the model that it changes.'},
-      'as': {**_TEXT, 'description': 'Alias of what comes out.'},
+      'as': {**_TEXT, 'description': 'Alias of its result.'},
     },
     'required': [step.name],
     'additionalProperties': False,

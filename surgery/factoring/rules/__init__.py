@@ -1,15 +1,15 @@
-"""What each primitive makes of a view: a view again, or an array.
+"""Rules for primitives that are applied to views.
 
 A rule is a function of the operands, of which at least one is a view, and of
 the primitive's parameters. It returns the result, or raises `Decline`; then the
 views are made dense and the primitive is bound as it stands. So a rule that is
 missing or too careful costs time and never a result. Rules take parameters by
-name and ignore those that they do not know to matter, since JAX adds some; a
-parameter that changes what is computed must be looked at here
+name and ignore those that have no influence, since JAX adds some; a rule must
+check each parameter that changes what is computed
 (tests/factoring/test_transform.py compares every rule with the dense arrays).
 
 `arithmetic` and `moves` keep a view a view; `products`, `lookups` and `norms`
-use it up. `folded` is for views of which axes were joined.
+make an array of it. `folded` is for views whose axes were joined.
 """
 
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ rule = RULES.rule
 
 
 def joined(terms: Sequence[Term], dtype: DType) -> list[Term]:
-  """Returns terms of which those whose factors own the same axes are one.
+  """Returns terms, with products whose factors own the same axes joined.
 
   Two adapters on a layer are then one product of both ranks.
 
