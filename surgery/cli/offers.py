@@ -97,7 +97,7 @@ def _described(kind: str, value: Any) -> dict[str, Any]:
 def _of_pass(function: Any) -> dict[str, Any]:
   from surgery.recipes import definitions
 
-  step = definitions.of('', function)
+  step = definitions.define('', function)
   return {
     'summary': step.summary,
     'options': [
