@@ -1,8 +1,7 @@
-"""Names of classes, where the head of a classifier was cut or grew.
+"""Names of classes, if the head of a classifier was cut or has grown.
 
-`id2label` names the rows of the head, so it has to follow them. Which rows were
-kept is known from their values alone, and a wrong name would be worse than
-none.
+`id2label` names the rows of the head, so it has to follow them. The values of
+rows tell which of them were kept. A wrong name would be worse than none.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _HEADS = (
   ('classifier', 'out_proj', 'weight'),
   ('score', 'weight'),
 )
-# What transformers takes where nothing is stated.
+# The number of classes that transformers assumes by default.
 _DEFAULT = 2
 # Heads with more numbers than this are not read to compare their rows.
 _MOST = 1 << 26
@@ -58,15 +57,15 @@ def followed(
     before: the tensors that it described.
     after: the tensors that are written.
   """
+  names = _names(config)
   for path, leaf in before.items():
-    new = after.get(path)
     if path[-3:] not in _HEADS and path[-2:] not in _HEADS:
       continue
-    if new is None or len(leaf.shape or ()) != 2 or len(new.shape or ()) != 2:
+    new = after.get(path)
+    was, now = leaf.shape or (), (new.shape if new else None) or ()
+    if new is None or not len(was) == len(now) == 2:
       continue
-    assert leaf.shape is not None and new.shape is not None
-    names = _names(config)
-    if leaf.shape[0] == len(names) and leaf.shape != new.shape:
+    if was[0] == len(names) and was != now:
       return _followed(config, names, '/'.join(path), leaf, new)
   return Followed()
 
@@ -78,13 +77,13 @@ def _names(config: Mapping[str, Any]) -> list[str]:
     numbers = {str(k): k for k in said}
     if set(numbers) == set(map(str, range(len(said)))):
       return [str(said[numbers[str(k)]]) for k in range(len(said))]
-    return []  # Nobody knows which rows they are of.
+    return []  # It is not known which rows they name.
   count = config.get('num_labels', _DEFAULT)
   return [_unnamed(k) for k in range(count)] if type(count) is int else []
 
 
 def _unnamed(number: int) -> str:
-  """Returns what transformers calls a class without a name."""
+  """Returns the name that transformers gives to a class without one."""
   return f'LABEL_{number}'
 
 
@@ -94,52 +93,61 @@ def _followed(
   assert now.shape is not None
   rows = now.shape[0]
   if rows == len(old):
-    return Followed()  # Its inputs are others; the classes are the same.
+    return Followed()  # Only its inputs differ; the classes are the same.
   sources = _sources(was, now)
   names = [
     _unnamed(k) if source is None else old[source]
     for k, source in enumerate(sources)
   ]
-  warnings = []
-  named = old != [_unnamed(k) for k in range(len(old))]
-  lost = [k for k, source in enumerate(sources) if source is None]
-  if named and lost and (rows <= len(old) or len(lost) == rows):
-    warnings.append(
-      f'{NAMES}: {len(lost)} of the {rows} rows of {path} are none of the '
-      f'{len(old)} that config.json has names for, or like several, so their '
-      f'classes are called {names[lost[0]]} and so on. State names with '
-      f'--config {NAMES}=\'{{"0": …}}\'.'
-    )
-  elif len(set(names)) != rows:
+  doubt = _unknown_rows(old, sources, names, path)
+  if not doubt and len(set(names)) != rows:
     names = [_unnamed(k) for k in range(rows)]
-    warnings.append(
-      f'{NAMES}: two rows of {path} would have the same name, so the classes '
-      f'are called {_unnamed(0)} and so on. State their names with --config '
-      f'{NAMES}=\'{{"0": …}}\'.'
+    doubt = (
+      f'two rows of {path} would have the same name, so the classes are called '
+      f'{_unnamed(0)} and so on.'
     )
+  advice = f'State names with --config {NAMES}=\'{{"0": …}}\'.'
+  warnings = (f'{NAMES}: {doubt} {advice}',) if doubt else ()
   stated: dict[str, Any] = {
     NAMES: {str(k): name for k, name in enumerate(names)},
     _NUMBERS: {name: k for k, name in enumerate(names)},
   }
   if 'num_labels' in config:
     stated['num_labels'] = rows
-  return Followed(stated, f'rows of {path}', tuple(warnings))
+  return Followed(stated, f'rows of {path}', warnings)
+
+
+def _unknown_rows(
+  old: list[str], sources: list[int | None], names: list[str], path: str
+) -> str:
+  """Returns the warning about rows whose names are lost; empty if none are."""
+  rows = len(names)
+  named = old != [_unnamed(k) for k in range(len(old))]
+  lost = [k for k, source in enumerate(sources) if source is None]
+  # Rows that were added behind all others are new classes: no reason to warn.
+  if not named or not lost or (rows > len(old) and len(lost) != rows):
+    return ''
+  return (
+    f'{len(lost)} of the {rows} rows of {path} equal none, or several, of '
+    f'the {len(old)} rows whose names config.json has, so their classes are '
+    f'called {names[lost[0]]} and so on.'
+  )
 
 
 def _sources(was: Leaf, now: Leaf) -> list[int | None]:
-  """Returns which row each one was, as far as values tell."""
+  """Returns the number that each row had before, by comparing values."""
   assert was.shape is not None and now.shape is not None
   unknown: list[int | None] = [None] * now.shape[0]
   if was.shape[1] != now.shape[1] or max(was.size, now.size) > _MOST:
     return unknown
   new = np.asarray(now.load())
-  # A cast rounds; what was read is rounded likewise.
+  # A cast rounds, so the old values are rounded as well.
   old = np.asarray(was.load()).astype(new.dtype)
   if len(new) > len(old) and new[: len(old)].tobytes() == old.tobytes():
     return [*range(len(old)), *unknown[len(old) :]]
   places: dict[bytes, list[int]] = {}
   for k, row in enumerate(old):
     places.setdefault(row.tobytes(), []).append(k)
-  # Rows that are alike, as those of a head of zeros, tell no names.
+  # Equal rows, as of a head of zeros, do not tell which is which.
   found = (places.get(row.tobytes(), []) for row in new)
   return [some[0] if len(some) == 1 else None for some in found]

@@ -55,7 +55,7 @@ class AdapterConformance:
     adapter: the adapter, with a configuration that suits the layers below.
     identity: whether a new adapter changes nothing.
     mergeable: whether it can be merged; what the type says by default.
-    trains: whether it has weights that train; a mask has none.
+    trains: whether it has trainable weights, unlike a mask.
     factored: whether the low-rank values that it gives stay factored through
       `surgery.factored`.
     unsupported: kinds of layers that it does not serve: `linear`, `no_bias`,

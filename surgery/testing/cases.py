@@ -65,8 +65,8 @@ class Case:
     adapter: the adapter.
     kind: the kind of layers.
     dtype: dtype of the base.
-    declared: what the type says of itself.
-    law: name of the law that is looked at.
+    declared: the declarations of the type.
+    law: name of the law.
   """
 
   adapter: Adapter

@@ -288,7 +288,7 @@ class FormatConformance(suites.Suite):
     """A file is written whole or not at all, and nothing is left beside it.
 
     The writer is interrupted in a tensor, a tensor cannot be computed, and
-    (where the system can be told so) the disk is full.
+    (where the system allows it) the disk is full.
     """
     host = self.host()
     for stop in (KeyboardInterrupt(), OSError(errno.EIO, 'broken')):

@@ -45,7 +45,7 @@ from surgery.testing.cases import (
   snapshot,
 )
 
-# Laws about dtypes are looked at for all of them, others in float32.
+# Laws about dtypes are checked for all of them, others in float32.
 ALL_DTYPES: set[str] = set()
 # Laws that do not depend on the kind of layer.
 ONE_KIND: set[str] = set()
@@ -57,8 +57,8 @@ def _law(
   """Returns a decorator that makes a law of a function.
 
   Args:
-    dtypes: whether it is looked at for all dtypes.
-    kinds: whether it is looked at for all kinds of layers.
+    dtypes: whether it is checked for all dtypes.
+    kinds: whether it is checked for all kinds of layers.
     about: the attribute of a type that says that the law holds for it.
   """
 
@@ -876,7 +876,7 @@ def cases(
       some = some[:1]
     for kind in some:
       for dtype in models.DTYPES:
-        # Other dtypes are looked at on one kind of layer.
+        # Other dtypes are checked on one kind of layer.
         other = dtype != 'float32'
         if other and (law not in ALL_DTYPES or kind not in served[:1]):
           continue

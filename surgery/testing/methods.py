@@ -36,7 +36,7 @@ class MethodConformance(suites.Suite):
   Attributes:
     plugin: the plugin: a module, a class or an object.
     name: name of the method.
-    options: options that it is looked at with; those without a default.
+    options: options that it is checked with; those without a default.
     models: number of models; by default three, or as many as it takes.
     alike: whether models that are alike come out as they are.
     symmetric: whether the order of models does not matter.

@@ -105,7 +105,7 @@ class _Net(bx.Module):
 
 # Kinds of layers whose default parameter is a matrix.
 MATRICES = ('linear', 'no_bias', 'conv', 'embed', 'einsum', 'stacked')
-# Layers that have vectors only are looked at for types that ask for them.
+# Layers with vectors only are checked for types that request them.
 KINDS = (*MATRICES, 'norm')
 
 

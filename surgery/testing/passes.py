@@ -84,7 +84,7 @@ class PassConformance(suites.Suite):
 
   @law
   def test_planning_reads_nothing(self) -> None:
-    """A pass reads a tensor when it is asked for one, not when it is called.
+    """A pass reads a tensor when it is loaded, not when the pass is called.
 
     So plans (`--dry-run`) cost nothing, and files may be larger than memory.
     """
@@ -150,14 +150,14 @@ class PassConformance(suites.Suite):
 
   @law
   def test_the_plan_is_what_is_done(self) -> None:
-    """What a plan says of tensors is what is written then."""
+    """The plan of tensors is what is written."""
     host = self.host()
     with suites.folder() as folder:
       model, out = folder / 'm.msgpack', folder / 'o.msgpack'
       saving.save(model, self.model())
       before = open_checkpoint(model)
       planned = self._done(before, host)
-      # Flags and shapes are looked at before anything is computed.
+      # Flags and shapes are compared before anything is computed.
       said = {path: _said(leaf) for path, leaf in planned.items()}
       kept = {p for p, leaf in before.items() if planned.get(p) is leaf}
       Recipe([self._step()]).run(model=model, out=out, host=host)

@@ -49,7 +49,7 @@ class PolicyConformance(suites.Suite):
 
   @law
   def test_it_answers_every_parameter(self) -> None:
-    """A policy says of each parameter whether it trains: True or False."""
+    """A policy decides for each parameter whether it trains: True or False."""
     host = self.host()
     for site in self._sites():
       if self._asked(site, self.name, host) is None:
@@ -174,7 +174,7 @@ class TermConformance(suites.Suite):
 
   @law
   def test_other_terms_are_somebody_elses(self) -> None:
-    """A term of another name is answered by None, whatever follows it."""
+    """The answer for a term of another name is None."""
     host, head = self.host(), self.name.partition(':')[0]
     rest = self.name[len(head) :]
     for other in (f'{head}x{rest}', f'x{head}{rest}', 'serves:lora', 'other:'):

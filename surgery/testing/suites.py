@@ -43,7 +43,7 @@ class Fault(Exception):  # noqa: N818 - `Broken` is what is reported.
 
 
 def law(method: Callable[[S], None]) -> Callable[[S], None]:
-  """Makes a method a law: whatever it raises says which law is broken."""
+  """Makes a method a law: its errors name the law that is broken."""
 
   @functools.wraps(method)
   def look(self: S) -> None:
@@ -104,7 +104,7 @@ class Suite:
 
   @classmethod
   def shown(cls) -> str:
-    """Returns what is looked at, for messages."""
+    """Returns the name of what is checked, for messages."""
     return f'{cls.__name__} ({getattr(cls, "name", "without a name")!r})'
 
   def host(self) -> Host:
@@ -122,7 +122,7 @@ class Suite:
     return Host(plugins=[self.plugin], only=())
 
   def model(self) -> bx.Params:
-    """Returns the params that laws are looked at with; override it at will.
+    """Returns the params that laws are checked with; may be overridden.
 
     `net/{first,second}` have a kernel and a bias, `net/large` a kernel of more
     than one block, `net/norm` a scale, `net/steps` is an integer. The second
@@ -162,7 +162,7 @@ def _model() -> bx.Params:
   params['net', 'second', 'bias'] = bx.Param(
     jnp.asarray(drawn(4), half), False, {'note': ('a', 1)}
   )
-  # Two blocks, the second of which is smaller.
+  # Two blocks, a full one and a smaller one.
   params['net', 'large', 'kernel'] = bx.Param(jnp.asarray(drawn(1050, 1000)))
   params['net', 'norm', 'scale'] = bx.Param(jnp.asarray(drawn(5)))
   params['net', 'steps'] = bx.Param(jnp.asarray(3, jnp.int32))
@@ -203,7 +203,7 @@ def chosen(
 
 
 def array(leaf: Leaf) -> np.ndarray | None:
-  """Returns the value of a leaf as an array; None if it is none."""
+  """Returns the value of a leaf as an array; None for other values."""
   return None if leaf.shape is None else np.asarray(leaf.load())
 
 

@@ -15,8 +15,9 @@ from surgery.host.manager import Host
 from surgery.interop import maps
 from surgery.interop.maps import Place, Way
 from surgery.model import layouts
-from surgery.model.checkpoint import Checkpoint
+from surgery.model.checkpoint import Checkpoint, Leaf
 from surgery.model.layers import LayerType
+from surgery.model.manifest import Manifest
 from surgery.model.records import AdapterRecord, Records, SiteRecord
 from surgery.naming import paths
 from surgery.naming.paths import Path
@@ -34,25 +35,25 @@ def map_(
   root: str | None = None,
   host: Host,
 ) -> Checkpoint:
-  """Gives all tensors the names and axes that another framework has for them.
+  """Gives all tensors the names and axes of another framework.
 
-  Each tensor finds its place, or it is an error. What models compute by
+  A tensor that the map does not name is an error. Tensors that models compute
   themselves (positions, masks) may be left out by a map on the way to JAX, and
-  is not there on the way back; all else is there again bit for bit. An adapter
-  goes along.
+  are missing on the way back; all others are restored bit for bit. Adapters are
+  kept.
 
   Args:
     checkpoint: the model.
-    name: the map, as `surgery maps` lists them; a file of YAML; or what such a
-      file says.
-    to: `jax` or `torch`; by default the way in which all tensors find a place.
-    root: path in the tree beneath which all lies: the name of blox's graph, or
-      `params` of flax.
-    host: whose maps there are.
+    name: the map, as `surgery maps` lists them; a file of YAML; or the content
+      of such a file.
+    to: `jax` or `torch`; by default the direction that matches all tensors.
+    root: prefix of all paths in the tree: the name of blox's graph, or `params`
+      of flax.
+    host: offers the maps.
 
   Raises:
-    RenameError: for an unknown map, or tensors that find no place.
-    SurgeryError: for a tensor that has other axes than the map says.
+    RenameError: for an unknown map, or tensors that it does not name.
+    SurgeryError: for a tensor with another number of axes than in the map.
     AdapterError: for an adapter that cannot follow.
 
   Example:
@@ -62,49 +63,61 @@ def map_(
   found = maps.find(name, host, root)
   following.check_model(checkpoint)
   records = following.settled(checkpoint, host)
+  # Weights of adapters go where their sites go.
   owned = {path for one in records.adapters for path in one.weight_paths()}
   universe = [path for path in checkpoint if path not in owned]
   way = found.way(universe) if to is None else to
   lost = found.homeless(universe, way)
   if lost:
     raise found.lacking(lost, universe, way)
-  gone = [path for path in universe if found.is_left_out(path, way)]
+  gone = {path for path in universe if found.is_left_out(path, way)}
   if gone:
-    shown = [paths.literal(path) for path in gone]
+    shown = [paths.literal(path) for path in universe if path in gone]
     checkpoint = drop.drop(checkpoint, shown, host=host)
-  where = {
-    path: place
-    for path in universe
-    if path not in set(gone) and (place := found.place(path, way)) is not None
-  }
+  kept = [path for path in universe if path not in gone]
+  places = {path: found.place(path, way) for path in kept}
+  where = {path: one for path, one in places.items() if one is not None}
   known = _layouts(checkpoint, where)
+  # Names first, as one rule, so that adapters, types of layers and metadata
+  # follow as they do in `rename`; then axes.
   after = rename.renamed(checkpoint, [_Whole(found.name, where)], host=host)
   orders = {
     place.path: place.axes for place in where.values() if place.axes is not None
   }
+  adapters = [_turned(one, orders) for one in after.records(host).adapters]
+  return after.replace(
+    leaves=_ordered(after, orders, found.name),
+    records=Records(adapters, records.probe),
+    manifest=_manifest(after, way, known),
+  )
+
+
+def _ordered(
+  after: Checkpoint, orders: Mapping[Path, Sequence[int]], name: str
+) -> dict[Path, Leaf]:
+  """Returns leaves with their axes in other orders.
+
+  Raises:
+    SurgeryError: for a tensor with another number of axes than in the map.
+  """
   leaves = dict(after)
   for path, order in orders.items():
     leaf = leaves[path]
     if len(leaf.shape or ()) != len(order):
       raise errors.SurgeryError(
-        f'{paths.show(path)}: map {found.name!r} expects {len(order)} axes, '
-        f'found {leaf.shape}.'
+        f'{paths.show(path)}: map {name!r} expects {len(order)} axes, found '
+        f'{leaf.shape}.'
       )
-    if order != tuple(range(len(order))):
+    if tuple(order) != tuple(range(len(order))):
       leaves[path] = transposed(leaf, order)
-  adapters = [_turned(one, orders) for one in after.records(host).adapters]
-  return after.replace(
-    leaves=leaves,
-    records=Records(adapters, records.probe),
-    manifest=_said(after, way, known),
-  )
+  return leaves
 
 
 _NOTHING = re.compile(r'(?!)')
 
 
 class _Whole(Rule):
-  """All rules of a map as one: where each tensor goes."""
+  """All rules of a map as one rule, by a table of paths."""
 
   def __init__(self, name: str, where: Mapping[Path, Place]) -> None:
     super().__init__(f'map {name} -> map {name}', _NOTHING, (), ())
@@ -124,7 +137,7 @@ class _Whole(Rule):
 def _layouts(
   checkpoint: Checkpoint, where: Mapping[Path, Place]
 ) -> dict[Path, str]:
-  """Returns layouts of the tree that are not those which JAX usually has."""
+  """Returns layouts of the tree that differ from JAX's usual ones."""
   before = layouts.found(checkpoint, checkpoint.manifest)
   known = {}
   for path, place in where.items():
@@ -138,11 +151,13 @@ def _layouts(
   return known
 
 
-def _said(after: Checkpoint, way: Way, known: Mapping[Path, str]) -> Any:
+def _manifest(
+  after: Checkpoint, way: Way, known: Mapping[Path, str]
+) -> Manifest:
   """Returns the manifest of a model of another framework."""
   manifest = after.manifest
   metadata = dict(manifest.metadata)
-  # What a step knew of layouts of the other framework holds no more.
+  # Layouts that earlier steps recorded were those of the other framework.
   types = {path: one for path, one in manifest.layer_types.items() if one.names}
   if way == 'torch':
     metadata[layouts.FORMAT] = layouts.TORCH
@@ -162,10 +177,10 @@ def _said(after: Checkpoint, way: Way, known: Mapping[Path, str]) -> Any:
 def _turned(
   record: AdapterRecord, orders: Mapping[Path, Sequence[int] | None]
 ) -> AdapterRecord:
-  """Returns a record that knows the axes of what it rewrites as they are now.
+  """Returns a record whose parameters have their axes in other orders.
 
-  An adapter sees inputs and outputs and no layout, so its weights stay as they
-  are if inputs stay in order, and outputs.
+  An adapter sees inputs and outputs, not the layout. So its weights are
+  unchanged as long as inputs keep their order among themselves, and outputs.
 
   Raises:
     AdapterError: if they do not.
@@ -194,8 +209,9 @@ def _spec(
     for role in 'io'
   ):
     raise errors.AdapterError(
-      f'{paths.show(path)}: its inputs are in another order there, and adapter '
-      f'{name!r} cannot follow. Merge or detach it first.'
+      f'{paths.show(path)}: its inputs have another order in the other '
+      f'framework, and adapter {name!r} cannot follow. Merge or detach it '
+      'first.'
     )
   turn = lambda some: tuple(some[axis] for axis in order)
   return dataclasses.replace(

@@ -14,7 +14,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -215,8 +215,8 @@ def _folder(
   }
   if len(kinds) > 1:
     raise errors.FormatError(
-      f'{origin}: it has {" and ".join(sorted(kinds))} in one file. Part them '
-      "first, e.g. surgery keep FILE '**/lora_*' -o lora.safetensors."
+      f'{origin}: it has {" and ".join(sorted(kinds))} in one file. Separate '
+      "them first, e.g. surgery keep FILE '**/lora_*' -o lora.safetensors."
     )
   leaves: dict[Path, Leaf] = {}
   for whole, one in modules.items():
@@ -229,7 +229,7 @@ def _folder(
         _path_of(alone, whole, role)
       ]
     if one.alpha is not None and not one.tensors:
-      # A scale of nothing finds no place.
+      # An alpha without tensors is refused later, by its name.
       leaves[tuple(f'{front}.{_ALPHA}'.split('.'))] = one.alpha
   config = _config(kinds.pop(), modules, called, alone, origin)
   return Checkpoint(
@@ -251,7 +251,7 @@ def _magnitude(leaf: Leaf, one: _Module) -> Leaf:
   b = one.tensors.get('lora_B.weight')
   outputs = (b.shape or (0,))[0] if b is not None else 0
   if (leaf.shape or (0,))[0] != outputs or leaf.size != outputs:
-    return leaf  # Of inputs, which DoRA here has not: its shape is an error.
+    return leaf  # A magnitude of inputs: its shape is refused later.
   a = one.tensors.get('lora_A.weight')
   taps = len((a.shape if a is not None else None) or ()) - 2
   shape = (1, outputs, *(1,) * taps) if taps > 0 else (outputs,)
@@ -274,17 +274,12 @@ def _config(
   origin: str,
 ) -> dict[str, Any]:
   """Returns the configuration that such a file stands for."""
-  ranks = {called[w]: _rank(one) for w, one in modules.items() if one.tensors}
-  alphas = {}
-  for whole, one in modules.items():
-    if not one.tensors:
-      continue
-    rank = ranks[called[whole]]
-    full = 'lokr_w2' in one.tensors
-    if one.alpha is None or full:  # A scale of one.
-      alphas[called[whole]] = float(rank)
-    else:
-      alphas[called[whole]] = _number(one.alpha, f'{origin}: {whole}.alpha')
+  adapted = {whole: one for whole, one in modules.items() if one.tensors}
+  ranks = {called[whole]: _rank(one) for whole, one in adapted.items()}
+  alphas = {
+    called[whole]: _alpha(one, f'{origin}: {whole}.alpha')
+    for whole, one in adapted.items()
+  }
   r, rank_pattern = PeftMapping.by_pattern(ranks, 1)
   alpha, alpha_pattern = PeftMapping.by_pattern(alphas, 1)
   key = 'lora_alpha' if kind == 'LORA' else 'alpha'
@@ -301,13 +296,13 @@ def _config(
     config['use_dora'] = 'lora_magnitude_vector' in roles
   if kind == 'LOKR':
     config['decompose_factor'] = _factor(modules.values(), origin)
-  return {**config, **_said(alone, modules, origin)}
+  return {**config, **_metadata(alone, modules, origin)}
 
 
-def _said(
+def _metadata(
   alone: Checkpoint, modules: Mapping[str, _Module], origin: str
 ) -> dict[str, Any]:
-  """Returns what diffusers wrote of scales into the file's metadata.
+  """Returns the configuration that diffusers writes into a file's metadata.
 
   Raises:
     FormatError: if it is no JSON object.
@@ -316,24 +311,35 @@ def _said(
   if text is None or any(one.alpha for one in modules.values()):
     return {}
   try:
-    said = json.loads(text)
+    data = json.loads(text)
   except (ValueError, RecursionError):
-    said = None
-  if not isinstance(said, dict):
+    data = None
+  if not isinstance(data, dict):
     raise errors.FormatError(
       f'{origin}: expected a JSON object as {_METADATA} in its metadata.'
     )
   [of] = {one.of for one in modules.values()}
   front = f'{of}.' if of else ''
+  # One file may hold adapters of several models (`unet.`, `text_encoder.`).
   inner = {
     key[len(front) :]: value
-    for key, value in said.items()
+    for key, value in data.items()
     if key.startswith(front)
   }
-  # Names of modules were those of the whole model; here they are known.
+  # These name modules of the whole model; here the tensors' names decide.
   for key in ('target_modules', 'exclude_modules', 'peft_type'):
     inner.pop(key, None)
   return inner
+
+
+def _alpha(one: _Module, where: str) -> float:
+  """Returns a module's alpha; by default its rank, so that the scale is one.
+
+  kohya ignores the alpha of a LoKr whose second matrix is whole.
+  """
+  if one.alpha is None or 'lokr_w2' in one.tensors:
+    return float(_rank(one))
+  return _number(one.alpha, where)
 
 
 def _rank(one: _Module) -> int:
@@ -345,34 +351,39 @@ def _rank(one: _Module) -> int:
     return shape('hada_w1_b')[0]
   if 'lokr_w2_b' in one.tensors:
     return shape('lokr_w2_b')[0]
-  # Of a whole matrix any rank that does not divide it.
+  # PEFT keeps a matrix whole if the rank is not below half of its size.
   return max(shape('lokr_w2')[:2], default=1) if 'lokr_w2' in one.tensors else 1
 
 
 def _factor(modules: Iterable[_Module], origin: str) -> int:
-  """Returns by which factor all modules were divided, as PEFT divides them.
+  """Returns the factor by which PEFT would divide all modules.
 
   Raises:
-    FormatError: if there is none.
+    FormatError: if no single factor gives these shapes.
   """
-  sizes: list[tuple[int, int]] = []
-  for one in modules:
-    first = one.tensors.get('lokr_w1')
-    two = one.tensors.get('lokr_w2')
-    if first is None or len(first.shape or ()) != 2:
-      continue
-    if two is not None:
-      large: Sequence[int] = (two.shape or ())[:2]
-    else:
-      a, b = one.tensors.get('lokr_w2_a'), one.tensors.get('lokr_w2_b')
-      large = (*((a and a.shape) or ())[:1], *((b and b.shape) or ())[1:2])
-    sizes += zip(first.shape or (), large, strict=False)
+  sizes = [pair for one in modules for pair in _divisions(one)]
+  # -1 is PEFT's default: two factors that are as near to each other as can be.
   for factor in (-1, *sorted({small for small, _ in sizes})):
     if all(_divided(s * n, factor) == (s, n) for s, n in sizes):
       return factor
   raise errors.FormatError(
     f'{origin}: its LoKr is not divided by one factor, as PEFT divides it.'
   )
+
+
+def _divisions(one: _Module) -> Iterable[tuple[int, int]]:
+  """Returns the two factors of the sizes of outputs and inputs of a LoKr."""
+  shape = lambda role: (
+    tuple(one.tensors[role].shape or ()) if role in one.tensors else ()
+  )
+  first = shape('lokr_w1')
+  if len(first) != 2:
+    return ()
+  large = shape('lokr_w2')[:2] or (
+    *shape('lokr_w2_a')[:1],
+    *shape('lokr_w2_b')[1:2],
+  )
+  return zip(first, large, strict=False)
 
 
 def _divided(size: int, factor: int) -> tuple[int, int]:
