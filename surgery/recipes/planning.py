@@ -62,19 +62,18 @@ def plan(
     whether a computed or new one is computed in blocks; and `trainable`, if
     that changes.
   """
-  before = sources[main]
-  comparison = _Comparison(sources, main, after)
-  kept = {id(leaf.load) for leaf in after.values()}
+  old, new = dict(sources[main]), dict(after)
+  comparison = _Comparison(sources, main, old, new)
+  kept = {id(leaf.load) for leaf in new.values()}
   # The file of an adapter is not a model that lost its base.
   alone = after.manifest.kind == manifest.ADAPTER
-  rows = [
-    comparison.row(path, after[path])
-    if path in after
-    else {**_described(path, before[path]), 'what': 'gone'}
-    for path in dict.fromkeys((*before, *after))
-    if path in after or not (alone or id(before[path].load) in kept)
+  return [
+    comparison.row(path, new[path])
+    if path in new
+    else {**_described(path, old[path]), 'what': 'gone'}
+    for path in {**old, **new}
+    if path in new or not (alone or id(old[path].load) in kept)
   ]
-  return rows
 
 
 def _described(path: Path, leaf: Leaf) -> dict[str, Any]:
@@ -96,10 +95,14 @@ class _Comparison:
   """
 
   def __init__(
-    self, sources: Mapping[str, Checkpoint], main: str, after: Checkpoint
+    self,
+    sources: Mapping[str, Checkpoint],
+    main: str,
+    before: Mapping[Path, Leaf],
+    after: Mapping[Path, Leaf],
   ) -> None:
     self._main = main
-    self._before = before = sources[main]
+    self._before = before
     # Where a tensor was read; the model that is changed comes first.
     self._origins: dict[int, tuple[str, Path]] = {}
     for alias in (main, *(a for a in sources if a != main)):
