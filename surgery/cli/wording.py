@@ -8,7 +8,7 @@ import re
 OPTIONS = {
   'overwrite=True (--force)': '--force',
   '--force (overwrite=True)': '--force',
-  'Give the graph (graph=), or save with it': (
+  'Pass the graph (graph=), or save with it': (
     'Save the model with its graph (surgery.save(…, graph=graph))'
   ),
   'check-finite: false (check_finite=False)': (
