@@ -18,13 +18,15 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 Equation = jex.JaxprEqn
+Jaxpr = jex.Jaxpr
+ClosedJaxpr = jex.ClosedJaxpr
 
 # Primitives by name, with their parameters; a `?` ends those that some of the
 # releases that are supported do not have.
@@ -197,15 +199,17 @@ def is_literal(atom: Any) -> bool:
 # Jaxprs.
 
 
-def closed(jaxpr: Any) -> Any:
+def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
   """Returns a jaxpr with its constants; it has none if it was open."""
-  return jaxpr if hasattr(jaxpr, 'consts') else jex.ClosedJaxpr(jaxpr, ())
+  if hasattr(jaxpr, 'consts'):
+    return cast(ClosedJaxpr, jaxpr)
+  return ClosedJaxpr(jaxpr, ())
 
 
 def interpret(
-  jaxpr: Any,
+  jaxpr: ClosedJaxpr,
   operands: Sequence[Any],
-  equation: Callable[[Any, list[Any]], Sequence[Any]],
+  equation: Callable[[Equation, list[Any]], Sequence[Any]],
   constant: Callable[[Any], Any] = lambda value: value,
   literal: Callable[[Any], Any] = lambda value: value,
 ) -> list[Any]:
@@ -213,14 +217,14 @@ def interpret(
 
   Args:
     jaxpr: the jaxpr.
-    operands: what stands for its inputs.
-    equation: returns what stands for the results of an equation, given it and
-      what stands for its operands.
-    constant: returns what stands for a constant of the jaxpr.
-    literal: returns what stands for a constant in an equation.
+    operands: the values of its inputs.
+    equation: returns the values of an equation's results, given the equation
+      and the values of its operands.
+    constant: returns the value of a constant of the jaxpr.
+    literal: returns the value of a constant in an equation.
 
   Returns:
-    What stands for its results.
+    The values of its results.
   """
   open_ = jaxpr.jaxpr
   values: dict[Any, Any] = {}
@@ -236,7 +240,7 @@ def interpret(
   return [read(atom) for atom in open_.outvars]
 
 
-def needed(jaxpr: Any) -> Any:
+def needed(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
   """Returns a closed jaxpr without what reaches none of its results.
 
   Where JAX does not say how, it is returned as it is.
@@ -249,12 +253,12 @@ def needed(jaxpr: Any) -> Any:
   return jaxpr.replace(jaxpr=less)
 
 
-def inner(eqn: Any) -> Iterator[Any]:
+def inner(eqn: Equation) -> Iterator[Jaxpr]:
   """Yields the jaxprs that an equation has among its parameters."""
   yield from jex.jaxprs_in_params(eqn.params)
 
 
-def called(eqn: Any, *tables: Mapping[str, str]) -> Any:
+def called(eqn: Equation, *tables: Mapping[str, str]) -> ClosedJaxpr | None:
   """Returns the closed jaxpr that an equation calls.
 
   Args:

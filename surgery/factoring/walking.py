@@ -37,7 +37,7 @@ from surgery.factoring.views import (
   plain,
   widens,
 )
-from surgery.jaxcompat import Equation
+from surgery.jaxcompat import ClosedJaxpr, Equation, Jaxpr
 from surgery.live.primitives import TAG
 from surgery.naming.paths import Path
 
@@ -188,7 +188,7 @@ class Walk:
 
   # The walk.
 
-  def closed(self, jaxpr: Any, operands: Inputs) -> list[Operand]:
+  def closed(self, jaxpr: ClosedJaxpr, operands: Inputs) -> list[Operand]:
     """Goes through a closed jaxpr; returns its results, views among them."""
     bases = _bases(jaxpr)
     # Whether there may be views among operands: few jaxprs have one.
@@ -345,7 +345,9 @@ class Walk:
       self.lose(made, because)
     return made
 
-  def inner(self, jaxpr: Any, because: str) -> Callable[..., list[Array]]:
+  def inner(
+    self, jaxpr: ClosedJaxpr, because: str
+  ) -> Callable[..., list[Array]]:
     """Returns a function of arrays and views that gives arrays."""
 
     def function(*operands: Operand) -> list[Array]:
@@ -425,7 +427,7 @@ def _widens(eqn: Equation, inputs: Inputs) -> bool:
 _KNOWN: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
-def _bases(jaxpr: Any) -> set[Any]:
+def _bases(jaxpr: ClosedJaxpr) -> set[Any]:
   """Returns the variables that are the base of a low-rank value."""
   low_rank = lowrank.primitive()
   return {
@@ -455,7 +457,7 @@ def _inside(eqn: Equation) -> tuple[list[Path], bool]:
   return paths, drops
 
 
-def makes(jaxpr: Any) -> bool:
+def makes(jaxpr: Jaxpr) -> bool:
   """Whether a low-rank value is made somewhere in a jaxpr."""
   known = _KNOWN.get(jaxpr)
   if known is None:

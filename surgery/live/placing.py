@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Set
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from surgery import jaxcompat
+from surgery.aliases import Array
 from surgery.contract.adapter import Adapter
 from surgery.contract.site import Site
 from surgery.editing import devices
 from surgery.model.records import AdapterRecord, Records, SiteRecord
 from surgery.naming.paths import Path
 
+# A weight is an array of JAX, or of numpy while it is on the host.
+AnyArray: TypeAlias = Array | np.ndarray[Any, Any] | np.generic
 # Axes of meshes by axis of an array, as in a PartitionSpec.
 Axes = tuple[Any, ...]
 
@@ -76,8 +80,13 @@ class _Placing:
         self._placed[spec.path] = _put(value, sharding, base)
 
   def _sharding(
-    self, base: Any, record: AdapterRecord, site: Site, name: str, value: Any
-  ) -> Any:
+    self,
+    base: Array,
+    record: AdapterRecord,
+    site: Site,
+    name: str,
+    value: AnyArray,
+  ) -> Sharding | None:
     key = (
       *(record.name, site.anonymous, name),
       *(base.sharding, base.ndim, value.ndim),
@@ -105,15 +114,15 @@ class _Placing:
 
 
 def weight(
-  value: Any, base: Any, adapter: Adapter, site: Site, name: str
-) -> Any:
+  value: AnyArray, base: Array, adapter: Adapter, site: Site, name: str
+) -> AnyArray:
   """Returns one weight beside its base, see `weights`."""
   if not _is_placed(base):
     return _usually(value)
   return _put(value, _beside(base, adapter, site, name, value), base)
 
 
-def kept(value: Any, old: Any) -> Any:
+def kept(value: AnyArray, old: Array | None) -> AnyArray:
   """Returns what numpy computed of a parameter, where the parameter lies.
 
   Args:
@@ -125,14 +134,14 @@ def kept(value: Any, old: Any) -> Any:
   return jax.numpy.asarray(value)
 
 
-def _is_placed(value: Any) -> bool:
+def _is_placed(value: object) -> TypeGuard[Array]:
   """Whether a value is an array that is on devices."""
   return isinstance(value, jax.Array) and not jaxcompat.is_traced(value)
 
 
 def _beside(
-  base: Any, adapter: Adapter, site: Site, name: str, value: Any
-) -> Any:
+  base: Array, adapter: Adapter, site: Site, name: str, value: AnyArray
+) -> Sharding | None:
   """Returns the sharding of a weight; None to let JAX decide.
 
   Args:
@@ -171,7 +180,11 @@ def _axes(
   return adapter.sharding(dataclasses.replace(site, params=params), name)
 
 
-def _dividing(mesh: Any, axes: Axes, shape: tuple[int, ...]) -> Axes:
+def _dividing(
+  mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+  axes: Axes,
+  shape: tuple[int, ...],
+) -> Axes:
   """Returns axes without those that divide no array axis, or are repeated."""
   found: list[Any] = []
   used: set[str] = set()
@@ -186,7 +199,7 @@ def _dividing(mesh: Any, axes: Axes, shape: tuple[int, ...]) -> Axes:
   return tuple(found)
 
 
-def _on_mesh(sharding: Any, axes: Axes) -> Any:
+def _on_mesh(sharding: Sharding, axes: Axes) -> Sharding | None:
   """Returns a sharding of other axes on the mesh of one."""
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return sharding if len(sharding.device_set) == 1 else None
@@ -197,7 +210,7 @@ def _on_mesh(sharding: Any, axes: Axes) -> Any:
   )
 
 
-def _put(value: Any, sharding: Any, base: Any) -> Any:
+def _put(value: AnyArray, sharding: Sharding | None, base: Array) -> AnyArray:
   """Returns a value with a sharding, committed to it if the base is."""
   if jaxcompat.is_traced(value):
     return value
@@ -218,7 +231,7 @@ def _put(value: Any, sharding: Any, base: Any) -> Any:
   )
 
 
-def _usually(value: Any) -> Any:
+def _usually(value: AnyArray) -> AnyArray:
   """Returns a value on the device where JAX puts arrays by default."""
   if jaxcompat.is_traced(value) or _is_narrowed(value):
     return value
@@ -227,7 +240,7 @@ def _usually(value: Any) -> Any:
   return value
 
 
-def _is_narrowed(value: Any) -> bool:
+def _is_narrowed(value: AnyArray) -> bool:
   """Whether JAX would narrow a value (64 bits); numpy keeps its bits."""
   dtype = getattr(value, 'dtype', None)
   return isinstance(value, np.ndarray) and (

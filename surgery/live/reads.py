@@ -17,6 +17,7 @@ import blox as bx
 import jax
 
 from surgery import jaxcompat
+from surgery.jaxcompat import ClosedJaxpr, Equation, Jaxpr
 from surgery.live import params as live
 from surgery.live.primitives import READ
 from surgery.live.stashed import Stash
@@ -167,14 +168,14 @@ def copies(
   return {path for i, path in enumerate(values) if made[i] == i}
 
 
-def _copied(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+def _copied(jaxpr: ClosedJaxpr, operands: Sequence[Any]) -> list[Any]:
   """Returns which operand each result of a jaxpr is; None if it is none."""
   return jaxcompat.interpret(
     jaxpr, operands, _copying, lambda _: None, lambda _: None
   )
 
 
-def _copying(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+def _copying(eqn: Equation, inputs: Sequence[Any]) -> list[Any]:
   name, count = eqn.primitive.name, len(eqn.outvars)
   if name == 'copy':
     return list(inputs)
@@ -233,7 +234,7 @@ class _Flow:
 
   def run(
     self,
-    jaxpr: Any,
+    jaxpr: ClosedJaxpr,
     operands: Sequence[_Bases],
     constant: Callable[[Any], _Bases] = lambda _: _NONE,
   ) -> list[_Bases]:
@@ -245,7 +246,7 @@ class _Flow:
       )
     return self._known[key]
 
-  def _equation(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+  def _equation(self, eqn: Equation, inputs: Sequence[_Bases]) -> list[_Bases]:
     name, count = eqn.primitive.name, len(eqn.outvars)
     if not any(inputs):
       return [_NONE] * count
@@ -272,7 +273,7 @@ class _Flow:
   # Loops: a carry depends on all earlier iterations, so they are repeated until
   # nothing new is found.
 
-  def scan(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+  def scan(self, eqn: Equation, inputs: Sequence[_Bases]) -> list[_Bases]:
     """Returns what the results of a scan depend on."""
     known = jaxcompat.scan(eqn)
     first, count = known.consts, known.carry
@@ -285,7 +286,7 @@ class _Flow:
         return [*carry, *made[count:]]
       carry = after
 
-  def loop(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+  def loop(self, eqn: Equation, inputs: Sequence[_Bases]) -> list[_Bases]:
     """Returns what the results of a while loop depend on."""
     split = eqn.params['cond_nconsts']
     rest = split + eqn.params['body_nconsts']
@@ -299,7 +300,7 @@ class _Flow:
         return carry
       carry = after
 
-  def cond(self, eqn: Any, inputs: Sequence[_Bases]) -> list[_Bases]:
+  def cond(self, eqn: Equation, inputs: Sequence[_Bases]) -> list[_Bases]:
     """Returns what the results of one of some branches depend on."""
     index, *operands = inputs
     made = [self.run(b, operands) for b in eqn.params['branches']]
@@ -317,7 +318,7 @@ def _union(parts: Sequence[_Bases]) -> _Bases:
   return _NONE.union(*parts)
 
 
-def _marks(jaxpr: Any) -> bool:
+def _marks(jaxpr: Jaxpr) -> bool:
   """Whether an adapter reads its base somewhere in a jaxpr."""
   return any(
     eqn.primitive.name == READ or any(map(_marks, jaxcompat.inner(eqn)))

@@ -223,7 +223,7 @@ SHAPE = 'h/0/q is float32[2,3]'
     ("- drop: 're:('", r"step 1 \(drop\): .*re:"),
     ('- {drop: out, in: b}', "in: no model is called 'b'. Known: model"),
     ('- {drop: out, in: 5}', 'in: expected the name of a model, found 5'),
-    ("- copy: 'b::x'", r"step 1 \(copy\): no input is called 'b'; there are: m"),
+    ("- copy: 'b::x'", r"step 1 \(copy\): no input is called 'b'; the inputs are: m"),
     ("- merge: {with: b}", "with: no model is called 'b'"),
     ("- copy: 'out -> h/0/q'", 'copy.: h/0/q exists already. Drop it first'),
     ("- copy: 'out -> out/x'", 'out/x would lie beneath the tensor out'),
