@@ -68,6 +68,7 @@ def _called(code: str) -> tuple[Any, ...]:
     raise click.UsageError(
       f'expected MODULE:FUNCTION, e.g. my_model:example, found {code!r}.'
     )
+  # An installed command has no current folder on its path.
   if '' not in sys.path:
     sys.path.insert(0, '')  # A module beside the file, as for python -m.
   try:

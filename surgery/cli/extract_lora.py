@@ -113,6 +113,7 @@ def command(
     'layout': _by_selector(layout, str, '--layout'),
     'name': name,
   }
+  # Defaults are the step's own, and are not recorded in the history.
   given = {key: one for key, one in value.items() if one is not None}
   writing.carry_out(
     output.to(of='adapter'),

@@ -56,6 +56,7 @@ def command(
   further = [pathlib.Path(text) for text in selectors]
   further = [path for path in further if path.exists()]
   chosen = [text for text in selectors if not pathlib.Path(text).exists()]
+  # A misspelt file would otherwise be a selector that matches nothing.
   for text in chosen:
     if _is_file_name(text):
       raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), text)
@@ -148,6 +149,7 @@ def _headings(
   layer: Path, shown: Path, types: LayerTypes
 ) -> Iterator[tuple[str, str, str, str]]:
   """Yields rows of the layers that lie between `layer` and those shown."""
+  # Layers that the last tensor is in as well have their lines already.
   common = 0
   while common < min(len(layer), len(shown)) and layer[common] == shown[common]:
     common += 1

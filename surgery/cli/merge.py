@@ -133,6 +133,7 @@ def _together(
     merging: further options of merging.
   """
   steps: list[Step] = []
+  # They need names of their own as long as they are attached.
   taken = [one['name'] for one in before.manifest.adapters]
   free = (n for n in map('with{}'.format, itertools.count()) if n not in taken)
   names = list(itertools.islice(free, len(sources)))

@@ -151,6 +151,7 @@ def _shown(name: str) -> dict[str, Any]:
   nowhere = not known and name not in host.adapter_names()
   if nowhere and (offer := _offer(host, name)):
     return offer
+  # Importing a type may change its state, from available to loaded or broken.
   if name in host.adapter_names() or not known:
     type_ = _type(name)
     known = [i for i in host.plugins() if i.name == name]

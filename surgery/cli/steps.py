@@ -196,6 +196,7 @@ def command(name: str) -> click.Command:
     step = Step(name, _short(definition, arguments))
     writing.carry_out(output, [step], before, others)
 
+  # Click collects options from the innermost decorator outwards.
   decorated: Any = perform
   for option in reversed([*definition.options.values()]):
     words = verb.options.get(option.name)
@@ -234,12 +235,14 @@ def _declared(
   if option.name == _NAMES:
     text = words.help if words else _sentence(option.doc)
     return shared.adapters(text, _OF + option.argument)
+  # An option of a step may have the name of one of all verbs, as `--force`.
   clash = option.name in _TAKEN
   plain = f'--{step}-{option.name}' if clash else f'--{option.name}'
   words = words or Words(_sentence(option.doc))
   names = words.names or (plain,)
   kind, many = _type(option)
   more: dict[str, Any] = {}
+  # What is on by default needs a way to switch it off.
   if kind is bool and option.default is True:
     names = (f'{plain}/--no-{plain.removeprefix("--")}',)
     more['default'] = None
@@ -296,9 +299,11 @@ def _read(
   others = {}
   for option in definition.options.values():
     value = given[_OF + option.argument]
+    # Options that were not given stay out of the history.
     if value is None or value == () or (value is False and not option.default):
       continue
     if option.model:
+      # No alias of a verb ends in an underscore, so it is new.
       others[alias := f'{option.argument.rstrip("_")}_'] = shared.opened(value)
       value = alias
     elif isinstance(value, tuple):

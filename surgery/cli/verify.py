@@ -191,6 +191,7 @@ def _complete(opened: Checkpoint, found: list[Verified], quiet: bool) -> None:
   from surgery.recipes import running
   from surgery.recipes.spec import Spec, Target
 
+  # The new file has the same values, so digests that were just computed hold.
   digests = {one.path: one.found for one in found if one.found is not None}
   after = verify.complete(opened, digests)
   where = pathlib.Path(opened.origin)

@@ -133,6 +133,7 @@ def converts(function: Callable[..., Any]) -> Callable[..., Any]:
 def _writing(
   function: Callable[..., Any], argument: Callable[..., Any]
 ) -> Callable[..., Any]:
+  # These options are attributes of `Manner` under their own names.
   manner = [f.name for f in dataclasses.fields(Manner)]
 
   @functools.wraps(function)

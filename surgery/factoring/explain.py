@@ -176,6 +176,7 @@ def explain(
       reason = str(found.note)
     return 0
 
+  # Only arrays are traced: a flag may decide what the model does.
   arrays, static = _split(((probed, *args), kept))
   jax.eval_shape(lambda arrays: call(_joined(arrays, static)), arrays)
   if is_tree and not reason:
@@ -186,6 +187,8 @@ def explain(
   for path, chain in records.chains.items():
     if not compute.enabled(chain):
       continue
+    # A parameter that was asked for without a note lies in a call that the walk
+    # did not enter.
     notes = collections.Counter(map(str, walk.notes.get(path, ())))
     if reason or (path in probe.asked and path not in walk.notes):
       notes[reason or 'a call that is not traced again'] += 1

@@ -25,7 +25,7 @@ from surgery.naming import paths
 from surgery.naming.paths import Path
 
 TAG = 'surgery'
-# The adapter's name that such layers give.
+# The name of the adapter of such layers.
 NAME = 'default'
 
 # Types of layers that this library itself offers; a tag names one of them.
@@ -35,8 +35,8 @@ _TYPES: Mapping[str, type[Adapter]] = {'lora': LoRA}
 def tag(adapter: Adapter, site: Site, weight: str) -> dict[str, Any]:
   """Returns the metadata of a weight that a layer makes itself.
 
-  It says all that a record does, so that the half of params that has the
-  weight alone can be adopted too.
+  It contains the whole record, so that a half of params with this weight alone
+  can be adopted too.
 
   Args:
     adapter: type and configuration.
@@ -56,8 +56,8 @@ def tag(adapter: Adapter, site: Site, weight: str) -> dict[str, Any]:
 
 def adapter_of(param: bx.Param) -> Adapter:
   """Returns type and configuration that a tagged weight was made with."""
-  said = param.metadata[TAG]
-  return _TYPES[said['type']].from_config(said['config'])
+  data = param.metadata[TAG]
+  return _TYPES[data['type']].from_config(data['config'])
 
 
 _Found = list[tuple[Path, bx.Param]]
@@ -76,8 +76,8 @@ def refuse_lost(many: Iterable[bx.Params]) -> None:
   """Raises unless the weights of adapters are on record.
 
   Args:
-    many: params that are used together; what is on record in one of them, as
-      in a half that `split()` made, is not lost.
+    many: params that are used together, e.g. halves: a record in one of them
+      is enough.
 
   Raises:
     AdapterError: naming a weight whose record is lost.
@@ -102,10 +102,11 @@ def adopted(params: bx.Params) -> bx.Params:
   if not orphans:
     return params
   _refuse(_lost(orphans))
+  # The weights of one layer are one site, whose record has all of them.
   by_site: dict[tuple[str, Path], dict[str, bx.Param]] = {}
   for path, param in orphans:
-    said = param.metadata[TAG]
-    key = (described.owner_of(param) or '', (*path[:-1], said['param']['name']))
+    name = param.metadata[TAG]['param']['name']
+    key = (described.owner_of(param) or '', (*path[:-1], name))
     by_site.setdefault(key, {})[path[-1]] = param
   records = live.records_of(params)
   for (name, site_path), weights in by_site.items():
@@ -114,7 +115,7 @@ def adopted(params: bx.Params) -> bx.Params:
 
 
 def _lost(orphans: _Found) -> _Found:
-  # A layer that makes its own weights tags them with what a record says.
+  # Weights that a layer makes itself are tagged with their record.
   return [(path, param) for path, param in orphans if TAG not in param.metadata]
 
 
@@ -123,9 +124,9 @@ def _refuse(lost: _Found) -> None:
     owner = described.owner_of(param)
     raise errors.AdapterError(
       f'{paths.show(path)}: a weight of adapter {owner!r} whose '
-      'record is not in these params: the model would go on unadapted. Records '
-      'are lost by plain.merge(adapted); write adapted.merge(plain), or load '
-      'the adapter with surgery.load_adapter.'
+      'record is not in these params, so the model would be called without the '
+      'adapter. plain.merge(adapted) loses records; write '
+      'adapted.merge(plain), or load the adapter with surgery.load_adapter.'
     )
 
 
@@ -137,8 +138,8 @@ def site_record(
   Args:
     adapter: type and configuration.
     site: the layer's parameter.
-    stored: names of the weights in the layer, where they differ from those
-      that `init` gives.
+    stored: names of the weights in the layer, if they differ from the names
+      of `init`.
   """
   shapes, _ = drawing.site_shapes(adapter, site)
   names = stored or {}
@@ -160,11 +161,12 @@ def _with_site(
   site_path: Path,
   weights: Mapping[str, bx.Param],
 ) -> Records:
+  """Returns records with the site of a layer that makes its own weights."""
   first = next(iter(weights.values()))
-  said, adapter = first.metadata[TAG], adapter_of(first)
+  data, adapter = first.metadata[TAG], adapter_of(first)
   layer = paths.show(site_path[:-1])
   known = Site.from_json(
-    {'layer': layer, 'params': [said['param']], 'types': ()}
+    {'layer': layer, 'params': [data['param']], 'types': ()}
   )
   stored = {p.metadata[TAG]['weight']: name for name, p in weights.items()}
   site = site_record(adapter, known, stored)
@@ -184,6 +186,8 @@ def _joined(
   record: AdapterRecord, adapter: Adapter, site: SiteRecord
 ) -> AdapterRecord:
   """Returns a record with one more site, whose options may differ."""
+  # One adapter has one configuration; the options of a single site are a
+  # pattern of it.
   theirs = dataclasses.replace(record.adapter, patterns=())  # type: ignore[type-var]
   if adapter != theirs:
     patterns = {

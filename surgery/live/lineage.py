@@ -67,6 +67,7 @@ def fingerprints(params: bx.Params | Checkpoint) -> tuple[int, int]:
   for path, one in params.items():
     value = one if isinstance(one, Leaf) else one.value
     found = hash((path, tuple(getattr(value, 'shape', None) or ()))) & _MASK
+    # A sum, since the order of parameters does not matter.
     whole = (whole + found * (2 if one.trainable else 3)) & _MASK
     if one.trainable:
       half = (half + found * 2) & _MASK

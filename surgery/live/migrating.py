@@ -559,10 +559,12 @@ def _one(
     inspect.signature(run).bind_partial(now, *args, **kwargs).arguments
   )
   given.pop(next(iter(given)))
+  # Passes that move values are done on moments as they are.
   if name in _STRUCTURE:
     if name == 'copy':
       _check_copy(given)
     return run(now, **given, host=host)
+  # Merging takes adapters off; their moments go with them.
   if name == 'merge':
     if given.get('with_') is not None:
       return now
@@ -571,6 +573,8 @@ def _one(
     given['check_base'] = False  # Moments do not have the base's values.
   if name == 'tie':
     return run(now, **{**given, 'check': False}, host=host)
+  # New elements have no moments yet: NaN, which the optimizer's first state
+  # replaces.
   if name == 'pad':
     return run(now, **{**given, 'value': np.nan}, host=host)
   if name == 'resize-vocab':

@@ -58,13 +58,13 @@ def _is_number(leaf: Any) -> bool:
 
 
 def optimizer(tx: Optimizer, params: Any) -> Any:
-  """Returns an optimizer that moves what trains and nothing else.
+  """Returns an optimizer that updates trainable parameters only.
 
   Frozen parameters, and the weights of disabled adapters, get an update of
-  zero, whatever their gradients are, NaN included. They have no state, do not
-  decay and do not count in a global norm: wrap the whole chain, clipping
-  included. States, masks and labels of `tx` are for the half that trains, so
-  give masks and labels as functions, or for `params.split()[0]`.
+  zero, even if their gradients are NaN. They have no state, do not decay and do
+  not count in a global norm: wrap the whole chain, clipping included. States,
+  masks and labels of `tx` are for the half that trains, so give masks and
+  labels as functions, or for `params.split()[0]`.
 
   It takes gradients of all params, or of the half that trains, and returns
   updates of the same structure; the state is the same for both. JAX gives no
@@ -76,11 +76,11 @@ def optimizer(tx: Optimizer, params: Any) -> Any:
     tx: an optimizer of optax, e.g. `optax.adamw(1e-3)`, or a chain of
       transformations.
     params: the model's params, frozen as they will be trained, their half that
-      trains, or a pytree that holds some beside arrays that train.
+      trains, or a pytree of params and arrays that train.
 
   Returns:
-    An `optax.GradientTransformation`. Called with params of which other
-    weights train than of these, it raises an `AdapterError`.
+    An `optax.GradientTransformation`. It raises an `AdapterError` if it is
+    called with params whose trainable weights are others.
 
   Raises:
     SurgeryError: if there are no params, nothing trains, or optax is missing.
@@ -104,9 +104,12 @@ def optimizer(tx: Optimizer, params: Any) -> Any:
       'optimizer: expected an optimizer of optax and params, found '
       f'{type(tx).__name__} and {type(params).__name__}.'
     )
+  # A linesearch gets further arguments, and other optimizers ignore them.
   inner = optax.with_extra_args_support(tx)
   with errors.within('optimizer'):
     adoption.refuse_lost(_all_params(params))
+  # Which weights train is compared in each call: the state has no place for
+  # others.
   plan = [trained(one) for one in _all_params(params)]
   if not any(plan):
     raise errors.SurgeryError(
@@ -162,17 +165,17 @@ def _split(params: bx.Params) -> tuple[bx.Params, bx.Params]:
 
 
 def _half(tree: Any) -> Any:
-  """Returns what trains of a pytree."""
+  """Returns a pytree with the trainable half of all its params."""
   return _mapped(lambda params: _split(params)[0], tree)
 
 
 def _whole(gradients: Any, moved: Any, params: Any) -> Any:
-  """Returns updates of all that there are gradients of.
+  """Returns updates with the structure of the gradients.
 
   Args:
-    gradients: pytree that says of what.
-    moved: updates of what trains.
-    params: pytree of the params, which say the dtypes; or None.
+    gradients: pytree of gradients.
+    moved: updates of trainable parameters.
+    params: pytree of the params, which have the dtypes; or None.
   """
 
   def filled(gradient: bx.Params, update: bx.Params, own: bx.Params) -> Any:
@@ -197,7 +200,7 @@ def _still(value: Any, gradient: Any) -> Any:
   """
   dtype = getattr(value, 'dtype', None)
   if described.is_key(value) or dtype == jax.dtypes.float0:
-    return gradient  # Nothing can be added to it.
+    return gradient  # Keys have no zero, and optax leaves float0 alone.
   if dtype is None:
     return type(value)() if isinstance(value, (int, float, complex)) else value
   zero = -0.0 if jnp.issubdtype(dtype, jnp.inexact) else 0
@@ -207,7 +210,7 @@ def _still(value: Any, gradient: Any) -> Any:
 def _extra(value: Any, params: Any) -> Any:
   """Returns a further argument of an update for the half that trains.
 
-  What linesearches are given: a function of the params, and a gradient.
+  Linesearches get a function of the params, and a gradient.
   """
   if callable(value) and not _is_params(value):
 
@@ -225,27 +228,28 @@ def _explained(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return run(*args, **kwargs)
   except (ValueError, TypeError, KeyError) as error:
     error.add_note(
-      'surgery.optimizer gives its optimizer what trains and nothing else. '
+      'surgery.optimizer passes only trainable parameters to its optimizer. '
       'Give masks and labels as functions of params, or for '
       'params.split()[0].'
     )
     raise
 
 
-# What must be as it was.
+# Checks that the trainable weights are the same as before.
 
 
 def _check(plan: _Plan, tree: Any, what: str) -> None:
   """Raises unless the same weights train as when the optimizer was made.
 
   Raises:
-    AdapterError: naming a weight of which that changed.
+    AdapterError: naming a weight that has been frozen or unfrozen.
   """
   found = _all_params(tree)
   if len(found) != len(plan):
     raise errors.SurgeryError(
-      f'optimizer: it was made for a pytree with {len(plan)} params, and the '
-      f'{what} hold {len(found)}. Give {what} of the structure of the params.'
+      f'optimizer: it was made for a pytree with {len(plan)} bx.Params, but '
+      f'the {what} contain {len(found)}. Give {what} of the structure of the '
+      'params.'
     )
   for params, expected in zip(found, plan, strict=True):
     now = trained(params)
@@ -263,9 +267,9 @@ def _changed(
   if absent:
     return (
       f'optimizer: {_listed(absent)} trained when the optimizer was made and '
-      f'{_are(absent)} not in the {what}. Give the {what} of all that trains; '
-      'after a change of the params make the optimizer again and bring its '
-      'state along with surgery.migrate.'
+      f'{_are(absent)} not in the {what}. Give the {what} of all trainable '
+      'weights; after a change of the params make the optimizer again and '
+      'migrate its state with surgery.migrate.'
     )
   lost, new = sorted(expected - now), sorted(now - expected)
   parts = []
@@ -275,8 +279,8 @@ def _changed(
     parts.append(f'{_listed(new)} did not train and {_do(new)} now')
   return (
     f'optimizer: since it was made, other weights train: {"; ".join(parts)} '
-    f'(in the {what}). Make the optimizer again after freezing, and bring its '
-    'state along: tx = surgery.optimizer(…, after); state = '
+    f'(in the {what}). Make the optimizer again after freezing, and migrate '
+    'its state: tx = surgery.optimizer(…, after); state = '
     'surgery.migrate(state, before, after, tx=tx).'
   )
 

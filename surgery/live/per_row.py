@@ -37,6 +37,8 @@ def answer(chain: Chain, path: Path, fetch: Fetch) -> Any:
     SiteError: if weights are not those of many adapters.
   """
   stored = fetch(path)
+  # As for one adapter: inputs before outputs, in float32 or wider, and rounded
+  # once at the end.
   spec = chain[0][1].site.param(path[-1])
   stack = stored.ndim - len(spec.shape)
   front = tuple(range(stack))

@@ -340,6 +340,7 @@ def route(
   for name in _chosen(records, names):
     record = records.get(name)
     _check(params, record, index)
+    # The index is a shared weight, so `detach`, `save` and `jit` treat it so.
     path = (f'surgery.{name}', ROUTE)
     spec = WeightSpec(path, tuple(index.shape), 'int32', False)
     shared = {**record.shared, ROUTE: spec}
@@ -368,6 +369,7 @@ def _check(
     AdapterError: naming the weight, or the number.
   """
   count = None
+  # A weight of many adapters has one axis more than the layer's stack.
   for site in record.sites.values():
     base = params[site.site.path].value
     stack = base.ndim - len(site.site.primary.shape)

@@ -231,10 +231,10 @@ def save_adapter(
 ) -> None:
   """Saves one adapter: weights and configuration, bound to its base.
 
-  What was trained with it and is none of its weights, as a head that was let
-  train or running statistics that moved, is saved along: what is another than
-  when the adapter was attached, and where that is not known, as after
-  `jax.jit`, all that `freeze` did not freeze. So freeze before training.
+  Other parameters that were trained with it are saved as well, such as a head
+  or running statistics: those that differ from when the adapter was attached,
+  or, if that is not known, as after `jax.jit`, all that `freeze` did not
+  freeze. So freeze before training.
 
   Args:
     path: the file; its suffix tells the format.

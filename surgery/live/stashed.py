@@ -64,6 +64,7 @@ class Stash:
     self._roots = list(roots)
     self._kept: dict[int, tuple[Any, Any]] = {}
     self._tracers: dict[int, Any] = {}
+    # Tracers of an outer trace may be there already; only new ones matter.
     for value in self._all():
       if jaxcompat.is_traced(value):
         self._tracers[id(value)] = value
@@ -84,6 +85,7 @@ class Stash:
             value[name] = before[name]
           else:
             del value[name]
+      # Entries of lists and sets have no names, so all are put back.
       elif any(map(self._holds, value)):
         value.clear()
         value.update(before) if isinstance(value, set) else value.extend(before)

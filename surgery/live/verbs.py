@@ -50,7 +50,7 @@ _NO_GRAPH = object()
 
 @dataclasses.dataclass(frozen=True)
 class AdapterInfo:
-  """What `adapters` says of one adapter.
+  """Information about an adapter, from `adapters`.
 
   Attributes:
     name: its name.
@@ -62,7 +62,7 @@ class AdapterInfo:
     nbytes: number of bytes of its weights.
     pending: whether it still looks for sites, until params are locked.
     saved: paths of the parameters for which it has a value of its own, since
-      they were trained along before it was saved.
+      they were trained with it before it was saved.
   """
 
   name: str
@@ -125,7 +125,7 @@ def _holding(tree: Any, names: Names, verb: str) -> None:
     raise errors.AdapterError(f'{verb}: no adapter was named.')
   for name in () if names is None else expect.names(names):
     if name not in known:
-      # The fullest of them says best what there is.
+      # The error of the params with most adapters lists most names.
       max(found, key=len).get(name)
 
 
@@ -174,7 +174,7 @@ def _verb(
     host: whose plugins are asked.
     graph: the model's graph, where the pass selects by types of layers.
     *args: what the pass takes.
-    **options: the same; of these observers are told what is plain.
+    **options: the same; observers get those that are plain data.
   """
   params = _params(params, verb)
   arguments = said(change, options)
@@ -376,7 +376,7 @@ def enable(
     tree: params, a pytree that holds some, e.g. an optimizer state, or a
       `Checkpoint`.
     names: an adapter, several, or None for all.
-    host: whose observers are told.
+    host: its observers are notified.
 
   Raises:
     AdapterError: for an unknown name.
@@ -398,7 +398,7 @@ def disable(
     tree: params, a pytree that holds some, e.g. an optimizer state, or a
       `Checkpoint`.
     names: an adapter, several, or None for all.
-    host: whose observers are told.
+    host: its observers are notified.
 
   Raises:
     AdapterError: for an unknown name.
@@ -518,25 +518,23 @@ def combine_adapters(
   keep: bool = False,
   host: Host | None = None,
 ) -> Model:
-  """Makes one adapter, a LoRA, of several that add something to their base.
+  """Combines several adapters that add an update to their base into one LoRA.
 
-  It is the updates that are combined, with the scales that they have, so
-  adapters of other ranks, scales and types can be; not the factors, of which
-  sums have cross terms.
+  Their updates are combined, with their scales, so ranks, scales and types may
+  differ. Factors are not combined: their sums would have cross terms.
 
   Args:
     params: the model's params, or a `Checkpoint`; not changed.
-    weights: for each adapter what it counts.
+    weights: the weight of each adapter in the sum.
     method: `linear` or `cat`, `Σ w·Δ`, exactly, of the sum of the ranks; `svd`,
       the nearest to that of rank `rank`; or any method that combines models
-      (`ties`, `dare_linear`, `slerp`, …), of which the result is brought to
-      `rank`.
+      (`ties`, `dare_linear`, `slerp`, …), whose result is brought to `rank`.
     name: name of the new adapter.
     rank: its rank; of `linear` and `cat` the sum of the ranks by default, of
       others the largest rank.
-    density: share of an update that is kept, of methods that have it.
+    density: share of an update that is kept, for methods that have it.
     set: further options of the method, e.g. `{'rescale': 'l1'}`.
-    seed: seed of what is dropped at random.
+    seed: random seed of methods that drop elements.
     keep: whether the others stay, disabled, since their updates are in the sum;
       otherwise they are detached.
     host: whose plugins are asked.
@@ -595,7 +593,7 @@ def detach(tree: Any, names: Names = None, *, host: Host | None = None) -> Any:
     tree: params, a pytree that holds some, e.g. an optimizer state, or a
       `Checkpoint`.
     names: an adapter, several, or None for all.
-    host: whose observers are told.
+    host: its observers are notified.
 
   Raises:
     AdapterError: for an unknown name.
@@ -800,7 +798,7 @@ def prune_ranks(
 def adapters(
   params: Params | Checkpoint, *, host: Host | None = None
 ) -> list[AdapterInfo]:
-  """Returns what there is to know of each adapter, innermost first.
+  """Returns information about each adapter, innermost first.
 
   Args:
     params: the model's params, or a `Checkpoint`.

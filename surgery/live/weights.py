@@ -105,6 +105,7 @@ def with_weights(
       'with_weights: expected weights by site, as surgery.weights returns '
       f'them, found {type(weights).__name__}.'
     )
+  # All values are checked before the first is set.
   values: dict[Path, Any] = {}
   for key, given in weights.items():
     site = site_path(key, groups, name, 'with_weights')

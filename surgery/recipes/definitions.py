@@ -139,6 +139,7 @@ class Definition:
       RecipeError: for an unknown or missing option, or a value of another type.
     """
     found = {}
+    # Types are checked here, so that a pass gets what its signature declares.
     for name, item in self._named(value).items():
       option = self.options[name]
       found[option.argument] = accepted(item, option.annotation, name)
@@ -166,6 +167,7 @@ class Definition:
       RecipeError: for an unknown alias.
     """
     given = dict(arguments)
+    # From Python an option may be a checkpoint already.
     for option in self.options.values():
       value = given.get(option.argument)
       if option.model and isinstance(value, str):
@@ -378,6 +380,7 @@ def define(name: str, function: Callable[..., Any]) -> Definition:
     name: its name.
     function: the pass.
   """
+  # A decorated pass keeps the signature of the function inside.
   whole = inspect.unwrap(function)
   try:
     hints = typing.get_type_hints(whole)
@@ -388,6 +391,7 @@ def define(name: str, function: Callable[..., Any]) -> Definition:
   text = inspect.getdoc(whole) or ''
   summary, body, docs, example = _read_doc(text)
   options = {}
+  # The first argument is the checkpoint.
   for one in parameters[1:]:
     if one.name in _GIVEN or one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
       continue
@@ -411,6 +415,7 @@ _ARGUMENT = re.compile(r'^  (\w+): (.*(?:\n    .*)*)', re.M)
 
 def _read_doc(text: str) -> tuple[str, str, dict[str, str], str]:
   """Splits a docstring into summary, body, arguments and example."""
+  # Splitting at headings gives text, heading, text, heading, text, …
   pieces = _SECTION.split(text)
   summary, _, body = pieces[0].partition('\n')
   sections = dict(zip(pieces[1::2], pieces[2::2], strict=True))

@@ -234,6 +234,8 @@ def _renamed(
     first: alias of the first input of the joined recipe.
     host: offers the passes.
   """
+  # The first input of an entry has the alias of what it continues, which may
+  # be another than the first of the joined recipe.
   step = {step: None} if isinstance(step, str) else dict(step)
   on = names.get(step.pop('in', None) or own, own)
   result = step.pop('as', None)
@@ -273,6 +275,7 @@ def _with_aliases(
     return [_with_aliases(one, names, keys, key) for one in value]
   if not isinstance(value, str):
     return value
+  # Selectors of other models are written `ALIAS::PATTERN`.
   head, sign, rest = value.partition('::')
   if sign and head.strip() in names:
     return f'{names[head.strip()]}::{rest}'

@@ -114,6 +114,7 @@ def bound(spec: Spec, values: Mapping[str, Any]) -> Spec:
   }
   variables = {k: values.get(k, v) for k, v in spec.vars.items()}
   steps = spec.steps
+  # Steps have the values of variables, so they are parsed again for new ones.
   if variables != spec.vars:
     steps = _Parsing(spec.lines, spec.folder).steps(spec.written, variables)
   return dataclasses.replace(
@@ -273,6 +274,8 @@ class _Parsing:
         f"{where}: step {number + 1}: expected e.g. 'drop: SELECTOR', found "
         f'{raw!r}.'
       )
+    # A step is one key beside `in` and `as`. More are options that were not
+    # indented, which would otherwise be ignored.
     names = [key for key in raw if key not in ('in', 'as')]
     if len(names) != 1:
       shown = ', '.join(map(str, names)) or 'none'
@@ -299,6 +302,7 @@ class _Parsing:
       return [self._substituted(one, where) for one in value]
     if not isinstance(value, str):
       return value
+    # A variable alone keeps its type: '${weight}' is a number.
     whole = _VARIABLE.fullmatch(value)
     if whole and whole[1] is not None:
       return self._evaluated(whole[1], where)
@@ -322,6 +326,7 @@ class _Parsing:
 
   def _evaluated(self, written: str, where: str) -> Any:
     """Returns the value of a variable, or of an expression."""
+    # A name alone may have any value; in an expression it has to be a number.
     name = written.strip()
     if _NAME.fullmatch(name) or written in self._vars:
       return self._variable(written if written in self._vars else name, where)

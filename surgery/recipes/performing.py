@@ -62,6 +62,7 @@ def performed(
   owner = host.offered_by('surgery_passes', name)
   what = f'pass {name!r} of {owner}' if owner else f'pass {name!r}'
 
+  # `run` may wrap the result, so it is checked where the function returns it.
   @functools.wraps(function)
   def looked_at(*args: Any, **kwargs: Any) -> Any:
     result = function(*args, **kwargs)
@@ -362,6 +363,7 @@ def _lacking(
     leaf = checkpoint.get(one.path)
     if leaf is None:
       return one.path, 'is gone'
+    # Records have shapes without stacked axes, which are in front.
     core = () if leaf.shape is None else leaf.shape
     if leaf.shape is not None and (
       len(core) < len(one.shape)

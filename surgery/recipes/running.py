@@ -90,11 +90,14 @@ def _performed(recipe: Spec, models: _Models, host: Host) -> None:
   # Mistakes in the text are found before a file is opened.
   steps = [_defined(recipe, k, host) for k in range(len(recipe.steps))]
   _check_names(recipe)
+  # All inputs are opened before the first step, so that a missing file is found
+  # before passes do any work.
   for alias in recipe.inputs:
     models[alias]
   for number, step in enumerate(recipe.steps):
     definition, arguments = steps[number]
     alias = step.on or recipe.first
+    # Checks of earlier steps name their steps already.
     before = {id(one) for ckpt in models.now.values() for one in ckpt.checks}
     with _placed(recipe, number):
       after = _done(definition, arguments, models, alias, host)
@@ -352,6 +355,7 @@ class Plan:
     Raises:
       SurgeryError: if a file exists, or its folder does not.
     """
+    # Two outputs in one file would replace each other.
     seen: dict[pathlib.Path, str] = {}
     for one in self.outputs:
       check_target(one.target, overwrite)
@@ -644,6 +648,7 @@ def _check_strict(target: Target) -> None:
 
 def _check_metadata(target: Target) -> None:
   """Raises for metadata that a file without a manifest cannot hold."""
+  # Other formats have a place for it in their own headers.
   form = _format(target)
   if target.metadata and target.plain and form == 'msgpack':
     raise errors.SurgeryError(

@@ -99,6 +99,7 @@ def read(text: str, name: str) -> tuple[Any, Lines]:
 
 def _unreadable(error: Any, text: str, name: str) -> errors.RecipeError:
   """Returns the error for text that is no YAML, with advice for selectors."""
+  # A selector is the most usual mistake: YAML's own message names its syntax.
   mark = error.problem_mark or error.context_mark
   where = name if mark is None else f'{name}:{mark.line + 1}'
   problem = str(error.problem or error.context)
@@ -147,6 +148,7 @@ class _Reading:
     """
     import yaml
 
+    # Aliases make small files large: each node counts as often as it is used.
     self._count += 1
     if self._count > _MOST or len(place) > _DEPTH:
       raise self._fail(node, 'too large, or too deep, for a recipe.')
@@ -183,6 +185,7 @@ class _Reading:
       )
 
   def _scalar(self, node: Any) -> Any:
+    # What is quoted is text, whatever it looks like.
     if node.style in ("'", '"', '|', '>'):
       return node.value
     self._check_tag(node)

@@ -209,3 +209,17 @@ def test_one_tensor_without_a_digest_is_enough(here):
   # Plain values have no digests of their own.
   assert of('xxh3:0').startswith('xxh3:')
   assert of('xxh3:0') != of('xxh3:0', value=4)
+
+
+def test_a_dollar_sign_of_a_verb_names_no_variable(model, here, surgery_cli):
+  rule = '**/query -> **/${q}'
+  result = surgery_cli('rename', 'base.msgpack', rule, '-o', 'first.msgpack')
+  assert (3, True) == (result.code, 'no variable' not in result.err)
+  rule = '**/query -> **/$$q'
+  result = surgery_cli('rename', 'base.msgpack', rule, '-o', 'first.msgpack')
+  assert 0 == result.code, result.err
+  assert any('$$q' in path for path in surgery.open('first.msgpack'))
+  again = shown(surgery_cli, 'first.msgpack', here)
+  (here / 'first.msgpack').rename(here / 'kept.msgpack')
+  assert 0 == surgery_cli('run', again).code
+  assert_same(values('kept.msgpack'), values('first.msgpack'))
