@@ -8,7 +8,7 @@ from surgery import jaxcompat
 from tests.live.models import is_weight, mlp, stirred
 
 MESSAGE = (
-  "adapter 'default' has dropout, which does nothing in this call.*factored"
+  "adapter 'default' has dropout, which has no effect in this call.*factored"
 )
 
 

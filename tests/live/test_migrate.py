@@ -326,7 +326,7 @@ def test_what_begins_otherwise_than_with_zero_needs_the_optimizer():
   moved = surgery.migrate(state, before, after, tx=tx)
   checked(tx, moved, after)
   assert 0.1 == pytest.approx(moments(moved, ('net', 'h0', 'lora_a')).min())
-  with pytest.raises(surgery.SurgeryError, match='another state than this one'):
+  with pytest.raises(surgery.SurgeryError, match='a state of another structure'):
     surgery.migrate(state, before, after, tx=optax.adam(1e-3))
 
 
@@ -355,8 +355,8 @@ def test_other_models_are_not_held_and_need_not_be_there(tmp_path):
   assert np.array_equal(moments(state, path), moments(moved, path))
   assert not moments(moved, ('net', 'h1', 'lora_b')).any()
   for step, message in (
-    ({'copy': 'b::net/h0 -> net/h9'}, 'from another model'),
-    ({'drop': 'net/h0', 'in': 'b', 'as': 'c'}, 'is about several models'),
+    ({'copy': 'b::net/h0 -> net/h9'}, 'reads another model'),
+    ({'drop': 'net/h0', 'in': 'b', 'as': 'c'}, 'uses several models'),
   ):
     after = surgery.apply(before, [step, {'drop': 'net/h2'}], b=network())
     with pytest.raises(surgery.SurgeryError, match=message):
@@ -379,19 +379,19 @@ def test_what_cannot_be_placed_is_refused():
   cut = surgery.apply(before, {'slice': {'select': '**/kernel', 'keep': 0}})
   lost = jax.tree.map(lambda x: x, cut)  # Nothing is known of that.
   with pytest.raises(
-    surgery.SurgeryError, match=r'was \(4, 4\) and is \(1, 4\)'
+    surgery.SurgeryError, match=r'the shape \(4, 4\) and has \(1, 4\)'
   ):
     surgery.migrate(state, before, lost)
   with pytest.raises(
     surgery.SurgeryError, match='nor for its half that trains'
   ):
     surgery.migrate(state, surgery.apply(before, {'drop': 'net/h0'}), cut)
-  with pytest.raises(surgery.SurgeryError, match='holds no params of moments'):
+  with pytest.raises(surgery.SurgeryError, match='contains no bx.Params'):
     surgery.migrate(optax.sgd(0.1).init(before.split()[0]), before, cut)
   with pytest.raises(surgery.SurgeryError, match='expected bx.Params, found'):
     surgery.migrate(state, before, state)
   factored = optax.adafactor(0.1, min_dim_size_to_factor=2)
-  with pytest.raises(surgery.SurgeryError, match='cannot be placed'):
+  with pytest.raises(surgery.SurgeryError, match='cannot follow'):
     surgery.migrate(trained(factored, before), before, cut)
 
 
@@ -489,6 +489,6 @@ def test_factored_moments_do_not_follow_what_is_cut():
   after = surgery.apply(before, [cut])
 
   with pytest.raises(
-    surgery.SurgeryError, match=r'a/kernel: moments of shape .* be placed'
+    surgery.SurgeryError, match=r'a/kernel: moments of shape .* cannot follow'
   ):
     surgery.migrate(state, before, after, tx=tx)
