@@ -143,9 +143,9 @@ def test_it_is_used_live_in_the_shell_in_recipes_and_in_files(written):
       "pass 'cast' exists already, of blox-surgery",
     ),
     (('passes', '--kind', 'term'), 3, 'exists already, of blox-surgery'),
-    (('msgpack', '--kind', 'format'), 3, 'is there already'),
-    (('adapters', '--kind', 'policy'), 3, 'is there already'),
-    (('type', '--kind', 'term'), 3, 'is there already'),
+    (('msgpack', '--kind', 'format'), 3, 'exists already'),
+    (('adapters', '--kind', 'policy'), 3, 'exists already'),
+    (('type', '--kind', 'term'), 3, 'exists already'),
     (('mine', '-o', '.'), 3, '.: exists already'),
     (('mine', '-o', 'no/mine'), 3, 'no: there is no such folder'),
   ],
@@ -303,7 +303,7 @@ def test_what_another_plugin_offers_is_taken(tmp_path, kind, name):
   where = tmp_path / 'new'
   with manager.used(surgery.Host(plugins=[Taken], only=())):
     done = CliRunner().invoke(command, [name, '--kind', kind, '-o', str(where)])
-  assert 'plugin' in str(done.exception) and 'there already' in str(
+  assert 'plugin' in str(done.exception) and 'exists already' in str(
     done.exception
   )
   assert not where.exists()
