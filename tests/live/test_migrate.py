@@ -326,7 +326,9 @@ def test_what_begins_otherwise_than_with_zero_needs_the_optimizer():
   moved = surgery.migrate(state, before, after, tx=tx)
   checked(tx, moved, after)
   assert 0.1 == pytest.approx(moments(moved, ('net', 'h0', 'lora_a')).min())
-  with pytest.raises(surgery.SurgeryError, match='a state of another structure'):
+  with pytest.raises(
+    surgery.SurgeryError, match='a state of another structure'
+  ):
     surgery.migrate(state, before, after, tx=optax.adam(1e-3))
 
 
