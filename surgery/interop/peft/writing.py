@@ -386,7 +386,7 @@ class _Writer:
       raise errors.FormatError(
         f'{paths.show(path)}: other rows than {chosen} have changed, and the '
         f'folder that it came from has these alone ({rows.KEY}). Give names= '
-        '(--names), so that all of it is written.'
+        'to save_adapter, so that all of it is written.'
       )
 
   # The configuration.
