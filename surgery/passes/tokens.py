@@ -114,6 +114,14 @@ def matched(
   axes = _axes(models, known, wish.vocab, host)
   sizes = [_size(one, axes) for one in models]
   count = joined.size if target is None else sizes[target]
+  if count > sum(sizes) + len(joined.ids):
+    # A damaged number would ask for more rows than there is memory.
+    far = max(known, key=lambda one: one.size)
+    raise errors.SurgeryError(
+      f'{far.path}: the token {far.tokens[far.size - 1]!r} has the number '
+      f'{far.size - 1}, and the models have {sum(sizes)} rows together. Give '
+      'it a smaller number.'
+    )
   plans = _plans(models, known, joined, sizes, count, target, based, wish)
   after = []
   for number, one in enumerate(models):

@@ -135,7 +135,7 @@ def test_the_tokenizer_of_another_model_goes_along(pair, tmp_path, surgery_cli):
   )  # fmt: skip
   assert f'{one}/model.safetensors has no row for 3 of 8 tokens' in plan.out
   assert '2 tokens of' in plan.out and 'are left out' in plan.out
-  assert 'only a folder takes along' in plan.err
+  assert 'which only a folder' in plan.err
 
 
 def test_a_recipe_and_the_verb_come_to_the_same(pair, tmp_path):
@@ -360,6 +360,17 @@ def test_tensors_with_tokens_may_be_named(tmp_path):
     surgery.SurgeryError, match=r'x is float32\[7,2\] in .* y|y is'
   ):
     surgery.combine(models, tokens='union', vocab={'x': 0})
+
+
+def test_a_number_far_beyond_all_rows_is_refused(tmp_path):
+  far = bpe([], ids={'a': 0, 'far': 10**12})
+  one = saved(tmp_path / 'a', far, tensors(4, 0))
+  two = saved(tmp_path / 'b', bpe(A), tensors(len(A), 1))
+  axes = {'**/embed_tokens': 0, 'lm_head': 0}
+  with pytest.raises(surgery.SurgeryError, match="'far' has the number 1000"):
+    surgery.combine(
+      [surgery.open(one), surgery.open(two)], tokens='union', vocab=axes
+    )
 
 
 def test_an_axis_that_may_be_another_is_not_taken_for_tokens(tmp_path):
