@@ -587,6 +587,8 @@ def _product(
       cut = region[:-1] if result is None else region[:-2]
       value = Reader(leaf)((*cut, *rows[len(cut) :]))
       read.append(plain(value, target, 'matmul'))
+      # In float64 (or complex128) and rounded once at the end, on one thread,
+      # so that bits do not depend on the machine.
       factor = read[-1].astype(within)
       with steady(), np.errstate(all='ignore'):
         result = factor if result is None else result @ factor

@@ -248,6 +248,8 @@ def _check_model(model: _Model, host: Host) -> None:
   with errors.within(model.name):
     following.check_model(model.leaves)
     adapters = [a.name for a in model.leaves.records(host).adapters]
+    # A model with an adapter would be combined without it, and nothing would
+    # show that.
     if adapters:
       raise errors.AdapterError(
         f'it has the adapter {adapters[0]!r}, but only models without adapters '
@@ -271,6 +273,8 @@ def _common(models: Sequence[_Model], only: str) -> list[Path]:
   ]
   if not lacking:
     return list(first)
+  # Some files leave out a head that is tied to the embedding: that is another
+  # error, which says what to do.
   for path in lacking:
     _check_tied(path, models)
   if only == 'common':

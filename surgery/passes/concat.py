@@ -97,6 +97,7 @@ def joined(
       leaves = [checkpoint[p] for p in parts]
       for path, leaf in zip(parts, leaves, strict=True):
         regions.array(leaf, path, verb)
+      # numpy would promote to the wider dtype without a word.
       _check_dtypes(parts, leaves)
       fresh[target] = make(target, parts, leaves)
       gone |= set(parts)
@@ -281,6 +282,7 @@ def parted(
             f'rule {text!r}: two parts would be {paths.show(target)}. '
             'Change the rule.'
           )
+        # A part is not the parameter that an adapter rewrote.
         fresh[target] = tensors.as_new(part)
         behind[target] = path
       gone.add(path)

@@ -103,6 +103,8 @@ def extract_lora(
     if x.shape and not x.size
   ]
   where = [to] if isinstance(to, str) else list(to)
+  # Attached with rank one first: finding decides what is a site, and which
+  # axes are inputs.
   found = attachment.attach(
     checkpoint, cls(rank=1), to=[*where, *empty], **options
   )
@@ -119,6 +121,8 @@ def extract_lora(
       'nothing to extract. Select others (to), or see surgery diff.'
     )
   asked.check(chosen)
+  # All matrices are decomposed now, since ranks by energy and the error are
+  # part of the plan.
   works = [
     _Work(path, site, checkpoint[path], tuned[path], asked, exact, seed)
     for path, site in chosen.items()
@@ -259,6 +263,8 @@ def _same(one: Leaf, other: Leaf) -> bool:
   if one.shape is None:
     a, b = one.load(), other.load()
     return bool(type(a) is type(b) and (a == b or (a != a and b != b)))
+  # Equal digests need no reading; different ones may be of other hash
+  # functions.
   if one.digest is not None and one.digest == other.digest:
     return True
   return all(

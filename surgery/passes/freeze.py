@@ -116,6 +116,7 @@ def freeze(
     }
     return checkpoint.replace(leaves=leaves)
   policy = policy or ADAPTERS
+  # Weights of layers to come would be made as `init` says, and train.
   for record in checkpoint.records(host).adapters:
     record.check_met()
   # A policy is asked with the name that `init` gave a weight, which is not that

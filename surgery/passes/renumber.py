@@ -234,6 +234,8 @@ def _arranged(
     for target in names[path]:
       if target in ordered:
         raise errors.RenameError(f'two tensors would be {paths.show(target)}.')
+      # A layer that is repeated is the same leaf under several names: it is
+      # read several times, and held once.
       ordered[target] = _recoded(leaf, path, target)
   before = list(checkpoint)
   if before == sorted(before):

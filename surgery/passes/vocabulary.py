@@ -84,6 +84,8 @@ def resize_vocab(
     if leaf.shape[at] > wanted:
       changed[path] = taken(leaf, at, range(wanted))
     elif leaf.shape[at] < wanted:
+      # Cutting rows needs no arithmetic, so it works for any dtype; new rows
+      # do.
       arithmetic.check_number(leaf, path, 'resize-vocab')
       if not leaf.shape[at]:
         raise errors.SurgeryError(f'{paths.show(path)}: has no tokens.')
