@@ -92,7 +92,7 @@ def test_numbers_of_layers_go_by_their_order_not_by_their_text():
     (
       {'method': 'slerp'},
       surgery.ConfigError,
-      "option 't': it must be given",
+      "option 't': a value is required",
     ),
     ({'method': 'slerp', 't': 2}, surgery.ConfigError, 'a value <= 1'),
     (
