@@ -308,6 +308,7 @@ def _source(
   if not before.origin:
     return None
   folder = pathlib.Path(before.origin).parent
+  _check_there(folder / CONFIG)
   if not (folder / CONFIG).is_file():
     return None
   # Elsewhere a file of that name may be anybody's.
@@ -355,12 +356,27 @@ def _model_of(folder: pathlib.Path, host: Host) -> Mapping[Path, Leaf] | None:
 def _along(folder: pathlib.Path) -> Iterator[Along]:
   """Yields the files of a folder that go along."""
   for path in sorted(folder.iterdir()):
+    if _matches(path.name, _ALONG):
+      _check_there(path)
     if path.is_file() and _matches(path.name, _ALONG):
       yield Along(path.name, _followed(folder, path))
   for inner in _modules(folder):
     for path in sorted(inner.iterdir()):
       if path.is_file() and _matches(path.name, _MODULE_FILES):
         yield Along(f'{inner.name}/{path.name}', _followed(folder, path))
+
+
+def _check_there(path: pathlib.Path) -> None:
+  """Raises for a link that leads nowhere: what it stood for would be lost.
+
+  Raises:
+    FormatError: naming the link.
+  """
+  if path.is_symlink() and not path.exists():
+    raise errors.FormatError(
+      f'{path}: a symbolic link to {path.readlink()}, which is not there. '
+      'Fetch the file, or remove the link to go on without it.'
+    )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -268,6 +268,19 @@ def test_a_link_out_of_the_folder_is_refused(hf, tmp_path, surgery_cli):
   assert not out.exists()
 
 
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json'])
+@pytest.mark.parametrize('to', ['gone', None], ids=['nothing', 'itself'])
+def test_a_link_to_nothing_is_not_left_out(hf, tmp_path, surgery_cli, name, to):
+  source = hf('llama')
+  (source / name).unlink()
+  (source / name).symlink_to(to or name)
+  out = tmp_path / 'out'
+  done = surgery_cli('convert', source, f'{out}/')
+  assert 3 == done.code
+  assert f'{source / name}: a symbolic link to {to or name}, which' in done.err
+  assert not out.exists()
+
+
 @pytest.mark.parametrize(
   ('text', 'expected'),
   [

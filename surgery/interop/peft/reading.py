@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,6 +48,8 @@ from surgery.model.records import AdapterRecord, SiteRecord, WeightSpec
 from surgery.naming import paths
 from surgery.naming.paths import Path
 
+# So many numbers a configuration may ask for whatever its tensors hold.
+_MOST = 1 << 28
 # The name of an adapter that has none.
 NAME = 'default'
 # What an entry keeps of a folder, beside its configuration.
@@ -639,6 +642,18 @@ class _Binding:
     """Returns a site's weights, and what is wrong with its tensors."""
     mapping = self._mapping
     there = self._folder.modules[self._raw[record.site.path]]
+    # A lie about the rank must not cost the memory that it asks for.
+    asked = sum(
+      math.prod((*layer.stack, *spec.shape))
+      for name, spec in record.weights.items()
+      if name not in mapping.drawn
+    )
+    held = sum(self._folder.leaves[path].size for path in there.values())
+    if asked > max(_MOST, 64 * held):
+      return {}, [
+        f'{layer.name}: the configuration makes {asked:,} numbers, and its '
+        f'tensors hold {held:,}'
+      ]
     ours = {
       name: np.zeros((*layer.stack, *spec.shape), 'float32')
       for name, spec in record.weights.items()

@@ -129,6 +129,14 @@ def test_a_lie_about_a_rank_larger_than_the_layer_is_an_error(lora, config):
     load(lora)
 
 
+def test_a_lie_about_the_rank_costs_no_memory(lora, config):
+  config(r=10**12)
+  with pytest.raises(
+    surgery.FormatError, match=r'makes \d\d,000,000,000,000 numbers, and its'
+  ):
+    load(lora)
+
+
 # Tensors and modules.
 
 
