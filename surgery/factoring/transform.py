@@ -147,7 +147,9 @@ class _Factored(Generic[P, R]):
       return call.finished(made)  # type: ignore[no-any-return]
 
   def _called(self, model: Any, args: Any, kwargs: Any) -> Any:
-    _check_params(model, self._signature, args, kwargs)
+    if model is self.__wrapped__:
+      # A function that is called with trees has them where it likes.
+      _check_params(model, self._signature, args, kwargs)
     drops, routed, kwargs = _modes(self._signature, args, kwargs)
     lost: dict[paths.Path, list[Note]] = {}
     own_error = False

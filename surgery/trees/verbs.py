@@ -185,6 +185,8 @@ def on_trees(
       return verb(*args, **kwargs)  # It says what it takes.
     arguments = given.arguments
     lowering = Lowering(arguments.get('host'), layers, saved)
+    # What comes out is of the kind of the first model that goes in.
+    kinds: list[bool] = []
     for name, value in arguments.items():
       if name in many:
         arguments[name] = lowering.models(value)
@@ -192,6 +194,9 @@ def on_trees(
         arguments[name] = lowering.model(value)
       elif name == 'inputs':
         arguments[name] = {k: lowering.model(v) for k, v in value.items()}
+      else:
+        continue
+      kinds.append(bool(lowering.trees))
     if not lowering.trees:
       if layers is not None:
         raise errors.SurgeryError(
@@ -199,7 +204,8 @@ def on_trees(
           'params of blox give graph=, for a file nothing.'
         )
       return verb(*args, **kwargs)
-    return lowering.raised(verb(*given.args, **given.kwargs))
+    result = verb(*given.args, **given.kwargs)
+    return lowering.raised(result) if kinds[0] else result
 
   either.__module__ = module
   if typed:

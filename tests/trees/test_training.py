@@ -175,3 +175,25 @@ def test_types_of_layers_are_asked_of_modules():
   alone = eqx.nn.Linear(3, 4, key=jax.random.key(0))
   (info,) = surgery.adapters(surgery.attach(alone, lora, to='type:Linear'))
   assert (('weight',),) == info.sites
+
+
+def test_the_state_of_our_optimizer_migrates():
+  tree = frozen('linen')
+  tx = surgery.optimizer(optax.adam(1e-2), tree)
+  less = surgery.prune_ranks(tree, {s: [0] for s in surgery.weights(tree)})
+  moved = surgery.migrate(tx.init(tree), tree, less)
+  tx = surgery.optimizer(optax.adam(1e-2), less)
+  assert jax.tree.structure(tx.init(less)) == jax.tree.structure(moved)
+  fast = surgery.factored(CASES['linen'].call)
+  gradients = jax.grad(lambda tree: fast(tree, X).sum())(less)
+  updates, _ = tx.update(gradients, moved, less)
+  assert jax.tree.structure(less) == jax.tree.structure(updates)
+
+
+def test_a_function_may_call_anything_params():
+  tree = frozen('linen')
+  call = lambda params, model: params['scale'] * CASES['linen'].call(model, X)
+  made = surgery.factored(call)({'scale': 2.0}, tree)
+  np.testing.assert_allclose(
+    2 * np.asarray(CASES['linen'].call(surgery.merge(tree), X)), made, rtol=1e-5
+  )
