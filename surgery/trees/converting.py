@@ -7,6 +7,7 @@ becomes a tree of the same structure.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -228,6 +229,43 @@ def _flags(
     if path not in slots or _default(slots[path]) != flag:
       found[path] = flag
   return Flags(found)
+
+
+def check_stacked(tree: AdaptedTree, params: bx.Params, said: bool) -> None:
+  """Raises where an array is stacked, and not in front, as far as is known.
+
+  Args:
+    tree: the tree, which knows shapes of its layers.
+    params: the same as params.
+    said: whether the caller says what is stacked.
+
+  Raises:
+    SiteError: naming the parameter and both shapes.
+  """
+  types = tree._notes.get('manifest', Manifest()).layer_types
+  for path, param in params.items():
+    known = types.get(path[:-1])
+    core = None if known is None else known.shapes.get(path[-1])
+    shape = tuple(getattr(param.value, 'shape', ()))
+    if core is None or len(shape) <= len(core):
+      continue
+    extra = len(shape) - len(core)
+    kept = itertools.combinations(range(len(shape)), len(core))
+    fits = {axes for axes in kept if tuple(shape[i] for i in axes) == core}
+    front = tuple(range(extra, len(shape)))
+    if front not in fits:
+      raise errors.SiteError(
+        f'{paths.show(path)}: it has the shape {shape} and its layer one of '
+        f'{core}, so it is stacked along another axis than the first, which '
+        'adapters cannot follow. Stack along axis 0 (variable_axes={'
+        "'params': 0}, out_axes=0)."
+      )
+    if len(fits) > 1 and not said:
+      raise errors.SiteError(
+        f'{paths.show(path)}: it has the shape {shape} and its layer one of '
+        f'{core}, so several axes may be the stacked one. If it is the first, '
+        f'say stacked={extra}; no other can be.'
+      )
 
 
 def masked(mask: bx.Params, like: AdaptedTree) -> Any:

@@ -62,6 +62,8 @@ class Lowering:
     self._host = host or default_host()
     self._layers = layers
     self._saved = saved
+    # Of a verb that finds sites: whether the caller says what is stacked.
+    self.stacked: bool | None = None
     # The models, in the order in which they were met.
     self.trees: list[AdaptedTree] = []
 
@@ -112,6 +114,8 @@ class Lowering:
       tree = converting.with_layers(tree, self._layers)
     self.trees.append(tree)
     params = converting.to_params(tree)
+    if self.stacked is not None:
+      converting.check_stacked(tree, params, self.stacked)
     if not self._saved:
       return params
     return checkpoints.to_tensors(checkpoints.to_checkpoint(params))
@@ -185,6 +189,9 @@ def on_trees(
       return verb(*args, **kwargs)  # It says what it takes.
     arguments = given.arguments
     lowering = Lowering(arguments.get('host'), layers, saved)
+    if 'stacked' in signature.parameters:
+      said = arguments.get('stacked'), arguments.get('layout')
+      lowering.stacked = said != (None, None)
     # What comes out is of the kind of the first model that goes in.
     kinds: list[bool] = []
     for name, value in arguments.items():

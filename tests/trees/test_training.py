@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,3 +198,58 @@ def test_a_function_may_call_anything_params():
   np.testing.assert_allclose(
     2 * np.asarray(CASES['linen'].call(surgery.merge(tree), X)), made, rtol=1e-5
   )
+
+
+class ScannedBlock(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    return nn.tanh(nn.Dense(8, name='dense')(x)), None
+
+
+class Scanned(nn.Module):
+  length: int
+  axis: int
+
+  @nn.compact
+  def __call__(self, x):
+    block = nn.scan(
+      ScannedBlock,
+      variable_axes={'params': self.axis},
+      split_rngs={'params': True},
+      length=self.length,
+    )
+    return block(name='block')(x)[0]
+
+
+def scanned(length, axis, **options):
+  module = Scanned(length, axis)
+  variables = module.init(jax.random.key(0), X)
+  known = surgery.layers(module, X)
+  tree = surgery.attach(
+    variables, surgery.LoRA(rank=2), to='type:Dense', layers=known, **options
+  )
+  more = jax.tree.map(lambda w: w + 0.1, surgery.weights(tree))
+  return module, surgery.with_weights(tree, 'default', more)
+
+
+@pytest.mark.parametrize(
+  ('length', 'options'), [(4, {}), (4, {'stacked': 1}), (8, {'stacked': 1})]
+)
+def test_layers_that_linen_scans_in_front_are_adapted(length, options):
+  module, tree = scanned(length, 0, **options)
+  (site,) = surgery.weights(tree).values()
+  assert (length, 8, 2) == site['lora_a'].shape
+  made = jax.jit(surgery.factored(module.apply, strict=True))(tree, X)
+  expected = module.apply(surgery.merge(tree), X)
+  np.testing.assert_allclose(expected, made, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [{}, {'stacked': 1}])
+def test_layers_that_are_stacked_elsewhere_are_refused(options):
+  with pytest.raises(surgery.SiteError, match='another axis than the first'):
+    scanned(4, 1, **options)
+
+
+def test_sizes_that_leave_it_open_are_refused():
+  with pytest.raises(surgery.SiteError, match='several axes'):
+    scanned(8, 1)

@@ -47,7 +47,15 @@ def layer_types(
   model: Any, example: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> LayerTypes:
   """Returns the types of all modules in a model, by path."""
-  return {
-    path: of_class(module, 'equinox', _ROLES)
-    for path, module in _modules(model, ())
-  }
+  found = {}
+  for path, module in _modules(model, ()):
+    known = of_class(module, 'equinox', _ROLES)
+    sizes = (
+      getattr(module, 'out_features', None),
+      getattr(module, 'in_features', None),
+    )
+    core: Any = tuple(1 if size == 'scalar' else size for size in sizes)
+    if 'Linear' in known.names and known.layouts and None not in core:
+      known = dataclasses.replace(known, shapes={'weight': core})
+    found[path] = known
+  return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,9 +49,18 @@ def layer_types(
   found: dict[Path, LayerType] = {}
 
   def meet(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    result = method(*args, **kwargs)
     module = context.module
-    found[tuple(module.path)] = of_class(module, 'flax.linen', _ROLES)
-    return method(*args, **kwargs)
+    known = of_class(module, 'flax.linen', _ROLES)
+    # Inside of a scan a module sees the parameters of one layer.
+    own = nn.unbox(module.variables.get('params', {}))
+    shapes = {
+      name: tuple(value.shape)
+      for name, value in own.items()
+      if name in known.layouts and hasattr(value, 'shape')
+    }
+    found[tuple(module.path)] = dataclasses.replace(known, shapes=shapes)
+    return result
 
   with nn.intercept_methods(meet):
     jax.eval_shape(lambda: model.init(jax.random.key(0), *example, **kwargs))

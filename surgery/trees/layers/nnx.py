@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,11 @@ def layer_types(
   """Returns the types of all modules in a model, by path."""
   from flax import nnx
 
-  return {
-    tuple(map(str, path)): of_class(module, 'flax.nnx', _ROLES)
-    for path, module in nnx.iter_modules(model)
-  }
+  found = {}
+  for path, module in nnx.iter_modules(model):
+    known = of_class(module, 'flax.nnx', _ROLES)
+    if 'Linear' in known.names and known.layouts:
+      core = module.in_features, module.out_features
+      known = dataclasses.replace(known, shapes={'kernel': core})
+    found[tuple(map(str, path))] = known
+  return found
