@@ -258,9 +258,9 @@ HALVES = {
       records=type(c.known_records or PARAMS.records)(),
       manifest=c.manifest.replace(adapters=()),
     ),
-    'lora_a: .* is left, and the record of it is gone',
+    'lora_a: .* is left, but its record is gone',
   ),
-  'all is made anew': (forgotten, 'lora_a: .* is left, and the record'),
+  'all is made anew': (forgotten, 'lora_a: .* is left, but its record'),
 }
 
 

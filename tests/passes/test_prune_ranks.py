@@ -270,7 +270,7 @@ def with_axes(axes):
     (None, {3: [0]}, 'expected the path of a site, found 3'),
     (None, [SITE], 'expected ranks by site, found list'),
     (Plain(), {PATH: [0]}, "type 'plain' does not say which axes"),
-    (with_axes({'lost': 0}), {PATH: [0]}, 'none of the weights lost there'),
+    (with_axes({'lost': 0}), {PATH: [0]}, "'lost' is declared in `rank_axes`"),
     (with_axes({'w': 1}), {PATH: [0]}, "'w' has no axis 1"),
     (with_axes({'w': 0, 'u': 0}), {PATH: [0]}, 'the ranks of its weights diff'),
     (with_axes({'common': 0}), {PATH: [0]}, "'common' is shared by sites"),
@@ -278,9 +278,9 @@ def with_axes(axes):
   ],
 )
 def test_what_cannot_be_pruned_is_refused(adapter, keep, message):
-  _, params, _ = adapted(adapter)
+  # Wrong axes are refused when the adapter is attached already.
   with pytest.raises(surgery.SurgeryError, match=re.escape(message)):
-    surgery.prune_ranks(params, keep)
+    surgery.prune_ranks(adapted(adapter)[1], keep)
 
 
 def test_a_half_is_refused():
