@@ -280,7 +280,7 @@ def test_other_arrays_beside_params_train():
   for path, param in params.items():
     expected = -0.5 if param.trainable else 0.0
     assert (updates['net'][path].value == expected).all()
-  with pytest.raises(surgery.SurgeryError, match='pytree with 1 params'):
+  with pytest.raises(surgery.SurgeryError, match='pytree with 1 bx.Params'):
     tx.update({'temperature': jnp.ones(())}, tx.init(tree))
 
 
