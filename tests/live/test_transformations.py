@@ -84,7 +84,7 @@ def test_a_half_alone_says_what_is_missing(net, adapted):
     surgery.AdapterError, match=r'lora_a.*[Mm]erge the halves'
   ):
     model(rest, x)
-  with pytest.raises(surgery.AdapterError, match='Put the halves together'):
+  with pytest.raises(surgery.AdapterError, match='Merge the halves'):
     model(weights, x)
 
 

@@ -612,7 +612,7 @@ def test_a_failure_says_the_law_and_how_to_see_it_again():
   text = str(told.value)
   assert "law 'planning_reads_nothing' is broken by Mine ('double')" in text
   assert 'net/first/kernel was read before' in text
-  assert 'The law: A pass reads a tensor when it is asked for one' in text
+  assert 'The law: A pass reads a tensor when it is loaded' in text
   assert 'Reproduce: Mine().test_planning_reads_nothing()' in text
   assert 'planning_reads_nothing' == told.value.law
 

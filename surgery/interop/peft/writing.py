@@ -385,8 +385,8 @@ class _Writer:
     if rows.others(leaf, chosen, rows.axis(path[-1])) != rest:
       raise errors.FormatError(
         f'{paths.show(path)}: other rows than {chosen} have changed, and the '
-        f'folder that it came from has these alone ({rows.KEY}). Give names= '
-        'to save_adapter, so that all of it is written.'
+        f'folder that it came from has these alone ({rows.KEY}). Give '
+        'save_adapter names (--names), so that all of it is written.'
       )
 
   # The configuration.
