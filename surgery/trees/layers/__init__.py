@@ -41,6 +41,44 @@ def of_class(module: Any, package: str, roles: Roles) -> LayerType:
   return LayerType(tuple(names), layouts)
 
 
+def general(inputs: int, outputs: int) -> Mapping[str, str]:
+  """Returns the roles of a kernel of several axes: inputs first, then outputs.
+
+  Args:
+    inputs: number of axes that are summed over.
+    outputs: number of axes of the result.
+  """
+  return {'kernel': 'i' * inputs + 'o' * outputs, 'bias': 'o' * outputs}
+
+
+def einsum(equation: str | None) -> Mapping[str, str]:
+  """Returns the roles of an einsum's kernel; nothing if they are not known.
+
+  An axis of the kernel that the result has is an output, any other an input.
+  One that the argument has as well is a map over axes, which no letter says.
+
+  Args:
+    equation: `argument,kernel->result`; None where the call gives it.
+  """
+  argument, comma, rest = (equation or '').replace(' ', '').partition(',')
+  kernel, arrow, result = rest.partition('->')
+  mapped = set(argument) & set(kernel) & set(result)
+  if not (comma and arrow) or mapped or '...' in kernel:
+    return {}
+  roles = ''.join('o' if letter in result else 'i' for letter in kernel)
+  return {'kernel': roles}
+
+
+def transposed(spatial: int, turned: bool) -> Mapping[str, str]:
+  """Returns the roles of a transposed convolution.
+
+  Args:
+    spatial: number of spatial axes.
+    turned: whether the kernel has its outputs before its inputs.
+  """
+  return {'kernel': 'i' * spatial + ('oi' if turned else 'io'), 'bias': 'o'}
+
+
 def fixed(**layouts: str) -> Callable[[Any], Mapping[str, str]]:
   """Returns roles that are the same for all layers of a class."""
   return lambda module: layouts

@@ -17,11 +17,19 @@ def _conv(module: Any) -> Mapping[str, str]:
   return {'w': 'i' * module.num_spatial_dims + 'io', 'b': 'o'}
 
 
+def _transposed(module: Any) -> Mapping[str, str]:
+  return {'w': 'i' * module.num_spatial_dims + 'oi', 'b': 'o'}
+
+
 _ROLES = {
   'Linear': fixed(w='io', b='o'),
   'Embed': fixed(embeddings='io'),
   'ConvND': _conv,
+  'ConvNDTranspose': _transposed,
   'LayerNorm': fixed(scale='o', offset='o'),
+  'BatchNorm': fixed(scale='o', offset='o'),
+  'GroupNorm': fixed(scale='o', offset='o'),
+  'RMSNorm': fixed(scale='o'),
 }
 
 

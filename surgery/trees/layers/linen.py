@@ -11,7 +11,7 @@ import jax
 from surgery import errors
 from surgery.model.layers import LayerType, LayerTypes
 from surgery.naming.paths import Path
-from surgery.trees.layers import fixed, of_class
+from surgery.trees.layers import einsum, fixed, general, of_class, transposed
 
 _NORM = fixed(scale='o', bias='o', mean='o', var='o')
 
@@ -20,14 +20,29 @@ def _conv(module: Any) -> Mapping[str, str]:
   return {'kernel': 'i' * len(module.kernel_size) + 'io', 'bias': 'o'}
 
 
+def _general(module: Any) -> Mapping[str, str]:
+  if module.batch_dims:
+    return {}  # The same layer once for each place of these axes.
+  count = lambda sizes: len(sizes) if hasattr(sizes, '__len__') else 1
+  return general(count(module.axis), count(module.features))
+
+
 _ROLES = {
   'Dense': fixed(kernel='io', bias='o'),
+  # Of cells: the kernels of all gates.
+  'DenseParams': fixed(kernel='io', bias='o'),
+  'DenseGeneral': _general,
+  'Einsum': lambda module: einsum(module.einsum_str),
+  'ConvTranspose': lambda module: transposed(
+    len(module.kernel_size), module.transpose_kernel
+  ),
   'Embed': fixed(embedding='io'),
   'Conv': _conv,
   'LayerNorm': _NORM,
   'RMSNorm': _NORM,
   'BatchNorm': _NORM,
   'GroupNorm': _NORM,
+  'InstanceNorm': _NORM,
 }
 
 
