@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,8 +68,9 @@ def stats(
   return asked(checkpoint, select, singular=singular, host=host)
 
 
-stats.__doc__ = (describing.stats.__doc__ or '').replace(
+# From Python 3.13 on docstrings have no indentation of their own.
+stats.__doc__ = inspect.cleandoc(describing.stats.__doc__ or '').replace(
   'the model or adapter, as `surgery.open` gives it.',
   'the model or adapter, as `surgery.open` gives it, or a model of '
-  'another\n      framework.',
+  'another\n    framework.',
 )

@@ -221,13 +221,15 @@ def on_trees(
       **verb.__annotations__,
       'layers': LayerTypes | None,
     }
-    either.__doc__ = (verb.__doc__ or '').replace('    host: ', _LAYERS, 1)
+    # From Python 3.13 on docstrings have no indentation of their own.
+    plain = inspect.cleandoc(verb.__doc__ or '')
+    either.__doc__ = plain.replace('  host: ', _LAYERS, 1)
   return either
 
 
-_LAYERS = """    layers: the same for a model of another framework whose params
-      are dicts, as `surgery.layers(model, x)` gives it.
-    host: """
+_LAYERS = """  layers: the same for a model of another framework whose params
+    are dicts, as `surgery.layers(model, x)` gives it.
+  host: """
 
 
 def _with_layers(signature: inspect.Signature) -> inspect.Signature:

@@ -170,7 +170,7 @@ def test_a_gradient_over_layers_is_that_of_mergekit(models, tmp_path):
   close(merged(config, tmp_path / 'out'), tensors(found))
 
 
-@pytest.mark.parametrize('source', ['union', 'base', 'b'])
+@pytest.mark.parametrize('source', ['union', 'a', 'b'])
 def test_two_vocabularies_are_matched_as_mergekit_does(source, tmp_path):
   first = WORDS
   second = [*reversed(WORDS[5:]), *(f'v{k}' for k in range(9))]
@@ -185,12 +185,12 @@ def test_two_vocabularies_are_matched_as_mergekit_does(source, tmp_path):
       {'model': str(given['b']), 'parameters': {'weight': 0.3}},
     ],
     'tokenizer': {
-      'source': str(given['b']) if source == 'b' else source
+      # Their `base` is any of the models, where none is the base.
+      'source': str(given[source]) if source in given else source
     },
   }  # fmt: skip
   want = merged(config, tmp_path / 'out')
-  # Without a base theirs is the first model.
-  tokens: Any = {'union': 'union', 'base': 0, 'b': 1}[source]
+  tokens: Any = {'union': 'union', 'a': 0, 'b': 1}[source]
   found = surgery.combine(
     [surgery.open(given[name]) for name in 'ab'],
     weight=[0.7, 0.3],
