@@ -55,6 +55,11 @@ class Array(NamedTuple):
     )
 
   @property
+  def nbytes(self) -> int:
+    """Bytes of the array in memory."""
+    return math.prod(self.shape) * formats.DTYPES[self.dtype].itemsize
+
+  @property
   def chunk_bytes(self) -> int:
     """Bytes of a chunk in memory."""
     return math.prod(self.chunks) * formats.DTYPES[self.dtype].itemsize

@@ -170,17 +170,37 @@ class Store:
     folder: the item's folder.
     database: whether it is an OCDBT database.
     zarr3: whether its arrays are zarr 3.
+    nbytes: bytes of all its arrays.
   """
 
   def __init__(
-    self, folder: pathlib.Path, database: bool, zarr3: bool, largest: int
+    self,
+    folder: pathlib.Path,
+    database: bool,
+    found: Mapping[str, index.Array],
   ) -> None:
     self.folder = folder
     self.database = database
-    self.zarr3 = zarr3
+    self.zarr3 = any(array.zarr3 for array in found.values())
+    self.nbytes = sum(array.nbytes for array in found.values())
+    # Names in front of others: `a` beside `a/b`.
+    self._outer = {
+      name[:at]
+      for name in found
+      for at, letter in enumerate(name)
+      if letter == '/'
+    }
+    largest = max((a.chunk_bytes for a in found.values()), default=0)
     limit = max(_CACHE, largest + (4 << 20))
     self._context = ts.Context({'cache_pool': {'total_bytes_limit': limit}})
     self._last: tuple[str, Any] | None = None
+
+  def links(self, name: str) -> bool:
+    """Whether an array's keys can be copied by what they begin with.
+
+    Those of `a/b` begin with `a/` as well.
+    """
+    return self.database and name not in self._outer
 
   def opened(self, array: index.Array) -> Any:
     """Returns an array as TensorStore has it; the last one is kept open."""
@@ -219,8 +239,7 @@ def open_folder(folder: pathlib.Path) -> Checkpoint:
   else:
     found = index.of_files(folder, [e.name for e in stored])
   _check_complete(folder, said, stored, found)
-  largest = max((a.chunk_bytes for a in found.values()), default=0)
-  store = Store(folder, database, any(a.zarr3 for a in found.values()), largest)
+  store = Store(folder, database, found)
   whole, told, scalars = _manifest(folder, entries)
   keys = _keys(folder)
   strings = _strings(folder)

@@ -139,17 +139,22 @@ class _Writer:
     self._where = {**index.database(folder), 'config': _CONFIG}
     opened = ts.KvStore.open(self._where, context=self._context)
     self._database = opened.result()
+    self._shared: set[reading.Store] = set()
     self._linked: dict[pathlib.Path, Any] = {}
     self._expected: dict[str, int] = {}
 
   def write(self, checkpoint: Checkpoint) -> None:
     """Writes all tensors, one at a time."""
-    stored = [
-      leaf.source.store
-      for leaf in checkpoint.values()
-      if isinstance(leaf.source, reading.Tensor)
-    ]
-    self.zarr3 = bool(stored) and all(store.zarr3 for store in stored)
+    kept: dict[reading.Store, int] = {}
+    for leaf in checkpoint.values():
+      if isinstance(leaf.source, reading.Tensor):
+        store = leaf.source.store
+        same = leaf.load is leaf.source
+        kept[store] = kept.get(store, 0) + leaf.nbytes * same
+    self.zarr3 = bool(kept) and all(store.zarr3 for store in kept)
+    # A data file holds many tensors, and lasts as long as one is linked. So
+    # what was dropped would stay on the disk.
+    self._shared = {s for s, size in kept.items() if 2 * size >= s.nbytes}
     for path, leaf in checkpoint.items():
       if not self._link(path, leaf):
         self._compute(path, leaf)
@@ -176,7 +181,8 @@ class _Writer:
     if (
       not isinstance(source, reading.Tensor)
       or leaf.load is not source
-      or not source.store.database
+      or source.store not in self._shared
+      or not source.store.links(source.array.name)
       or source.array.zarr3 != self.zarr3
     ):
       return False

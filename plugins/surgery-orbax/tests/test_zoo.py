@@ -228,6 +228,32 @@ def test_a_rename_links_the_data(tmp_path):
   assert value.tobytes() == restored(tmp_path / 'c.orbax')['renamed'].tobytes()
 
 
+def test_what_is_dropped_does_not_stay_on_the_disk(tmp_path):
+  value = np.random.default_rng(0).integers(0, 255, (2048, 1024), np.uint8)
+  standard(tmp_path / 'a', {'large': value, 'small': np.ones(300)})
+  out = tmp_path / 'b.orbax'
+  surgery.drop(surgery.open(tmp_path / 'a'), 'large').write(out)
+  size = sum(f.stat().st_size for f in out.rglob('*') if f.is_file())
+  assert size < 100_000
+  assert (300,) == restored(out)['small'].shape
+
+
+def test_a_name_in_front_of_another_takes_nothing_along(tmp_path):
+  leaves = {
+    (name,): surgery.Leaf(lambda v=v: np.full(400, v), (400,), 'float64')
+    for name, v in (('c/b', 3.0), ('a', 1.0), ('a/b', 2.0))
+  }
+  surgery.Checkpoint(leaves).write(tmp_path / 'a.orbax')
+  for rule in ('a -> c', 'a -> d'):
+    out = tmp_path / f'{rule[-1]}.orbax'
+    made = surgery.rename(surgery.open(tmp_path / 'a.orbax'), [rule])
+    made.write(out)
+    for checkpoint in (made, surgery.open(out)):
+      found = {path[0]: checkpoint[path].load()[0] for path in checkpoint}
+      assert {rule[-1]: 1.0, 'a/b': 2.0, 'c/b': 3.0} == found
+    assert 3.0 == restored(out)['c/b'][0]
+
+
 def test_adapters_go_through_orbax(tmp_path):
   numbers = np.random.default_rng(0)
   standard(
