@@ -167,38 +167,7 @@ def load(
   shardings: sharded.Shardings = None,
   host: Host | None = None,
 ) -> BloxParams:
-  """Loads what `save` wrote, or any flax msgpack file of nested dicts.
-
-  Args:
-    path: the file; its suffix tells the format.
-    shardings: how tensors are to lie on devices: a `jax.sharding.Sharding` for
-      all, or a function from the path of a tensor and its leaf (which has
-      `shape` and `dtype`) to one, or to None for JAX's usual place. Each device
-      gets its part, and no device or process reads more than its own; a tensor
-      of which this process reads a part only is not held against its digest.
-      PRNG keys and scalars lie where JAX puts them.
-    host: knows formats and adapters' types.
-
-  Returns:
-    Params; adapted ones if the file has adapters. 64-bit arrays stay numpy
-    arrays unless JAX's 64-bit mode is on.
-
-  Raises:
-    FormatError: if the file is not what it should be.
-    UnknownAdapterType: if an adapter's type is not installed.
-    ConfigError: if a tensor cannot lie as its sharding says.
-
-  Example:
-    mesh = jax.make_mesh((8,), ('data',))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    surgery.load('m.msgpack', shardings=lambda path, leaf: (
-      rows if leaf.shape and leaf.shape[0] % 8 == 0 else whole
-    ))
-
-  Warns:
-    UserWarning: if the file holds a half that `split()` made.
-  """
+  """Loads params of blox; see `surgery.load`, which is this and more."""
   host = host or default_host()
   checkpoint = open_checkpoint(expect.path(path, load), host=host)
   manifest.check_no_patch(checkpoint.manifest, str(path))

@@ -1,29 +1,14 @@
 """From a selector to sites: roles of axes, stacked axes, and refusals."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import surgery
 from surgery.host.manager import default_host
 from tests.adapting.saved import model, numbers, values
+from tests.live.models import Scale
 
 LORA = surgery.LoRA(rank=2)
-
-
-class Scale(surgery.Adapter):
-  """Scales the outputs of kernel and bias."""
-
-  name = 'scale'
-  rewrites = ('kernel', 'bias')
-
-  def init(self, site, key):
-    del key
-    return {'scale': jnp.ones(site.out_shape)}
-
-  def apply(self, site, name, base, weights):
-    del site, name
-    return base * weights['scale']
 
 
 def net():

@@ -82,3 +82,20 @@ def transposed(spatial: int, turned: bool) -> Mapping[str, str]:
 def fixed(**layouts: str) -> Callable[[Any], Mapping[str, str]]:
   """Returns roles that are the same for all layers of a class."""
   return lambda module: layouts
+
+
+_NORM = fixed(scale='o', bias='o', mean='o', var='o')
+
+# What linen and nnx call alike.
+FLAX: Roles = {
+  'Embed': fixed(embedding='io'),
+  'Einsum': lambda module: einsum(module.einsum_str),
+  'ConvTranspose': lambda module: transposed(
+    len(module.kernel_size), module.transpose_kernel
+  ),
+  'LayerNorm': _NORM,
+  'RMSNorm': _NORM,
+  'BatchNorm': _NORM,
+  'GroupNorm': _NORM,
+  'InstanceNorm': _NORM,
+}

@@ -11,9 +11,7 @@ import jax
 from surgery import errors
 from surgery.model.layers import LayerType, LayerTypes
 from surgery.naming.paths import Path
-from surgery.trees.layers import einsum, fixed, general, of_class, transposed
-
-_NORM = fixed(scale='o', bias='o', mean='o', var='o')
+from surgery.trees.layers import FLAX, fixed, general, of_class
 
 
 def _conv(module: Any) -> Mapping[str, str]:
@@ -28,21 +26,12 @@ def _general(module: Any) -> Mapping[str, str]:
 
 
 _ROLES = {
+  **FLAX,
   'Dense': fixed(kernel='io', bias='o'),
   # Of cells: the kernels of all gates.
   'DenseParams': fixed(kernel='io', bias='o'),
   'DenseGeneral': _general,
-  'Einsum': lambda module: einsum(module.einsum_str),
-  'ConvTranspose': lambda module: transposed(
-    len(module.kernel_size), module.transpose_kernel
-  ),
-  'Embed': fixed(embedding='io'),
   'Conv': _conv,
-  'LayerNorm': _NORM,
-  'RMSNorm': _NORM,
-  'BatchNorm': _NORM,
-  'GroupNorm': _NORM,
-  'InstanceNorm': _NORM,
 }
 
 

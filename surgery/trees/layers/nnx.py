@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.model.layers import LayerTypes
-from surgery.trees.layers import einsum, fixed, general, of_class, transposed
-
-_NORM = fixed(scale='o', bias='o', mean='o', var='o')
+from surgery.trees.layers import FLAX, fixed, general, of_class
 
 
 def _conv(module: Any) -> Mapping[str, str]:
@@ -22,22 +20,11 @@ def _general(module: Any) -> Mapping[str, str]:
   return general(len(module.in_features), len(module.out_features))
 
 
-def _transposed(module: Any) -> Mapping[str, str]:
-  return transposed(len(module.kernel_size), module.transpose_kernel)
-
-
 _ROLES = {
+  **FLAX,
   'Linear': fixed(kernel='io', bias='o'),
   'LinearGeneral': _general,
-  'Einsum': lambda module: einsum(module.einsum_str),
-  'ConvTranspose': _transposed,
-  'Embed': fixed(embedding='io'),
   'Conv': _conv,
-  'LayerNorm': _NORM,
-  'RMSNorm': _NORM,
-  'BatchNorm': _NORM,
-  'GroupNorm': _NORM,
-  'InstanceNorm': _NORM,
 }
 
 
