@@ -408,11 +408,8 @@ _QWEN2_MOE = _qwen_moe(
     rf'{_LAYER}/mlp/shared_expert/gate_proj/weight', 0
   ),
 )
-_QWEN3_MOE = dataclasses.replace(
-  # It has no kinds of layers.
-  _qwen_moe(_listed('layer_types', lambda config, n: [None] * n)),
-  default_head_size=None,
-)
+# It has no kinds of layers.
+_QWEN3_MOE = _qwen_moe(_listed('layer_types', lambda config, n: [None] * n))
 _LLAMA4 = _llama(
   sizes={
     **_EMBEDDED,

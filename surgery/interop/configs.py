@@ -492,7 +492,7 @@ class _Editing:
       for t in (self._before, self._after)
     )
     # Of a language model inside of another the whole decides, and both say it.
-    places = [self._part.above] if self._part.above else ['']
+    places = [self._part.above]
     if self._part.above and _TIE in self._whole.config:
       places = ['', *(p for p in places if _TIE in self.config)]
     stated = self._whole.inside(places[0]).get(_TIE, one.tied)

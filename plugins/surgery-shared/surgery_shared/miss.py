@@ -14,20 +14,6 @@ from surgery_shared.peft import PeftBAT, PeftMiSS
 __all__ = ['BAT', 'MiSS']
 
 
-def _refuse_more(site: surgery.Site, rank: int) -> None:
-  """Raises if a shard has more rows than there are inputs.
-
-  Raises:
-    SiteError: naming the site.
-  """
-  if rank > site.in_size:
-    raise surgery.SiteError(
-      f'{"/".join(site.path)}: rank {rank} exceeds the {site.in_size} inputs, '
-      'which are cut into shards of so many. Choose a smaller one, for this '
-      'layer by patterns.'
-    )
-
-
 class MiSS(surgery.Adapter):
   """Adds one block to all shards of inputs (Kang & Yin 2024, arXiv 2409.15371).
 
@@ -58,7 +44,12 @@ class MiSS(surgery.Adapter):
         outputs.
     """
     del key
-    _refuse_more(site, self.rank)
+    if self.rank > site.in_size:
+      raise surgery.SiteError(
+        f'{"/".join(site.path)}: rank {self.rank} exceeds the {site.in_size} '
+        'inputs, which are cut into shards of so many. Choose a smaller one, '
+        'for this layer by patterns.'
+      )
     columns = self.columns or site.out_size
     if site.out_size % columns:
       fitting = [n for n in range(1, site.out_size) if site.out_size % n == 0]

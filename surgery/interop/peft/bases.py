@@ -20,8 +20,7 @@ from surgery.adapting import bound
 from surgery.contract.peft import CONV, PeftLayer
 from surgery.contract.site import ParamSpec, Site
 from surgery.editing import following
-from surgery.files import arrays
-from surgery.files.digest import Digester
+from surgery.files import digest as digests
 from surgery.model.checkpoint import Checkpoint
 from surgery.model.records import SiteRecord
 from surgery.naming import paths
@@ -151,11 +150,8 @@ def _digest(
     layer.site.out_size,
   ):
     return digest
-  digester = Digester()
   turned = _turned(np.asarray(base[path].load()), layer, there)
-  for data in arrays.blocks(arrays.payload(arrays.little(turned))):
-    digester.update(data)
-  if digester.digest() != digest:
+  if digests.digest(turned) != digest:
     return digest
   return bound.digest(base[path])
 

@@ -101,7 +101,7 @@ def nested(layer: str, params: Sequence[Path], origin: str) -> dict[Path, str]:
       f'not known of {layer} ({", ".join(names)}). Merge it instead, or adapt '
       'one of them.'
     )
-  order = sorted(params, key=lambda p: (*_index(p[-1]), p))
+  order = sorted(params, key=lambda p: (_index(p[-1]), p))
   # What is declared first is wrapped first, and lies innermost.
   return {
     path: layer + _INNER * (len(order) - 1 - at)
@@ -109,8 +109,8 @@ def nested(layer: str, params: Sequence[Path], origin: str) -> dict[Path, str]:
   }
 
 
-def _index(name: str) -> tuple[int]:
-  return (_DECLARED.index(name) if name in _DECLARED else 0,)
+def _index(name: str) -> int:
+  return _DECLARED.index(name) if name in _DECLARED else 0
 
 
 def letters(open_: Iterable[Any], certain: Iterable[str], origin: str) -> str:

@@ -70,10 +70,6 @@ class Places:
     self._params = (*_PARAMS, *params)
     self._base = list(base)
     self._known = {name_of(path): path for path in self._base}
-    self._layers: dict[str, Path] = {}
-    for path in self._base:
-      for n in range(1, len(path)):
-        self._layers.setdefault(name_of(path[:n]), path[:n])
     self._origin = origin
     plains = [plain(module) for module in modules]
     self._there: Callable[[str], str] = _same
@@ -93,10 +89,6 @@ class Places:
       front, behind = self._prefixed([there(one) for one in plains])
       self._there = lambda name: front(there(name))
       self._back = lambda name: back(behind(name))
-
-  def layer(self, module: str) -> Path | None:
-    """Returns the layer that a module is, if there is one."""
-    return self._layers.get(self._there(plain(module)))
 
   def param(self, module: str) -> Path | None:
     """Returns the parameter of a module that is adapted, if there is one."""

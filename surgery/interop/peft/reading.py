@@ -406,7 +406,7 @@ class _Binding:
     empty += self._unsaved(found, saved)
     empty += self._untrained(tokens)
     problems = [
-      f'{what}: {_listed(names)}'
+      f'{what}: {errors.listed(sorted(names), 8)}'
       for what, names in (
         ('no place in the base for', homeless),
         ('not meant by target_modules', unmeant),
@@ -880,8 +880,3 @@ def patterns_of(
         (paths.literal(p), others[p]) for p in members if others[p]
       )
   return patterns
-
-
-def _listed(names: list[str]) -> str:
-  more = f' and {len(names) - 8} more' if len(names) > 8 else ''
-  return ', '.join(sorted(names)[:8]) + more

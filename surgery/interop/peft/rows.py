@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from surgery import errors
-from surgery.files import arrays
-from surgery.files.digest import Digester
+from surgery.files import digest as digests
 from surgery.interop.peft import config as configs
 from surgery.model.checkpoint import Leaf
 
@@ -100,7 +99,4 @@ def others(whole: Leaf, chosen: Sequence[int], where: int) -> str:
   """Returns a digest of all rows but some."""
   value = np.array(whole.load())
   np.moveaxis(value, where, 0)[list(chosen)] = 0
-  digester = Digester()
-  for data in arrays.blocks(arrays.payload(arrays.little(value))):
-    digester.update(data)
-  return digester.digest()
+  return digests.digest(value)
