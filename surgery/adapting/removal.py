@@ -107,7 +107,7 @@ def without(
   records = following.settled(checkpoint, host)
   gone = quantised.without(checkpoint, gone)
   for record in records.adapters:
-    left, more = _left(record, gone, checkpoint)
+    left, more = _left(record, gone)
     gone |= more
     records = (
       records.replace(left)
@@ -130,7 +130,7 @@ def without(
 
 
 def _left(
-  record: AdapterRecord, gone: set[Path], present: Checkpoint
+  record: AdapterRecord, gone: set[Path]
 ) -> tuple[AdapterRecord | None, set[Path]]:
   """Returns the adapter without what goes, and the weights that go along."""
   sites = _sites_left(record, gone)

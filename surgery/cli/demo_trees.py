@@ -138,7 +138,7 @@ def run(
   from surgery.cli import demo
 
   try:
-    importlib.import_module({'equinox': 'equinox'}.get(framework, 'flax'))
+    importlib.import_module('equinox' if framework == 'equinox' else 'flax')
   except ImportError:
     raise errors.SurgeryError(
       f'demo: {framework} is not installed: pip install {framework}.'

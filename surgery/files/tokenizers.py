@@ -73,7 +73,7 @@ class Tokenizer:
   ids: Mapping[str, int]
   added: Mapping[str, Mapping[str, Any]]
 
-  @property
+  @functools.cached_property
   def size(self) -> int:
     """One more than the largest number."""
     return max(self.ids.values(), default=-1) + 1
@@ -170,9 +170,9 @@ def _hint(file: pathlib.Path) -> str:
   )
 
 
-def is_part(name: str) -> bool:
+def is_part(name: str, patterns: Sequence[str] = FILES) -> bool:
   """Whether a file of a model folder belongs to the tokenizer."""
-  return any(fnmatch.fnmatchcase(name, one) for one in FILES)
+  return any(fnmatch.fnmatchcase(name, one) for one in patterns)
 
 
 def _kind(model: Mapping[str, Any]) -> str:
@@ -532,8 +532,7 @@ def along(tokenizer: Tokenizer, changed: bool) -> dict[str, pathlib.Path]:
   return {
     path.name: path
     for path in sorted(folder.iterdir())
-    if path.is_file()
-    and any(fnmatch.fnmatchcase(path.name, one) for one in wanted)
+    if path.is_file() and is_part(path.name, wanted)
   }
 
 

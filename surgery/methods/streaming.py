@@ -126,11 +126,12 @@ class Tensor:
     self.size = math.prod(shape)
     self.count = len(sources)
     self._row = (shape[-1] if shape else 1) if rows else None
-    self._sources, self._base = tuple(sources), base
+    self._base = base
+    # The models' tensors, and at last the base's, if there is one.
+    self._every = (*sources, *([base] if base else []))
     self._uniform = uniform
     self._finite = finite
-    every = [*sources, *([base] if base else [])]
-    self._kind = np.float64 if any(s.wide for s in every) else np.float32
+    self._kind = np.float64 if any(s.wide for s in self._every) else np.float32
 
   def __repr__(self) -> str:
     return f'<{paths.show(self.path)} {self.shape} of {self.count} models>'
@@ -151,8 +152,7 @@ class Tensor:
 
   def _read(self, start: int, stop: int) -> list[np.ndarray]:
     """Returns elements of the models, and at last of the base, if there is."""
-    sources = [*self._sources, *([self._base] if self._base else [])]
-    return [source.flat(start, stop) for source in sources]
+    return [source.flat(start, stop) for source in self._every]
 
   def _block(
     self, read: Sequence[np.ndarray], at: int, cut: slice, finite: bool
@@ -169,8 +169,7 @@ class Tensor:
     count = cut.stop - cut.start
     form = (count,) if self._row is None else (-1, max(1, self._row))
     wide = []
-    sources = [*self._sources, *([self._base] if self._base else [])]
-    for one, source in zip(read, sources, strict=True):
+    for one, source in zip(read, self._every, strict=True):
       piece = one[cut]
       if finite and not _is_finite(piece):
         self._check(piece, source, start)

@@ -320,7 +320,7 @@ def _added(
         f'{rule!r}: expected a finite weight, found {weight * scale}.'
       )
     found = terms_of(checkpoint, rule, inputs, host)
-    missing = lacking_of(checkpoint, rule, found, inputs, host)
+    missing = lacking_of(checkpoint, rule, found, host)
     if missing and not partial:
       raise errors.RenameError(f'{rule!r}: {listed(missing)}')
     lacking.update(path for path, _ in missing)
@@ -367,7 +367,6 @@ def lacking_of(
   checkpoint: Checkpoint,
   rule: str,
   found: Sequence[tuple[Path, Leaf, Path]],
-  inputs: tensors.Inputs | None,
   host: Host,
 ) -> list[tuple[Path, str]]:
   """Returns what a rule names that the model or the other input lacks.

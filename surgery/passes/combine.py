@@ -27,15 +27,6 @@ from surgery.passes.reshape import transposed
 _SHOWN = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class _Model:
-  """A model, what messages call it, and what recipes do."""
-
-  name: str
-  leaves: Checkpoint
-  aliases: tuple[str, ...] = ()
-
-
 def combine(
   checkpoint: Checkpoint,
   with_: str | Sequence[str] | Sequence[Checkpoint] = (),
@@ -102,8 +93,8 @@ def combine(
   models = _models(checkpoint, with_, inputs)
   bases = []
   if base is not None:
-    of = [alias for alias, one in (inputs or {}).items() if one is base]
-    bases = [_Model(_called('the base', base), base, (*of,))]
+    of = _aliases(base, inputs)
+    bases = [tokens_.Model(_called('the base', base), base, of)]
   check_count(cls, len(models), base is not None)
   every = [*models, *bases]
   for one in every:
@@ -158,11 +149,10 @@ def _apart(
 
 
 def _matched(
-  every: Sequence[_Model], based: bool, wish: tokens_.Wish, host: Host
-) -> tuple[list[_Model], Vocabulary | None, list[str]]:
+  every: Sequence[tokens_.Model], based: bool, wish: tokens_.Wish, host: Host
+) -> tuple[list[tokens_.Model], Vocabulary | None, list[str]]:
   """Returns models whose rows stand for the same tokens; see `tokens`."""
-  given = [tokens_.Model(m.name, m.leaves, m.aliases) for m in every]
-  leaves, vocabulary, remarks = tokens_.matched(given, based, wish, host)
+  leaves, vocabulary, remarks = tokens_.matched(every, based, wish, host)
   models = [
     dataclasses.replace(one, leaves=after)
     for one, after in zip(every, leaves, strict=True)
@@ -219,26 +209,34 @@ def _called(name: str, checkpoint: Checkpoint) -> str:
   return checkpoint.origin or name
 
 
+def _aliases(one: Checkpoint, inputs: tensors.Inputs | None) -> tuple[str, ...]:
+  """Returns the names by which a recipe knows a model."""
+  return tuple(a for a, other in (inputs or {}).items() if other is one)
+
+
 def _models(
   checkpoint: Checkpoint,
   others: str | Sequence[str] | Sequence[Checkpoint],
   inputs: tensors.Inputs | None,
-) -> list[_Model]:
+) -> list[tokens_.Model]:
   """Returns all models, the checkpoint first."""
-  of = [a for a, one in (inputs or {}).items() if one is checkpoint]
-  found = [_Model(_called('the first model', checkpoint), checkpoint, (*of,))]
+  name, of = (
+    _called('the first model', checkpoint),
+    _aliases(checkpoint, inputs),
+  )
+  found = [tokens_.Model(name, checkpoint, of)]
   given: Sequence[str | Checkpoint]
   given = [others] if isinstance(others, str) else list(others)
   for number, one in enumerate(given):
     if isinstance(one, Checkpoint):
-      found.append(_Model(_called(f'model {number + 2}', one), one))
+      found.append(tokens_.Model(_called(f'model {number + 2}', one), one))
     else:
       leaves = tensors.aliased(checkpoint, one, inputs)
-      found.append(_Model(_called(repr(one), leaves), leaves, (one,)))
+      found.append(tokens_.Model(_called(repr(one), leaves), leaves, (one,)))
   return found
 
 
-def _check_model(model: _Model, host: Host) -> None:
+def _check_model(model: tokens_.Model, host: Host) -> None:
   """Raises unless it is a whole model without adapters and quantised weights.
 
   Raises:
@@ -260,7 +258,7 @@ def _check_model(model: _Model, host: Host) -> None:
       quantised.refuse(leaf)
 
 
-def _common(models: Sequence[_Model], only: str) -> list[Path]:
+def _common(models: Sequence[tokens_.Model], only: str) -> list[Path]:
   """Returns the tensors that all models have, in the order of the first.
 
   Raises:
@@ -295,7 +293,7 @@ def _common(models: Sequence[_Model], only: str) -> list[Path]:
   )
 
 
-def _check_tied(path: Path, models: Sequence[_Model]) -> None:
+def _check_tied(path: Path, models: Sequence[tokens_.Model]) -> None:
   """Raises for a head that some models have and others tie to the embedding.
 
   Combined without it, the one would get the embedding of both as its head;
@@ -310,10 +308,7 @@ def _check_tied(path: Path, models: Sequence[_Model]) -> None:
   if len(shape) != 2:
     return
   for other, leaf in lacks.leaves.items():
-    name = paths.show(other).lower()
-    embeds = other in has.leaves and any(
-      word in name for word in twins.EMBEDDING
-    )
+    embeds = other in has.leaves and twins.named(other, twins.EMBEDDING)
     if not embeds or leaf.shape not in (shape, shape[::-1]):
       continue
     turned = '' if leaf.shape == shape else ', transpose: true'
@@ -328,7 +323,7 @@ def _check_tied(path: Path, models: Sequence[_Model]) -> None:
 
 
 def _check_alike(
-  path: Path, models: Sequence[_Model], leaves: Sequence[Leaf]
+  path: Path, models: Sequence[tokens_.Model], leaves: Sequence[Leaf]
 ) -> None:
   """Raises unless a tensor is of one shape and dtype in all models.
 
@@ -354,7 +349,7 @@ def _check_alike(
 
 
 def _equal(
-  path: Path, models: Sequence[_Model], leaves: Sequence[Leaf]
+  path: Path, models: Sequence[tokens_.Model], leaves: Sequence[Leaf]
 ) -> list[Check]:
   """Returns what has to hold of a tensor that cannot be combined."""
   checks = []
@@ -376,7 +371,7 @@ class _Same:
   path: Path
   name: str
   leaf: Leaf
-  model: _Model
+  model: tokens_.Model
   other: Leaf
 
   def __call__(self) -> None:
@@ -396,7 +391,7 @@ class _Same:
 
 def _combined(
   path: Path,
-  models: Sequence[_Model],
+  models: Sequence[tokens_.Model],
   based: bool,
   method: Method,
   seed: int,

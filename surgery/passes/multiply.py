@@ -53,7 +53,7 @@ def multiply(
   factors: dict[Path, tuple[Path, Leaf]] = {}
   for rule in tensors.texts(rules):
     found = arithmetic.terms_of(checkpoint, rule, inputs, host)
-    lacking = arithmetic.lacking_of(checkpoint, rule, found, inputs, host)
+    lacking = arithmetic.lacking_of(checkpoint, rule, found, host)
     if lacking:
       shown = '; '.join(said for _, said in lacking[:5])
       raise errors.RenameError(f'{rule!r}: {shown}. Change the rule.')

@@ -61,7 +61,7 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model whose rows are to follow tokens.
+  """A model that is combined.
 
   Attributes:
     name: what messages call it.
@@ -168,11 +168,13 @@ def _check_numbers(models: Sequence[Model]) -> None:
   if first is None:
     return
   ours = first.read_bytes()
+  a: Tokenizer | None = None
   for file, model in zip(files[1:], models[1:], strict=True):
     if file is None or file == first or file.read_bytes() == ours:
       continue
     try:
-      a, b = tokenizers.read(first), tokenizers.read(file)
+      a = a or tokenizers.read(first)
+      b = tokenizers.read(file)
     except errors.FormatError:
       continue  # Nobody asked for it; it may be another program's.
     clash = tokenizers.conflict(a, b)
@@ -364,14 +366,14 @@ def _lengths(
     SurgeryError: if it is not known which it is.
   """
   found: dict[tuple[int, ...], Path] = {}
+  # Tokens that were added may lack their rows.
+  needed = [one.size - len(one.added) for one in known]
   for path, leaves in both.items():
-    if not _looks(_EMBEDS, path) or _looks(re.compile('head'), path):
+    if not _looks(_EMBEDS, path) or 'head' in paths.show(path).lower():
       continue
     if any(len(leaf.shape or ()) != 2 for leaf in leaves):
       continue
     lengths = tuple((leaf.shape or (0,))[0] for leaf in leaves)
-    # Tokens that were added may lack their rows.
-    needed = [one.size - len(one.added) for one in known]
     if all(n >= least for n, least in zip(lengths, needed, strict=True)):
       found.setdefault(lengths, path)
   if len(found) == 1:

@@ -28,7 +28,7 @@ def twin(path: Path, leaves: Mapping[Path, Leaf]) -> tuple[Path, bool]:
     The path, and whether the tensor is the transpose.
   """
   shape = leaves[path].shape or ()
-  if len(shape) != 2 or not _named(path, _HEAD):
+  if len(shape) != 2 or not named(path, _HEAD):
     return path, False
   # A square table is first taken for a copy that lies as the embedding does.
   for turned in (False, True):
@@ -36,13 +36,14 @@ def twin(path: Path, leaves: Mapping[Path, Leaf]) -> tuple[Path, bool]:
     alike = [
       other
       for other, leaf in leaves.items()
-      if leaf.shape == wanted and _named(other, EMBEDDING)
+      if leaf.shape == wanted and named(other, EMBEDDING)
     ]
     if alike:
       return min(alike), turned
   return path, False
 
 
-def _named(path: Path, words: tuple[str, ...]) -> bool:
+def named(path: Path, words: tuple[str, ...]) -> bool:
+  """Whether a path contains one of some words."""
   name = paths.show(path).lower()
   return any(word in name for word in words)
